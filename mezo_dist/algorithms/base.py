@@ -1,0 +1,133 @@
+"""What a planner is, and the small records that pass between planners and the training loop (torch-free).
+
+An algorithm decides which variants are evaluated on which batch, and turns the losses into an update. It is pure:
+`plan` and `update` depend on their arguments and on nothing else, and its state is a frozen dataclass that survives
+JSON. So every rank runs its own copy and all agree without talking, and a run is resumed by feeding the logged
+losses through `update` again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.seeds import derive_seed
+
+Batch = Literal["minibatch", "full"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The weights that a forward pass is evaluated at: current weights + ``shift``.
+
+    With ``per_sample`` (as long as the batch), sample i is evaluated at current weights + shift + per_sample[i].
+    """
+
+    shift: Combination = ZERO
+    per_sample: tuple[Combination, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One round of forward passes: every variant on every sample of one batch.
+
+    ``minibatch`` is the batch of this step, ``full`` all training samples (or the stated subset). With
+    ``each_sample`` the losses come back for each sample, in batch order, otherwise as one mean.
+    """
+
+    variants: tuple[Variant, ...]
+    batch: Batch = "minibatch"
+    each_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a round found, equal on all ranks.
+
+    ``mean[v]`` is the mean loss of variant v (sum of losses / sum of weights, exact before the one rounding).
+    ``each[v][i]`` is the loss of sample i under variant v; empty unless the evaluation asked for it.
+    """
+
+    mean: tuple[float, ...]
+    each: tuple[tuple[float, ...], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"mean": [...]}`` plus ``"each"`` where there is one."""
+        return {"mean": list(self.mean)} | ({"each": [list(row) for row in self.each]} if self.each else {})
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Losses:
+        """Read `to_json` back."""
+        return Losses(tuple(data["mean"]), tuple(tuple(row) for row in data.get("each", ())))
+
+
+@dataclass(frozen=True)
+class Update:
+    """The end of a step: the new state, the combination to add to the weights, and scalars worth a curve."""
+
+    state: Any
+    combination: Combination
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an algorithm may know about the run: the run's seed, the number of steps, and the sizes of the batches."""
+
+    seed: int = 0
+    num_steps: int = 1
+    batch_size: int = 1
+    full_size: int = 1
+
+    def direction_seed(self, step: int, index: int = 0) -> int:
+        """Seed of the ``index``-th direction drawn at ``step``; every rank derives it, nobody sends it."""
+        return derive_seed(self.seed, "direction", step, index)
+
+
+class Algorithm(Protocol):
+    """A planner. `State` is a frozen dataclass of JSON types, `Combination` and nested such dataclasses."""
+
+    State: ClassVar[type]
+
+    def init(self) -> Any:
+        """The state before step 0."""
+
+    def plan(self, state: Any, step: int) -> Evaluation:
+        """The first round of forward passes of ``step``."""
+
+    def update(self, state: Any, step: int, rounds: Sequence[Losses]) -> Update | Evaluation:
+        """The update, given the losses of the rounds so far; or a further round, if those were not enough."""
+
+
+StateT = TypeVar("StateT")
+
+
+def state_to_json(state: Any) -> Any:
+    """A frozen dataclass of JSON types, `Combination`, tuples and nested such dataclasses, as JSON."""
+    if isinstance(state, Combination):
+        return state.to_json()
+    if dataclasses.is_dataclass(state):
+        return {f.name: state_to_json(getattr(state, f.name)) for f in dataclasses.fields(state)}
+    if isinstance(state, tuple):
+        return [state_to_json(item) for item in state]
+    return state
+
+
+def state_from_json(kind: type[StateT], data: dict[str, Any]) -> StateT:
+    """Read `state_to_json` back; field types tell what each value was."""
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value_from_json(hints[name], value) for name, value in data.items()})
+
+
+def _value_from_json(kind: Any, value: Any) -> Any:
+    if kind is Combination:
+        return Combination.from_json(value)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return state_from_json(kind, value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_value_from_json(typing.get_args(kind)[0], item) for item in value)
+    return value
