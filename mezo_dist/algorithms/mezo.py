@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
@@ -19,6 +20,8 @@ from mezo_dist.directions.combination import Combination
 class MezoConfig:
     """Settings of ``algorithm.name: mezo``."""
 
+    name: Literal["mezo"] = "mezo"
+    """The algorithm."""
     lr: float = 1e-6
     """Learning rate."""
     eps: float = 1e-3

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
@@ -28,6 +29,8 @@ from mezo_dist.directions.combination import ZERO, Combination
 class SvrgConfig:
     """Settings of ``algorithm.name: mezo-svrg``."""
 
+    name: Literal["mezo-svrg"] = "mezo-svrg"
+    """The algorithm."""
     lr: float = 1e-6
     """Learning rate of inner steps (the paper's eta2)."""
     anchor_lr: float = 5e-5

@@ -1,0 +1,195 @@
+"""Fan-out: many forward passes of one model in lock step, each on weights of its own.
+
+Every forward pass is a coroutine (`greenlet`) that runs the ordinary model code until that calls a site, and waits
+there. When all have arrived, the site is served once: its variants are made together, from one read of the weights
+and one generation of each direction, and the site's real forward runs for each coroutine on its own arguments with
+its own variant swapped in. Then all go on. Knows nothing about the model's class or about batch dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import greenlet
+from torch import Tensor
+
+from mezo_dist.engines.sites import Site, restore, swap
+
+
+@dataclass(frozen=True)
+class Job:
+    """One forward pass: ``run`` calls the model; ``variant`` is the number of the weights that it runs on."""
+
+    variant: int
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A job's call of a site, waiting to be served."""
+
+    job: _Coroutine
+    site: Site
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Raised:
+    error: Exception
+
+
+class _Coroutine(greenlet.greenlet):
+    """A running job, with the sites whose forward it is inside of (only those that span blocks stay open)."""
+
+    def __init__(self, index: int, job: Job) -> None:
+        super().__init__(job.run)
+        self.index = index
+        self.variant = job.variant
+        self.open: list[tuple[Site, list[Tensor]]] = []
+
+
+@dataclass(frozen=True)
+class Served:
+    """The weights of one site for all variants among its calls.
+
+    ``tensors[variant]`` has one tensor per ``site.weights``. Those of a site that spans blocks must stay valid while
+    its forward runs; those of other sites until the next site is served. ``forward``, if given, replaces the site's
+    real forward (a lookup in a few rows in place of the whole table): it takes the call and its tensors.
+    """
+
+    tensors: dict[int, list[Tensor]]
+    forward: Callable[[Call, list[Tensor]], Any] | None = None
+
+
+Materialise = Callable[[Site, Sequence[Call], Callable[..., Any]], Served]
+"""(site, its waiting calls, its real forward) -> the weights to run it on."""
+
+
+class FanOut:
+    """Runs jobs on one model. Hooks into the sites' ``forward`` while `run` is active, and only then."""
+
+    def __init__(self, sites: Sequence[Site], materialise: Materialise) -> None:
+        self._sites = sites
+        self._materialise = materialise
+        self.sites_served: set[str] = set()
+        """Names of the sites that some job has called so far."""
+
+    def run(self, jobs: Sequence[Job]) -> list[Any]:
+        """Results of ``jobs``, in order.
+
+        An exception inside a job surfaces here with its own traceback; the model is usable afterwards.
+        """
+        forwards = {site: _install(site) for site in self._sites}
+        try:
+            return self._run(jobs, forwards)
+        finally:
+            for site, forward in forwards.items():
+                _uninstall(site, forward)
+
+    def _run(self, jobs: Sequence[Job], forwards: dict[Site, Callable[..., Any]]) -> list[Any]:
+        results: list[Any] = [None] * len(jobs)
+        waiting: dict[Site, list[Call]] = {}
+        coroutines = [_Coroutine(index, job) for index, job in enumerate(jobs)]
+
+        def resume(job: _Coroutine, outcome: Any = None, *, first: bool = False) -> None:
+            for site, tensors in job.open:
+                swap(site.weights, tensors)
+            try:
+                if first:
+                    call = job.switch()
+                else:
+                    call = job.throw(outcome.error) if isinstance(outcome, _Raised) else job.switch(outcome)
+            finally:
+                for site, _ in job.open:
+                    restore(site.weights)
+            if job.dead:
+                results[job.index] = call
+            else:
+                waiting.setdefault(call.site, []).append(call)
+
+        try:
+            for job in coroutines:
+                resume(job, first=True)
+            while waiting:
+                # The earliest site first, so that jobs that lag behind (other experts, other branches) catch up.
+                site = min(waiting, key=lambda s: s.order)
+                calls = waiting.pop(site)
+                for call, outcome in zip(calls, self._serve(site, calls, forwards[site]), strict=True):
+                    resume(call.job, outcome)
+        finally:
+            for job in coroutines:
+                if job and not job.dead:
+                    job.throw(greenlet.GreenletExit())
+        return results
+
+    def _serve(self, site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> list[Any]:
+        self.sites_served.add(site.name)
+        served = self._materialise(site, calls, real)
+        if site.spans_blocks:  # its forward will call other sites, so it must run inside the coroutine
+            return [served.tensors[call.job.variant] for call in calls]
+        outcomes: list[Any] = []
+        for call in calls:
+            tensors = served.tensors[call.job.variant]
+            try:
+                outcomes.append(_unshared(_forward(site, call, tensors, served.forward, real), tensors))
+            except Exception as error:  # raised again inside the job, where its traceback belongs
+                outcomes.append(_Raised(error))
+        return outcomes
+
+
+def _forward(
+    site: Site,
+    call: Call,
+    tensors: list[Tensor],
+    special: Callable[[Call, list[Tensor]], Any] | None,
+    real: Callable[..., Any],
+) -> Any:
+    if special is not None:
+        return special(call, tensors)
+    swap(site.weights, tensors)
+    try:
+        return real(*call.args, **call.kwargs)
+    finally:
+        restore(site.weights)
+
+
+def _install(site: Site) -> Callable[..., Any]:
+    """Make calls of the site's forward from inside a job wait for the hub. Returns the real forward."""
+    real = site.module.forward
+
+    def waiting_forward(*args: Any, **kwargs: Any) -> Any:
+        job = greenlet.getcurrent()
+        if not isinstance(job, _Coroutine):
+            return real(*args, **kwargs)
+        outcome = job.parent.switch(Call(job, site, args, kwargs))
+        if not site.spans_blocks:
+            return outcome
+        job.open.append((site, outcome))
+        swap(site.weights, outcome)
+        try:
+            return real(*args, **kwargs)
+        finally:
+            job.open.pop()
+            restore(site.weights)
+
+    site.module.forward = waiting_forward  # type: ignore[method-assign]
+    return real
+
+
+def _uninstall(site: Site, real: Callable[..., Any]) -> None:
+    if getattr(real, "__self__", None) is site.module and getattr(real, "__func__", None) is type(site.module).forward:
+        del site.module.forward  # it was the class's own method
+    else:
+        site.module.forward = real  # type: ignore[method-assign]
+
+
+def _unshared(output: Any, scratch: list[Tensor]) -> Any:
+    """``output``, copied if it is a view of the scratch, which the next site overwrites."""
+    if isinstance(output, Tensor):
+        storage = output.untyped_storage().data_ptr()
+        if any(tensor.untyped_storage().data_ptr() == storage for tensor in scratch):
+            return output.clone()
+    return output

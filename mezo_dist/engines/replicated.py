@@ -1,0 +1,160 @@
+"""The engine that keeps a whole copy of the weights in every process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.algorithms.base import Variant
+from mezo_dist.directions.add import add
+from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.laws import Law
+from mezo_dist.engines.fanout import Call, FanOut, Job, Served
+from mezo_dist.engines.fingerprint import combine, fingerprint_shard
+from mezo_dist.engines.rows import Rows, plan_rows
+from mezo_dist.engines.sites import Site, find_sites, trainable_parameters
+
+ItemT = TypeVar("ItemT")
+
+
+@final
+class Replicated:
+    """One process or many, each with all the weights; see `mezo_dist.engines.base.Engine`.
+
+    Variants are materialised site by site into scratch; the weights are edited by `apply` and by nothing else.
+
+    Args:
+        model: any module; put into eval mode (dropout would give the two sides of an estimate different masks).
+        law: law of the directions.
+        compute_dtype: dtype in which weights are materialised for the forward pass; the weights' own if None.
+        stochastic_rounding: how `apply` rounds 16-bit (bf16) weights; fp32 weights need no rounding.
+        width: micro-batches that share one making of the variants; more of them cost activation memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        law: Law,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        width: int = 8,
+    ) -> None:
+        self.model = model.eval()
+        self.law = law
+        self.width = width
+        self.compute_dtype = compute_dtype
+        self.stochastic_rounding = stochastic_rounding
+        self._parameters = trainable_parameters(model)
+        self._fanout = FanOut(
+            find_sites(model, include_frozen=compute_dtype is not None), self._materialise
+        )
+        self._shifts: list[Combination] = []
+        self._scratch = torch.empty(0)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        variants: Sequence[Variant],
+        items: Sequence[ItemT],
+        forward: Callable[[nn.Module, ItemT], Any],
+    ) -> list[list[Any]]:
+        """See `Engine.evaluate`. Results are the same bits whatever the other items and variants are."""
+        if any(variant.per_sample for variant in variants):
+            raise NotImplementedError(f"a direction per sample needs law 'lowrank', this run has {self.law.name!r}")
+        results: list[list[Any]] = []
+        for start in range(0, len(items), self.width):
+            group = items[start : start + self.width]
+            jobs = [Job(v, functools.partial(forward, self.model, item)) for item in group for v in range(len(variants))]
+            self._shifts = [variant.shift for variant in variants]
+            flat = self._fanout.run(jobs)
+            results += [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
+        return results
+
+    @torch.no_grad()
+    def apply(self, combination: Combination, rounding_seed: int) -> None:
+        """See `Engine.apply`."""
+        for param_id, tensor in self._parameters.values():
+            stochastic = self.stochastic_rounding and tensor.dtype == torch.bfloat16
+            add(
+                tensor.data,
+                [combination],
+                [tensor.data],
+                param_id=param_id,
+                law=self.law,
+                rounding_seed=rounding_seed if stochastic else None,
+            )
+
+    def fingerprint(self) -> str:
+        """See `Engine.fingerprint`."""
+        return combine([fingerprint_shard(tensor, number) for number, tensor in self._parameters.values()])
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.named_weights`."""
+        for name, tensor in self.model.named_parameters():
+            yield name, tensor.detach()
+
+    def never_used(self) -> list[str]:
+        """Names of trainable weights that no forward pass has used so far (their updates are noise)."""
+        served = self._fanout.sites_served
+        used = {w.name for site in self._fanout._sites if site.name in served for w in site.weights}
+        return [name for name in self._parameters if name not in used]
+
+    def _materialise(self, site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Served:
+        rows = plan_rows(site, calls, real)
+        variants = sorted({call.job.variant for call in calls})
+        sources = [_source(weight.tensor.detach(), rows) for weight in site.weights]
+        make = self._fresh if site.spans_blocks else self._scratch_for(sources, len(variants))
+        tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
+        for weight, source in zip(site.weights, sources, strict=True):
+            dtype = self.compute_dtype or source.dtype
+            shifts = {v: self._shifts[v] if weight.trainable else ZERO for v in variants}
+            live = [v for v in variants if not shifts[v] and (source.dtype == dtype or not source.is_floating_point())]
+            moved = [v for v in variants if v not in live]
+            outputs = [make(source, dtype) for _ in moved]
+            row_length = weight.tensor.numel() // len(weight.tensor)
+            add(
+                source,
+                [shifts[v] for v in moved],
+                outputs,
+                param_id=weight.param_id,
+                law=self.law,
+                offsets=(0,) if rows is None else (rows.indices * row_length).tolist(),
+            )
+            for v in live:
+                tensors[v].append(source)
+            for v, output in zip(moved, outputs, strict=True):
+                tensors[v].append(output)
+        return Served(tensors, None if rows is None else rows.forward)
+
+    @staticmethod
+    def _fresh(like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(like, dtype=dtype)
+
+    def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[[Tensor, torch.dtype], Tensor]:
+        """Hands out pieces of one buffer that is kept from site to site: fresh memory costs page faults."""
+        need = sum(_aligned(4 * source.numel()) for source in sources) * copies
+        if self._scratch.numel() < need or self._scratch.device != sources[0].device:
+            self._scratch = torch.empty(need, dtype=torch.uint8, device=sources[0].device)
+        used = 0
+
+        def make(like: Tensor, dtype: torch.dtype) -> Tensor:
+            nonlocal used
+            num_bytes = like.numel() * dtype.itemsize
+            piece = self._scratch[used : used + num_bytes].view(dtype).view(like.shape)
+            used += _aligned(num_bytes)
+            return piece
+
+        return make
+
+
+def _source(tensor: Tensor, rows: Rows | None) -> Tensor:
+    return tensor if rows is None else tensor.index_select(0, rows.indices)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 64) * 64

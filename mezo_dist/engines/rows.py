@@ -1,0 +1,53 @@
+"""Tables of which a forward pass needs only some rows: only those are materialised.
+
+An embedding looks up the tokens of the batch; an output head read at the label words computes only those. Directions
+can start at any element, so the rows have the same bits as in the whole table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mezo_dist.engines.fanout import Call
+from mezo_dist.engines.sites import Site
+from mezo_dist.readout import RowLinear
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows ``indices`` (int64 [k]) of every weight of a site, and the forward that works on those rows alone."""
+
+    indices: Tensor
+    forward: Callable[[Call, list[Tensor]], Any]
+
+
+def plan_rows(site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Rows | None:
+    """The rows that ``calls`` of ``site`` need, or None if its whole weights are needed.
+
+    Only plain ``nn.Embedding`` lookups and heads under a `Readout` qualify: for any other class (scaled embeddings,
+    position tables) the module's own code decides what it does with its weights.
+    """
+    if isinstance(real, RowLinear):
+        return Rows(real.rows, _linear_rows)
+    if type(site.module) is not nn.Embedding or site.module.max_norm is not None:
+        return None
+    if any(len(call.args) != 1 or call.kwargs for call in calls):
+        return None
+    indices = torch.unique(torch.cat([call.args[0].reshape(-1) for call in calls]))
+
+    def look_up(call: Call, tensors: list[Tensor]) -> Tensor:
+        return F.embedding(torch.searchsorted(indices, call.args[0]), tensors[0])
+
+    return Rows(indices, look_up)
+
+
+def _linear_rows(call: Call, tensors: list[Tensor]) -> Tensor:
+    (hidden,) = call.args
+    weight, bias = tensors if len(tensors) == 2 else (tensors[0], None)
+    return F.linear(hidden, weight, bias)

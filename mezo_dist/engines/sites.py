@@ -1,0 +1,111 @@
+"""Sites: the places in a model where weights are used, found without knowing the model's class.
+
+A site is a module together with the weights that are materialised when its forward runs: usually one linear,
+norm or embedding module with its own weights. Variants are made site by site, just before use, so the scratch is
+as small as the largest site and still in the cache when the matrix product reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mezo_dist.directions.seeds import param_ids
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One parameter as one module uses it. Tied weights have one `name` and several `Weight` objects."""
+
+    owner: nn.Module
+    attribute: str
+    name: str
+    """Canonical: the first name under which ``model.named_parameters()`` yields the tensor."""
+    param_id: int
+    tensor: nn.Parameter
+    trainable: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A module and the weights that its forward pass uses."""
+
+    name: str
+    module: nn.Module
+    weights: tuple[Weight, ...]
+    order: int
+    """Place in the model's own order of modules."""
+    spans_blocks: bool
+    """The module owns weights and also contains blocks that are sites of their own."""
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, tuple[int, nn.Parameter]]:
+    """Canonical name -> (parameter id, tensor), each tensor once, in the model's order; frozen ones left out."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ids = param_ids(named)
+    return {name: (ids[name], tensor) for name, tensor in named.items()}
+
+
+def find_sites(model: nn.Module, *, include_frozen: bool) -> list[Site]:
+    """All sites of ``model``, in its order of modules.
+
+    A module that owns weights itself is a site. If modules inside it own weights too, the whole subtree is one site,
+    because its code may use the inner weights directly (``nn.MultiheadAttention`` does); unless the subtree
+    holds a list of blocks: then the inner modules stay sites of their own and only its own weights are its.
+
+    Args:
+        model: any module, not wrapped yet.
+        include_frozen: also modules without trainable weights (needed when all weights are cast for the forward).
+    """
+    weights = _weights_by_module(model)
+    sites: list[Site] = []
+
+    def visit(module: nn.Module, path: str) -> None:
+        own = weights.get(module, ())
+        has_inner = any(inner in weights for inner in module.modules() if inner is not module)
+        spans = bool(own) and has_inner and any(isinstance(m, nn.ModuleList) for m in module.modules())
+        if own:
+            used = own if spans or not has_inner else tuple(_all_weights(module, weights))
+            if include_frozen or any(w.trainable for w in used):
+                sites.append(Site(path, module, used, len(sites), spans))
+        if not own or spans:
+            for child_name, child in module.named_children():
+                visit(child, f"{path}.{child_name}" if path else child_name)
+
+    visit(model, "")
+    seen: set[int] = set()  # a module object that is reachable by two paths is one site
+    return [site for site in sites if id(site.module) not in seen and not seen.add(id(site.module))]  # type: ignore[func-returns-value]
+
+
+def _weights_by_module(model: nn.Module) -> dict[nn.Module, tuple[Weight, ...]]:
+    name_of = {id(tensor): name for name, tensor in model.named_parameters()}
+    ids = param_ids(name_of.values())
+    return {
+        module: tuple(
+            Weight(module, attribute, name_of[id(p)], ids[name_of[id(p)]], p, p.requires_grad)
+            for attribute, p in own
+        )
+        for module in model.modules()
+        if (own := [(a, p) for a, p in module._parameters.items() if p is not None])
+    }
+
+
+def _all_weights(module: nn.Module, weights: dict[nn.Module, tuple[Weight, ...]]) -> Iterator[Weight]:
+    for inner in module.modules():
+        yield from weights.get(inner, ())
+
+
+def swap(weights: tuple[Weight, ...], tensors: list[Tensor]) -> None:
+    """Make the modules use ``tensors`` in place of their weights (no copy, nothing is written)."""
+    for weight, tensor in zip(weights, tensors, strict=True):
+        weight.owner._parameters[weight.attribute] = (
+            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        )
+
+
+def restore(weights: tuple[Weight, ...]) -> None:
+    """Undo `swap`."""
+    for weight in weights:
+        weight.owner._parameters[weight.attribute] = weight.tensor

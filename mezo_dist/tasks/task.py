@@ -1,0 +1,105 @@
+"""`Task`: the contents of a task file (torch-free).
+
+    name: movie-sentences
+    data: demo:movie-sentences          # a demo data set, a hub name, or a local file
+    splits:
+      train: {source: all, size: 512}
+      validation: {source: all, size: 256}
+      test: {source: all, size: 1000}
+    prompt: "{{ text }} It was {{ answer }}"
+    plain: ["{{ text }}"]
+    label: label
+    labels: [{value: 0, word: terrible}, {value: 1, word: great}]
+    truncate: [text]
+    metric: accuracy
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+Metric = Literal["accuracy", "f1", "macro-f1", "matthews"]
+ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the samples of a split come from."""
+
+    source: str = "train"
+    """Split of the data set. Splits with the same source are cut from one seeded permutation and never overlap."""
+    size: Union[int, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
+    """Number of samples; all that remain in the source if null."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"splits: size must be at least 1 or null, not {self.size}")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits of a task; settings are chosen on validation, test is looked at once."""
+
+    train: Split = field(default_factory=Split)
+    """Samples to fine-tune on (the paper: 512)."""
+    validation: Split = field(default_factory=lambda: Split("validation"))
+    """Samples to choose settings on (the paper: 256)."""
+    test: Split = field(default_factory=lambda: Split("test"))
+    """Samples for the final figure."""
+    seed: int = 0
+    """Seed of the permutation that the splits are cut from."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """One class."""
+
+    value: Union[int, str]  # noqa: UP007
+    """Value of the label field in the data."""
+    word: str
+    """Word that stands for the class in the prompt; also its display name."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task: data, prompt, label words, metric."""
+
+    name: str
+    """Short name, used in logs."""
+    data: str
+    """``demo:NAME``, a hub name, or a local .jsonl, .json, .csv, .tsv, .parquet or .arrow file or a folder of such
+    files named after their splits."""
+    prompt: str
+    """jinja2 template over the fields of a sample, with ``{{ answer }}`` where the label word goes (at the very end
+    for causal models, where the mask token goes for masked models)."""
+    labels: tuple[Label, ...]
+    """The classes."""
+    plain: tuple[str, ...] = ()
+    """One or two jinja2 templates without prompt, for a fresh classification head."""
+    label: str = "label"
+    """Field with the label."""
+    subset: Union[str, None] = None  # noqa: UP007
+    """Configuration name of a hub data set."""
+    splits: Splits = field(default_factory=Splits)
+    """Which samples are used for what."""
+    truncate: tuple[str, ...] = ("text",)
+    """Fields that may be shortened, longest first, when a prompt exceeds the model's window; nothing else ever is."""
+    metric: Metric = "accuracy"
+    """Figure of merit, between 0 and 1 (matthews: -1 and 1)."""
+
+    def __post_init__(self) -> None:
+        if len(self.labels) < 2:
+            raise ValueError("task.labels: a classification task needs at least two labels")
+        for what, names in (("value", [str(x.value) for x in self.labels]), ("word", [x.word for x in self.labels])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"task.labels: two labels have the same {what}: {names}")
+        if ANSWER not in self.prompt:
+            raise ValueError("task.prompt: must contain {{ answer }} where the label word goes")
+        if len(self.plain) > 2:
+            raise ValueError("task.plain: give one template, or two for a pair of texts")
+
+    @property
+    def words(self) -> list[str]:
+        """Label words, in class order."""
+        return [label.word for label in self.labels]
