@@ -1,0 +1,55 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Both keep everything in .venv and set up what is missing.
+#
+#   PYTHON=python3.12         the Python that .venv is made with
+#   ARGS="--seed 1"           passed on to the run, to pytest: make test ARGS="-k wire"
+#   TORCH=torch==2.13.0+cu126, TORCH_INDEX=URL    another build of torch, another index to take it from
+PYTHON ?= python3
+
+# torch is installed first and alone: the default Linux wheel brings gigabytes of CUDA libraries, so a machine without
+# nvidia-smi takes the CPU build, which has an index of its own. The version is the one in constraints.txt.
+TORCH := $(shell grep '^torch==' constraints.txt)
+ifeq ($(shell uname -s):$(shell command -v nvidia-smi 2>/dev/null),Linux:)
+TORCH := $(TORCH)+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check lint format clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on two processes; takes minutes
+	$(BIN)/python -m mezo_dist.assets demo:smollm2-135m demo:movie-sentences
+	PATH="$(CURDIR)/$(BIN):$$PATH" launcher/torchrun_local.sh 2 configs/quickstart.yaml $(ARGS)
+
+test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint ## lint and the quick unit tests: for before a commit
+	$(BIN)/python -m pytest tests/unit -m "not assets and not distributed and not slow" $(ARGS)
+
+lint: .venv/installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, and what was built or cached; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp per set of extras: older than setup.cfg or constraints.txt, it is made again.
+.venv/installed-%: setup.cfg constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --no-deps --retries 2 $(TORCH_INDEX:%=--extra-index-url %) $(TORCH)
+	$(BIN)/pip install --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'mezo_dist needs Python 3.10 or newer, and $(PYTHON) is none: name one, as in "make test PYTHON=python3.11".'; exit 1; }
+	$(PYTHON) -m venv .venv

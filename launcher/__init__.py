@@ -1,0 +1,1 @@
+"""Ways of starting a job, one readable script each; see README.md beside this file."""
