@@ -6,10 +6,13 @@ model is loaded. The resolved config (every setting, defaults included) is saved
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -19,7 +22,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.task import Task
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -156,37 +159,71 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type or contradicts
             another one. The message names the key.
     """
-    import yaml
-    from jsonargparse import ArgumentError
-
     arguments = [item if item.startswith("-") else f"--{item}" for item in overrides]
+    data: Any = None
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"config file {path} does not exist")
+        data = _read_yaml(Path(path))
         arguments = [f"--config={path}", *arguments]
-    try:
-        made = parser(_algorithm_name(path, arguments))
-        values = made.instantiate(made.parse_args(arguments))
-        return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
-    except (ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
-        source = f"{path} or the command line" if path is not None else "the command line"
-        raise UserError(f"config ({source}): {error}\n`mezo-dist train --help` lists every setting") from error
+    with _user_errors(f"{path} or the command line" if path is not None else "the command line"):
+        made = parser(_algorithm_name(data, arguments))
+        return _build(made, made.parse_args(arguments))
 
 
-def _algorithm_name(path: str | Path | None, arguments: Sequence[str]) -> str:
-    """``algorithm.name``, looked up before the parser is built, since the algorithm's settings depend on it."""
+def from_dict(data: dict[str, Any], source: str) -> RunConfig:
+    """`RunConfig.to_dict` read back; errors, the same as those of `load`, name ``source``."""
+    with _user_errors(source):
+        made = parser(_algorithm_name(data, ()))
+        return _build(made, made.parse_object(data))
+
+
+def _build(made: ArgumentParser, parsed: Namespace) -> RunConfig:
+    values = made.instantiate(parsed)
+    return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def _read_yaml(path: Path) -> Any:
     import yaml
 
-    name = None
-    if path is not None:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        algorithm = data.get("algorithm") if isinstance(data, dict) else None
-        name = algorithm.get("name") if isinstance(algorithm, dict) else None
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not YAML: {error}") from error
+
+
+@contextlib.contextmanager
+def _user_errors(source: str) -> Iterator[None]:
+    from jsonargparse import ArgumentError
+
+    try:
+        yield
+    except (ArgumentError, ValueError, TypeError) as error:
+        message = str(error)
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+        if unknown:
+            name = unknown[1] or unknown[2]
+            near = difflib.get_close_matches(name, _all_keys(), n=1) or difflib.get_close_matches(
+                name.rpartition(".")[2], [key.rpartition(".")[2] for key in _all_keys()], n=1
+            )
+            message = f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        raise UserError(f"config ({source}): {message}\n`mezo-dist train --help` lists every setting") from error
+
+
+def _all_keys() -> list[str]:
+    """Names of all settings, of any algorithm."""
+    return sorted({action.dest for name in ALGORITHMS for action in parser(name)._actions})
+
+
+def _algorithm_name(data: Any, arguments: Sequence[str]) -> str:
+    """``algorithm.name``, looked up before the parser is built, since the algorithm's settings depend on it."""
+    section = data.get("algorithm") if isinstance(data, dict) else None
+    name = section.get("name") if isinstance(section, dict) else None
+    for flag, value in zip(arguments, [*arguments, ""][1:], strict=True):
         key, _, inline = flag.partition("=")
         if key == "--algorithm.name":
             name = inline or value
+    known = ", ".join(sorted(ALGORITHMS))
     if name not in ALGORITHMS:
-        known = ", ".join(sorted(ALGORITHMS))
         raise ValueError(f"algorithm.name: {name!r} is not one of {known}" if name else f"set algorithm.name: {known}")
     return str(name)

@@ -13,14 +13,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+class CoefficientError(ValueError):
+    """A coefficient is not finite in fp32."""
+
+
 def to_fp32(value: float) -> float:
-    """``value`` rounded to the nearest fp32, as a Python float. Raises ValueError if it is not finite in fp32."""
+    """``value`` rounded to the nearest fp32, as a Python float. Raises CoefficientError if it is not finite there."""
     try:
         rounded = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
         rounded = math.inf
     if not math.isfinite(rounded):
-        raise ValueError(f"a coefficient must be finite in fp32, not {value!r}")
+        raise CoefficientError(f"a coefficient must be finite in fp32, not {value!r}")
     return rounded
 
 
@@ -44,7 +48,8 @@ class Combination:
         """The canonical combination of ``terms``: coefficients of equal seeds are added in fp64, then rounded once.
 
         Raises:
-            ValueError: a coefficient is not finite in fp32, or a seed is not a 64-bit unsigned integer.
+            CoefficientError: a coefficient is not finite in fp32.
+            ValueError: a seed is not a 64-bit unsigned integer.
         """
         total: dict[int, float] = {}
         for seed, coefficient in terms:

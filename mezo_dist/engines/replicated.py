@@ -16,7 +16,7 @@ from mezo_dist.directions.laws import Law
 from mezo_dist.engines.fanout import Call, FanOut, Job, Served
 from mezo_dist.engines.fingerprint import combine, fingerprint_shard
 from mezo_dist.engines.rows import Rows, plan_rows
-from mezo_dist.engines.sites import Site, find_sites, trainable_parameters
+from mezo_dist.engines.sites import Site, Weight, find_sites, trainable_parameters
 
 ItemT = TypeVar("ItemT")
 
@@ -108,48 +108,53 @@ class Replicated:
         rows = plan_rows(site, calls, real)
         variants = sorted({call.job.variant for call in calls})
         sources = [_source(weight.tensor.detach(), rows) for weight in site.weights]
-        make = self._fresh if site.spans_blocks else self._scratch_for(sources, len(variants))
+        allocate = torch.empty_like if site.spans_blocks else self._scratch_for(sources, len(variants))
         tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
         for weight, source in zip(site.weights, sources, strict=True):
-            dtype = self.compute_dtype or source.dtype
-            shifts = {v: self._shifts[v] if weight.trainable else ZERO for v in variants}
-            live = [v for v in variants if not shifts[v] and (source.dtype == dtype or not source.is_floating_point())]
-            moved = [v for v in variants if v not in live]
-            outputs = [make(source, dtype) for _ in moved]
-            row_length = weight.tensor.numel() // len(weight.tensor)
+            for v, tensor in self._variants_of(weight, source, rows, variants, allocate).items():
+                tensors[v].append(tensor)
+        return Served(tensors, None if rows is None else rows.forward)
+
+    def _variants_of(
+        self,
+        weight: Weight,
+        source: Tensor,
+        rows: Rows | None,
+        variants: Sequence[int],
+        allocate: Callable[..., Tensor],
+    ) -> dict[int, Tensor]:
+        """One weight (or its needed rows) under every variant; variants that do not move it share the weight itself."""
+        dtype = self.compute_dtype if self.compute_dtype and source.is_floating_point() else source.dtype
+        shifts = {v: self._shifts[v] if weight.trainable else ZERO for v in variants}
+        moved = [v for v in variants if shifts[v] or dtype != source.dtype]
+        made = {v: allocate(source, dtype=dtype) for v in moved}
+        if moved:
+            row_length = source[0].numel()
             add(
                 source,
                 [shifts[v] for v in moved],
-                outputs,
+                list(made.values()),
                 param_id=weight.param_id,
                 law=self.law,
                 offsets=(0,) if rows is None else (rows.indices * row_length).tolist(),
             )
-            for v in live:
-                tensors[v].append(source)
-            for v, output in zip(moved, outputs, strict=True):
-                tensors[v].append(output)
-        return Served(tensors, None if rows is None else rows.forward)
+        return {v: made.get(v, source) for v in variants}
 
-    @staticmethod
-    def _fresh(like: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(like, dtype=dtype)
-
-    def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[[Tensor, torch.dtype], Tensor]:
+    def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[..., Tensor]:
         """Hands out pieces of one buffer that is kept from site to site: fresh memory costs page faults."""
         need = sum(_aligned(4 * source.numel()) for source in sources) * copies
         if self._scratch.numel() < need or self._scratch.device != sources[0].device:
             self._scratch = torch.empty(need, dtype=torch.uint8, device=sources[0].device)
         used = 0
 
-        def make(like: Tensor, dtype: torch.dtype) -> Tensor:
+        def allocate(like: Tensor, dtype: torch.dtype) -> Tensor:
             nonlocal used
             num_bytes = like.numel() * dtype.itemsize
             piece = self._scratch[used : used + num_bytes].view(dtype).view(like.shape)
             used += _aligned(num_bytes)
             return piece
 
-        return make
+        return allocate
 
 
 def _source(tensor: Tensor, rows: Rows | None) -> Tensor:

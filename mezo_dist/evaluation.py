@@ -1,0 +1,93 @@
+"""Forward passes over a batch, shared out over the ranks and summed exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mezo_dist.algorithms.base import Evaluation, Losses, Variant
+from mezo_dist.data import MicroBatch, deal
+from mezo_dist.engines.base import Engine
+from mezo_dist.objectives import Objective, Scores
+from mezo_dist.tasks.metrics import measure
+from mezo_dist.tasks.task import Metric
+from mezo_dist.wire import MAX_SUM, Wire, fingerprint, mean, to_fixed
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """An engine, an objective and the wire: all that a round of forward passes needs."""
+
+    engine: Engine
+    objective: Objective
+    wire: Wire
+
+    def losses(self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]) -> Losses | None:
+        """Evaluate a round. None if any loss, anywhere, is not finite (or has diverged): then no rank may update.
+
+        Args:
+            request: what to evaluate.
+            batch: all micro-batches of the batch; this rank takes its share.
+            mark: what the rank believes it is doing; ranks that differ are told (`Wire.round`).
+        """
+        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
+        columns = num_samples if request.each_sample else 1
+        table = torch.zeros(len(request.variants), columns, 2, dtype=torch.int64)
+        sound = True
+        mine = deal(batch, self.wire.rank, self.wire.world_size)
+        for micro_batch, scores in zip(mine, self.engine.evaluate(request.variants, mine, self.objective), strict=True):
+            slots = torch.tensor(micro_batch.slots) if request.each_sample else torch.zeros(
+                len(micro_batch.slots), dtype=torch.int64
+            )
+            for variant, score in enumerate(scores):
+                loss, finite = to_fixed(score.loss)
+                sound = sound and bool(finite.all()) and _fits(table[variant], loss, self.wire.world_size)
+                table[variant].index_add_(0, slots, torch.stack([loss, score.weight], dim=1))
+        message = torch.cat([torch.tensor([0 if sound else 1]), table.flatten()])
+        total = self.wire.round(message, fingerprint(*mark, _describe(request)))
+        if int(total[0]):
+            return None
+        sums = total[1:].view(table.shape).tolist()
+        means = tuple(mean(sum(loss for loss, _ in row), sum(weight for _, weight in row)) for row in sums)
+        each = tuple(tuple(mean(loss, weight) for loss, weight in row) for row in sums)
+        return Losses(means, each if request.each_sample else ())
+
+    def score(
+        self, batch: Sequence[MicroBatch], metric: Metric, num_classes: int, advance: Callable[[int], None]
+    ) -> dict[str, float]:
+        """Mean loss and metric of the current weights on a whole split.
+
+        Args:
+            batch: all micro-batches of the split.
+            metric: name of the figure of merit.
+            num_classes: number of classes.
+            advance: called with the number of samples done (on this rank, times the number of ranks).
+        """
+        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
+        table = torch.zeros(num_samples, 4, dtype=torch.int64)  # loss, weight, prediction, label
+        failed = 0
+        for micro_batch in deal(batch, self.wire.rank, self.wire.world_size):
+            score: Scores = self.engine.evaluate([Variant()], [micro_batch], self.objective)[0][0]
+            loss, finite = to_fixed(score.loss)
+            failed += int((~finite).sum())
+            rows = torch.stack([loss, score.weight, score.prediction.cpu(), micro_batch.labels], dim=1)
+            table[torch.tensor(micro_batch.slots)] = rows
+            advance(len(micro_batch.slots) * self.wire.world_size)
+        message = torch.cat([torch.tensor([failed]), table.flatten()])
+        total = self.wire.round(message, fingerprint("score", num_samples, metric))
+        loss, weight, prediction, label = total[1:].view(table.shape).unbind(dim=1)
+        value = mean(int(loss.sum()), int(weight.sum())) if not int(total[0]) else float("nan")
+        return {"loss": value, metric: measure(metric, prediction, label, num_classes)}
+
+
+def _fits(row: torch.Tensor, loss: torch.Tensor, world_size: int) -> bool:
+    """Whether the sums stay below 62 bits, also after adding those of the other ranks."""
+    magnitude = sum(abs(value) for value in loss.tolist()) + max(abs(value) for value in row[:, 0].tolist())
+    return magnitude < MAX_SUM // world_size
+
+
+def _describe(request: Evaluation) -> object:
+    variants = [[v.shift.to_json(), [shift.to_json() for shift in v.per_sample]] for v in request.variants]
+    return [variants, request.batch, request.each_sample]

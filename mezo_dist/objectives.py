@@ -1,0 +1,105 @@
+"""Objectives: what a forward pass of one micro-batch says about its samples.
+
+Losses are computed in fp32 from the logits, whatever the model's dtype, one per sample.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mezo_dist.data import MicroBatch
+from mezo_dist.readout import Readout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What one forward pass found, per sample."""
+
+    loss: Tensor
+    """fp32 [n]: sum of losses over the things that ``weight`` counts."""
+    weight: Tensor
+    """int64 [n]: what the loss is averaged over, 1 per sample (or the number of target tokens)."""
+    prediction: Tensor
+    """int64 [n]: predicted class."""
+
+
+Objective = Callable[[nn.Module, MicroBatch], Scores]
+"""Runs the model on one micro-batch."""
+
+
+def classifier(model: nn.Module, batch: MicroBatch) -> Scores:
+    """Cross-entropy of a classification head."""
+    return _cross_entropy(model(**_on_device(model, batch)).logits, batch.labels)
+
+
+class LabelWords:
+    """Cross-entropy over the label words' logits where the answer is read (as MeZO does for classification).
+
+    Args:
+        model: a causal or masked language model.
+        label_ids: token of each class.
+        probe: a micro-batch to check the fast read-out on: if the model does something to its logits that the
+            read-out of single rows does not survive, whole logits are used, and the log says so.
+    """
+
+    def __init__(self, model: nn.Module, label_ids: list[int], probe: MicroBatch) -> None:
+        self._label_ids = torch.tensor(label_ids, device=_device(model))
+        self._readout: Readout | None = None
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if type(head) is not nn.Linear:
+            log.info("the output head is a %s: logits of the whole vocabulary are computed", type(head).__name__)
+            return
+        with torch.no_grad():
+            whole = self._logits(model, probe)
+            self._readout = Readout(head, self._label_ids)
+            if not self._agrees(model, probe, whole):
+                log.info("the model changes its logits after the head: those of the whole vocabulary are computed")
+                self._readout.detach()
+                self._readout = None
+
+    def __call__(self, model: nn.Module, batch: MicroBatch) -> Scores:
+        """See `Objective`."""
+        return _cross_entropy(self._logits(model, batch), batch.labels)
+
+    def _agrees(self, model: nn.Module, probe: MicroBatch, whole: Tensor) -> bool:
+        try:
+            fast = self._logits(model, probe)
+        except (RuntimeError, IndexError) as error:
+            log.debug("read-out failed: %s", error)
+            return False
+        return fast.shape == whole.shape and torch.allclose(fast.float(), whole.float(), rtol=1e-2, atol=1e-2)
+
+    def _logits(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """[n, classes]"""
+        positions = batch.positions.to(self._label_ids.device)
+        if self._readout is None:
+            logits = model(**_on_device(model, batch)).logits
+            return logits[torch.arange(len(positions), device=positions.device), positions][:, self._label_ids]
+        token = Readout.at(positions)
+        try:
+            return model(**_on_device(model, batch)).logits[:, 0]
+        finally:
+            Readout.reset(token)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Scores:
+    logits = logits.float().cpu()
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return Scores(loss, torch.ones_like(labels), logits.argmax(dim=-1))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _on_device(model: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+    device = _device(model)
+    return {name: tensor.to(device) for name, tensor in batch.inputs.items()}

@@ -1,0 +1,200 @@
+"""For tests, ours and those of people who extend mezo_dist: tiny models and data, and processes over gloo.
+
+Nothing here needs a network, a GPU or a port.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+import random
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WORDS = (
+    "a the this that film movie plot cast scene story ending music camera It was and but very quite rather "
+    "dull slow weak poor flat bland terrible awful boring bright fresh sharp warm funny lovely great superb"
+).split()
+BAD, GOOD = WORDS[20:29], WORDS[29:]
+
+
+def tiny_tokenizer() -> Any:
+    """A word-level tokeniser over `WORDS`, with pad, unknown, mask and separator tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<unk>", "<mask>", "<eos>"]
+    vocabulary = {token: number for number, token in enumerate([*special, *WORDS, ".", ","])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        eos_token="<eos>",
+        model_max_length=64,
+    )
+
+
+def tiny_model(kind: str, seed: int = 0) -> Any:
+    """A random model of a few thousand weights: ``llama``, ``llama-tied``, ``opt``, ``gpt2``, ``bert``, ``roberta``,
+    ``distilbert``, ``t5`` or ``mixtral``."""
+    import torch
+    import transformers as t
+
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    window = {"max_position_embeddings": 64, "intermediate_size": 48}
+    makers: dict[str, Callable[[], Any]] = {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, **window, tie_word_embeddings=False)),
+        "llama-tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, **window, tie_word_embeddings=True)),
+        "opt": lambda: t.OPTForCausalLM(
+            t.OPTConfig(**size, max_position_embeddings=64, ffn_dim=48, word_embed_proj_dim=32)
+        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)),
+        "bert": lambda: t.BertForMaskedLM(t.BertConfig(**size, **window)),
+        "roberta": lambda: t.RobertaForMaskedLM(
+            t.RobertaConfig(**size, intermediate_size=48, max_position_embeddings=66, pad_token_id=0)
+        ),
+        "distilbert": lambda: t.DistilBertForMaskedLM(
+            t.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=64)
+        ),
+        "t5": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        ),
+        "mixtral": lambda: t.MixtralForCausalLM(
+            t.MixtralConfig(**size, **window, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+        ),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return makers[kind]().eval()
+
+
+def write_tiny_model(folder: Path, kind: str, seed: int = 0) -> Path:
+    """`tiny_model` and `tiny_tokenizer` as a folder that ``from_pretrained`` loads."""
+    tiny_model(kind, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_tiny_data(path: Path, num_rows: int = 96, seed: int = 0) -> Path:
+    """A .jsonl file of short made-up reviews with fields ``text`` and ``label`` (0 or 1, alternating)."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(num_rows):
+        label = number % 2
+        words = draw.choices(WORDS[:20], k=draw.randint(2, 12)) + draw.choices(GOOD if label else BAD, k=2)
+        rows.append({"text": " ".join(words), "label": label})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_tiny_config(folder: Path, kind: str = "llama-tied", algorithm: str = "mezo-svrg", **train: int) -> Path:
+    """A config, with model and data beside it, that trains in about a second; returns the config file."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    task = {
+        "name": "tiny",
+        "data": str(write_tiny_data(folder / "data.jsonl")),
+        "splits": {name: {"source": "train", "size": size} for name, size in _SIZES.items()},
+        "prompt": "{{ text }} . It was {{ answer }}",
+        "plain": ["{{ text }}"],
+        "labels": [{"value": 0, "word": "terrible"}, {"value": 1, "word": "great"}],
+    }
+    data = {
+        "model": {"name": str(write_tiny_model(folder / "model", kind))},
+        "task": task,
+        "algorithm": {"name": algorithm},
+        "train": {"steps": 6, "batch_size": 6, "micro_batch": 4, **train},
+        "output": {"dir": str(folder / "run")},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+_SIZES = {"train": 30, "validation": 20, "test": 20}
+
+
+def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Call ``function(wire, *args)`` on ``world_size`` processes joined over gloo; one thread each.
+
+    Args:
+        function: importable (defined at the top of a module); its result must pickle.
+        world_size: number of processes.
+        timeout_s: seconds for the whole call, and for every collective in it.
+
+    Returns:
+        The results, by rank.
+
+    Raises:
+        RuntimeError: a process failed (with its traceback), died, or did not finish in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [
+            context.Process(
+                target=_work, args=(function, rank, world_size, f"file://{folder}/meet", timeout_s, results, args)
+            )
+            for rank in range(world_size)
+        ]
+        for worker in workers:
+            worker.start()
+        try:
+            return _collect(workers, results, world_size, timeout_s)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
+
+
+def _work(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    init_method: str,
+    timeout_s: float,
+    results: Any,
+    args: tuple[Any, ...],
+) -> None:
+    import torch
+
+    from mezo_dist import wire
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    try:
+        connection = wire.connect(timeout_s, init_method)
+        results.put((rank, function(connection, *args), None))
+        connection.close()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def _collect(workers: list[Any], results: Any, world_size: int, timeout_s: float) -> list[Any]:
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(found) < world_size:
+        try:
+            rank, value, error = results.get(timeout=0.2)
+        except queue.Empty:
+            dead = [r for r, w in enumerate(workers) if r not in found and w.exitcode not in (None, 0)]
+            if dead:
+                raise RuntimeError(f"rank(s) {dead} died without a word") from None
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"ranks {sorted(set(range(world_size)) - set(found))} did not finish") from None
+            continue
+        if error is not None:
+            raise RuntimeError(f"rank {rank} failed:\n{error}")
+        found[rank] = value
+    return [found[rank] for rank in range(world_size)]
