@@ -1,0 +1,136 @@
+"""MeZO-SVRG is what the paper says: a true anchor, the same batch, the same direction; and that reduces the variance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mezo_dist.algorithms.base import Losses, Problem, Variant
+from mezo_dist.algorithms.mezo import Mezo, MezoConfig
+from mezo_dist.algorithms.schedules import Annealing, Plateau
+from mezo_dist.algorithms.svrg import Svrg, SvrgConfig, SvrgState
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.laws import GAUSSIAN
+
+PROBLEM = Problem(seed=1, num_steps=10, batch_size=4, full_size=16)
+SVRG = Svrg(SvrgConfig(lr=0.01, anchor_lr=0.1, eps=0.5, q=3), PROBLEM)
+
+
+def after_anchor() -> SvrgState:
+    # p0 = (3 - 1) / (2 * 0.5) = 2
+    return SVRG.update(SVRG.init(), 0, [Losses((3.0, 1.0))]).state
+
+
+def test_anchor_step_uses_the_full_batch_and_the_anchor_rate() -> None:
+    plan = SVRG.plan(SVRG.init(), 0)
+    seed = PROBLEM.direction_seed(0)
+    assert plan.batch == "full"
+    assert plan.variants == tuple(Variant(Combination.single(seed, sign * 0.5)) for sign in (1, -1))
+    assert SVRG.update(SVRG.init(), 0, [Losses((3.0, 1.0))]).combination == Combination.single(seed, -0.1 * 2)
+
+
+def test_the_anchor_is_the_point_before_the_anchor_step() -> None:
+    state = after_anchor()
+    assert state.displacement == Combination.single(PROBLEM.direction_seed(0), -0.2)
+
+
+def test_inner_step_probes_both_points_along_one_direction() -> None:
+    state = after_anchor()
+    plan = SVRG.plan(state, 1)
+    z = PROBLEM.direction_seed(1)
+    plus, minus = Combination.single(z, 0.5), Combination.single(z, -0.5)
+    assert plan.batch == "minibatch"
+    shifts = (plus, minus, plus - state.displacement, minus - state.displacement)
+    assert plan.variants == tuple(Variant(shift) for shift in shifts)
+
+
+def test_inner_update_is_the_variance_reduced_estimate() -> None:
+    state = after_anchor()
+    update = SVRG.update(state, 1, [Losses((5.0, 1.0, 3.0, 2.0))])  # p = 4 here, 1 at the anchor
+    z, z0 = PROBLEM.direction_seed(1), PROBLEM.direction_seed(0)
+    assert update.combination == Combination.of([(z, -0.01 * 3), (z0, -0.01 * 2)])
+    assert update.state.displacement == state.displacement + update.combination
+
+
+def test_anchors_come_every_q_steps_and_a_skipped_one_is_made_up_for() -> None:
+    state, batches = SVRG.init(), []
+    for step in range(8):
+        plan = SVRG.plan(state, step)
+        batches.append(plan.batch)
+        if step == 3:
+            continue  # this anchor step is skipped: the state stays as it was
+        state = SVRG.update(state, step, [Losses((1.0,) * len(plan.variants))]).state
+    mini, full = "minibatch", "full"
+    assert batches == [full, mini, mini, full, full, mini, mini, full]
+
+
+def test_annealing_divides_both_rates_on_a_plateau() -> None:
+    rule, plateau = Annealing(divisor=5, window=4, threshold=1.05), Plateau()
+    for loss in [1.0] * 4 + [0.9] * 4 + [0.8] * 4:
+        plateau = plateau.after(loss, rule)
+    assert plateau.factor == 1.0
+    for loss in [1.0] * 4:  # against the window two before it: 1.0 > 1.05 * 0.9
+        plateau = plateau.after(loss, rule)
+    assert plateau.factor == pytest.approx(0.2)
+
+
+DIM, NUM_SAMPLES, BATCH_SIZE, DRAWS = 200, 512, 64, 100
+
+
+class Logistic:
+    """A logistic regression late in training, where minibatch gradients are large against the full one."""
+
+    def __init__(self) -> None:
+        self.draw = torch.Generator().manual_seed(0)
+        self.features = torch.randn(NUM_SAMPLES, DIM, generator=self.draw, dtype=torch.float64) * 3 / DIM**0.5
+        truth = torch.randn(DIM, generator=self.draw, dtype=torch.float64)
+        noise = torch.randn(NUM_SAMPLES, generator=self.draw, dtype=torch.float64)
+        self.signs = torch.sign(self.features @ truth + 3 * noise)
+        self.everything = torch.arange(NUM_SAMPLES)
+        self.w = torch.zeros(DIM, dtype=torch.float64)
+        for _ in range(300):
+            self.w = self.w - self.gradient()
+
+    def losses(self, w: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.softplus(-self.signs[index] * (self.features[index] @ w)).mean()
+
+    def gradient(self) -> torch.Tensor:
+        w = self.w.clone().requires_grad_(True)
+        return torch.autograd.grad(self.losses(w, self.everything), w)[0]
+
+    def estimate(self, algorithm: Mezo | Svrg, w: torch.Tensor, state: Any, step: int) -> tuple[torch.Tensor, Any]:
+        """The planner asks, the problem answers, the planner's update at learning rate 1 is minus the estimate."""
+        plan = algorithm.plan(state, step)
+        index = torch.randperm(NUM_SAMPLES, generator=self.draw)[:BATCH_SIZE]
+        batch = self.everything if plan.batch == "full" else index
+        losses = [float(self.losses(w + vector(v.shift), batch)) for v in plan.variants]
+        update = algorithm.update(state, step, [Losses(tuple(losses))])
+        return -vector(update.combination), update.state
+
+
+def vector(combination: Combination) -> torch.Tensor:
+    total = torch.zeros(DIM, dtype=torch.float64)
+    for seed, c in combination.terms:
+        total += c * GAUSSIAN.chunks(seed, 7, 0, 1).flatten()[:DIM].double()
+    return total
+
+
+def test_variance_is_several_times_below_mezos() -> None:
+    """E|v - grad|^2 / |grad|^2 against the gradient in closed form (DESIGN 5 has such a figure: 901 and 193)."""
+    toy = Logistic()
+    gradient = toy.gradient()
+    errors: dict[str, list[float]] = {"mezo": [], "svrg": []}
+    for draw in range(DRAWS):
+        problem = Problem(seed=draw, num_steps=10, batch_size=BATCH_SIZE, full_size=NUM_SAMPLES)
+        mezo = Mezo(MezoConfig(lr=1.0, eps=1e-3), problem)
+        estimate, _ = toy.estimate(mezo, toy.w, mezo.init(), 1)
+        errors["mezo"].append(float(((estimate - gradient) ** 2).sum()))
+        svrg = Svrg(SvrgConfig(lr=1.0, anchor_lr=1e-2, eps=1e-3, q=10), problem)
+        anchored, state = toy.estimate(svrg, toy.w, svrg.init(), 0)
+        estimate, _ = toy.estimate(svrg, toy.w - anchored, state, 1)
+        errors["svrg"].append(float(((estimate - gradient) ** 2).sum()))
+    mezo_error, svrg_error = (sum(e) / DRAWS / float((gradient**2).sum()) for e in errors.values())
+    print(f"E|v - grad|^2 / |grad|^2: MeZO {mezo_error:.0f}, MeZO-SVRG {svrg_error:.0f}")
+    assert svrg_error < mezo_error / 3
