@@ -38,7 +38,8 @@ def run(
 def output(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] = ENV) -> str:
     """What a command prints; the test fails if the command does."""
     done = run(*command, cwd=cwd, env=env)
-    assert done.returncode == 0, f"{command} failed\n{done.stdout}\n{done.stderr}"
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}", pytrace=False)
     return done.stdout
 
 
@@ -178,7 +179,9 @@ print("LOADED", *sys.modules)
     assert heavy.isdisjoint(loaded), heavy.intersection(loaded)
 
 
-@pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "mypy"])
+@pytest.mark.parametrize(
+    "command", ["ruff check --output-format concise", "ruff format --check --output-format concise", "mypy"]
+)
 def test_lint(command: str) -> None:
     output(sys.executable, "-m", *command.split())
 
