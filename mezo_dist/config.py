@@ -112,8 +112,11 @@ class RunConfig:
     task: Task
     algorithm: Any
     """``name`` picks the algorithm; its other settings depend on which (see `mezo_dist.algorithms.ALGORITHMS`)."""
-    law: Literal["gaussian", "rademacher"] = "gaussian"
-    """Law of the directions."""
+    law: Literal["gaussian", "rademacher", "lowrank"] = "gaussian"
+    """Law of the directions. ``lowrank`` makes those of matrices products of thin gaussian factors, which allows
+    ``algorithm.per_sample``."""
+    rank: int = 1
+    """Rank of low-rank directions."""
     engine: Literal["replicated"] = "replicated"
     """What owns the weights: ``replicated`` keeps a copy in every process."""
     seed: int = 0
@@ -121,6 +124,12 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank: must be at least 1, not {self.rank}")
+        if self.algorithm.per_sample and self.law != "lowrank":
+            raise ValueError(f"algorithm.per_sample: a direction per sample needs law: lowrank, not {self.law}")
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as nested dicts of JSON types, in the shape of a config file."""

@@ -18,7 +18,7 @@ from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Algorithm, Batch, Problem
 from mezo_dist.config import RunConfig
 from mezo_dist.data import BatchOrder, MicroBatch, cut
-from mezo_dist.directions.laws import LAWS
+from mezo_dist.directions.field import Field
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.engines.replicated import Replicated
 from mezo_dist.errors import UserError
@@ -73,7 +73,7 @@ class Run:
 
     def header(self) -> Header:
         """The trajectory's header."""
-        law = LAWS[self.config.law].version
+        law = self.engine.field.version
         return Header(self.config.to_dict(), self.config.digest(), self.base_fingerprint, law, self.config.seed)
 
 
@@ -94,7 +94,7 @@ def prepare(config: RunConfig, wire: Wire) -> Run:
     # Built before the read-out is attached, so that the sites see the model as it is.
     engine = Replicated(
         loaded.model,
-        LAWS[config.law],
+        Field(config.law, config.rank),
         compute_dtype=getattr(torch, config.model.compute) if config.model.compute else None,
         stochastic_rounding=config.model.weights == "bfloat16",
         width=config.train.width,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo_dist import checkpoint, trajectory
-from mezo_dist.algorithms.base import Evaluation, Losses
+from mezo_dist.algorithms.base import Evaluation, Losses, Update
 from mezo_dist.config import RunConfig, from_dict
 from mezo_dist.directions.combination import ZERO, CoefficientError
 from mezo_dist.errors import UserError
@@ -93,14 +93,19 @@ def _loop(run: Run, progress: _Progress, writer: TrajectoryWriter | None, monito
         run.apply(step)
         progress.state, progress.step = planned.state, progress.step + 1
         _count_skips(progress, step, config.max_skipped, monitor)
-        scalars = {f"train/{name}": value for name, value in planned.metrics.items()} | {
-            "time/evaluate_s": evaluated - began,
-            "time/update_s": time.perf_counter() - evaluated,
-            "wire/payload_bytes": float(run.wire.payload_bytes),
-            "memory/peak_rss_GiB": peak_rss_gib(),
-            "train/skipped_steps": float(progress.skipped),
-        }
-        monitor.step(step.step, scalars, samples=planned.forwards)
+        metrics = dict(planned.metrics)
+        scalars = (
+            ({"loss/train": metrics.pop("loss")} if "loss" in metrics else {})
+            | metrics
+            | {
+                "time/evaluate_s": evaluated - began,
+                "time/update_s": time.perf_counter() - evaluated,
+                "wire/payload_bytes": float(run.wire.payload_bytes),
+                "memory/peak_rss_GiB": peak_rss_gib(),
+                "skipped_steps": float(progress.skipped),
+            }
+        )
+        monitor.step(progress.step, scalars, samples=planned.forwards)
         if config.evaluate_every and progress.step % config.evaluate_every == 0 and progress.step < config.steps:
             score(run, "validation", monitor, progress.step)
 
@@ -116,7 +121,7 @@ def plan_step(run: Run, state: Any, number: int) -> Planned:
     def skipped(reason: str) -> Planned:
         return Planned(state, Step(number, (), ZERO, reason), {}, forwards)
 
-    request = run.algorithm.plan(state, number)
+    request: Evaluation | Update = run.algorithm.plan(state, number)
     while isinstance(request, Evaluation):
         batch = run.batch(request.batch, number)
         forwards += len(request.variants) * sum(len(micro_batch.slots) for micro_batch in batch)
@@ -199,10 +204,8 @@ def _resume(run: Run, path: Path, progress: _Progress) -> dict[str, float]:
 def score(run: Run, split: str, monitor: Monitor, step: int) -> dict[str, float]:
     """Loss and metric of the current weights on a split, shown and logged."""
     samples = run.splits[split]
-    with monitor.evaluation(split, len(samples)) as bar:
-        result = run.evaluator.score(
-            run.split(split), run.config.task.metric, len(run.config.task.labels), bar.advance
-        )
+    with monitor.evaluation(split, len(samples)) as advance:
+        result = run.evaluator.score(run.split(split), run.config.task.metric, len(run.config.task.labels), advance)
     monitor.result(split, step, result)
     return result
 

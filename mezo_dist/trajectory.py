@@ -105,7 +105,7 @@ def read(path: Path) -> tuple[Header, list[Step]]:
     head = _parse(path, 1, lines[0])
     if head.pop("format", None) != FORMAT:
         raise UserError(f"{path}, line 1: not a trajectory of format {FORMAT}")
-    steps = []
+    steps: list[Step] = []
     for number, line in enumerate(lines[1:], start=2):
         try:
             step = Step.from_json(_parse(path, number, line))

@@ -2,6 +2,9 @@
 
     p_k = (L_B(w + eps z_k) - L_B(w - eps z_k)) / (2 eps)          projected gradient on minibatch B
     w  <- w - lr * mean_k p_k z_k
+
+With ``per_sample`` the loss of sample i is probed along a direction z_i of its own: p_i = (L_i(w + eps z_i) -
+L_i(w - eps z_i)) / (2 eps), and k runs over the samples.
 """
 
 from __future__ import annotations
@@ -12,8 +15,7 @@ from typing import Literal
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
-from mezo_dist.algorithms.spsa import check_positive, gradient, pair, projected_gradients
-from mezo_dist.directions.combination import Combination
+from mezo_dist.algorithms.spsa import Probe, check_positive, typical
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class MezoConfig:
     """Size of the perturbation."""
     directions: int = 1
     """Directions per step; each costs two forward passes of the minibatch."""
+    per_sample: bool = False
+    """Give every sample of the batch a direction of its own, at the price of one (needs ``law: lowrank``)."""
     schedule: Schedule = field(default_factory=Schedule)
     """Schedule of the learning rate."""
     annealing: Annealing = field(default_factory=lambda: Annealing(divisor=1.0))
@@ -35,6 +39,8 @@ class MezoConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "eps", "directions")
+        if self.per_sample and self.directions > 1:
+            raise ValueError("algorithm.directions: must be 1 with per_sample, which has one direction per sample")
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,22 @@ class Mezo:
     def init(self) -> MezoState:
         return MezoState()
 
-    def _seeds(self, step: int) -> list[int]:
-        return [self.problem.direction_seed(step, k) for k in range(self.config.directions)]
+    def _probe(self, step: int) -> Probe:
+        config = self.config
+        number = self.problem.batch_size if config.per_sample else config.directions
+        seeds = tuple(self.problem.direction_seed(step, k) for k in range(number))
+        return Probe(seeds, config.eps, per_sample=config.per_sample)
 
     def plan(self, state: MezoState, step: int) -> Evaluation:
-        return Evaluation(tuple(v for seed in self._seeds(step) for v in pair(seed, self.config.eps)))
+        return self._probe(step).evaluation()
 
     def update(self, state: MezoState, step: int, rounds: Sequence[Losses]) -> Update:
-        losses = rounds[0].mean
-        projected = projected_gradients(losses, self.config.eps)
+        probe, losses = self._probe(step), rounds[0]
+        (projected,) = probe.projected(losses)
         lr = self.config.lr * self.config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
-        loss = sum(losses) / len(losses)
-        combination: Combination = -lr * gradient(self._seeds(step), projected)
+        loss = probe.loss(losses)
         return Update(
             MezoState(state.plateau.after(loss, self.config.annealing)),
-            combination,
-            {"loss": loss, "projected_gradient": projected[0], "lr": lr},
+            -lr * probe.gradient(projected),
+            {"loss": loss, "projected_gradient": typical(projected), "lr": lr},
         )

@@ -21,7 +21,7 @@ from typing import Literal
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
-from mezo_dist.algorithms.spsa import check_positive, gradient, pair, projected_gradients
+from mezo_dist.algorithms.spsa import Probe, check_positive, typical
 from mezo_dist.directions.combination import ZERO, Combination
 
 
@@ -41,6 +41,9 @@ class SvrgConfig:
     """Every q-th step is an anchor step; 1 means full-batch steps only."""
     anchor_directions: int = 1
     """Directions of an anchor step; each costs two forward passes of the full batch."""
+    per_sample: bool = False
+    """Give every sample of a batch a direction of its own, at the price of one (needs ``law: lowrank``): an anchor
+    then averages as many directions as there are training samples."""
     schedule: Schedule = field(default_factory=Schedule)
     """Schedule of both learning rates."""
     annealing: Annealing = field(default_factory=Annealing)
@@ -48,6 +51,8 @@ class SvrgConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "anchor_lr", "eps", "q", "anchor_directions")
+        if self.per_sample and self.anchor_directions > 1:
+            raise ValueError("algorithm.anchor_directions: must be 1 with per_sample, which has one per sample")
 
 
 @dataclass(frozen=True)
@@ -78,33 +83,36 @@ class Svrg:
         # Counted from the last anchor, not from step 0: if an anchor step had to be skipped, the next one is it.
         return state.anchor_step < 0 or step - state.anchor_step >= self.config.q
 
-    def _anchor_seeds(self, step: int) -> list[int]:
-        return [self.problem.direction_seed(step, k) for k in range(self.config.anchor_directions)]
+    def _probe(self, state: SvrgState, step: int) -> Probe:
+        config, is_anchor = self.config, self._is_anchor(state, step)
+        if config.per_sample:
+            number = self.problem.full_size if is_anchor else self.problem.batch_size
+        else:
+            number = config.anchor_directions if is_anchor else 1
+        seeds = tuple(self.problem.direction_seed(step, k) for k in range(number))
+        if is_anchor:
+            return Probe(seeds, config.eps, "full", config.per_sample)
+        return Probe(seeds, config.eps, per_sample=config.per_sample, bases=(ZERO, -state.displacement))
 
     def plan(self, state: SvrgState, step: int) -> Evaluation:
-        eps = self.config.eps
-        if self._is_anchor(state, step):
-            return Evaluation(tuple(v for seed in self._anchor_seeds(step) for v in pair(seed, eps)), "full")
-        seed = self.problem.direction_seed(step)
-        return Evaluation(pair(seed, eps) + pair(seed, eps, base=-state.displacement))
+        return self._probe(state, step).evaluation()
 
     def update(self, state: SvrgState, step: int, rounds: Sequence[Losses]) -> Update:
-        losses = rounds[0].mean
-        projected = projected_gradients(losses, self.config.eps)
+        probe, losses = self._probe(state, step), rounds[0]
+        projected = probe.projected(losses)
         factor = self.config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
-        is_anchor = self._is_anchor(state, step)
-        if is_anchor:
-            lr, loss = self.config.anchor_lr * factor, sum(losses) / len(losses)
-            anchor_step, before = step, ZERO
-            anchor_gradient = estimate = gradient(self._anchor_seeds(step), projected)
+        metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
+        plateau = state.plateau.after(metrics["loss"], self.config.annealing)
+        if self._is_anchor(state, step):
+            lr = self.config.anchor_lr * factor
+            gradient = probe.gradient(projected[0])
+            combination = -lr * gradient
+            new = SvrgState(step, gradient, combination, plateau)
         else:
-            lr, loss = self.config.lr * factor, (losses[0] + losses[1]) / 2
-            anchor_step, before, anchor_gradient = state.anchor_step, state.displacement, state.anchor_gradient
-            difference = Combination.single(self.problem.direction_seed(step), projected[0] - projected[1])
-            estimate = difference + anchor_gradient
-        combination = -lr * estimate
-        new = SvrgState(
-            anchor_step, anchor_gradient, before + combination, state.plateau.after(loss, self.config.annealing)
-        )
-        metrics = {"loss": loss, "projected_gradient": projected[0], "lr": lr}
-        return Update(new, combination, metrics if is_anchor else metrics | {"projected_anchor": projected[1]})
+            lr = self.config.lr * factor
+            here, at_anchor = projected
+            difference = probe.gradient([p - p0 for p, p0 in zip(here, at_anchor, strict=True)])
+            combination = -lr * (difference + state.anchor_gradient)
+            new = SvrgState(state.anchor_step, state.anchor_gradient, state.displacement + combination, plateau)
+            metrics["projected_difference"] = typical([p - p0 for p, p0 in zip(here, at_anchor, strict=True)])
+        return Update(new, combination, metrics | {"lr": lr})

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -77,16 +77,17 @@ class Law:
     blocks_per_chunk: int
     values: Callable[[Tensor], Tensor]
     """int64 words [4, n * blocks_per_chunk] -> fp32 [n, 1024]"""
+    stream: int = philox.STREAM_DIRECTION
+    """Stream of the generator that the words come from."""
 
     def chunks(self, seed: int, param_id: int, first_chunk: int, num_chunks: int) -> Tensor:
         """Values of chunks ``first_chunk ..`` of the direction ``seed`` on one parameter: fp32 [num_chunks, 1024]."""
         per = self.blocks_per_chunk
-        words = philox.direction_words(
-            seed, param_id, philox.STREAM_DIRECTION, first_chunk * per, num_chunks * per
-        )
+        words = philox.direction_words(seed, param_id, self.stream, first_chunk * per, num_chunks * per)
         return self.values(words)
 
 
 GAUSSIAN = Law("gaussian", f"{philox.VERSION}/gaussian-table16-{GAUSSIAN_TABLE_SHA256[:16]}", 128, _gaussian_values)
 RADEMACHER = Law("rademacher", f"{philox.VERSION}/rademacher-1bit", 8, _rademacher_values)
-LAWS = {law.name: law for law in (GAUSSIAN, RADEMACHER)}
+FACTOR_U = replace(GAUSSIAN, name="lowrank-u", stream=philox.STREAM_U)
+FACTOR_V = replace(GAUSSIAN, name="lowrank-v", stream=philox.STREAM_V)

@@ -13,6 +13,7 @@ from torch import Tensor
 VERSION = "philox4x32-10/v1"
 STREAM_DIRECTION = 0
 STREAM_ROUNDING = 1
+STREAM_U, STREAM_V = 2, 3  # factors of low-rank directions
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

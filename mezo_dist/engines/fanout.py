@@ -8,6 +8,7 @@ its own variant swapped in. Then all go on. Knows nothing about the model's clas
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import greenlet
 from torch import Tensor
 
+from mezo_dist.directions.combination import Combination
 from mezo_dist.engines.sites import Site, restore, swap
 
 
@@ -24,6 +26,8 @@ class Job:
 
     variant: int
     run: Callable[[], Any]
+    sample_shifts: tuple[Combination, ...] = ()
+    """With a direction per sample: what to add to the variant for each sample of this pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,7 @@ class _Coroutine(greenlet.greenlet):
         super().__init__(job.run)
         self.index = index
         self.variant = job.variant
+        self.sample_shifts = job.sample_shifts
         self.open: list[tuple[Site, list[Tensor]]] = []
 
 
@@ -134,21 +139,15 @@ class FanOut:
         for call in calls:
             tensors = served.tensors[call.job.variant]
             try:
-                outcomes.append(_unshared(_forward(site, call, tensors, served.forward, real), tensors))
+                forward = served.forward or functools.partial(on_tensors, site, real)
+                outcomes.append(_unshared(forward(call, tensors), tensors))
             except Exception as error:  # raised again inside the job, where its traceback belongs
                 outcomes.append(_Raised(error))
         return outcomes
 
 
-def _forward(
-    site: Site,
-    call: Call,
-    tensors: list[Tensor],
-    special: Callable[[Call, list[Tensor]], Any] | None,
-    real: Callable[..., Any],
-) -> Any:
-    if special is not None:
-        return special(call, tensors)
+def on_tensors(site: Site, real: Callable[..., Any], call: Call, tensors: list[Tensor]) -> Any:
+    """The site's real forward with ``tensors`` in place of its weights."""
     swap(site.weights, tensors)
     try:
         return real(*call.args, **call.kwargs)

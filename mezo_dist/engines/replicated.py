@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.directions.add import add
 from mezo_dist.directions.combination import ZERO, Combination
-from mezo_dist.directions.laws import Law
-from mezo_dist.engines.fanout import Call, FanOut, Job, Served
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.fanout import Call, FanOut, Job, Served, on_tensors
 from mezo_dist.engines.fingerprint import combine, fingerprint_shard
+from mezo_dist.engines.persample import with_sample_directions
 from mezo_dist.engines.rows import Rows, plan_rows
 from mezo_dist.engines.sites import Site, Weight, find_sites, trainable_parameters
+from mezo_dist.readout import RowLinear
 
 ItemT = TypeVar("ItemT")
 
@@ -29,7 +30,7 @@ class Replicated:
 
     Args:
         model: any module; put into eval mode (dropout would give the two sides of an estimate different masks).
-        law: law of the directions.
+        field: what the directions are.
         compute_dtype: dtype in which weights are materialised for the forward pass; the weights' own if None.
         stochastic_rounding: how `apply` rounds 16-bit (bf16) weights; fp32 weights need no rounding.
         width: micro-batches that share one making of the variants; more of them cost activation memory.
@@ -38,21 +39,19 @@ class Replicated:
     def __init__(
         self,
         model: nn.Module,
-        law: Law,
+        field: Field,
         *,
         compute_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         width: int = 8,
     ) -> None:
         self.model = model.eval()
-        self.law = law
+        self.field = field
         self.width = width
         self.compute_dtype = compute_dtype
         self.stochastic_rounding = stochastic_rounding
         self._parameters = trainable_parameters(model)
-        self._fanout = FanOut(
-            find_sites(model, include_frozen=compute_dtype is not None), self._materialise
-        )
+        self._fanout = FanOut(find_sites(model, include_frozen=compute_dtype is not None), self._materialise)
         self._shifts: list[Combination] = []
         self._scratch = torch.empty(0)
 
@@ -64,12 +63,16 @@ class Replicated:
         forward: Callable[[nn.Module, ItemT], Any],
     ) -> list[list[Any]]:
         """See `Engine.evaluate`. Results are the same bits whatever the other items and variants are."""
-        if any(variant.per_sample for variant in variants):
-            raise NotImplementedError(f"a direction per sample needs law 'lowrank', this run has {self.law.name!r}")
+        if any(variant.per_sample for variant in variants) and not self.field.is_lowrank:
+            raise NotImplementedError(f"a direction per sample needs law lowrank, not {self.field.name}")
         results: list[list[Any]] = []
         for start in range(0, len(items), self.width):
             group = items[start : start + self.width]
-            jobs = [Job(v, functools.partial(forward, self.model, item)) for item in group for v in range(len(variants))]
+            jobs = [
+                Job(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
+                for item in group
+                for v, variant in enumerate(variants)
+            ]
             self._shifts = [variant.shift for variant in variants]
             flat = self._fanout.run(jobs)
             results += [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
@@ -80,12 +83,12 @@ class Replicated:
         """See `Engine.apply`."""
         for param_id, tensor in self._parameters.values():
             stochastic = self.stochastic_rounding and tensor.dtype == torch.bfloat16
-            add(
+            self.field.add(
                 tensor.data,
                 [combination],
                 [tensor.data],
                 param_id=param_id,
-                law=self.law,
+                shape=tensor.shape,
                 rounding_seed=rounding_seed if stochastic else None,
             )
 
@@ -113,7 +116,12 @@ class Replicated:
         for weight, source in zip(site.weights, sources, strict=True):
             for v, tensor in self._variants_of(weight, source, rows, variants, allocate).items():
                 tensors[v].append(tensor)
-        return Served(tensors, None if rows is None else rows.forward)
+        forward = None if rows is None else rows.forward
+        if any(call.job.sample_shifts for call in calls):
+            shared = forward or functools.partial(on_tensors, site, real)
+            head_rows = rows.indices if rows is not None and isinstance(real, RowLinear) else None
+            forward = with_sample_directions(self.field, site, calls, real, shared, head_rows)
+        return Served(tensors, forward)
 
     def _variants_of(
         self,
@@ -129,14 +137,13 @@ class Replicated:
         moved = [v for v in variants if shifts[v] or dtype != source.dtype]
         made = {v: allocate(source, dtype=dtype) for v in moved}
         if moved:
-            row_length = source[0].numel()
-            add(
+            self.field.add(
                 source,
                 [shifts[v] for v in moved],
                 list(made.values()),
                 param_id=weight.param_id,
-                law=self.law,
-                offsets=(0,) if rows is None else (rows.indices * row_length).tolist(),
+                shape=weight.tensor.shape,
+                rows=None if rows is None else rows.indices,
             )
         return {v: made.get(v, source) for v in variants}
 
@@ -159,6 +166,11 @@ class Replicated:
 
 def _source(tensor: Tensor, rows: Rows | None) -> Tensor:
     return tensor if rows is None else tensor.index_select(0, rows.indices)
+
+
+def _shifts_of(variant: Variant, item: Any) -> tuple[Combination, ...]:
+    """The directions of the samples of one micro-batch, which knows their places in the batch."""
+    return tuple(variant.per_sample[slot] for slot in item.slots) if variant.per_sample else ()
 
 
 def _aligned(num_bytes: int) -> int:

@@ -42,7 +42,7 @@ def plan_rows(site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Ro
     indices = torch.unique(torch.cat([call.args[0].reshape(-1) for call in calls]))
 
     def look_up(call: Call, tensors: list[Tensor]) -> Tensor:
-        return F.embedding(torch.searchsorted(indices, call.args[0]), tensors[0])
+        return F.embedding(torch.searchsorted(indices, call.args[0].contiguous()), tensors[0])
 
     return Rows(indices, look_up)
 

@@ -84,8 +84,7 @@ def _weights_by_module(model: nn.Module) -> dict[nn.Module, tuple[Weight, ...]]:
     ids = param_ids(name_of.values())
     return {
         module: tuple(
-            Weight(module, attribute, name_of[id(p)], ids[name_of[id(p)]], p, p.requires_grad)
-            for attribute, p in own
+            Weight(module, attribute, name_of[id(p)], ids[name_of[id(p)]], p, p.requires_grad) for attribute, p in own
         )
         for module in model.modules()
         if (own := [(a, p) for a, p in module._parameters.items() if p is not None])

@@ -1,0 +1,159 @@
+"""A direction per sample at no extra forward pass: low-rank directions applied in activation space.
+
+A low-rank direction z = U V^T of a weight matrix changes a linear layer's output by ``(x V) U^T``. So every sample of
+a micro-batch can have a direction of its own, added to the output of one ordinary forward pass on weights that are
+shared by all: no weights are materialised. Averaging the samples' own projected gradients along their own directions,
+v = mean_i p_i z_i, has the variance of as many directions as there are samples (DESIGN 5.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.fanout import Call
+from mezo_dist.engines.sites import Site, Weight, restore, swap
+from mezo_dist.readout import RowLinear
+
+Forward = Callable[[Call, list[Tensor]], Any]
+
+
+def with_sample_directions(
+    field: Field, site: Site, calls: Sequence[Call], real: Callable[..., Any], shared: Forward, rows: Tensor | None
+) -> Forward:
+    """A forward of ``site`` that adds each sample's own direction to what ``shared`` computes.
+
+    Linear layers, embeddings and heads under a `Readout` are corrected in activation space. Any other module (norms)
+    runs sample by sample on weights of its own, which is exact for every module that works sample by sample.
+
+    Args:
+        field: the run's directions (low-rank).
+        site: where.
+        calls: the waiting calls; directions are made once for all of them.
+        real: the site's own forward.
+        shared: the forward on weights that all samples share: takes a call and its variant's tensors.
+        rows: rows of the weights that ``shared`` works on, if not all.
+    """
+    if not any(weight.trainable for weight in site.weights):
+        return shared
+    seeds = sorted({seed for call in calls for c in call.job.sample_shifts for seed, _ in c.terms})
+    if isinstance(real, RowLinear) or type(site.module) in (nn.Linear, Conv1D):
+        moved = _linear(field, site, seeds, shared, rows)
+    elif type(site.module) is nn.Embedding:
+        moved = _embedding(field, site.weights[0], seeds, shared)
+    else:
+        moved = _one_by_one(field, site, real)
+    return lambda call, tensors: (moved if call.job.sample_shifts else shared)(call, tensors)
+
+
+class _Factors:
+    """U and V of one weight for all seeds of a serving, picked by sample."""
+
+    def __init__(self, field: Field, weight: Weight, seeds: Sequence[int]) -> None:
+        self._place = {seed: k for k, seed in enumerate(seeds)}
+        self.u, self.v = field.factors(seeds, weight.param_id, weight.tensor.shape)
+
+    def of(self, shifts: Sequence[Combination], factor: Tensor, like: Tensor, *, scaled: bool) -> Tensor:
+        """[n, factor rows, terms * rank]: the factors of each sample's terms side by side, times their coefficients."""
+        index = torch.tensor([[self._place[seed] for seed, _ in shift.terms] for shift in shifts])
+        picked = factor[index]  # [n, terms, rows, rank]
+        if scaled:
+            picked = picked * torch.tensor([[c for _, c in shift.terms] for shift in shifts])[..., None, None]
+        return picked.transpose(1, 2).flatten(2).to(like.device, like.dtype)
+
+
+def _linear(field: Field, site: Site, seeds: Sequence[int], shared: Forward, rows: Tensor | None) -> Forward:
+    weights = {w.attribute: w for w in site.weights if w.trainable}
+    factors = _Factors(field, weights["weight"], seeds) if "weight" in weights else None
+    bias = field.vector(seeds, weights["bias"].param_id, weights["bias"].tensor.numel()) if "bias" in weights else None
+    transposed = type(site.module) is Conv1D  # its weight is [inputs, outputs]
+    place = {seed: k for k, seed in enumerate(seeds)}
+
+    def forward(call: Call, tensors: list[Tensor]) -> Tensor:
+        output: Tensor = shared(call, tensors)
+        shifts = call.job.sample_shifts
+        x, y = _by_sample(site, call.args[0], len(shifts)), _by_sample(site, output, len(shifts))
+        if factors is not None:
+            into, out = (factors.u, factors.v) if transposed else (factors.v, factors.u)
+            if rows is not None:
+                out = out[:, rows]
+            projected = torch.bmm(x, factors.of(shifts, into, x, scaled=True))
+            y = torch.baddbmm(y, projected, factors.of(shifts, out, x, scaled=False).transpose(1, 2))
+        if bias is not None:
+            z = bias if rows is None else bias[:, rows]
+            moved = [sum((c * z[place[seed]] for seed, c in s.terms), torch.zeros(z.shape[1])) for s in shifts]
+            y = y + torch.stack(moved).unsqueeze(1).to(y.device, y.dtype)
+        return y.view(output.shape)
+
+    return forward
+
+
+def _embedding(field: Field, weight: Weight, seeds: Sequence[int], shared: Forward) -> Forward:
+    factors = _Factors(field, weight, seeds)
+
+    def forward(call: Call, tensors: list[Tensor]) -> Tensor:
+        output: Tensor = shared(call, tensors)
+        shifts = call.job.sample_shifts
+        n = len(shifts)
+        ids = call.args[0].view(call.args[0].shape[0], -1)
+        if ids.shape[0] == 1 and n > 1:  # the same positions for all samples: now each has its own vectors
+            ids, output = ids.expand(n, -1), output.expand(n, *output.shape[1:])
+        y = _by_sample(site=None, tensor=output, num_samples=n)
+        u = factors.of(shifts, factors.u, y, scaled=True)
+        u = torch.gather(u, 1, ids.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
+        v = factors.of(shifts, factors.v, y, scaled=False)
+        return torch.baddbmm(y, u, v.transpose(1, 2)).view(output.shape)
+
+    return forward
+
+
+def _one_by_one(field: Field, site: Site, real: Callable[..., Any]) -> Forward:
+    def forward(call: Call, tensors: list[Tensor]) -> Tensor:
+        n = len(call.job.sample_shifts)
+        outputs = []
+        for i, shift in enumerate(call.job.sample_shifts):
+            own = [torch.empty_like(t) if w.trainable else t for w, t in zip(site.weights, tensors, strict=True)]
+            for w, t, target in zip(site.weights, tensors, own, strict=True):
+                if w.trainable:
+                    field.add(t.contiguous(), [shift], [target], param_id=w.param_id, shape=w.tensor.shape)
+            swap(site.weights, own)
+            try:
+                args = [_slice(site, argument, i, n) for argument in call.args]
+                kwargs = {name: _slice(site, argument, i, n) for name, argument in call.kwargs.items()}
+                outputs.append(real(*args, **kwargs))
+            finally:
+                restore(site.weights)
+        return torch.cat(outputs)
+
+    return forward
+
+
+def _slice(site: Site, argument: Any, i: int, n: int) -> Any:
+    if not isinstance(argument, Tensor) or argument.dim() == 0:
+        return argument
+    if argument.shape[0] == 1:
+        return argument
+    if argument.shape[0] % n:
+        raise _not_by_sample(site, argument, n)
+    per = argument.shape[0] // n
+    return argument[i * per : (i + 1) * per]
+
+
+def _by_sample(site: Site | None, tensor: Tensor, num_samples: int) -> Tensor:
+    """[n, tokens, features], from that or from [n * tokens, features] in sample order."""
+    if tensor.shape[0] % num_samples or tensor.shape[0] == 0:
+        raise _not_by_sample(site, tensor, num_samples)
+    return tensor.reshape(num_samples, -1, tensor.shape[-1])
+
+
+def _not_by_sample(site: Site | None, tensor: Tensor, num_samples: int) -> NotImplementedError:
+    return NotImplementedError(
+        f"module {site.name if site else 'embedding'} gets a tensor {tuple(tensor.shape)} whose rows are not "
+        f"{num_samples} samples; a direction per sample cannot be applied there (use per_sample: false)"
+    )
