@@ -53,7 +53,8 @@ class LabelWords:
     def __init__(self, model: nn.Module, label_ids: list[int], probe: MicroBatch) -> None:
         self._label_ids = torch.tensor(label_ids, device=_device(model))
         self._readout: Readout | None = None
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        get_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+        head = get_head()
         if type(head) is not nn.Linear:
             log.info("the output head is a %s: logits of the whole vocabulary are computed", type(head).__name__)
             return

@@ -176,7 +176,7 @@ def _work(
         connection = wire.connect(timeout_s, init_method)
         results.put((rank, function(connection, *args), None))
         connection.close()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (sent to the parent, whatever it is)
         results.put((rank, None, traceback.format_exc()))
         raise SystemExit(1) from None
 

@@ -141,7 +141,7 @@ class FanOut:
             try:
                 forward = served.forward or functools.partial(on_tensors, site, real)
                 outcomes.append(_unshared(forward(call, tensors), tensors))
-            except Exception as error:  # raised again inside the job, where its traceback belongs
+            except Exception as error:  # noqa: BLE001 (raised again inside the job, where its traceback belongs)
                 outcomes.append(_Raised(error))
         return outcomes
 
@@ -174,7 +174,7 @@ def _install(site: Site) -> Callable[..., Any]:
             job.open.pop()
             restore(site.weights)
 
-    site.module.forward = waiting_forward  # type: ignore[method-assign]
+    site.module.forward = waiting_forward
     return real
 
 
@@ -182,7 +182,7 @@ def _uninstall(site: Site, real: Callable[..., Any]) -> None:
     if getattr(real, "__self__", None) is site.module and getattr(real, "__func__", None) is type(site.module).forward:
         del site.module.forward  # it was the class's own method
     else:
-        site.module.forward = real  # type: ignore[method-assign]
+        site.module.forward = real
 
 
 def _unshared(output: Any, scratch: list[Tensor]) -> Any:

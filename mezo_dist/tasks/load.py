@@ -115,6 +115,6 @@ def _load_hub(task: Task) -> Mapping[str, Any]:
         loaded: Mapping[str, Any] = datasets.load_dataset(task.data, task.subset)
     except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
         raise UserError(
-            f"task.data: {task.data!r} is no local file, no demo data set, and could not be loaded from the hub: {error}"
+            f"task.data: {task.data!r} is no local file, no demo data set, and the hub did not give it: {error}"
         ) from error
     return loaded

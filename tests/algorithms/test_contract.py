@@ -79,7 +79,7 @@ def test_is_deterministic_and_its_state_survives_json(name: str) -> None:
     state, w = algorithm.init(), torch.zeros(DIM, dtype=torch.float64)
     for step in range(12):
         update = run_step(algorithm, state, step, w, quadratic)
-        restored = state_from_json(algorithm.State, json.loads(json.dumps(state_to_json(state))))
+        restored: object = state_from_json(algorithm.State, json.loads(json.dumps(state_to_json(state))))
         assert restored == state
         assert run_step(other, restored, step, w, quadratic) == update
         state, w = update.state, at(w, Variant(update.combination))

@@ -1,4 +1,4 @@
-"""MeZO-SVRG is what the paper says: a true anchor, the same batch, the same direction; and that reduces the variance."""
+"""MeZO-SVRG is what the paper says: a true anchor, the same batch, the same direction; that reduces the variance."""
 
 from __future__ import annotations
 
