@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from mezo_dist.errors import UserError
@@ -26,5 +27,5 @@ def export(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"export to {folder} failed: {error}; the trajectory still holds the run") from error

@@ -53,11 +53,11 @@ def train(config: RunConfig, wire: Wire) -> Path:
         OutOfStepError: ranks disagree.
     """
     folder = claim_folder(config, wire)
+    path = folder / TRAJECTORY
+    resumed = path.exists()  # asked before `prepare`, where ranks meet: afterwards rank 0 may have made the file
     run = prepare(config, wire)
     is_main = wire.rank == 0
-    path = folder / TRAJECTORY
     progress = _Progress(run.algorithm.init())
-    resumed = path.exists()
     if resumed:
         before = _resume(run, path, progress)
     with Monitor.open(
@@ -159,15 +159,15 @@ def replay(run: Run, steps: Sequence[Step]) -> None:
 def check_header(run: Run, header: trajectory.Header) -> None:
     """Raises UserError naming what differs if a trajectory does not belong to this run's model and settings."""
     own = run.header()
+    if own.config_digest != header.config_digest:
+        keys = sorted(_differences(own.config, header.config))
+        raise UserError(f"settings differ from those of the trajectory: {', '.join(keys)}; use another output.dir")
     for what, mine, theirs in (
         ("base model", own.base_fingerprint, header.base_fingerprint),
         ("law", own.law_version, header.law_version),
     ):
         if mine != theirs:
             raise UserError(f"the trajectory was made from another {what} ({theirs}) than this run's ({mine})")
-    if own.config_digest != header.config_digest:
-        keys = sorted(_differences(own.config, header.config))
-        raise UserError(f"settings differ from those of the trajectory: {', '.join(keys)}; use another output.dir")
 
 
 def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:

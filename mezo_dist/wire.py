@@ -24,7 +24,8 @@ FRACTION_BITS = 32
 ONE = 1 << FRACTION_BITS
 MAX_SUM = 1 << 62
 PAYLOAD_WORDS = 32
-"""Rounds are padded to this many words (256 bytes), so that ranks in different rounds still meet and can be told."""
+"""The first so many words of a round (256 bytes) travel alone, and a shorter round is padded to them: so ranks in
+different rounds still meet and can be told, where collectives of different lengths would kill the processes."""
 
 
 class OutOfStepError(RuntimeError):
@@ -69,7 +70,9 @@ class Wire:
         self.rounds = 0
 
     def round(self, values: Tensor, mark: int) -> Tensor:
-        """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks: the one collective of a round.
+        """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
+
+        One collective; two if there are more values than fit into `PAYLOAD_WORDS`.
 
         Args:
             values: exact contributions of this rank; the sum must fit into 62 bits.
@@ -82,10 +85,12 @@ class Wire:
         words[0] = mark // self.world_size  # the sum of equal marks stays below 2**62
         words[1 : values.numel() + 1] = values.reshape(-1)
         own = int(words[0])
-        self._all_reduce(words)
+        self._all_reduce(words[:PAYLOAD_WORDS])
         self.rounds += 1
         if int(words[0]) != own * self.world_size:
             self._name_outlier(own)
+        if len(words) > PAYLOAD_WORDS:
+            self._all_reduce(words[PAYLOAD_WORDS:])
         return words[1 : values.numel() + 1].view(values.shape)
 
     def agree(self, facts: Mapping[str, str]) -> None:
@@ -112,12 +117,12 @@ class Wire:
         dist.broadcast(size, 0)
         payload = torch.tensor(data if self.rank == 0 else [0] * int(size), dtype=torch.uint8)
         dist.broadcast(payload, 0)
+        self.payload_bytes += 8 + len(payload)
         return bytes(payload.tolist()).decode()
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            self._all_reduce(torch.zeros(1, dtype=torch.int64))
+        """Wait for all ranks. Raises OutOfStepError if one of them is not at a barrier."""
+        self.round(torch.zeros(0, dtype=torch.int64), fingerprint("barrier"))
 
     def close(self) -> None:
         """Leave the process group."""
@@ -132,12 +137,13 @@ class Wire:
     def _gather(self, words: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(words) for _ in range(self.world_size)]
         dist.all_gather(gathered, words)
+        self.payload_bytes += words.numel() * words.element_size()
         return gathered
 
     def _name_outlier(self, own: int) -> None:
         """All ranks see the wrong sum, so all come here: one more collective tells who it was."""
         marks = [int(row[0]) for row in self._gather(torch.tensor([own]))]
-        common = max(set(marks), key=marks.count)
+        common = max(marks, key=marks.count)  # rank 0's, if there is no majority
         wrong = [rank for rank, mark in enumerate(marks) if mark != common]
         raise OutOfStepError(
             f"rank(s) {wrong} evaluate another round than the other ranks (seen on rank {self.rank}, round "
@@ -165,7 +171,10 @@ def connect(timeout_s: float, init_method: str | None = None) -> Wire:
     missing = [name for name, value in given.items() if not value]
     if missing:
         raise UserError(f"environment: {', '.join(missing)} not set, but {_present(given)}; start ranks with torchrun")
-    rank, world_size = int(given["RANK"] or 0), int(given["WORLD_SIZE"] or 1)
+    try:
+        rank, world_size = int(given["RANK"] or 0), int(given["WORLD_SIZE"] or 1)
+    except ValueError as error:
+        raise UserError(f"environment: RANK and WORLD_SIZE must be numbers, but {_present(given)}") from error
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     try:

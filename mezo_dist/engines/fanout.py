@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any
 
 import greenlet
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mezo_dist.directions.combination import Combination
 from mezo_dist.engines.sites import Site, restore, swap
@@ -38,6 +40,8 @@ class Call:
     site: Site
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    context: Context
+    """Context variables of the job (see `mezo_dist.readout`): its forward runs outside the job, but with these."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,7 @@ class FanOut:
             for site, tensors in job.open:
                 swap(site.weights, tensors)
             try:
-                if first:
-                    call = job.switch()
-                else:
-                    call = job.throw(outcome.error) if isinstance(outcome, _Raised) else job.switch(outcome)
+                call = job.switch() if first else job.switch(outcome)
             finally:
                 for site, _ in job.open:
                     restore(site.weights)
@@ -140,7 +141,7 @@ class FanOut:
             tensors = served.tensors[call.job.variant]
             try:
                 forward = served.forward or functools.partial(on_tensors, site, real)
-                outcomes.append(_unshared(forward(call, tensors), tensors))
+                outcomes.append(_unshared(call.context.run(forward, call, tensors), tensors))
             except Exception as error:  # noqa: BLE001 (raised again inside the job, where its traceback belongs)
                 outcomes.append(_Raised(error))
         return outcomes
@@ -163,7 +164,9 @@ def _install(site: Site) -> Callable[..., Any]:
         job = greenlet.getcurrent()
         if not isinstance(job, _Coroutine):
             return real(*args, **kwargs)
-        outcome = job.parent.switch(Call(job, site, args, kwargs))
+        outcome = job.parent.switch(Call(job, site, args, kwargs, copy_context()))
+        if isinstance(outcome, _Raised):
+            raise outcome.error  # here, because thrown from outside it would lose its traceback
         if not site.spans_blocks:
             return outcome
         job.open.append((site, outcome))
@@ -186,9 +189,10 @@ def _uninstall(site: Site, real: Callable[..., Any]) -> None:
 
 
 def _unshared(output: Any, scratch: list[Tensor]) -> Any:
-    """``output``, copied if it is a view of the scratch, which the next site overwrites."""
-    if isinstance(output, Tensor):
-        storage = output.untyped_storage().data_ptr()
-        if any(tensor.untyped_storage().data_ptr() == storage for tensor in scratch):
-            return output.clone()
-    return output
+    """``output``, with whatever in it is a view of the scratch copied, for the next site overwrites that."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in scratch}
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+
+    return own(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, own, output)

@@ -42,6 +42,8 @@ def with_sample_directions(
     """
     if not any(weight.trainable for weight in site.weights):
         return shared
+    if site.spans_blocks:
+        return _spanning(site, shared)
     seeds = sorted({seed for call in calls for c in call.job.sample_shifts for seed, _ in c.terms})
     if isinstance(real, RowLinear) or type(site.module) in (nn.Linear, Conv1D):
         moved = _linear(field, site, seeds, shared, rows)
@@ -50,6 +52,18 @@ def with_sample_directions(
     else:
         moved = _one_by_one(field, site, real)
     return lambda call, tensors: (moved if call.job.sample_shifts else shared)(call, tensors)
+
+
+def _spanning(site: Site, shared: Forward) -> Forward:
+    """Weights that are tied to those of inner sites move there; any others would stay put, and be updated by noise."""
+    inner = {id(parameter) for child in site.module.children() for parameter in child.parameters()}
+    alone = [weight.name for weight in site.weights if weight.trainable and id(weight.tensor) not in inner]
+    if alone:
+        raise NotImplementedError(
+            f"{alone} belong to a module around the model's blocks; a direction per sample cannot be applied there "
+            "(use per_sample: false)"
+        )
+    return shared
 
 
 class _Factors:

@@ -31,11 +31,12 @@ def plan_rows(site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Ro
     """The rows that ``calls`` of ``site`` need, or None if its whole weights are needed.
 
     Only plain ``nn.Embedding`` lookups and heads under a `Readout` qualify: for any other class (scaled embeddings,
-    position tables) the module's own code decides what it does with its weights.
+    position tables) and any replaced forward the module's own code decides what it does with its weights.
     """
     if isinstance(real, RowLinear):
         return Rows(real.rows, _linear_rows)
-    if type(site.module) is not nn.Embedding or site.module.max_norm is not None:
+    is_plain = getattr(real, "__func__", None) is nn.Embedding.forward
+    if type(site.module) is not nn.Embedding or not is_plain or site.module.max_norm is not None:
         return None
     if any(len(call.args) != 1 or call.kwargs for call in calls):
         return None

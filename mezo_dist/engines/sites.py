@@ -7,12 +7,14 @@ as small as the largest site and still in the cache when the matrix product read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from mezo_dist.directions.seeds import param_ids
+
+OPAQUE = (nn.TransformerEncoderLayer,)
+"""Modules that own no weights but may compute with those of inner modules without calling them (torch's fast path)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +54,9 @@ def find_sites(model: nn.Module, *, include_frozen: bool) -> list[Site]:
     """All sites of ``model``, in its order of modules.
 
     A module that owns weights itself is a site. If modules inside it own weights too, the whole subtree is one site,
-    because its code may use the inner weights directly (``nn.MultiheadAttention`` does); unless the subtree
-    holds a list of blocks: then the inner modules stay sites of their own and only its own weights are its.
+    because its code may use the inner weights directly (``nn.MultiheadAttention`` does). There are two exceptions, in
+    which the inner modules stay sites of their own and only its own weights are its: the subtree holds a list of
+    blocks, or its own weights are all tied to inner ones (BERT's head and the bias of the linear layer in it).
 
     Args:
         model: any module, not wrapped yet.
@@ -64,13 +67,17 @@ def find_sites(model: nn.Module, *, include_frozen: bool) -> list[Site]:
 
     def visit(module: nn.Module, path: str) -> None:
         own = weights.get(module, ())
-        has_inner = any(inner in weights for inner in module.modules() if inner is not module)
-        spans = bool(own) and has_inner and any(isinstance(m, nn.ModuleList) for m in module.modules())
-        if own:
-            used = own if spans or not has_inner else tuple(_all_weights(module, weights))
+        inner = [w for m in module.modules() if m is not module for w in weights.get(m, ())]
+        spans = bool(own and inner) and (
+            any(isinstance(m, nn.ModuleList) for m in module.modules())
+            or {w.name for w in own} <= {w.name for w in inner}
+        )
+        is_site = bool(own) or isinstance(module, OPAQUE)
+        if is_site:
+            used = own if spans else (*own, *inner)
             if include_frozen or any(w.trainable for w in used):
                 sites.append(Site(path, module, used, len(sites), spans))
-        if not own or spans:
+        if spans or not is_site:
             for child_name, child in module.named_children():
                 visit(child, f"{path}.{child_name}" if path else child_name)
 
@@ -91,20 +98,15 @@ def _weights_by_module(model: nn.Module) -> dict[nn.Module, tuple[Weight, ...]]:
     }
 
 
-def _all_weights(module: nn.Module, weights: dict[nn.Module, tuple[Weight, ...]]) -> Iterator[Weight]:
-    for inner in module.modules():
-        yield from weights.get(inner, ())
-
-
 def swap(weights: tuple[Weight, ...], tensors: list[Tensor]) -> None:
     """Make the modules use ``tensors`` in place of their weights (no copy, nothing is written)."""
     for weight, tensor in zip(weights, tensors, strict=True):
-        weight.owner._parameters[weight.attribute] = (
-            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-        )
+        if not isinstance(tensor, nn.Parameter):  # some kernels are chosen by requires_grad, so that stays as it was
+            tensor = nn.Parameter(tensor, requires_grad=weight.trainable)
+        setattr(weight.owner, weight.attribute, tensor)  # not into _parameters: recurrent layers keep a second list
 
 
 def restore(weights: tuple[Weight, ...]) -> None:
     """Undo `swap`."""
     for weight in weights:
-        weight.owner._parameters[weight.attribute] = weight.tensor
+        setattr(weight.owner, weight.attribute, weight.tensor)
