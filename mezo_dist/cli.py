@@ -27,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, or 2 for something that the user can mend."""
     parser = _parser()
     known, extra = parser.parse_known_args(arguments)
-    if extra and known.command is not _train:
+    if known.command is _train:
+        known.arguments = extra
+    elif extra:
         parser.error(f"unknown arguments: {' '.join(extra)}")
-    known.overrides = [*getattr(known, "overrides", []), *extra]
     try:
         known.command(known)
     except UserError as error:
@@ -51,9 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mezo_dist {mezo_dist.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    # Without arguments of its own: `_train` gets all as they are, since settings may stand there in any form.
     train = commands.add_parser("train", help="fine-tune as a config file says", add_help=False)
-    train.add_argument("-h", "--help", action="store_true")
-    train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("evaluate", help="loss and metric of a run's model on a split")
@@ -71,13 +71,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from mezo_dist import config
+    from mezo_dist import config_reader
 
-    if arguments.help or arguments.config is None:
-        name = next((o.partition("=")[2] for o in arguments.overrides if "algorithm.name=" in o), "mezo-svrg")
-        config.parser(name).print_help()
+    given: list[str] = arguments.arguments
+    if "-h" in given or "--help" in given:
+        names = [item.partition("=")[2] for item in given if item.removeprefix("--").startswith("algorithm.name=")]
+        print(config_reader.help_text(*names[-1:]))
         return
-    run_config = config.load(arguments.config, arguments.overrides)
+    if not given or given[0].startswith("-"):
+        raise UserError("name a config file first, as in `mezo-dist train configs/quickstart.yaml --seed=1`")
+    run_config = config_reader.load(given[0], given[1:])
 
     def job(wire: Wire) -> None:
         from mezo_dist import training

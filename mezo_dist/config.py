@@ -1,30 +1,20 @@
-"""Every setting of a run, typed and documented; read from YAML with command-line overrides (torch-free).
+"""Every setting of a run, typed and documented (torch-free). `mezo_dist.config_reader` reads them from files.
 
-A config is strict: unknown keys, wrong types and contradictory settings are errors that name the key, before any
-model is loaded. The resolved config (every setting, defaults included) is saved with the run.
+Contradictory settings are errors that name the setting, before any model is loaded. The resolved config (every
+setting, defaults included) is saved with the run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import Any, Literal, Union
 
-from mezo_dist.algorithms import ALGORITHMS
-from mezo_dist.errors import UserError
 from mezo_dist.tasks.task import Task
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+MAX_TIMEOUT_S = 1e6  # 11 days; far below what overflows in torch's timers
 
 
 @dataclass(frozen=True)
@@ -40,17 +30,17 @@ class ModelConfig:
     ``classifier``: a fresh classification head on unprompted text (the paper's main setting)."""
     kind: Literal["auto", "causal", "masked"] = "auto"
     """For ``label-words``: which head the model has; ``auto`` asks its config."""
-    weights: Dtype = "float32"
+    weights: Literal["float32", "bfloat16"] = "float32"
     """dtype in which weights are kept and updated. bfloat16 weights are updated with stochastic rounding; float16
-    ones are not offered for updates."""
-    compute: Union[Dtype, None] = None  # noqa: UP007
+    is not offered, as it loses small updates."""
+    compute: Union[Literal["float32", "bfloat16", "float16"], None] = None  # noqa: UP007
     """dtype of the forward passes; that of the weights if null."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Off, as it is anybody's code."""
 
     def __post_init__(self) -> None:
-        if self.weights == "float16":
-            raise ValueError("model.weights: float16 weights lose small updates; use float32 or bfloat16")
+        if self.head == "classifier" and self.kind != "auto":
+            raise ValueError(f"model.kind: {self.kind} is for model.head: label-words; leave it out")
 
 
 @dataclass(frozen=True)
@@ -78,6 +68,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "micro_batch", "width", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: must be at least 1, not {getattr(self, name)}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"train.max_tokens: must be at least 1 or null, not {self.max_tokens}")
+        if self.evaluate_every < 0:
+            raise ValueError(f"train.evaluate_every: must be at least 0, not {self.evaluate_every}")
         if self.full_size is not None and self.full_size < self.batch_size:
             raise ValueError(f"train.full_size: {self.full_size} is less than train.batch_size {self.batch_size}")
 
@@ -103,15 +97,21 @@ class DistributedConfig:
     timeout_s: float = 600.0
     """Seconds after which a rank that does not answer ends the run."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < MAX_TIMEOUT_S:
+            raise ValueError(f"distributed.timeout_s: must lie between 0 and {MAX_TIMEOUT_S:g}, not {self.timeout_s}")
+
 
 @dataclass(frozen=True)
 class RunConfig:
     """A run of mezo_dist."""
 
     model: ModelConfig
+    """Which model."""
     task: Task
+    """What to learn: a task file, or its contents."""
     algorithm: Any
-    """``name`` picks the algorithm; its other settings depend on which (see `mezo_dist.algorithms.ALGORITHMS`)."""
+    """Settings of the algorithm ``algorithm.name``, an instance of its class in `mezo_dist.algorithms.ALGORITHMS`."""
     law: Literal["gaussian", "rademacher", "lowrank"] = "gaussian"
     """Law of the directions. ``lowrank`` makes those of matrices products of thin gaussian factors, which allows
     ``algorithm.per_sample``."""
@@ -122,14 +122,19 @@ class RunConfig:
     seed: int = 0
     """Seed of directions and batch order."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
     output: OutputConfig = field(default_factory=OutputConfig)
+    """The run folder."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How the processes talk."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank: must be at least 1, not {self.rank}")
         if self.algorithm.per_sample and self.law != "lowrank":
             raise ValueError(f"algorithm.per_sample: a direction per sample needs law: lowrank, not {self.law}")
+        if self.model.head == "classifier" and not self.task.plain:
+            raise ValueError("task.plain: missing; model.head: classifier needs a text without prompt")
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as nested dicts of JSON types, in the shape of a config file."""
@@ -147,92 +152,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def parser(algorithm: str) -> ArgumentParser:
-    """The parser of configs whose ``algorithm.name`` is ``algorithm``."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    made = jsonargparse.ArgumentParser(prog="mezo-dist train CONFIG", exit_on_error=False)
-    made.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    made.add_class_arguments(RunConfig, skip={"algorithm"})
-    made.add_class_arguments(ALGORITHMS[algorithm][0], "algorithm")
-    return made
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config file and apply command-line overrides (``--train.steps=10`` or ``train.steps=10``).
-
-    Raises:
-        UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type or contradicts
-            another one. The message names the key.
-    """
-    arguments = [item if item.startswith("-") else f"--{item}" for item in overrides]
-    data: Any = None
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"config file {path} does not exist")
-        data = _read_yaml(Path(path))
-        arguments = [f"--config={path}", *arguments]
-    with _user_errors(f"{path} or the command line" if path is not None else "the command line"):
-        made = parser(_algorithm_name(data, arguments))
-        return _build(made, made.parse_args(arguments))
-
-
-def from_dict(data: dict[str, Any], source: str) -> RunConfig:
-    """`RunConfig.to_dict` read back; errors, the same as those of `load`, name ``source``."""
-    with _user_errors(source):
-        made = parser(_algorithm_name(data, ()))
-        return _build(made, made.parse_object(data))
-
-
-def _build(made: ArgumentParser, parsed: Namespace) -> RunConfig:
-    values = made.instantiate(parsed)
-    return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
-
-
-def _read_yaml(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not YAML: {error}") from error
-
-
-@contextlib.contextmanager
-def _user_errors(source: str) -> Iterator[None]:
-    from jsonargparse import ArgumentError
-
-    try:
-        yield
-    except (ArgumentError, ValueError, TypeError) as error:
-        message = str(error)
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
-        if unknown:
-            name = unknown[1] or unknown[2]
-            near = difflib.get_close_matches(name, _all_keys(), n=1) or difflib.get_close_matches(
-                name.rpartition(".")[2], [key.rpartition(".")[2] for key in _all_keys()], n=1
-            )
-            message = f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        raise UserError(f"config ({source}): {message}\n`mezo-dist train --help` lists every setting") from error
-
-
-def _all_keys() -> list[str]:
-    """Names of all settings, of any algorithm."""
-    return sorted({action.dest for name in ALGORITHMS for action in parser(name)._actions})
-
-
-def _algorithm_name(data: Any, arguments: Sequence[str]) -> str:
-    """``algorithm.name``, looked up before the parser is built, since the algorithm's settings depend on it."""
-    section = data.get("algorithm") if isinstance(data, dict) else None
-    name = section.get("name") if isinstance(section, dict) else None
-    for flag, value in zip(arguments, [*arguments, ""][1:], strict=True):
-        key, _, inline = flag.partition("=")
-        if key == "--algorithm.name":
-            name = inline or value
-    known = ", ".join(sorted(ALGORITHMS))
-    if name not in ALGORITHMS:
-        raise ValueError(f"algorithm.name: {name!r} is not one of {known}" if name else f"set algorithm.name: {known}")
-    return str(name)

@@ -117,8 +117,6 @@ def prepare(config: RunConfig, wire: Wire) -> Run:
 
 
 def _encoder(config: RunConfig, loaded: Loaded) -> Encoder:
-    if loaded.kind == "classifier" and not config.task.plain:
-        raise UserError("task.plain: model.head is classifier, so the task needs templates without prompt in `plain`")
     max_tokens = min(config.train.max_tokens or loaded.window, loaded.window)
     return Encoder(config.task, loaded.tokenizer, loaded.kind, max_tokens)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from mezo_dist import checkpoint, trajectory
 from mezo_dist.algorithms.base import Evaluation, Losses, Update
-from mezo_dist.config import RunConfig, from_dict
+from mezo_dist.config import RunConfig
+from mezo_dist.config_reader import from_dict
 from mezo_dist.directions.combination import ZERO, CoefficientError
 from mezo_dist.errors import UserError
 from mezo_dist.monitor import Monitor

@@ -20,7 +20,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or not 0 <= self.final <= 1:
-            raise ValueError("schedule: warmup_steps must be >= 0 and final must lie in 0..1")
+            raise ValueError("algorithm.schedule: warmup_steps must be at least 0, and final must lie in 0..1")
 
     def factor(self, step: int, num_steps: int) -> float:
         """The factor at ``step`` (0-based) of ``num_steps``."""
@@ -49,8 +49,8 @@ class Annealing:
     """Ratio of mean losses above which the loss counts as no longer falling."""
 
     def __post_init__(self) -> None:
-        if self.divisor < 1 or self.window < 1 or self.threshold <= 0:
-            raise ValueError("annealing: divisor and window must be >= 1 and threshold > 0")
+        if not (1 <= self.divisor < math.inf and self.window >= 1 and self.threshold > 0):
+            raise ValueError("algorithm.annealing: divisor and window must be at least 1, threshold above 0")
 
 
 @dataclass(frozen=True)

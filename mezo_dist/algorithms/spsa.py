@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ def typical(values: Sequence[float]) -> float:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError naming the first of the settings that is not above zero."""
+    """Raises ValueError naming the first of the settings that is not above zero, or not finite."""
     for name in names:
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"algorithm.{name}: must be above 0, not {getattr(config, name)!r}")

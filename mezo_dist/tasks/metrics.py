@@ -10,18 +10,13 @@ from mezo_dist.tasks.task import Metric
 def measure(metric: Metric, prediction: Tensor, label: Tensor, num_classes: int) -> float:
     """The ``metric`` of predicted against true classes (int64 [n] each); 0..1, for ``matthews`` -1..1.
 
-    ``f1`` is that of class 1 of two, ``macro-f1`` the unweighted mean over classes.
-
-    Raises:
-        ValueError: ``f1`` with other than two classes.
+    ``f1`` is that of the second of two classes, ``macro-f1`` the unweighted mean over classes.
     """
     from torchmetrics.functional import classification as tm
 
     if metric == "accuracy":
         value = tm.multiclass_accuracy(prediction, label, num_classes, average="micro")
     elif metric == "f1":
-        if num_classes != 2:
-            raise ValueError(f"task.metric: f1 is for two classes, this task has {num_classes}; use macro-f1")
         value = tm.binary_f1_score(prediction, label)
     elif metric == "macro-f1":
         value = tm.multiclass_f1_score(prediction, label, num_classes, average="macro")

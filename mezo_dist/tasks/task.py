@@ -34,7 +34,7 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
-            raise ValueError(f"splits: size must be at least 1 or null, not {self.size}")
+            raise ValueError(f"task.splits: size must be at least 1 or null, not {self.size}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Splits:
 class Label:
     """One class."""
 
-    value: Union[int, str]  # noqa: UP007
+    value: Union[str, int]  # noqa: UP007
     """Value of the label field in the data."""
     word: str
     """Word that stands for the class in the prompt; also its display name."""
@@ -68,13 +68,13 @@ class Task:
     name: str
     """Short name, used in logs."""
     data: str
-    """``demo:NAME``, a hub name, or a local .jsonl, .json, .csv, .tsv, .parquet or .arrow file or a folder of such
-    files named after their splits."""
+    """``demo:NAME``, a hub name, or a local .jsonl, .json, .csv, .tsv, .parquet or .arrow file (its rows are the split
+    ``train``) or a folder of such files named after their splits. Relative paths start at the current folder."""
     prompt: str
     """jinja2 template over the fields of a sample, with ``{{ answer }}`` where the label word goes (at the very end
     for causal models, where the mask token goes for masked models)."""
     labels: tuple[Label, ...]
-    """The classes."""
+    """The classes, as a list of ``{value: of the label field in the data, word: that stands for it in the prompt}``."""
     plain: tuple[str, ...] = ()
     """One or two jinja2 templates without prompt, for a fresh classification head."""
     label: str = "label"
@@ -98,6 +98,8 @@ class Task:
             raise ValueError("task.prompt: must contain {{ answer }} where the label word goes")
         if len(self.plain) > 2:
             raise ValueError("task.plain: give one template, or two for a pair of texts")
+        if self.metric == "f1" and len(self.labels) != 2:
+            raise ValueError(f"task.metric: f1 is for two classes, this task has {len(self.labels)}; use macro-f1")
 
     @property
     def words(self) -> list[str]:

@@ -30,6 +30,7 @@ LAYERS = {
     "data": "errors directions tasks",
     "objectives": "errors readout tasks data",
     "config": "errors algorithms tasks",
+    "config_reader": "errors algorithms config",
     "models": "errors directions assets tasks config",
     "monitor": "errors trajectory",
     "testing": "errors wire",
@@ -37,12 +38,12 @@ LAYERS = {
     "evaluation": "errors algorithms engines wire tasks data objectives",
     "runs": "errors directions algorithms engines wire trajectory tasks data objectives config models "
     "evaluation",
-    "training": "errors directions algorithms wire trajectory checkpoint config monitor runs",
-    "cli": "errors wire checkpoint config monitor training",
+    "training": "errors directions algorithms wire trajectory checkpoint config config_reader monitor runs",
+    "cli": "errors wire checkpoint config_reader monitor training",
     "__main__": "cli",
 }
 
-NO_TORCH = ["mezo_dist", "mezo_dist.config", "mezo_dist.algorithms", "mezo_dist.directions.combination"]
+NO_TORCH = ["mezo_dist", "mezo_dist.config_reader", "mezo_dist.algorithms", "mezo_dist.directions.combination"]
 
 
 def modules() -> set[str]:
