@@ -9,22 +9,17 @@ no `fastmath`, because fused or reordered sums are other numbers.
 
 from __future__ import annotations
 
-import logging
-import pickle
-from collections.abc import Callable
-from typing import Any
-
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy import float32, uint16, uint32, uint64
 
-from mezo_dist.directions import philox
+from mezo_dist.directions import laws, philox
 from mezo_dist.directions.laws import CHUNK, RADEMACHER
-
-log = logging.getLogger(__name__)
+from mezo_dist.directions.numba_cache import compiled
 
 FP32, BF16, FP16 = range(3)
 BLOCKS = 128  # per chunk, where an element takes 16 bits
@@ -147,6 +142,33 @@ def _pointer(typing_context, address):
     return types.voidptr(types.uint64), generate
 
 
+@intrinsic
+def _prefetch_line(typing_context, address):
+    """Ask for the cache line at ``address`` (any number: prefetching never faults), to L2."""
+
+    def generate(context, builder, signature, arguments):
+        int32 = ir.IntType(32)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [cgutils.voidptr_t], ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] + [int32] * 3)
+        )
+        builder.call(prefetch, [builder.inttoptr(arguments[0], cgutils.voidptr_t), int32(0), int32(2), int32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
+
+
+@numba.njit
+def _prefetch(addresses, kinds, start):
+    """Ask for one chunk from element ``start`` on of every tensor.
+
+    The processor's own prefetcher sees only the table's random lines; without this a gaussian add takes 25 % longer.
+    """
+    for i in range(len(addresses)):
+        size = 4 if kinds[i] == FP32 else 2
+        for byte in range(start * size, (start + CHUNK) * size, 64):
+            _prefetch_line(addresses[i] + uint64(byte))
+
+
 @numba.njit
 def _view(address, dtype, start, stop):
     """Elements [start, stop) of the tensor at ``address``."""
@@ -219,6 +241,8 @@ def _add_chunks(
                 _load(addresses[0], kinds[0], start, _total(address, kind, start, scratch[v, low:high]))
         for k in range(len(seeds)):
             if gaussian:
+                if k == 0:
+                    _prefetch(addresses, kinds, start + CHUNK)
                 _philox(words, seeds[k], uint64(chunk * BLOCKS), param_id, stream, BLOCKS)
                 _gaussian(words, table, z)
             else:
@@ -242,18 +266,7 @@ SIGNATURE = (
 )
 
 
-def _compile(function: Callable[..., None]) -> Any:
-    """Machine code for ``function``, from numba's cache where there is one.
-
-    numba keeps it in NUMBA_CACHE_DIR, beside this file or in the user's cache directory, whichever can be written.
-    With none of them, with a full disk or a damaged entry: compile for this process alone.
-    """
-    try:
-        return numba.njit(SIGNATURE, nogil=True, cache=True)(function)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        log.warning("numba's cache cannot be used (%s): the CPU kernel is compiled at every start", error)
-        return numba.njit(SIGNATURE, nogil=True)(function)
-
-
-kernel = _compile(_add_chunks)
-"""`_add_chunks`, compiled; runs without the GIL."""
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+kernel = compiled(_add_chunks, SIGNATURE, uses=[laws, philox])
+"""`_add_chunks`, compiled."""

@@ -55,9 +55,7 @@ def add(
 def _rounding_bits(seed: int, param_id: int, first_chunk: int, num_chunks: int) -> Tensor:
     """16 random bits per element from stream 1, in the ``gaussian`` layout: int64 [num_chunks * 1024]."""
     per = ROUNDING_BLOCKS_PER_CHUNK
-    words = philox.direction_words(
-        seed, param_id, philox.STREAM_ROUNDING, first_chunk * per, num_chunks * per
-    )
+    words = philox.direction_words(seed, param_id, philox.STREAM_ROUNDING, first_chunk * per, num_chunks * per)
     return halves(words).flatten()
 
 

@@ -1,0 +1,49 @@
+"""Compile a function with numba, or take the machine code from numba's cache, whatever state that is in."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
+import numba
+
+log = logging.getLogger(__name__)
+
+
+def compiled(function: Callable[..., None], signature: str, uses: list[ModuleType]) -> Any:
+    """Machine code for ``function``, which runs without the GIL.
+
+    numba keeps it in NUMBA_CACHE_DIR, beside the function's file or in the user's cache directory, whichever can be
+    written. With none of them, with a full disk or a damaged entry: compiled for this process alone.
+
+    Args:
+        function: from a module of its own, for the cache knows nothing of compiled functions in other modules.
+        signature: its types, in numba's notation.
+        uses: other modules whose constants are compiled in.
+    """
+    try:
+        # numba's files are named after the function, and it writes an index first, then the code. With one name for
+        # ever, a process that starts in between, after an update or on another processor, could load foreign code.
+        sources = [function.__code__.co_filename, *(str(module.__file__) for module in uses)]
+        function.__qualname__ = f"{function.__name__}_{_fingerprint(sources)}"
+        return numba.njit(signature, nogil=True, cache=True)(function)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        log.warning(
+            "numba's cache cannot be used (%s): the CPU kernels are compiled at every start, which takes seconds; "
+            "NUMBA_CACHE_DIR can name another directory",
+            error,
+        )
+        return numba.njit(signature, nogil=True)(function)
+
+
+def _fingerprint(sources: list[str]) -> str:
+    """Of all that machine code depends on: the sources, numba, the processor."""
+    made_by = (numba.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+    text = b"".join(Path(source).read_bytes() for source in sources) + repr(made_by).encode()
+    return hashlib.sha256(text).hexdigest()[:16]
