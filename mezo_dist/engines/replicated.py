@@ -111,7 +111,8 @@ class Replicated:
         rows = plan_rows(site, calls, real)
         variants = sorted({call.job.variant for call in calls})
         sources = [_source(weight.tensor.detach(), rows) for weight in site.weights]
-        allocate = torch.empty_like if site.spans_blocks else self._scratch_for(sources, len(variants))
+        copies = len(variants) if self.compute_dtype else sum(bool(self._shifts[v]) for v in variants)
+        allocate = torch.empty_like if site.spans_blocks else self._scratch_for(sources, copies)
         tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
         for weight, source in zip(site.weights, sources, strict=True):
             for v, tensor in self._variants_of(weight, source, rows, variants, allocate).items():
@@ -149,7 +150,8 @@ class Replicated:
 
     def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[..., Tensor]:
         """Hands out pieces of one buffer that is kept from site to site: fresh memory costs page faults."""
-        need = sum(_aligned(4 * source.numel()) for source in sources) * copies
+        sizes = (source.numel() * (self.compute_dtype or source.dtype).itemsize for source in sources)
+        need = sum(map(_aligned, sizes)) * copies
         if self._scratch.numel() < need or self._scratch.device != sources[0].device:
             self._scratch = torch.empty(need, dtype=torch.uint8, device=sources[0].device)
         used = 0
