@@ -35,6 +35,8 @@ class ModelConfig:
     is not offered, as it loses small updates."""
     compute: Union[Literal["float32", "bfloat16", "float16"], None] = None  # noqa: UP007
     """dtype of the forward passes; that of the weights if null."""
+    freeze: tuple[str, ...] = ()
+    """Weights to leave alone: shell patterns over their names, such as ``*embed*`` or ``model.layers.[0-9].*``."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Off, as it is anybody's code."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int) -> Loaded:
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
+    _freeze(model, config)
     return Loaded(model.eval(), tokenizer, kind, _window(tokenizer, hf_config), pad_id)
 
 
@@ -72,9 +74,18 @@ def _build(source: str, kind: Kind, num_labels: int, seed: int, options: dict[st
         return transformers.AutoModelForMaskedLM.from_pretrained(source, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "fresh head") % 2**63)
-        return transformers.AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=num_labels, **options
-        )
+        return transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=num_labels, **options)
+
+
+def _freeze(model: nn.Module, config: ModelConfig) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in config.freeze:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"model.freeze: {pattern!r} matches no weight; names look like {names[:3]}")
+    for name, tensor in model.named_parameters():
+        tensor.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.freeze))
+    if not any(tensor.requires_grad for tensor in model.parameters()):
+        raise UserError(f"model.freeze: {list(config.freeze)} freezes every weight; nothing is left to train")
 
 
 def _kind(config: ModelConfig, hf_config: Any) -> Kind:

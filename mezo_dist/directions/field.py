@@ -9,6 +9,7 @@ not exist as weights: a linear layer can apply it to its input, a different one 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,35 +118,44 @@ class Field:
         """``U diag(c) V^T`` over all directions of a combination, row block by row block: one matrix product each."""
         columns = math.prod(shape[1:])
         source = weight.view(-1, columns)
+        targets = [output.view(-1, columns) for output in outputs]
         seeds = sorted({seed for combination in combinations for seed, _ in combination.terms})
-        place = {seed: k for k, seed in enumerate(seeds)}
-        v = self._factor(FACTOR_V, seeds, param_id, 0, columns).transpose(0, 1) / math.sqrt(self.rank)
+        right = self._factor(FACTOR_V, seeds, param_id, 0, columns) / math.sqrt(self.rank)
+        rights = [_side_by_side(right, seeds, combination) for combination in combinations]
         for first in range(0, len(source), ROWS_AT_ONCE):
             block = slice(first, min(first + ROWS_AT_ONCE, len(source)))
-            u = self._rows_of_u(seeds, param_id, block, rows)
+            left = self._rows_of_u(seeds, param_id, block, rows)
             base = source[block].float()
-            for combination, output in zip(combinations, outputs, strict=True):
+            for combination, v, target in zip(combinations, rights, targets, strict=True):
                 total = base
                 if combination:
-                    k = torch.tensor([place[seed] for seed, _ in combination.terms])
-                    c = torch.tensor([c for _, c in combination.terms]).view(-1, 1)
-                    total = torch.addmm(base, (u[:, k] * c).flatten(1), v[:, k].flatten(1).T)
-                target = output.view(-1, columns)[block]
+                    c = torch.tensor([c for _, c in combination.terms]).repeat_interleave(self.rank)
+                    total = torch.addmm(base, _side_by_side(left, seeds, combination) * c, v.T)
                 if rounding_seed is None:
-                    target.copy_(total)
+                    target[block] = total
                 else:
-                    first_element = [first * columns]
-                    add(total, [ZERO], [target], param_id=param_id, law=GAUSSIAN, offsets=first_element,
+                    add(total, [ZERO], [target[block]], param_id=param_id, law=GAUSSIAN, offsets=[first * columns],
                         rounding_seed=rounding_seed)  # fmt: skip
 
     def _rows_of_u(self, seeds: Sequence[int], param_id: int, block: slice, rows: Tensor | None) -> Tensor:
-        """[rows of the block, num_seeds, rank]"""
+        """[num_seeds, rows of the block, rank]"""
         if rows is None:
-            u = self._factor(FACTOR_U, seeds, param_id, block.start, block.stop - block.start)
-        else:
-            offsets = (rows[block] * self.rank).tolist()
-            u = _fill(FACTOR_U, seeds, param_id, offsets, self.rank).view(len(seeds), -1, self.rank)
-        return u.transpose(0, 1)
+            return self._factor(FACTOR_U, seeds, param_id, block.start, block.stop - block.start)
+        offsets = (rows[block] * self.rank).tolist()
+        return _fill(FACTOR_U, seeds, param_id, offsets, self.rank).view(len(seeds), -1, self.rank)
+
+
+def _side_by_side(factor: Tensor, seeds: Sequence[int], combination: Combination) -> Tensor:
+    """The factors of a combination's terms as one matrix: [num_seeds, n, rank] -> [n, terms * rank]."""
+    if len(combination) < len(seeds):
+        place = {seed: k for k, seed in enumerate(seeds)}
+        factor = factor[[place[seed] for seed, _ in combination.terms]]
+    return factor.transpose(0, 1).reshape(factor.shape[1], -1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _one(seed: int) -> Combination:
+    return Combination.single(seed, 1.0)
 
 
 def _fill(law: Law, seeds: Sequence[int], param_id: int, offset: int | list[int], length: int) -> Tensor:
@@ -156,5 +166,5 @@ def _fill(law: Law, seeds: Sequence[int], param_id: int, offset: int | list[int]
     for first in range(0, len(seeds), SEEDS_AT_ONCE):
         some = seeds[first : first + SEEDS_AT_ONCE]
         outputs = list(made[first : first + SEEDS_AT_ONCE])
-        add(zero, [Combination.single(s, 1.0) for s in some], outputs, param_id=param_id, law=law, offsets=offsets)
+        add(zero, [_one(seed) for seed in some], outputs, param_id=param_id, law=law, offsets=offsets)
     return made

@@ -48,7 +48,7 @@ def with_sample_directions(
     if isinstance(real, RowLinear) or type(site.module) in (nn.Linear, Conv1D):
         moved = _linear(field, site, seeds, shared, rows)
     elif type(site.module) is nn.Embedding:
-        moved = _embedding(field, site.weights[0], seeds, shared)
+        moved = _embedding(field, site, seeds, shared)
     else:
         moved = _one_by_one(field, site, real)
     return lambda call, tensors: (moved if call.job.sample_shifts else shared)(call, tensors)
@@ -69,24 +69,40 @@ def _spanning(site: Site, shared: Forward) -> Forward:
 class _Factors:
     """U and V of one weight for all seeds of a serving, picked by sample."""
 
-    def __init__(self, field: Field, weight: Weight, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, field: Field, weight: Weight, seeds: Sequence[int], *, swapped: bool, rows: Tensor | None
+    ) -> None:
         self._place = {seed: k for k, seed in enumerate(seeds)}
-        self.u, self.v = field.factors(seeds, weight.param_id, weight.tensor.shape)
+        u, v = field.factors(seeds, weight.param_id, weight.tensor.shape)
+        self._into, self._out = (u, v) if swapped else (v, u)
+        if rows is not None:
+            self._out = self._out[:, rows]
+        self._picked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def of(self, shifts: Sequence[Combination], factor: Tensor, like: Tensor, *, scaled: bool) -> Tensor:
-        """[n, factor rows, terms * rank]: the factors of each sample's terms side by side, times their coefficients."""
-        index = torch.tensor([[self._place[seed] for seed, _ in shift.terms] for shift in shifts])
-        picked = factor[index]  # [n, terms, rows, rank]
-        if scaled:
-            picked = picked * torch.tensor([[c for _, c in shift.terms] for shift in shifts])[..., None, None]
-        return picked.transpose(1, 2).flatten(2).to(like.device, like.dtype)
+    def of(self, shifts: Sequence[Combination], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors of each sample's terms side by side, and their coefficients, in ``like``'s dtype and device.
+
+        Returns:
+            [n, inputs, terms * rank], [n, terms * rank, outputs], [n, 1, terms * rank].
+        """
+        seeds = tuple(seed for shift in shifts for seed, _ in shift.terms)
+        if seeds not in self._picked:  # both signs, and both ends of a step, share their directions
+            index = torch.tensor([self._place[seed] for seed in seeds]).view(len(shifts), -1)
+            into, out = (
+                factor[index].transpose(1, 2).flatten(2).to(like.device, like.dtype)
+                for factor in (self._into, self._out)
+            )
+            self._picked[seeds] = (into, out.transpose(1, 2))
+        coefficients = torch.tensor([[c for _, c in shift.terms] for shift in shifts]).to(like.device, like.dtype)
+        into, out = self._picked[seeds]
+        return into, out, coefficients.repeat_interleave(into.shape[-1] // coefficients.shape[-1], dim=1).unsqueeze(1)
 
 
 def _linear(field: Field, site: Site, seeds: Sequence[int], shared: Forward, rows: Tensor | None) -> Forward:
     weights = {w.attribute: w for w in site.weights if w.trainable}
-    factors = _Factors(field, weights["weight"], seeds) if "weight" in weights else None
+    swapped = type(site.module) is Conv1D  # its weight is [inputs, outputs]
+    factors = _Factors(field, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
     bias = field.vector(seeds, weights["bias"].param_id, weights["bias"].tensor.numel()) if "bias" in weights else None
-    transposed = type(site.module) is Conv1D  # its weight is [inputs, outputs]
     place = {seed: k for k, seed in enumerate(seeds)}
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
@@ -94,11 +110,8 @@ def _linear(field: Field, site: Site, seeds: Sequence[int], shared: Forward, row
         shifts = call.job.sample_shifts
         x, y = _by_sample(site, call.args[0], len(shifts)), _by_sample(site, output, len(shifts))
         if factors is not None:
-            into, out = (factors.u, factors.v) if transposed else (factors.v, factors.u)
-            if rows is not None:
-                out = out[:, rows]
-            projected = torch.bmm(x, factors.of(shifts, into, x, scaled=True))
-            y = torch.baddbmm(y, projected, factors.of(shifts, out, x, scaled=False).transpose(1, 2))
+            into, out, coefficients = factors.of(shifts, x)
+            y = torch.baddbmm(y, torch.bmm(x, into) * coefficients, out)
         if bias is not None:
             z = bias if rows is None else bias[:, rows]
             moved = [sum((c * z[place[seed]] for seed, c in s.terms), torch.zeros(z.shape[1])) for s in shifts]
@@ -108,21 +121,19 @@ def _linear(field: Field, site: Site, seeds: Sequence[int], shared: Forward, row
     return forward
 
 
-def _embedding(field: Field, weight: Weight, seeds: Sequence[int], shared: Forward) -> Forward:
-    factors = _Factors(field, weight, seeds)
+def _embedding(field: Field, site: Site, seeds: Sequence[int], shared: Forward) -> Forward:
+    factors = _Factors(field, site.weights[0], seeds, swapped=True, rows=None)
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
         output: Tensor = shared(call, tensors)
-        shifts = call.job.sample_shifts
-        n = len(shifts)
+        n = len(call.job.sample_shifts)
         ids = call.args[0].view(call.args[0].shape[0], -1)
         if ids.shape[0] == 1 and n > 1:  # the same positions for all samples: now each has its own vectors
             ids, output = ids.expand(n, -1), output.expand(n, *output.shape[1:])
-        y = _by_sample(site=None, tensor=output, num_samples=n)
-        u = factors.of(shifts, factors.u, y, scaled=True)
-        u = torch.gather(u, 1, ids.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
-        v = factors.of(shifts, factors.v, y, scaled=False)
-        return torch.baddbmm(y, u, v.transpose(1, 2)).view(output.shape)
+        y = _by_sample(site, output, n)
+        u, v, coefficients = factors.of(call.job.sample_shifts, y)
+        looked_up = torch.gather(u, 1, ids.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
+        return torch.baddbmm(y, looked_up * coefficients, v).view(output.shape)
 
     return forward
 
@@ -159,15 +170,15 @@ def _slice(site: Site, argument: Any, i: int, n: int) -> Any:
     return argument[i * per : (i + 1) * per]
 
 
-def _by_sample(site: Site | None, tensor: Tensor, num_samples: int) -> Tensor:
+def _by_sample(site: Site, tensor: Tensor, num_samples: int) -> Tensor:
     """[n, tokens, features], from that or from [n * tokens, features] in sample order."""
     if tensor.shape[0] % num_samples or tensor.shape[0] == 0:
         raise _not_by_sample(site, tensor, num_samples)
     return tensor.reshape(num_samples, -1, tensor.shape[-1])
 
 
-def _not_by_sample(site: Site | None, tensor: Tensor, num_samples: int) -> NotImplementedError:
+def _not_by_sample(site: Site, tensor: Tensor, num_samples: int) -> NotImplementedError:
     return NotImplementedError(
-        f"module {site.name if site else 'embedding'} gets a tensor {tuple(tensor.shape)} whose rows are not "
+        f"module {site.name} gets a tensor {tuple(tensor.shape)} whose rows are not "
         f"{num_samples} samples; a direction per sample cannot be applied there (use per_sample: false)"
     )

@@ -132,21 +132,22 @@ class Replicated:
         variants: Sequence[int],
         allocate: Callable[..., Tensor],
     ) -> dict[int, Tensor]:
-        """One weight (or its needed rows) under every variant; variants that do not move it share the weight itself."""
+        """One weight (or its needed rows) under every variant. Variants with the same shift share one tensor, and those
+        that do not move the weight share the weight itself."""
         dtype = self.compute_dtype if self.compute_dtype and source.is_floating_point() else source.dtype
         shifts = {v: self._shifts[v] if weight.trainable else ZERO for v in variants}
-        moved = [v for v in variants if shifts[v] or dtype != source.dtype]
-        made = {v: allocate(source, dtype=dtype) for v in moved}
+        moved = [shift for shift in dict.fromkeys(shifts.values()) if shift or dtype != source.dtype]
+        made = {shift: allocate(source, dtype=dtype) for shift in moved}
         if moved:
             self.field.add(
                 source,
-                [shifts[v] for v in moved],
+                moved,
                 list(made.values()),
                 param_id=weight.param_id,
                 shape=weight.tensor.shape,
                 rows=None if rows is None else rows.indices,
             )
-        return {v: made.get(v, source) for v in variants}
+        return {v: made.get(shift, source) for v, shift in shifts.items()}
 
     def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[..., Tensor]:
         """Hands out pieces of one buffer that is kept from site to site: fresh memory costs page faults."""

@@ -1,0 +1,108 @@
+"""Every command and every program in the README really runs.
+
+Commands run in the README's order in a folder of their own, on the real demo model; `SMALL` makes them quick. A command that
+is new in the README must be entered in `HOW`, or the test fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mezo_dist import config_reader
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = [
+    "--train.steps=3",
+    "--train.batch_size=4",
+    "--train.full_size=8",
+    "--task.splits.train.size=16",
+    "--task.splits.validation.size=8",
+    "--task.splits.test.size=8",
+]
+
+RUN, SAME_WITHOUT_HUB, MAKE = "run", "check the settings", "see the Makefile's own test"
+HOW = {
+    "make quickstart": MAKE,
+    "make test": MAKE,
+    "mezo-dist train configs/quickstart.yaml --model.name=Qwen/Qwen3-0.6B --output.dir=runs/qwen": SAME_WITHOUT_HUB,
+    "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml": RUN,
+    "mezo-dist evaluate runs/quickstart --split validation": RUN,
+    "mezo-dist evaluate runs/quickstart --step 0": RUN,
+    "mezo-dist export runs/quickstart my-model": RUN,
+    "tensorboard --logdir runs/quickstart": "tensorboard --inspect --logdir runs/quickstart",
+    "mezo-dist train configs/quickstart.yaml --output.if_exists=resume": RUN,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def call(arguments: list[str], folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_every_command_of_the_readme_is_known_to_this_test() -> None:
+    assert set(commands()) == set(HOW)
+
+
+def test_the_settings_of_commands_that_need_a_hub_are_right() -> None:
+    for command in commands():
+        if HOW[command] == SAME_WITHOUT_HUB:
+            _, _, path, *overrides = shlex.split(command)
+            assert config_reader.load(ROOT / path, overrides).model.name in command
+
+
+def test_make_targets_exist_and_start_what_the_readme_says() -> None:
+    for command in commands():
+        if HOW[command] == MAKE:
+            assert "No rule" not in call([*shlex.split(command), "--dry-run"], ROOT)
+    plan = call(["make", "quickstart", "--dry-run"], ROOT)
+    assert "torchrun_local.sh 2 configs/quickstart.yaml" in plan
+
+
+@pytest.mark.assets
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_the_commands_run(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for command in commands():
+        how = HOW[command]
+        if how in (SAME_WITHOUT_HUB, MAKE):
+            continue
+        arguments = shlex.split(command if how == RUN else how)
+        output = call([*arguments, *SMALL] if "train" in arguments else arguments, tmp_path)
+        if "evaluate" in arguments:
+            assert "accuracy" in output
+    run = tmp_path / "runs" / "quickstart"
+    results = json.loads((run / "results.json").read_text())
+    assert results["steps"] == 3
+    assert {"before", "after", "validation"} <= results.keys()
+    assert (run / "config.yaml").read_text().startswith("# sha256")
+    assert len((run / "trajectory.jsonl").read_text().splitlines()) == 1 + 3
+    assert list((run / "tensorboard").iterdir())
+    check = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    for folder in (run / "model", tmp_path / "my-model"):
+        call([sys.executable, "-c", check, str(folder)], tmp_path)
+
+
+@pytest.mark.parametrize("program", blocks("python"))
+def test_the_programs_run(program: str, tmp_path: Path) -> None:
+    assert re.fullmatch(r"[0-9a-f]{16}\n", call([sys.executable, "-W", "ignore", "-c", program], tmp_path))
