@@ -85,7 +85,7 @@ def train(config: RunConfig, wire: Wire) -> Path:
 def _loop(run: Run, progress: _Progress, writer: TrajectoryWriter | None, monitor: Monitor) -> None:
     config = run.config.train
     while progress.step < config.steps:
-        began = time.perf_counter()
+        began, sent = time.perf_counter(), run.wire.payload_bytes
         planned = plan_step(run, progress.state, progress.step)
         step = planned.step
         evaluated = time.perf_counter()
@@ -101,7 +101,7 @@ def _loop(run: Run, progress: _Progress, writer: TrajectoryWriter | None, monito
             | {
                 "time/evaluate_s": evaluated - began,
                 "time/update_s": time.perf_counter() - evaluated,
-                "wire/payload_bytes": float(run.wire.payload_bytes),
+                "wire/payload_bytes_per_step": float(run.wire.payload_bytes - sent),
                 "memory/peak_rss_GiB": peak_rss_gib(),
                 "skipped_steps": float(progress.skipped),
             }

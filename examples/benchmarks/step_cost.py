@@ -1,0 +1,183 @@
+"""What a step costs, in forward passes of the same batch: mezo_dist against the textbook's in-place way.
+
+    python examples/benchmarks/step_cost.py [--json] [--repeats 5] [--shape opt-125m] [--threads 2]
+
+A MeZO step cannot cost less than 2 forward passes, a MeZO-SVRG inner step not less than 4; what is above that is the price
+of perturbing and updating weights. Contenders run in turn in one process, on the same model with random weights and the
+same random tokens; every figure is the median over rounds of (contender / forward pass of the same round).
+
+The textbook's way, as the released codes of MeZO and MeZO-SVRG do it: seed the generator, draw ``torch.normal_`` for one
+parameter after another, add +eps z in place, run, add -2 eps z, run, add +eps z, then draw once more for the update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
+from mezo_dist.algorithms.mezo import Mezo, MezoConfig
+from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
+from mezo_dist.data import MicroBatch
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.replicated import Replicated
+from mezo_dist.objectives import LabelWords, Objective
+
+EPS, LR = 1e-3, 1e-6
+SHAPES = {
+    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12},
+    "opt-350m": {"hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096, "num_attention_heads": 16},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 128, "num_attention_heads": 2},
+}
+
+
+def make_model(shape: str) -> nn.Module:
+    """OPT's architecture with random weights, fp32."""
+    sizes = SHAPES[shape]
+    torch.manual_seed(0)
+    config = OPTConfig(**sizes, word_embed_proj_dim=sizes["hidden_size"], vocab_size=50272, use_cache=False)
+    return OPTForCausalLM(config).eval()
+
+
+def make_batch(num_samples: int, length: int) -> MicroBatch:
+    """Random tokens; the answer is read at the last one."""
+    ids = torch.randint(10, 50000, (num_samples, length))
+    return MicroBatch(
+        tuple(range(num_samples)),
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        torch.full((num_samples,), length - 1),
+        torch.randint(0, 2, (num_samples,)),
+    )
+
+
+def ours(engine: Replicated, planner: Mezo | Svrg, objective: Objective, batch: MicroBatch) -> Callable[[], None]:
+    """One step of a planner: plan, evaluate, update, apply. For MeZO-SVRG an inner step, after one anchor step."""
+    state, step = planner.init(), 0
+
+    def take() -> None:
+        nonlocal state, step
+        request: Evaluation | Update = planner.plan(state, step)
+        assert isinstance(request, Evaluation)
+        scores = engine.evaluate(request.variants, [batch], objective)[0]
+        update = planner.update(state, step, [Losses(tuple(float(score.loss.mean()) for score in scores))])
+        engine.apply(update.combination, rounding_seed=0)
+        state, step = update.state, step + 1
+
+    if isinstance(planner, Svrg):
+        take()  # the anchor
+        inner = state
+
+        def take_inner() -> None:
+            nonlocal state, step
+            state, step = inner, 1
+            take()
+
+        return take_inner
+    return take
+
+
+def perturb(parameters: list[nn.Parameter], seed: int, scale: float) -> None:
+    """In place, the whole direction drawn anew."""
+    torch.manual_seed(seed)
+    for p in parameters:
+        p.data.add_(torch.empty_like(p).normal_(), alpha=scale)
+
+
+def textbook_estimate(model: nn.Module, parameters: list[nn.Parameter], seed: int, forward: Callable[[], float]) -> float:
+    """The two-point estimate by +eps, -2 eps, +eps."""
+    perturb(parameters, seed, EPS)
+    plus = forward()
+    perturb(parameters, seed, -2 * EPS)
+    minus = forward()
+    perturb(parameters, seed, EPS)
+    return (plus - minus) / (2 * EPS)
+
+
+def textbook_mezo(model: nn.Module, forward: Callable[[], float]) -> Callable[[], None]:
+    """MeZO's step, in place."""
+    parameters = list(model.parameters())
+
+    def take() -> None:
+        projected = textbook_estimate(model, parameters, 1, forward)
+        perturb(parameters, 1, -LR * projected)
+
+    return take
+
+
+def textbook_svrg(model: nn.Module, anchor: nn.Module, forwards: list[Callable[[], float]]) -> Callable[[], None]:
+    """MeZO-SVRG's inner step with a copy of the weights as anchor and the full-batch estimate as a dense gradient."""
+    parameters, anchor_parameters = list(model.parameters()), list(anchor.parameters())
+    dense = [torch.randn_like(p) * 1e-3 for p in parameters]
+
+    def take() -> None:
+        here = textbook_estimate(model, parameters, 1, forwards[0])
+        perturb(parameters, 1, -LR * here)
+        there = textbook_estimate(anchor, anchor_parameters, 2, forwards[1])
+        perturb(parameters, 2, LR * there)
+        for p, g in zip(parameters, dense, strict=True):
+            p.data.add_(g, alpha=-LR)
+
+    return take
+
+
+def measure(shape: str, length: int, repeats: int) -> dict[str, float]:
+    """Median ratios over ``repeats`` rounds, at 16 samples of ``length`` tokens."""
+    model, anchor, batch = make_model(shape), make_model(shape), make_batch(16, length)
+    engine = Replicated(model, Field("gaussian"))
+    problem = Problem(seed=0, num_steps=1000, batch_size=16, full_size=16)
+    objective, anchor_objective = (LabelWords(m, [100, 200], batch) for m in (model, anchor))
+
+    def loss(of: nn.Module, by: Objective) -> Callable[[], float]:
+        return torch.no_grad()(lambda: float(by(of, batch).loss.mean()))
+
+    forward, anchor_forward = loss(model, objective), loss(anchor, anchor_objective)
+    contenders: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "mezo_over_forward": ours(engine, Mezo(MezoConfig(lr=LR, eps=EPS), problem), objective, batch),
+        "svrg_over_forward": ours(engine, Svrg(SvrgConfig(lr=LR, anchor_lr=LR, eps=EPS), problem), objective, batch),
+        "textbook_mezo_over_forward": textbook_mezo(model, forward),
+        "textbook_svrg_over_forward": textbook_svrg(model, anchor, [forward, anchor_forward]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_number in range(repeats + 1):  # the first warms up and does not count
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            if round_number:
+                times[name].append(time.perf_counter() - began)
+    ratios = {
+        name: statistics.median(t / f for t, f in zip(values, times["forward"], strict=True))
+        for name, values in times.items()
+    }
+    return {**ratios, "forward": statistics.median(times["forward"])}
+
+
+def main() -> None:
+    """Measure both lengths, print a table and, with --json, one last line for machines."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    found = {f"16x{n}": measure(arguments.shape, n, arguments.repeats) for n in (32, 128)}
+    print(f"{arguments.shape}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 = one forward pass")
+    print(f"{'':28}" + "".join(f"{name:>10}" for name in found))
+    rows = [name for name in next(iter(found.values())) if name != "forward"]
+    for name in rows:
+        print(f"{name:28}" + "".join(f"{ratios[name]:10.2f}" for ratios in found.values()))
+    print(f"{'one forward pass (s)':28}" + "".join(f"{ratios['forward']:10.3f}" for ratios in found.values()))
+    if arguments.json:
+        print(json.dumps({size: {name: round(r[name], 3) for name in rows} for size, r in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
