@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mezo_dist.assets import is_demo, resolve_model
@@ -45,19 +48,25 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int) -> Loaded:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    source = str(resolve_model(config.name)) if is_demo(config.name) else config.name
+    transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said below
+    source = _source(config.name)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         hf_config = transformers.AutoConfig.from_pretrained(source, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         kind = _kind(config, hf_config)
-        model = _build(source, kind, num_labels, seed, {"dtype": getattr(torch, config.weights), **options})
-    except (OSError, ValueError, KeyError) as error:
+        if kind == "masked" and tokenizer.mask_token is None:
+            raise UserError(f"model.kind: the tokeniser of {config.name!r} has no mask token, which kind: masked needs")
+        model, report = _build(source, kind, num_labels, seed, {"dtype": getattr(torch, config.weights), **options})
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model.name: {config.name!r} could not be loaded: {_first_lines(error)}") from error
-    if kind == "masked" and tokenizer.mask_token is None:
-        raise UserError(f"model.kind: the tokeniser of {config.name!r} has no mask token; use kind: causal")
+        where = "its folder" if Path(source).is_dir() else "the hub (no folder has that name)"
+        raise UserError(
+            f"model.name: {config.name!r} could not be loaded from {where} as head: {config.head}, "
+            f"kind: {config.kind}: {_shortened(str(error))}"
+        ) from error
+    _check_complete(report, kind, config.name)
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
@@ -65,16 +74,48 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int) -> Loaded:
     return Loaded(model.eval(), tokenizer, kind, _window(tokenizer, hf_config), pad_id)
 
 
-def _build(source: str, kind: Kind, num_labels: int, seed: int, options: dict[str, Any]) -> Any:
+def _source(name: str) -> str:
+    """What ``from_pretrained`` takes: a folder or a hub name."""
+    if is_demo(name):
+        return str(resolve_model(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name looks like that
+        raise UserError(f"model.name: folder {name} does not exist (relative paths start at {Path.cwd()})")
+    return name
+
+
+def _build(source: str, kind: Kind, num_labels: int, seed: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, and transformers' report of weights that the checkpoint lacks: they were drawn from ``seed``."""
     import transformers
 
-    if kind == "causal":
-        return transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-    if kind == "masked":
-        return transformers.AutoModelForMaskedLM.from_pretrained(source, **options)
+    makers = {
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+        "classifier": transformers.AutoModelForSequenceClassification,
+    }
+    if kind == "classifier":
+        options["num_labels"] = num_labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "fresh head") % 2**63)
-        return transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=num_labels, **options)
+        # A mismatch is an error below, where its names can be told.
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = makers[kind].from_pretrained(source, **options)
+    return model, report
+
+
+def _check_complete(report: dict[str, Any], kind: Kind, name: str) -> None:
+    missing = _shortened(", ".join(sorted(report["missing_keys"])))
+    misshapen = _shortened(", ".join(sorted(key for key, *_ in report["mismatched_keys"])))
+    if misshapen:
+        raise UserError(
+            f"model.name: in the checkpoint {name!r} these weights have another shape than needed: {misshapen}"
+        )
+    if missing and kind != "classifier":
+        raise UserError(f"model.kind: the checkpoint {name!r} lacks weights that kind: {kind} needs: {missing}")
+    if missing:
+        log.info("fresh weights, drawn from the run seed: %s", missing)
 
 
 def _freeze(model: nn.Module, config: ModelConfig) -> None:
@@ -99,8 +140,8 @@ def _kind(config: ModelConfig, hf_config: Any) -> Kind:
     if any("CausalLM" in name or "LMHead" in name for name in architectures):
         return "causal"
     raise UserError(
-        f"model.kind: the checkpoint {config.name!r} is a {architectures or 'model of unknown kind'}, without a "
-        "language-model head; set model.head: classifier, or model.kind if it has one"
+        f"model.kind: the checkpoint {config.name!r} ({', '.join(architectures) or 'of unknown kind'}) is neither a "
+        "causal nor a masked language model; set model.head: classifier, or model.kind if it is one nevertheless"
     )
 
 
@@ -113,5 +154,6 @@ def _window(tokenizer: Any, hf_config: Any) -> int:
     return int(min(limits))
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[:3])
+def _shortened(text: str) -> str:
+    """At most 400 characters: messages of transformers can name every model that it knows."""
+    return textwrap.shorten(text, 400, placeholder=" ...")

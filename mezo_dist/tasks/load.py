@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ def load_rows(task: Task) -> Rows:
         size = left if split.size is None else split.size
         if left == 0 or size > left:
             raise UserError(
-                f"task.splits.{name}: {size or 'some'} samples wanted, but {task.data} split {split.source!r} has "
-                f"{len(source)}, of which {start} are taken by other splits; make a split smaller"
+                f"task.splits.{name}.size: {size or 'some'} samples wanted, but {task.data} split {split.source!r} has "
+                f"{len(source)}, of which {start} are taken by the splits before; make a split smaller"
             )
         taken[split.source] = start + size
         rows[name] = [source[i] for i in order[start : start + size]]
@@ -67,45 +68,58 @@ def _permutation(size: int, seed: int, source: str) -> list[int]:
 
 def _load(task: Task) -> Mapping[str, Any]:
     if is_demo(task.data):
-        files = {split: [str(path)] for split, path in resolve_data(task.data).items()}
-        return _load_files(files, "json")
+        return {split: _load_file(path) for split, path in resolve_data(task.data).items()}
     path = Path(task.data).expanduser()
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return _load_saved(path)
     if path.suffix in BUILDERS or path.exists():
-        files = _local_files(path, task.data)
-        suffixes = {Path(name).suffix for names in files.values() for name in names}
-        if len(suffixes) > 1:
-            raise UserError(f"task.data: {task.data} mixes file types {sorted(suffixes)}; keep one")
-        suffix = suffixes.pop()
-        return _load_files(files, BUILDERS[suffix], **({"sep": "\t"} if suffix == ".tsv" else {}))
+        # One by one: splits may differ in their fields, and may be called "all".
+        return {split: _load_file(file) for split, file in _local_files(path).items()}
     return _load_hub(task)
 
 
-def _local_files(path: Path, given: str) -> dict[str, list[str]]:
-    if path.is_file():
-        return {"train": [str(path)]}
-    if not path.is_dir():
-        raise UserError(f"task.data: file {given} does not exist (relative paths start at {Path.cwd()})")
-    files = {file.stem: [str(file)] for file in sorted(path.iterdir()) if file.suffix in BUILDERS}
+def _local_files(path: Path) -> dict[str, Path]:
+    """Split -> file."""
+    if not path.exists():
+        raise UserError(f"task.data: file {path} does not exist (relative paths start at {Path.cwd()})")
+    found = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file for file in found if file.suffix in BUILDERS]
     if not files:
-        raise UserError(f"task.data: folder {given} has no file ending in {', '.join(BUILDERS)}")
-    return files
+        what = f"{path} is no file" if path.is_file() else f"folder {path} has no file"
+        raise UserError(f"task.data: {what} ending in {', '.join(BUILDERS)}")
+    if len({file.suffix for file in files}) > 1:
+        raise UserError(f"task.data: folder {path} mixes file types {sorted({f.suffix for f in files})}; keep one")
+    return {"train" if path.is_file() else file.stem: file for file in files}
 
 
-def _load_files(files: dict[str, list[str]], builder: str, **options: Any) -> Mapping[str, Any]:
+def _load_file(path: Path) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    empty = [names[0] for names in files.values() if Path(names[0]).stat().st_size == 0]
-    if empty:
-        raise UserError(f"task.data: {empty[0]} is empty")
-    loaded = {}
-    for split, names in files.items():  # one by one: splits may differ in their fields, and may be called "all"
-        try:
-            loaded[split] = datasets.load_dataset(builder, data_files=names, split="train", **options)
-        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            cause = error.__cause__ or error
-            raise UserError(f"task.data: cannot read {names[0]} as {builder}: {cause}") from error
-    return loaded
+    builder = BUILDERS[path.suffix]
+    # Left alone, the reader of CSV takes a text such as "NA" or "null" for a missing one.
+    options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
+    if path.suffix == ".tsv":
+        options["sep"] = "\t"
+    if path.stat().st_size == 0:
+        raise UserError(f"task.data: {path} is empty")
+    try:
+        return datasets.load_dataset(builder, data_files=[glob.escape(str(path))], split="train", **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        cause = str(error.__cause__ or error)
+        reason = "it has no rows" if "corresponds to no data" in cause else cause
+        raise UserError(f"task.data: cannot read {path} as {builder}: {reason}") from error
+
+
+def _load_saved(folder: Path) -> Mapping[str, Any]:
+    """A folder written by ``save_to_disk`` of `datasets`."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (ValueError, OSError) as error:
+        raise UserError(f"task.data: cannot read the data set saved in {folder}: {error}") from error
+    return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
 
 def _load_hub(task: Task) -> Mapping[str, Any]:

@@ -1,17 +1,17 @@
 """`Task`: the contents of a task file (torch-free).
 
-    name: movie-sentences
-    data: demo:movie-sentences          # a demo data set, a hub name, or a local file
-    splits:
-      train: {source: all, size: 512}
-      validation: {source: all, size: 256}
-      test: {source: all, size: 1000}
-    prompt: "{{ text }} It was {{ answer }}"
-    plain: ["{{ text }}"]
-    label: label
-    labels: [{value: 0, word: terrible}, {value: 1, word: great}]
-    truncate: [text]
-    metric: accuracy
+name: movie-sentences
+data: demo:movie-sentences          # a demo data set, a hub name, or a local file
+splits:
+  train: {source: all, size: 512}
+  validation: {source: all, size: 256}
+  test: {source: all, size: 1000}
+prompt: "{{ text }} It was {{ answer }}"
+plain: ["{{ text }}"]
+label: label
+labels: [{value: 0, word: terrible}, {value: 1, word: great}]
+truncate: [text]
+metric: accuracy
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class Task:
     name: str
     """Short name, used in logs."""
     data: str
-    """``demo:NAME``, a hub name, or a local .jsonl, .json, .csv, .tsv, .parquet or .arrow file (its rows are the split
-    ``train``) or a folder of such files named after their splits. Relative paths start at the current folder."""
+    """``demo:NAME``, a hub name, a local .jsonl, .json, .csv, .tsv, .parquet or .arrow file (its rows are the split
+    ``train``), a folder of such files named after their splits, or one written by ``save_to_disk`` of `datasets`.
+    Relative paths start at the current folder."""
     prompt: str
     """jinja2 template over the fields of a sample, with ``{{ answer }}`` where the label word goes (at the very end
     for causal models, where the mask token goes for masked models)."""
