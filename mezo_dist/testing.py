@@ -124,8 +124,23 @@ def write_tiny_config(folder: Path, kind: str = "llama-tied", algorithm: str = "
 _SIZES = {"train": 30, "validation": 20, "test": 20}
 
 
+PRELOAD = [
+    "mezo_dist.config_reader",
+    "mezo_dist.directions.cpu",
+    "mezo_dist.training",
+    "datasets",
+    "torch.utils.tensorboard",
+    "torchmetrics.functional.classification",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+]
+
+
 def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Call ``function(wire, *args)`` on ``world_size`` processes joined over gloo; one thread each.
+
+    The processes are forked off a helper process that has imported what takes long and done nothing else, so that
+    only the first call waits for imports. They get the environment of the call.
 
     Args:
         function: importable (defined at the top of a module); its result must pickle.
@@ -138,19 +153,25 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
     Raises:
         RuntimeError: a process failed (with its traceback), died, or did not finish in time.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     results: Any = context.Queue()
+    environments = [{**os.environ, "RANK": str(r), "WORLD_SIZE": str(world_size)} for r in range(world_size)]
     with tempfile.TemporaryDirectory() as folder:
         workers = [
             context.Process(
-                target=_work, args=(function, rank, world_size, f"file://{folder}/meet", timeout_s, results, args)
+                target=_work,
+                args=(function, rank, environment, f"file://{folder}/meet", timeout_s, results, args),
             )
-            for rank in range(world_size)
+            for rank, environment in enumerate(environments)
         ]
         for worker in workers:
             worker.start()
         try:
-            return _collect(workers, results, world_size, timeout_s)
+            found = _collect(workers, results, world_size, timeout_s)
+            for worker in workers:
+                worker.join(timeout=10)
+            return found
         finally:
             for worker in workers:
                 worker.kill()
@@ -160,7 +181,7 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
 def _work(
     function: Callable[..., Any],
     rank: int,
-    world_size: int,
+    environment: dict[str, str],
     init_method: str,
     timeout_s: float,
     results: Any,
@@ -170,7 +191,8 @@ def _work(
 
     from mezo_dist import wire
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         connection = wire.connect(timeout_s, init_method)

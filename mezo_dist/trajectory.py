@@ -32,7 +32,7 @@ class Header:
     config_digest: str
     """SHA-256 of the part of it that changes results."""
     base_fingerprint: str
-    """Fingerprint of the trainable weights before step 0."""
+    """Fingerprint of the weights before step 0."""
     law_version: str
     """Version of generator and law."""
     seed: int

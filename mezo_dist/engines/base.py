@@ -30,7 +30,7 @@ class Engine(Protocol):
         """weights <- weights + combination, in place. ``rounding_seed`` is for stochastic rounding, where it is on."""
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that depend on the trainable weights' bits, not on their layout."""
+        """16 hexadecimal digits that depend on the bits of all weights, frozen ones too, and not on their layout."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical name and full tensor of every parameter, one after another (for export)."""

@@ -21,9 +21,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def fingerprint_shard(tensor: Tensor, param_id: int, offset: int = 0) -> int:
-    """Contribution (0..2**64-1) of a shard: ``tensor`` (any 16- or 32-bit dtype) starts at flat index ``offset``."""
+    """Contribution (0..2**64-1) of a shard: ``tensor`` (any dtype of 8 to 64 bits) starts at flat index ``offset``."""
     flat = tensor.detach().reshape(-1)
-    view = {4: torch.int32, 2: torch.int16}[flat.element_size()]
+    view = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[flat.element_size()]
     total = np.uint64(0)
     base = np.uint64((param_id << 32) * 0x9E3779B97F4A7C15 % 2**64)
     for start in range(0, flat.numel(), BLOCK):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.field import Field
+from mezo_dist.directions.seeds import param_id
 from mezo_dist.engines.fanout import Call, FanOut, Job, Served, on_tensors
 from mezo_dist.engines.fingerprint import combine, fingerprint_shard
 from mezo_dist.engines.persample import with_sample_directions
@@ -81,20 +82,20 @@ class Replicated:
     @torch.no_grad()
     def apply(self, combination: Combination, rounding_seed: int) -> None:
         """See `Engine.apply`."""
-        for param_id, tensor in self._parameters.values():
+        for number, tensor in self._parameters.values():
             stochastic = self.stochastic_rounding and tensor.dtype == torch.bfloat16
             self.field.add(
                 tensor.data,
                 [combination],
                 [tensor.data],
-                param_id=param_id,
+                param_id=number,
                 shape=tensor.shape,
                 rounding_seed=rounding_seed if stochastic else None,
             )
 
     def fingerprint(self) -> str:
         """See `Engine.fingerprint`."""
-        return combine([fingerprint_shard(tensor, number) for number, tensor in self._parameters.values()])
+        return combine([fingerprint_shard(tensor, param_id(name)) for name, tensor in self.named_weights()])
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.named_weights`."""

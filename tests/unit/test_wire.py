@@ -1,4 +1,4 @@
-"""The wire: sums that do not depend on their order, bytes that do not depend on the model, clear words when it fails."""
+"""The wire: sums that do not depend on their order, bytes that do not depend on the model, clear words on failure."""
 
 from __future__ import annotations
 
