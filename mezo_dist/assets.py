@@ -68,9 +68,7 @@ def _lookup(name: str, kind: str | None = None) -> Asset:
     assets = {asset.id: asset for asset in list_assets()}
     if name not in assets:
         near = difflib.get_close_matches(name, assets, n=1, cutoff=0.0)
-        raise UserError(
-            f"no demo asset {name!r}; did you mean {near[0]!r}? List: `python -m mezo_dist.assets`"
-        )
+        raise UserError(f"no demo asset {name!r}; did you mean {near[0]!r}? List: `python -m mezo_dist.assets`")
     asset = assets[name]
     if kind not in (None, asset.kind):
         fitting = ", ".join(other.id for other in assets.values() if other.kind == kind)
@@ -194,9 +192,7 @@ def _print_table() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Fetch the assets named on the command line, or list all; return the exit status (2: UserError)."""
     parser = argparse.ArgumentParser("python -m mezo_dist.assets", description="Fetch or list demo assets.")
-    parser.add_argument(
-        "ids", nargs="*", metavar="ID", help="what to fetch, as in demo:tweets; none: list all"
-    )
+    parser.add_argument("ids", nargs="*", metavar="ID", help="what to fetch, as in demo:tweets; none: list all")
     ids = parser.parse_args(arguments).ids
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not ids:

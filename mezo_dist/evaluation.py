@@ -38,8 +38,10 @@ class Evaluator:
         sound = True
         mine = deal(batch, self.wire.rank, self.wire.world_size)
         for micro_batch, scores in zip(mine, self.engine.evaluate(request.variants, mine, self.objective), strict=True):
-            slots = torch.tensor(micro_batch.slots) if request.each_sample else torch.zeros(
-                len(micro_batch.slots), dtype=torch.int64
+            slots = (
+                torch.tensor(micro_batch.slots)
+                if request.each_sample
+                else torch.zeros(len(micro_batch.slots), dtype=torch.int64)
             )
             for variant, score in enumerate(scores):
                 loss, finite = to_fixed(score.loss)

@@ -42,9 +42,7 @@ HEADLINE = {"loss/train": "loss {:.4f}", "projected_gradient": "proj.grad {:+.1e
 class Monitor:
     """The console and the files of one run. `open` makes one; on ranks other than 0 it does nothing."""
 
-    def __init__(
-        self, console: Console, files: _Files | None, num_steps: int, first_step: int, clock: Clock
-    ) -> None:
+    def __init__(self, console: Console, files: _Files | None, num_steps: int, first_step: int, clock: Clock) -> None:
         self._console, self._files, self._clock = console, files, clock
         self._num_steps, self._first_step = num_steps, first_step
         self._began_s = self._last_line_s = clock()

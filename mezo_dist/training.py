@@ -94,18 +94,14 @@ def _loop(run: Run, progress: _Progress, writer: TrajectoryWriter | None, monito
         run.apply(step)
         progress.state, progress.step = planned.state, progress.step + 1
         _count_skips(progress, step, config.max_skipped, monitor)
-        metrics = dict(planned.metrics)
-        scalars = (
-            ({"loss/train": metrics.pop("loss")} if "loss" in metrics else {})
-            | metrics
-            | {
-                "time/evaluate_s": evaluated - began,
-                "time/update_s": time.perf_counter() - evaluated,
-                "wire/payload_bytes_per_step": float(run.wire.payload_bytes - sent),
-                "memory/peak_rss_GiB": peak_rss_gib(),
-                "skipped_steps": float(progress.skipped),
-            }
-        )
+        scalars = {"loss/train" if name == "loss" else name: value for name, value in planned.metrics.items()}
+        scalars |= {
+            "time/evaluate_s": evaluated - began,
+            "time/update_s": time.perf_counter() - evaluated,
+            "wire/payload_bytes_per_step": float(run.wire.payload_bytes - sent),
+            "memory/peak_rss_GiB": peak_rss_gib(),
+            "skipped_steps": float(progress.skipped),
+        }
         monitor.step(progress.step, scalars, samples=planned.forwards)
         if config.evaluate_every and progress.step % config.evaluate_every == 0 and progress.step < config.steps:
             score(run, "validation", monitor, progress.step)

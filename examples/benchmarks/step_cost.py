@@ -90,7 +90,9 @@ def perturb(parameters: list[nn.Parameter], seed: int, scale: float) -> None:
         p.data.add_(torch.empty_like(p).normal_(), alpha=scale)
 
 
-def textbook_estimate(model: nn.Module, parameters: list[nn.Parameter], seed: int, forward: Callable[[], float]) -> float:
+def textbook_estimate(
+    model: nn.Module, parameters: list[nn.Parameter], seed: int, forward: Callable[[], float]
+) -> float:
     """The two-point estimate by +eps, -2 eps, +eps."""
     perturb(parameters, seed, EPS)
     plus = forward()
@@ -169,7 +171,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     found = {f"16x{n}": measure(arguments.shape, n, arguments.repeats) for n in (32, 128)}
-    print(f"{arguments.shape}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 = one forward pass")
+    print(
+        f"{arguments.shape}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 = one forward pass"
+    )
     print(f"{'':28}" + "".join(f"{name:>10}" for name in found))
     rows = [name for name in next(iter(found.values())) if name != "forward"]
     for name in rows:
