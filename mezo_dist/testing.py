@@ -57,7 +57,9 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
         "opt": lambda: t.OPTForCausalLM(
             t.OPTConfig(**size, max_position_embeddings=64, ffn_dim=48, word_embed_proj_dim=32)
         ),
-        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=3, eos_token_id=3)
+        ),
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**size, **window)),
         "roberta": lambda: t.RobertaForMaskedLM(
             t.RobertaConfig(**size, intermediate_size=48, max_position_embeddings=66, pad_token_id=0)

@@ -1,0 +1,221 @@
+"""A fine-tuned model is its base model plus the trajectory: a run that was cut short goes on as if nothing had been,
+and any of its models can be made again."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from mezo_dist import checkpoint, config_reader, runs, training, trajectory
+from mezo_dist.config import RunConfig
+from mezo_dist.directions.combination import Combination
+from mezo_dist.errors import UserError
+from mezo_dist.testing import write_tiny_config
+from mezo_dist.trajectory import Step
+from mezo_dist.wire import Wire
+
+RUNS = {
+    "mezo": ("gpt2", "mezo", ["algorithm.lr=1e-3"]),
+    "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
+    "bf16": ("llama", "mezo-svrg", ["algorithm.lr=1e-3", "model.weights=bfloat16", "law=rademacher"]),
+    "per-sample": ("opt", "mezo-svrg", ["law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3"]),
+}
+STEPS = 7
+TORN = b'{"step":3,"rounds":[{"mean":[0.69'
+
+
+def load(root: Path, name: str, *options: str) -> RunConfig:
+    return config_reader.load(root / name / "config.yaml", [*RUNS[name][2], *options])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Undisturbed runs, each in NAME/run."""
+    root = tmp_path_factory.mktemp("resume")
+    for name, (kind, algorithm, _) in RUNS.items():
+        write_tiny_config(root / name, kind, algorithm, steps=STEPS, batch_size=5, micro_batch=3)
+        training.train(load(root, name), Wire())
+    return root
+
+
+def killed(root: Path, name: str, num_steps: int, to: Path, torn: bytes = TORN) -> Path:
+    """A copy of the run as it would be if it had died in the step after the first ``num_steps``."""
+    shutil.copytree(root / name / "run", to)
+    lines = (to / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
+    (to / "trajectory.jsonl").write_bytes(b"".join(lines[: 1 + num_steps]) + torn)
+    before = json.loads((to / "results.json").read_text())["before"]
+    (to / "results.json").write_text(json.dumps({"before": before}))
+    shutil.rmtree(to / "model")
+    return to
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    del found["training_s"]
+    return found
+
+
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps", "torn"),
+    [
+        *((name, 4, TORN) for name in RUNS),  # of mezo-svrg: in the middle between two anchors
+        ("mezo-svrg", 3, b""),  # right before an anchor
+        ("mezo-svrg", 0, TORN),
+        ("mezo-svrg", STEPS, b""),  # before the last evaluation
+    ],
+)
+def test_a_run_cut_short_ends_as_the_undisturbed_one(
+    root: Path, tmp_path: Path, name: str, num_steps: int, torn: bytes
+) -> None:
+    folder = killed(root, name, num_steps, tmp_path / "run", torn)
+    training.train(load(root, name, f"output.dir={folder}", "output.if_exists=resume"), Wire())
+    whole = root / name / "run"
+    assert (folder / "trajectory.jsonl").read_bytes() == (whole / "trajectory.jsonl").read_bytes()
+    assert results(folder) == results(whole)
+    for file in ("model/model.safetensors", "model/config.json", "config.yaml"):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_a_resumed_run_counts_the_steps_that_were_skipped(root: Path, tmp_path: Path) -> None:
+    """Two were skipped in a row before the run died; one more is too much for it."""
+    folder = killed(root, "mezo", 4, tmp_path / "run", b"")
+    writer = trajectory.TrajectoryWriter(folder / "trajectory.jsonl", None)
+    for number in (4, 5):
+        writer.append(Step(number, (), Combination(), "a loss is not finite"))
+    writer.close()
+    run = runs.prepare(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
+    progress = training._Progress(run.algorithm.init())
+    training._resume(run, folder / "trajectory.jsonl", progress)
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (6, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["algorithm.lr=2e-3"], ["algorithm.lr"]),
+        (["seed=5", "train.batch_size=4"], ["seed", "train.batch_size"]),
+        (["task.splits.seed=1", "law=rademacher"], ["law", "task.splits.seed"]),
+    ],
+)
+def test_a_resume_with_other_settings_names_them(
+    root: Path, tmp_path: Path, options: list[str], named: list[str]
+) -> None:
+    folder = killed(root, "mezo", 2, tmp_path / "run")
+    config = load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume", *options)
+    with pytest.raises(UserError, match=f"settings differ from those of the trajectory: {', '.join(named)};"):
+        training.train(config, Wire())
+
+
+def test_what_changes_no_result_may_differ(root: Path, tmp_path: Path) -> None:
+    folder = killed(root, "mezo", STEPS, tmp_path / "run", b"")
+    options = ["output.if_exists=resume", "output.export=false", "distributed.timeout_s=33"]
+    training.train(load(root, "mezo", f"output.dir={folder}", *options), Wire())
+    assert results(folder) == results(root / "mezo" / "run")
+    assert not (folder / "model").exists()
+
+
+def test_another_base_model_under_the_same_name_is_noticed(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "mezo", tmp_path / "mezo")
+    head, *steps = (tmp_path / "mezo" / "run" / "trajectory.jsonl").read_text().splitlines(keepends=True)
+    changed = head.replace('"base_fingerprint":"', '"base_fingerprint":"f')
+    (tmp_path / "mezo" / "run" / "trajectory.jsonl").write_text("".join([changed, *steps]))
+    with pytest.raises(UserError, match="was made from another base model"):
+        training.rebuild(tmp_path / "mezo" / "run", None, Wire())
+
+
+def test_losses_that_do_not_give_the_logged_update_are_noticed(root: Path, tmp_path: Path) -> None:
+    folder = killed(root, "mezo", 3, tmp_path / "run", b"")
+    path = folder / "trajectory.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    step = json.loads(lines[2])
+    step["rounds"][0]["mean"][0] += 0.125
+    path.write_text("".join([*lines[:2], json.dumps(step) + "\n", lines[3]]))
+    with pytest.raises(UserError, match="step 1 is not what this version of the algorithm does"):
+        training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
+
+
+# Evaluate and export
+
+
+@every_run
+def test_base_and_trajectory_give_the_trained_weights(root: Path, name: str) -> None:
+    run, num_steps = training.rebuild(root / name / "run", None, Wire())
+    assert num_steps == STEPS
+    assert run.engine.fingerprint() == results(root / name / "run")["weights"] != run.base_fingerprint
+    exported = _load(root / name / "run" / "model")
+    for key, weight in run.loaded.model.named_parameters():
+        assert torch.equal(exported.get_parameter(key), weight), key
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+def test_any_step_can_be_made_again(root: Path, num_steps: int) -> None:
+    run, _ = training.rebuild(root / "bf16" / "run", num_steps, Wire())
+    live = runs.prepare(load(root, "bf16"), Wire())
+    state = live.algorithm.init()
+    for number in range(num_steps):
+        planned = training.plan_step(live, state, number)
+        live.apply(planned.step)
+        state = planned.state
+    assert run.engine.fingerprint() == live.engine.fingerprint()
+    assert (run.engine.fingerprint() == run.base_fingerprint) == (num_steps == 0)
+
+
+def test_step_0_is_the_base_model(root: Path, tmp_path: Path) -> None:
+    run, _ = training.rebuild(root / "mezo-svrg" / "run", 0, Wire())
+    checkpoint.export(run.loaded.model, run.loaded.tokenizer, tmp_path / "base")
+    base, exported = _load(root / "mezo-svrg" / "model"), _load(tmp_path / "base")
+    for key, weight in base.named_parameters():
+        assert torch.equal(exported.get_parameter(key), weight), key
+
+
+@pytest.mark.parametrize("number", [-1, STEPS + 1])
+def test_a_step_that_there_is_not_is_an_error(root: Path, number: int) -> None:
+    with pytest.raises(UserError, match=f"--step {number}: .* has {STEPS} steps"):
+        training.rebuild(root / "mezo" / "run", number, Wire())
+
+
+def _load(folder: Path) -> nn.Module:
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", ["mezo-svrg", "bf16"])
+def test_an_exported_folder_loads_with_equal_logits(root: Path, tmp_path: Path, name: str) -> None:
+    """As people will use it: through transformers alone, with the tokeniser that lies beside it."""
+    run, _ = training.rebuild(root / name / "run", None, Wire())
+    checkpoint.export(run.loaded.model, run.loaded.tokenizer, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = tokenizer("a dull slow film . It was", return_tensors="pt")
+    run.evaluator.objective._readout.detach()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        live = run.loaded.model(input_ids=text["input_ids"]).logits
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+        assert torch.equal(loaded(input_ids=text["input_ids"]).logits, live)
+
+
+def test_an_export_that_fails_leaves_no_folder(root: Path, tmp_path: Path, full_disk: Callable[[], None]) -> None:
+    run, _ = training.rebuild(root / "mezo" / "run", 0, Wire())
+    full_disk()
+    with pytest.raises(UserError, match=r"export to .*model failed: .*; the trajectory still holds the run"):
+        checkpoint.export(run.loaded.model, run.loaded.tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.fixture
+def full_disk() -> Any:
+    """From the call on, no file can grow beyond 16 KiB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
