@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 from mezo_dist.directions.combination import Combination
@@ -139,7 +140,7 @@ def _embedding(field: Field, site: Site, seeds: Sequence[int], shared: Forward) 
 
 
 def _one_by_one(field: Field, site: Site, real: Callable[..., Any]) -> Forward:
-    def forward(call: Call, tensors: list[Tensor]) -> Tensor:
+    def forward(call: Call, tensors: list[Tensor]) -> Any:
         n = len(call.job.sample_shifts)
         outputs = []
         for i, shift in enumerate(call.job.sample_shifts):
@@ -154,7 +155,7 @@ def _one_by_one(field: Field, site: Site, real: Callable[..., Any]) -> Forward:
                 outputs.append(real(*args, **kwargs))
             finally:
                 restore(site.weights)
-        return torch.cat(outputs)
+        return pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)  # some give several tensors (routers)
 
     return forward
 

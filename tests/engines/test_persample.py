@@ -1,0 +1,124 @@
+"""A direction per sample: every sample's loss is that of a model whose weights were really changed, for it alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.algorithms.base import Variant
+from mezo_dist.data import MicroBatch, cut
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.replicated import Replicated
+from mezo_dist.objectives import LabelWords, Objective, classifier
+from mezo_dist.tasks.prompts import Sample
+from mezo_dist.testing import tiny_model
+
+# Lengths that pad and places that are not the last; five samples in micro-batches of two: the last one is alone.
+SAMPLES = [
+    Sample(tuple(range(5 + n, 5 + 2 * n)), n % 3, place) for n, place in ((9, 8), (4, 1), (6, 5), (3, 2), (7, 4))
+]
+PER_SAMPLE = tuple(Combination.single(100 + i, 0.05 * (-1) ** i) for i in range(len(SAMPLES)))
+BASE = Combination.of([(3, 0.03), (9, -0.02)])
+KINDS = ("llama", "llama-tied", "opt", "gpt2", "bert", "roberta", "distilbert", "mixtral")
+
+
+def micro_batches() -> list[MicroBatch]:
+    return cut(SAMPLES, 2, pad_id=0)
+
+
+def sequence_classifier() -> nn.Module:
+    import transformers as t
+
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = t.BertForSequenceClassification(
+            t.BertConfig(**size, intermediate_size=48, max_position_embeddings=64, num_labels=3)
+        )
+    return model.eval()
+
+
+def losses(model: nn.Module, field: Field, variants: list[Variant], objective: Objective) -> Tensor:
+    """[variants, samples]"""
+    batch = micro_batches()
+    table = torch.empty(len(variants), len(SAMPLES))
+    for item, row in zip(batch, Replicated(model, field).evaluate(variants, batch, objective), strict=True):
+        for v, scores in enumerate(row):
+            table[v, list(item.slots)] = scores.loss
+    return table
+
+
+@pytest.mark.parametrize(("kind", "rank"), [*((k, 1) for k in (*KINDS, "classifier")), ("llama-tied", 3), ("gpt2", 3)])
+def test_each_sample_sees_weights_of_its_own(kind: str, rank: int) -> None:
+    model = sequence_classifier() if kind == "classifier" else tiny_model(kind)
+    field = Field("lowrank", rank)
+    objective: Objective = classifier if kind == "classifier" else LabelWords(model, [40, 7, 22], micro_batches()[0])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    minus = tuple(-shift for shift in PER_SAMPLE)
+    variants = [Variant(BASE, PER_SAMPLE), Variant(Combination(), minus), Variant(BASE)]
+    found = losses(model, field, variants, objective)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    wanted = torch.empty_like(found)
+    for v, variant in enumerate(variants):
+        for i in range(len(SAMPLES)):
+            changed = copy.deepcopy(model)
+            shift = variant.shift + (variant.per_sample[i] if variant.per_sample else Combination())
+            Replicated(changed, field).apply(shift, rounding_seed=0)
+            wanted[v, i] = losses(changed, field, [Variant()], objective)[0, i]
+    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
+    assert ((found[0] - found[2]).abs() > 1e-4).all()  # the directions do matter, to every sample
+
+
+class Prefixed(nn.Module):
+    """Owns a weight beside its blocks, which no single layer applies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(torch.randn(1, 2, 8))
+        self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1))
+
+
+def refused(model: nn.Module) -> None:
+    with pytest.raises(NotImplementedError, match="a direction per sample cannot be applied there"):
+        Replicated(model, Field("lowrank")).evaluate(
+            [Variant(Combination(), PER_SAMPLE)], micro_batches(), lambda m, b: m(torch.ones(len(b.slots), 3, 8))
+        )
+
+
+def test_weights_that_no_layer_applies_are_refused_not_left_out() -> None:
+    refused(Prefixed())
+
+
+def test_a_layer_that_mixes_samples_is_refused() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(torch.cat([x.flatten(0, 1), x[0, :1]]))
+
+    refused(Mixing())
+
+
+def test_frozen_weights_beside_the_blocks_are_no_obstacle() -> None:
+    model = Prefixed()
+    model.prefix.requires_grad_(False)
+    engine = Replicated(model, Field("lowrank"))
+    found = engine.evaluate(
+        [Variant(Combination(), PER_SAMPLE)], micro_batches(), lambda m, b: m(torch.ones(len(b.slots), 3, 8))
+    )
+    assert [row[0].shape[0] for row in found] == [2, 2, 1]
+
+
+def test_other_laws_have_no_direction_per_sample() -> None:
+    engine = Replicated(tiny_model("llama"), Field("gaussian"))
+    with pytest.raises(NotImplementedError, match="needs law lowrank, not gaussian"):
+        engine.evaluate([Variant(Combination(), PER_SAMPLE)], micro_batches(), classifier)
