@@ -20,6 +20,11 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.prompts import Kind
 
 log = logging.getLogger(__name__)
+AUTO_CLASSES: dict[Kind, str] = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classifier": "AutoModelForSequenceClassification",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class Loaded:
     window: int
     """Longest sequence that the model takes, in tokens."""
     pad_id: int
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the class of transformers that loads such a model."""
+        return AUTO_CLASSES[self.kind]
 
 
 def load_model(config: ModelConfig, *, num_labels: int, seed: int) -> Loaded:
@@ -90,18 +100,13 @@ def _build(source: str, kind: Kind, num_labels: int, seed: int, options: dict[st
     """The model, and transformers' report of weights that the checkpoint lacks: they were drawn from ``seed``."""
     import transformers
 
-    makers = {
-        "causal": transformers.AutoModelForCausalLM,
-        "masked": transformers.AutoModelForMaskedLM,
-        "classifier": transformers.AutoModelForSequenceClassification,
-    }
     if kind == "classifier":
         options["num_labels"] = num_labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "fresh head") % 2**63)
         # A mismatch is an error below, where its names can be told.
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = makers[kind].from_pretrained(source, **options)
+        model, report = getattr(transformers, AUTO_CLASSES[kind]).from_pretrained(source, **options)
     return model, report
 
 

@@ -138,8 +138,10 @@ def claim_folder(config: RunConfig, wire: Wire) -> Path:
     if wire.rank == 0:
         try:
             folder = _claim(folder, config.output.if_exists)
-        except (UserError, OSError) as error:
+        except UserError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"{folder} cannot be made ({error.strerror}); name another folder (--output.dir)"
     problem, folder_name = wire.broadcast_text(f"{problem}\n{folder}").rsplit("\n", 1)
     if problem:
         raise UserError(f"output.dir: {problem}")
@@ -159,7 +161,7 @@ def _claim(folder: Path, if_exists: str) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written to")
+        raise UserError(f"{folder} cannot be written to; name another folder (--output.dir)")
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mezo_dist import checkpoint, trajectory
 from mezo_dist.algorithms.base import Evaluation, Losses, Update
-from mezo_dist.config import RunConfig
+from mezo_dist.config import RunConfig, TrainConfig
 from mezo_dist.config_reader import from_dict
 from mezo_dist.directions.combination import ZERO, CoefficientError
 from mezo_dist.errors import UserError
@@ -93,7 +93,7 @@ def _loop(run: Run, progress: _Progress, writer: TrajectoryWriter | None, monito
             writer.append(step)  # before the weights change: what is on disk can be replayed, what is not never was
         run.apply(step)
         progress.state, progress.step = planned.state, progress.step + 1
-        _count_skips(progress, step, config.max_skipped, monitor)
+        _count_skips(progress, step, config, monitor)
         scalars = {"loss/train" if name == "loss" else name: value for name, value in planned.metrics.items()}
         scalars |= {
             "time/evaluate_s": evaluated - began,
@@ -133,17 +133,18 @@ def plan_step(run: Run, state: Any, number: int) -> Planned:
     return Planned(request.state, Step(number, tuple(rounds), request.combination), request.metrics, forwards)
 
 
-def _count_skips(progress: _Progress, step: Step, limit: int, monitor: Monitor) -> None:
+def _count_skips(progress: _Progress, step: Step, config: TrainConfig, monitor: Monitor) -> None:
     if not step.skipped:
         progress.skipped_in_a_row = 0
         return
     progress.skipped += 1
     progress.skipped_in_a_row += 1
-    monitor.say(f"step {step.step} skipped: {step.skipped} ({progress.skipped_in_a_row} in a row)")
-    if progress.skipped_in_a_row >= limit:
+    monitor.say(f"step {progress.step}/{config.steps} skipped: {step.skipped} ({progress.skipped_in_a_row} in a row)")
+    if progress.skipped_in_a_row >= config.max_skipped:
         raise UserError(
-            f"train.max_skipped: {limit} steps in a row had no finite loss, the last one step {step.step}; the "
-            "learning rate or eps is probably too large, or the model needs another dtype (model.compute)"
+            f"train.max_skipped: {config.max_skipped} steps in a row had no finite loss, the last one step "
+            f"{progress.step}; the learning rate or eps is probably too large, or the model needs another dtype "
+            "(model.compute)"
         )
 
 
@@ -260,7 +261,8 @@ def summary(run: Run, folder: Path, results: dict[str, Any]) -> str:
         f"  tensorboard --logdir {folder}",
     ]
     if run.config.output.export:
-        lines.append(f"  python -c \"import transformers as t; t.AutoModel.from_pretrained('{folder / 'model'}')\"")
+        loader = run.loaded.auto_class
+        lines.append(f"  python -c \"import transformers as t; t.{loader}.from_pretrained('{folder / 'model'}')\"")
     return "\n".join([*lines, f"  mezo-dist evaluate {folder}"])
 
 

@@ -7,11 +7,12 @@ instead of corrupting the run.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -30,6 +31,10 @@ different rounds still meet and can be told, where collectives of different leng
 
 class OutOfStepError(RuntimeError):
     """Ranks disagree about the round they are in; going on would corrupt the weights."""
+
+
+class LostRankError(UserError):
+    """Another rank stopped, or did not answer in time. What is wrong is in that rank's own message."""
 
 
 def to_fixed(losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +85,7 @@ class Wire:
 
         Raises:
             OutOfStepError: a rank came with another ``mark``; the message names it.
+            LostRankError: a rank is gone. So do all other methods that talk.
         """
         words = torch.zeros(max(PAYLOAD_WORDS, values.numel() + 1), dtype=torch.int64)
         words[0] = mark // self.world_size  # the sum of equal marks stays below 2**62
@@ -114,9 +120,10 @@ class Wire:
             return text
         data = list(text.encode())
         size = torch.tensor([len(data)])
-        dist.broadcast(size, 0)
-        payload = torch.tensor(data if self.rank == 0 else [0] * int(size), dtype=torch.uint8)
-        dist.broadcast(payload, 0)
+        with self._all_present():
+            dist.broadcast(size, 0)
+            payload = torch.tensor(data if self.rank == 0 else [0] * int(size), dtype=torch.uint8)
+            dist.broadcast(payload, 0)
         self.payload_bytes += 8 + len(payload)
         return bytes(payload.tolist()).decode()
 
@@ -131,14 +138,26 @@ class Wire:
 
     def _all_reduce(self, words: Tensor) -> None:
         if self.world_size > 1:
-            dist.all_reduce(words)
+            with self._all_present():
+                dist.all_reduce(words)
             self.payload_bytes += words.numel() * words.element_size()
 
     def _gather(self, words: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(words) for _ in range(self.world_size)]
-        dist.all_gather(gathered, words)
+        with self._all_present():
+            dist.all_gather(gathered, words)
         self.payload_bytes += words.numel() * words.element_size()
         return gathered
+
+    @contextlib.contextmanager
+    def _all_present(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # how torch tells of a closed connection and of a time-out
+            raise LostRankError(
+                "another rank stopped, or did not answer within distributed.timeout_s (seen on rank "
+                f"{self.rank}, round {self.rounds}); its own message says why"
+            ) from error
 
     def _name_outlier(self, own: int) -> None:
         """All ranks see the wrong sum, so all come here: one more collective tells who it was."""
