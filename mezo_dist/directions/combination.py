@@ -93,9 +93,11 @@ class Combination:
         """Read `to_json` back. Raises ValueError on anything that is not a list of (seed, coefficient)."""
         terms = []
         for pair in data:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ValueError(f"a term must be [seed, coefficient], not {pair!r}")
             seed, coefficient = pair
-            if not isinstance(seed, int) or isinstance(seed, bool):
-                raise ValueError(f"a seed must be an integer, not {seed!r}")
+            if not isinstance(seed, int) or isinstance(seed, bool) or not isinstance(coefficient, (int, float)):
+                raise ValueError(f"a term must be [integer seed, number], not {pair!r}")
             terms.append((seed, float(coefficient)))
         return Combination.of(terms)
 
