@@ -103,10 +103,10 @@ def swap(weights: tuple[Weight, ...], tensors: list[Tensor]) -> None:
     for weight, tensor in zip(weights, tensors, strict=True):
         if not isinstance(tensor, nn.Parameter):  # some kernels are chosen by requires_grad, so that stays as it was
             tensor = nn.Parameter(tensor, requires_grad=weight.trainable)
-        setattr(weight.owner, weight.attribute, tensor)  # not into _parameters: recurrent layers keep a second list
+        weight.owner._parameters[weight.attribute] = tensor
 
 
 def restore(weights: tuple[Weight, ...]) -> None:
     """Undo `swap`."""
     for weight in weights:
-        setattr(weight.owner, weight.attribute, weight.tensor)
+        weight.owner._parameters[weight.attribute] = weight.tensor

@@ -100,6 +100,29 @@ def test_detaches_without_a_trace(kind: str) -> None:
     assert torch.equal(gathered(model, batch), wanted)
 
 
+class Headed(nn.Module):
+    """The head is part of a module that owns a weight too, so both are served together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 32))
+        self.linear = nn.Linear(32, 64)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden * self.scale)
+
+
+def test_a_head_inside_another_module_reads_at_the_places_of_its_own_pass() -> None:
+    model = tiny_model("llama")
+    model.lm_head = Headed()
+    model.get_output_embeddings = lambda: model.lm_head.linear
+    wanted = [cross_entropy(model, batch) for batch in micro_batches()]
+    objective = LabelWords(model, LABELS, micro_batches()[0])
+    found = Replicated(model, Field("gaussian")).evaluate([Variant()], micro_batches(), objective)
+    for row, loss in zip(found, wanted, strict=True):
+        close(row[0].loss, loss)
+
+
 class Wrapped(nn.Module):
     """A model that does something to its logits."""
 

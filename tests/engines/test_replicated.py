@@ -79,7 +79,7 @@ class Late(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """torch's recurrent layers keep a second list of their weights."""
+    """torch's recurrent layers keep a second list of their weights, and look at `requires_grad` for their kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -492,6 +492,19 @@ def test_only_the_rows_of_the_label_words_are_made(made: dict[str, int]) -> None
     readout.detach()
     for shift, result in zip(SHIFTS, found, strict=True):
         torch.testing.assert_close(result, changed(model, shift)(IDS[0])[..., [40, 2]])
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_head_that_owns_its_bias_twice_is_made_by_rows_too(kind: str) -> None:
+    """The module around it has the same bias, tied: that must not make the whole vocabulary one site with it."""
+    _, items, _ = make(kind)
+    model = tiny_model(kind)
+    model.resize_token_embeddings(2000)
+    readout = Readout(model.get_output_embeddings(), torch.tensor([40, 2]))
+    engine = Replicated(model, Field("gaussian"))
+    engine.evaluate(VARIANTS, items, lambda m, x: m(x).logits)
+    readout.detach()
+    assert engine._scratch.numel() < 4 * 2000 * 32  # not even one variant of the table
 
 
 def test_nothing_is_made_for_the_weights_as_they_are(made: dict[str, int]) -> None:

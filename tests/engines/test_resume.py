@@ -219,3 +219,26 @@ def full_disk() -> Any:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class Fresh(Exception):
+    pass
+
+
+def test_a_rank_that_comes_late_does_not_take_a_new_run_for_an_old_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it loads the model, rank 0 may already have made the trajectory of this very run."""
+    config = load(root, "mezo", f"output.dir={tmp_path / 'run'}")
+
+    def slow(config: RunConfig, wire: Wire) -> runs.Run:
+        trajectory.TrajectoryWriter(tmp_path / "run" / "trajectory.jsonl", None).close()
+        return runs.prepare(config, wire)
+
+    def score(*_: Any) -> None:
+        raise Fresh
+
+    monkeypatch.setattr(training, "prepare", slow)
+    monkeypatch.setattr(training, "score", score)
+    with pytest.raises(Fresh):
+        training.train(config, Wire())
