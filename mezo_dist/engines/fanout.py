@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import greenlet
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -90,6 +91,9 @@ class FanOut:
         """Results of ``jobs``, in order.
 
         An exception inside a job surfaces here with its own traceback; the model is usable afterwards.
+
+        Raises:
+            NotImplementedError: the model switches autocast around its layers.
         """
         forwards = {site: _install(site) for site in self._sites}
         try:
@@ -102,6 +106,7 @@ class FanOut:
         results: list[Any] = [None] * len(jobs)
         waiting: dict[Site, list[Call]] = {}
         coroutines = [_Coroutine(index, job) for index, job in enumerate(jobs)]
+        autocast = _autocast()
 
         def resume(job: _Coroutine, outcome: Any = None, *, first: bool = False) -> None:
             for site, tensors in job.open:
@@ -111,6 +116,8 @@ class FanOut:
             finally:
                 for site, _ in job.open:
                     restore(site.weights)
+            if _autocast() != autocast:  # it belongs to the thread, so the next pass would run in it
+                raise NotImplementedError("the model switches autocast around its layers; set model.compute instead")
             if job.dead:
                 results[job.index] = call
             else:
@@ -145,6 +152,10 @@ class FanOut:
             except Exception as error:  # noqa: BLE001 (raised again inside the job, where its traceback belongs)
                 outcomes.append(_Raised(error))
         return outcomes
+
+
+def _autocast() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def on_tensors(site: Site, real: Callable[..., Any], call: Call, tensors: list[Tensor]) -> Any:

@@ -371,6 +371,27 @@ def test_a_pass_may_handle_an_error_and_go_on() -> None:
     assert_same(engine.evaluate(VARIANTS, items, careful), engine.evaluate(VARIANTS, items, lambda m, x: m(x)))
 
 
+class Casting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.then = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.first(x)
+        return self.then(x @ x.mT @ y.float())
+
+
+def test_a_model_that_switches_autocast_is_refused() -> None:
+    """Passes take turns within one thread, so what one of them switches on would change the numbers of the others."""
+    model = Casting()
+    before, modules = state(model), attributes(model)
+    with pytest.raises(NotImplementedError, match="switches autocast around its layers"):
+        Replicated(model, Field("gaussian")).evaluate(VARIANTS, [torch.ones(3, 8)], lambda m, x: m(x))
+    assert not torch.is_autocast_enabled("cpu")
+    assert_untouched(model, before, modules)
+
+
 # Fingerprint
 
 
