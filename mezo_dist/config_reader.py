@@ -166,7 +166,6 @@ def _parser(algorithm: str) -> ArgumentParser:
         description="CONFIG is a YAML file of the settings below; those on the command line count more.",
         epilog="Settings of another algorithm: mezo-dist train --help --algorithm.name=NAME",
         exit_on_error=False,
-        allow_abbrev=False,
     )
     made.add_argument("--config", action="config")
     made.add_class_arguments(RunConfig, skip={"algorithm"})

@@ -75,6 +75,17 @@ def test_a_fresh_head_is_the_same_on_every_load_with_a_seed(folders: dict[str, P
     assert any(tensor.shape[0] == 3 for key, tensor in first.items() if key in changed)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@torch.no_grad()
+def test_a_classifier_takes_padded_batches(folders: dict[str, Path], name: str) -> None:
+    """Causal ones look for the last token that is no padding, so they must know the padding token."""
+    model = load(folders[name], head="classifier").model
+    short, long = torch.tensor([[5, 6, 0, 0]]), torch.tensor([[7, 8, 9, 10]])
+    padded = model(input_ids=torch.cat([short, long]), attention_mask=torch.cat([short, long]).bool().long()).logits
+    assert torch.allclose(padded[:1], model(input_ids=short[:, :2]).logits, atol=1e-6)
+    assert torch.allclose(padded[1:], model(input_ids=long).logits, atol=1e-6)
+
+
 def test_a_folder_may_be_named_from_home(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folders["llama"].parent))
     assert load("~/llama").kind == "causal"

@@ -13,7 +13,7 @@ import datasets
 import pytest
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mezo_dist.errors import UserError
@@ -470,6 +470,22 @@ def test_a_long_text_is_cut_and_the_rest_of_the_prompt_stays(tokenizer: str, kin
     assert window - 3 <= len(long.ids) <= window
     head = made.tokenizer("the plot  was great and " * 20)["input_ids"][: len(long.ids) - len(tail) - 1]
     assert list(long.ids[: len(head)]) == head
+
+
+def space_runs() -> Any:
+    """As of the first Llamas: characters and spaces alike, and two spaces in a row are one token."""
+    letters = {letter: number for number, letter in enumerate(["<unk>", "\u2581\u2581", "\u2581", *"abcIt"])}
+    core = tokenizers.Tokenizer(models.BPE(letters, [("\u2581", "\u2581")], unk_token="<unk>"))
+    core.normalizer = normalizers.Replace(" ", "\u2581")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("window", range(5, 12))
+def test_a_cut_text_leaves_no_space_that_would_join_what_follows(window: int) -> None:
+    made = Encoder(task(prompt="{{ text }} It {{ answer }}"), space_runs(), "causal", window)
+    words = made.tokenizer.convert_ids_to_tokens(one(made, text="ab c ab c ab c ab c").ids)
+    assert words[-3:] == ["\u2581", "I", "t"]
+    assert words[:2] == ["a", "b"]
 
 
 def test_of_several_fields_the_longest_is_cut() -> None:
