@@ -54,7 +54,7 @@ class TrainConfig:
     batch_size: int = 16
     """Samples of a minibatch, over all ranks."""
     full_size: Union[int, None] = None  # noqa: UP007
-    """Samples of a full batch (anchors): the first this many of the training split; all if null."""
+    """Samples of a full batch (anchors): a fresh draw of so many for every anchor; all training samples if null."""
     micro_batch: int = 8
     """Samples per forward pass. Micro-batches are the unit of work dealt to ranks, the same on any number of them."""
     width: int = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
@@ -44,6 +43,9 @@ class Run:
     loaded: Loaded
     splits: dict[str, list[Sample]]
     order: BatchOrder
+    """Of minibatches."""
+    full_order: BatchOrder
+    """Of full batches: all training samples, or a fresh draw of ``train.full_size`` of them."""
     engine: Replicated
     evaluator: Evaluator
     algorithm: Algorithm
@@ -51,17 +53,12 @@ class Run:
 
     def batch(self, kind: Batch, step: int) -> list[MicroBatch]:
         """The micro-batches of ``step``'s minibatch, or of the full batch."""
-        if kind == "full":
-            return self._full
-        return self._cut([self.splits["train"][i] for i in self.order.batch(step)])
+        order = self.order if kind == "minibatch" else self.full_order
+        return self._cut([self.splits["train"][i] for i in order.batch(step)])
 
     def split(self, name: str) -> list[MicroBatch]:
         """All micro-batches of a split."""
         return self._cut(self.splits[name])
-
-    @functools.cached_property
-    def _full(self) -> list[MicroBatch]:
-        return self._cut(self.splits["train"][: self.config.train.full_size])
 
     def _cut(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return cut(samples, self.config.train.micro_batch, self.loaded.pad_id)
@@ -113,7 +110,8 @@ def prepare(config: RunConfig, wire: Wire) -> Run:
     problem = Problem(config.seed, config.train.steps, config.train.batch_size, full_size)
     algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
     evaluator = Evaluator(engine, objective, wire)
-    return Run(config, wire, loaded, splits, order, engine, evaluator, algorithm, base_fingerprint)
+    full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
+    return Run(config, wire, loaded, splits, order, full_order, engine, evaluator, algorithm, base_fingerprint)
 
 
 def _encoder(config: RunConfig, loaded: Loaded) -> Encoder:
