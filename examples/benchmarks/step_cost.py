@@ -2,12 +2,12 @@
 
     python examples/benchmarks/step_cost.py [--json] [--repeats 5] [--shape opt-125m] [--threads 2]
 
-A MeZO step cannot cost less than 2 forward passes, a MeZO-SVRG inner step not less than 4; what is above that is the price
-of perturbing and updating weights. Contenders run in turn in one process, on the same model with random weights and the
-same random tokens; every figure is the median over rounds of (contender / forward pass of the same round).
+A MeZO step cannot cost less than 2 forward passes, a MeZO-SVRG inner step not less than 4; what is above that is the
+price of perturbing and updating weights. Contenders run in turn in one process, on the same model with random weights
+and the same random tokens; every figure is the median over rounds of (contender / forward pass of the same round).
 
-The textbook's way, as the released codes of MeZO and MeZO-SVRG do it: seed the generator, draw ``torch.normal_`` for one
-parameter after another, add +eps z in place, run, add -2 eps z, run, add +eps z, then draw once more for the update.
+The textbook's way, as the released codes of MeZO and MeZO-SVRG do it: seed the generator, draw ``torch.normal_`` for
+one parameter after another, add +eps z in place, run, add -2 eps z, run, add +eps z, then draw once more for the update.
 """
 
 from __future__ import annotations

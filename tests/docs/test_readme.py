@@ -1,7 +1,7 @@
 """Every command and every program in the README really runs.
 
-Commands run in the README's order in a folder of their own, on the real demo model; `SMALL` makes them quick. A command that
-is new in the README must be entered in `HOW`, or the test fails.
+Commands run in the README's order in a folder of their own, on the real demo model; `SMALL` makes them quick. A command
+that is new in the README must be entered in `HOW`, or the test fails.
 """
 
 from __future__ import annotations

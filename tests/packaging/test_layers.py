@@ -36,8 +36,7 @@ LAYERS = {
     "testing": "errors wire",
     # what brings them together
     "evaluation": "errors algorithms engines wire tasks data objectives",
-    "runs": "errors directions algorithms engines wire trajectory tasks data objectives config models "
-    "evaluation",
+    "runs": "errors directions algorithms engines wire trajectory tasks data objectives config models evaluation",
     "training": "errors directions algorithms wire trajectory checkpoint config config_reader monitor runs",
     "cli": "errors wire checkpoint config_reader monitor training",
     "__main__": "cli",
@@ -47,17 +46,13 @@ NO_TORCH = ["mezo_dist", "mezo_dist.config_reader", "mezo_dist.algorithms", "mez
 
 
 def modules() -> set[str]:
-    found = {path.stem for path in PACKAGE.glob("*.py")} | {
-        path.parent.name for path in PACKAGE.glob("*/__init__.py")
-    }
+    found = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     return found - {"__init__"}
 
 
 def sources(module: str) -> list[Path]:
     return (
-        [PACKAGE / f"{module}.py"]
-        if (PACKAGE / f"{module}.py").exists()
-        else sorted((PACKAGE / module).rglob("*.py"))
+        [PACKAGE / f"{module}.py"] if (PACKAGE / f"{module}.py").exists() else sorted((PACKAGE / module).rglob("*.py"))
     )
 
 
@@ -67,9 +62,7 @@ def imported(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, (
-                f"{path}:{node.lineno}: relative import; the layers are read off absolute ones"
-            )
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; the layers are read off absolute ones"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 

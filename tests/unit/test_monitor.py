@@ -112,9 +112,7 @@ def test_first_and_last_step_and_a_line_every_ten_seconds(clock: Clock) -> None:
 
 def test_a_resumed_run_shows_its_first_step(clock: Clock) -> None:
     console = plain()
-    with Monitor.open(
-        None, is_main=True, num_steps=12, first_step=7, console=console, clock=clock
-    ) as monitor:
+    with Monitor.open(None, is_main=True, num_steps=12, first_step=7, console=console, clock=clock) as monitor:
         monitor.step(8, scalars(0.5), samples=1)
         monitor.step(9, scalars(0.5), samples=1)
     assert shown(console) == "step 8/12  loss 0.5000  proj.grad +5.0e-01\n"
@@ -233,9 +231,7 @@ def test_the_cursor_is_never_hidden_for_long(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_the_terminal_is_sane_after_an_error(
-    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
+def test_the_terminal_is_sane_after_an_error(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
     console, stdout = terminal(monkeypatch), sys.stdout
 
     def fail() -> None:
@@ -395,9 +391,7 @@ def log() -> Iterator[logging.Logger]:
 
 
 @pytest.mark.parametrize(("rank", "info"), [(0, "[rank 0] INFO: facts\n"), (3, "")])
-def test_logs_name_the_rank(
-    log: logging.Logger, capsys: pytest.CaptureFixture[str], rank: int, info: str
-) -> None:
+def test_logs_name_the_rank(log: logging.Logger, capsys: pytest.CaptureFixture[str], rank: int, info: str) -> None:
     for _ in range(2):  # a second time changes nothing
         configure_logging(rank, is_terminal=True)
     log.info("facts")
