@@ -7,7 +7,7 @@ price of perturbing and updating weights. Contenders run in turn in one process,
 and the same random tokens; every figure is the median over rounds of (contender / forward pass of the same round).
 
 The textbook's way, as the released codes of MeZO and MeZO-SVRG do it: seed the generator, draw ``torch.normal_`` for
-one parameter after another, add +eps z in place, run, add -2 eps z, run, add +eps z, then draw once more for the update.
+one parameter after another, add +eps z in place, run, add -2 eps z, run, add +eps z, then draw once more to update.
 """
 
 from __future__ import annotations
