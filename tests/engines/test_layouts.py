@@ -264,7 +264,7 @@ def test_losses_of_samples_come_in_batch_order_on_any_rank(found: dict[int, list
     assert all(rank.each_sample == losses for ranks in found.values() for rank in ranks)
     run = runs.prepare(load(Wire(), root, "mezo"), Wire())
     alone = []
-    for sample in run.splits["train"]:  # the full batch is all of them, in order
+    for sample in [run.splits["train"][i] for i in run.full_order.batch(0)]:
         scores = run.engine.evaluate([Variant()], run._cut([sample]), run.evaluator.objective)
         alone.append(float(scores[0][0].loss))
     assert len(alone) == 30

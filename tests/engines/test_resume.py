@@ -3,10 +3,11 @@ and any of its models can be made again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,20 +206,25 @@ def test_an_exported_folder_loads_with_equal_logits(root: Path, tmp_path: Path, 
         assert torch.equal(loaded(input_ids=text["input_ids"]).logits, live)
 
 
-def test_an_export_that_fails_leaves_no_folder(root: Path, tmp_path: Path, full_disk: Callable[[], None]) -> None:
+def test_an_export_that_fails_leaves_no_folder(root: Path, tmp_path: Path) -> None:
     run, _ = training.rebuild(root / "mezo" / "run", 0, Wire())
-    full_disk()
-    with pytest.raises(UserError, match=r"export to .*model failed: .*; the trajectory still holds the run"):
+    with (
+        full_disk(),
+        pytest.raises(UserError, match=r"export to .*model failed: .*; the trajectory still holds the run"),
+    ):
         checkpoint.export(run.loaded.model, run.loaded.tokenizer, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-@pytest.fixture
-def full_disk() -> Any:
-    """From the call on, no file can grow beyond 16 KiB."""
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 16 KiB. No longer than needed: the log that pytest writes to may be a file too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class Fresh(Exception):
