@@ -217,7 +217,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def ours(output: str) -> list[str]:
     """Lines of a traceback that come from our code."""
-    return re.findall(rf'File "{ROOT}.*', output)
+    return re.findall(rf'File "{ROOT}/mezo_dist/.*', output)
 
 
 @pytest.mark.distributed

@@ -56,8 +56,8 @@ def check_uncorrelated(rows: Tensor) -> None:
 
 def test_table_has_the_moments_of_the_normal_distribution() -> None:
     z = support(GAUSSIAN)
-    assert z.mean() == 0
-    assert z.pow(3).mean() == 0
+    assert z.mean().item() == pytest.approx(0, abs=1e-12)
+    assert z.pow(3).mean().item() == pytest.approx(0, abs=1e-12)  # symmetric, but threads sum in different orders
     assert z.square().mean().item() == pytest.approx(1, abs=1e-7)  # values are rounded to fp32
     # The fourth moment lacks what the normal distribution has beyond the table's end: E[z^4; |z| > end] = 0.0065.
     normal, end = NormalDist(), z.max().item()
