@@ -36,7 +36,7 @@ from mezo_dist.wire import OutOfStepError, Wire
 pytestmark = pytest.mark.distributed
 
 WORLDS = (1, 2, 3)
-# A minibatch of 5 makes micro-batches of 3 and 2, the full batch of 30 (the last of 31 samples is left out) makes ten:
+# A minibatch of 5 makes micro-batches of 3 and 2, the full batch of 30 makes ten of unequal cost:
 # with three ranks one has nothing to do in an inner step, and none of them has as much as another in an anchor step.
 SIZES = {"steps": 6, "batch_size": 5, "micro_batch": 3}
 RUNS: dict[str, tuple[str, str, list[str]]] = {
