@@ -14,12 +14,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mezo_dist.assets import is_demo, resolve_model
+from mezo_dist.checkpoint_reader import NotSliceableError, WeightSource, materialise, open_checkpoint
 from mezo_dist.config import ModelConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
+from mezo_dist.random_weights import open_random
 from mezo_dist.tasks.prompts import Kind
 
 log = logging.getLogger(__name__)
+RANDOM = "random:"
 AUTO_CLASSES: dict[Kind, str] = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
@@ -37,6 +40,8 @@ class Loaded:
     window: int
     """Longest sequence that the model takes, in tokens."""
     pad_id: int
+    source: WeightSource | None = None
+    """If the parameters have device meta: what fills them (`checkpoint_reader.fill`), once an engine has cut them."""
 
     @property
     def auto_class(self) -> str:
@@ -44,13 +49,15 @@ class Loaded:
         return AUTO_CLASSES[self.kind]
 
 
-def load_model(config: ModelConfig, *, num_labels: int, seed: int) -> Loaded:
+def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool = True) -> Loaded:
     """Load model and tokeniser in ``config.weights``.
 
     Args:
         config: which model.
         num_labels: size of a fresh classification head.
-        seed: run seed; a fresh head is drawn from it, so that all ranks draw the same.
+        seed: run seed; fresh weights are drawn from it, so that all ranks draw the same.
+        whole: with all weights. Without, for engines that shard, `Loaded.source` fills what a rank owns; should the
+            checkpoint have a layout that cannot be read so, it is loaded whole nevertheless, which the log says.
 
     Raises:
         UserError: the model cannot be found or loaded, or has no head of the wanted kind.
@@ -59,15 +66,17 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int) -> Loaded:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said below
-    source = _source(config.name)
+    source = _source(config.name.removeprefix(RANDOM))
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         hf_config = transformers.AutoConfig.from_pretrained(source, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = _tokenizer(source, options)
         kind = _kind(config, hf_config)
         if kind == "masked" and tokenizer.mask_token is None:
             raise UserError(f"model.kind: the tokeniser of {config.name!r} has no mask token, which kind: masked needs")
-        model, report = _build(source, kind, num_labels, seed, {"dtype": getattr(torch, config.weights), **options})
+        if kind == "classifier":
+            hf_config.num_labels = num_labels
+        model, report, weights = _build(config, source, kind, hf_config, seed, whole=whole)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
@@ -81,7 +90,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int) -> Loaded:
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
     _freeze(model, config)
-    return Loaded(model.eval(), tokenizer, kind, _window(tokenizer, hf_config), pad_id)
+    return Loaded(model.eval(), tokenizer, kind, _window(tokenizer, hf_config), pad_id, weights)
 
 
 def _source(name: str) -> str:
@@ -89,25 +98,51 @@ def _source(name: str) -> str:
     if is_demo(name):
         return str(resolve_model(name))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".json":
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name looks like that
         raise UserError(f"model.name: folder {name} does not exist (relative paths start at {Path.cwd()})")
     return name
 
 
-def _build(source: str, kind: Kind, num_labels: int, seed: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model, and transformers' report of weights that the checkpoint lacks: they were drawn from ``seed``."""
+def _tokenizer(source: str, options: dict[str, Any]) -> Any:
+    """The model's own; for random weights that come with a config alone, one that takes every byte for a token."""
     import transformers
 
-    if kind == "classifier":
-        options["num_labels"] = num_labels
+    if Path(source).is_file():
+        log.info("%s is a config alone: texts are cut into bytes", source)
+        return transformers.ByT5Tokenizer()
+    return transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def _build(
+    config: ModelConfig, source: str, kind: Kind, hf_config: Any, seed: int, *, whole: bool
+) -> tuple[Any, dict[str, Any], WeightSource | None]:
+    """The model; transformers' report of weights that the checkpoint lacks, which were drawn from ``seed``; its source.
+
+    A shape that does not match is reported, not raised: the caller's message can tell names.
+    """
+    import transformers
+
+    auto_class = getattr(transformers, AUTO_CLASSES[kind])
+    dtype = getattr(torch, config.weights)
+    if config.name.startswith(RANDOM):
+        model, report, weights = open_random(auto_class, hf_config, dtype, seed, config.trust_remote_code)
+        if whole:
+            materialise(model, weights)
+        return model, report, None if whole else weights
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "fresh head") % 2**63)
-        # A mismatch is an error below, where its names can be told.
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = getattr(transformers, AUTO_CLASSES[kind]).from_pretrained(source, **options)
-    return model, report
+        if not whole:
+            try:
+                return open_checkpoint(auto_class, source, hf_config, dtype, **options)
+            except NotSliceableError as reason:
+                log.warning("%s is loaded whole on every rank before it is cut: %s", config.name, reason)
+        options |= {"config": hf_config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        if Path(source).is_dir():
+            options["use_safetensors"] = True  # a folder may come from anybody, and a .bin file is a pickle
+        return *auto_class.from_pretrained(source, **options), None
 
 
 def _check_complete(report: dict[str, Any], kind: Kind, name: str) -> None:
@@ -125,13 +160,21 @@ def _check_complete(report: dict[str, Any], kind: Kind, name: str) -> None:
 
 def _freeze(model: nn.Module, config: ModelConfig) -> None:
     names = [name for name, _ in model.named_parameters()]
-    for pattern in config.freeze:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f"model.freeze: {pattern!r} matches no weight; names look like {names[:3]}")
+    for setting, patterns in (("trainable", config.trainable), ("freeze", config.freeze)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise UserError(f"model.{setting}: {pattern!r} matches no weight; names look like {names[:3]}")
     for name, tensor in model.named_parameters():
-        tensor.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.freeze))
+        tensor.requires_grad_(_matches(name, config.trainable) and not _matches(name, config.freeze))
     if not any(tensor.requires_grad for tensor in model.parameters()):
-        raise UserError(f"model.freeze: {list(config.freeze)} freezes every weight; nothing is left to train")
+        raise UserError(
+            f"model.freeze: {list(config.freeze)} freezes every weight of model.trainable {list(config.trainable)}; "
+            "nothing is left to train"
+        )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _kind(config: ModelConfig, hf_config: Any) -> Kind:

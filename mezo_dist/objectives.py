@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezo_dist.data import MicroBatch
+from mezo_dist.prefix import RunModel, run_whole
 from mezo_dist.readout import Readout
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ Objective = Callable[[nn.Module, MicroBatch], Scores]
 """Runs the model on one micro-batch."""
 
 
-def classifier(model: nn.Module, batch: MicroBatch) -> Scores:
+def classifier(model: nn.Module, batch: MicroBatch, run: RunModel = run_whole) -> Scores:
     """Cross-entropy of a classification head."""
-    return _cross_entropy(model(**_on_device(model, batch)).logits, batch.labels)
+    return _cross_entropy(run(model, _on_device(model, batch)).logits, batch.labels)
 
 
 class LabelWords:
@@ -48,20 +49,31 @@ class LabelWords:
         label_ids: token of each class.
         probe: a micro-batch to check the fast read-out on: if the model does something to its logits that the
             read-out of single rows does not survive, whole logits are used, and the log says so.
+        run: how to call the model.
+        once: runs a forward pass of the probe; needed where the model cannot just be called, its weights being sharded.
     """
 
-    def __init__(self, model: nn.Module, label_ids: list[int], probe: MicroBatch) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        label_ids: list[int],
+        probe: MicroBatch,
+        run: RunModel = run_whole,
+        once: Callable[[Callable[[nn.Module, MicroBatch], Tensor]], Tensor] | None = None,
+    ) -> None:
+        self._run = run
         self._label_ids = torch.tensor(label_ids, device=_device(model))
         self._readout: Readout | None = None
         get_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
         head = get_head()
-        if type(head) is not nn.Linear:
+        if not isinstance(head, nn.Linear) or getattr(head.forward, "__func__", None) is not nn.Linear.forward:
             log.info("the output head is a %s: logits of the whole vocabulary are computed", type(head).__name__)
             return
         with torch.no_grad():
-            whole = self._logits(model, probe)
+            on_probe = once or (lambda forward: forward(model, probe))
+            whole = on_probe(self._logits)
             self._readout = Readout(head, self._label_ids)
-            if not self._agrees(model, probe, whole):
+            if not self._agrees(on_probe, whole):
                 log.info("the model changes its logits after the head: those of the whole vocabulary are computed")
                 self._readout.detach()
                 self._readout = None
@@ -70,9 +82,9 @@ class LabelWords:
         """See `Objective`."""
         return _cross_entropy(self._logits(model, batch), batch.labels)
 
-    def _agrees(self, model: nn.Module, probe: MicroBatch, whole: Tensor) -> bool:
+    def _agrees(self, on_probe: Callable[[Callable[[nn.Module, MicroBatch], Tensor]], Tensor], whole: Tensor) -> bool:
         try:
-            fast = self._logits(model, probe)
+            fast = on_probe(self._logits)
         except (RuntimeError, IndexError) as error:
             log.debug("read-out failed: %s", error)
             return False
@@ -82,11 +94,11 @@ class LabelWords:
         """[n, classes]"""
         positions = batch.positions.to(self._label_ids.device)
         if self._readout is None:
-            logits = model(**_on_device(model, batch)).logits
+            logits = self._run(model, _on_device(model, batch)).logits
             return logits[torch.arange(len(positions), device=positions.device), positions][:, self._label_ids]
         token = Readout.at(positions)
         try:
-            return model(**_on_device(model, batch)).logits[:, 0]
+            return self._run(model, _on_device(model, batch)).logits[:, 0]
         finally:
             Readout.reset(token)
 

@@ -27,7 +27,7 @@ from mezo_dist.algorithms.mezo import Mezo, MezoConfig
 from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
 from mezo_dist.data import MicroBatch
 from mezo_dist.directions.field import Field
-from mezo_dist.engines.replicated import Replicated
+from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives import LabelWords, Objective
 
 EPS, LR = 1e-3, 1e-6
@@ -57,7 +57,7 @@ def make_batch(num_samples: int, length: int) -> MicroBatch:
     )
 
 
-def ours(engine: Replicated, planner: Mezo | Svrg, objective: Objective, batch: MicroBatch) -> Callable[[], None]:
+def ours(engine: Engine, planner: Mezo | Svrg, objective: Objective, batch: MicroBatch) -> Callable[[], None]:
     """One step of a planner: plan, evaluate, update, apply. For MeZO-SVRG an inner step, after one anchor step."""
     state, step = planner.init(), 0
 
@@ -132,7 +132,7 @@ def textbook_svrg(model: nn.Module, anchor: nn.Module, forwards: list[Callable[[
 def measure(shape: str, length: int, repeats: int) -> dict[str, float]:
     """Median ratios over ``repeats`` rounds, at 16 samples of ``length`` tokens."""
     model, anchor, batch = make_model(shape), make_model(shape), make_batch(16, length)
-    engine = Replicated(model, Field("gaussian"))
+    engine = Engine(model, Field("gaussian"))
     problem = Problem(seed=0, num_steps=1000, batch_size=16, full_size=16)
     objective, anchor_objective = (LabelWords(m, [100, 200], batch) for m in (model, anchor))
 

@@ -58,7 +58,7 @@ def add(
         rounding_seed or 0,
         gaussian_table(),
     )
-    _in_threads(work, rows * chunks_per_row, max(1, CHUNKS_PER_THREAD // max(1, len(seeds))))
+    in_threads(work, rows * chunks_per_row, max(1, CHUNKS_PER_THREAD // max(1, len(seeds))))
 
 
 def _table_of_terms(combinations: Sequence[Combination]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +75,7 @@ def _table_of_terms(combinations: Sequence[Combination]) -> tuple[np.ndarray, np
     return np.array(seeds, dtype=np.uint64), coefficients
 
 
-def _in_threads(work: Callable[[int, int], None], num_tasks: int, least: int) -> None:
+def in_threads(work: Callable[[int, int], None], num_tasks: int, least: int) -> None:
     """Call ``work(first, stop)`` on pieces of ``range(num_tasks)``, with ``least`` tasks or more for every thread."""
     threads = min(torch.get_num_threads(), num_tasks // least)
     if threads <= 1:

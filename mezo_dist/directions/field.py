@@ -10,18 +10,22 @@ not exist as weights: a linear layer can apply it to its input, a different one 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mezo_dist.directions.add import add
+from mezo_dist.directions.advance import advance
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.laws import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, Law
 
-ROWS_AT_ONCE = 4096
+BLOCK = 64
+"""Rows of a low-rank direction that are made by one matrix product."""
+BLOCKS_AT_ONCE = 64
 SEEDS_AT_ONCE = 32
 
 
@@ -62,24 +66,27 @@ class Field:
         *,
         param_id: int,
         shape: torch.Size,
+        offset: int = 0,
         rows: Tensor | None = None,
         rounding_seed: int | None = None,
     ) -> None:
         """Write ``cast(weight + combinations[v])`` to ``outputs[v]``; see `mezo_dist.directions.add.add`.
 
         Args:
-            weight: a whole parameter, or some of its rows (indices along its first dimension).
+            weight: a whole parameter, a shard of it, or some of its rows (indices along its first dimension).
             combinations: one per output.
             outputs: shaped as ``weight``; one of them may be ``weight`` itself.
             param_id: see `seeds.param_id`.
             shape: of the whole parameter.
-            rows: int64 [k], which rows ``weight`` holds; None: all.
+            offset: of a shard, where it starts in the flattened parameter.
+            rows: int64 [k], which rows ``weight`` holds; None: a shard, or all.
             rounding_seed: for bf16 outputs that are to be rounded stochastically.
         """
         if self.is_lowrank and len(shape) >= 2:
-            self._add_lowrank(weight, combinations, outputs, param_id, shape, rows, rounding_seed)
+            pieces = _pieces_of_shard(offset, weight.numel(), shape) if rows is None else _pieces_of_rows(rows, shape)
+            self._add_lowrank(weight, combinations, outputs, param_id, shape, pieces, rounding_seed)
             return
-        offsets = [0] if rows is None else (rows * math.prod(shape[1:])).tolist()
+        offsets = [offset] if rows is None else (rows * math.prod(shape[1:])).tolist()
         add(
             weight,
             combinations,
@@ -89,6 +96,30 @@ class Field:
             offsets=offsets,
             rounding_seed=rounding_seed,
         )
+
+    def advance(
+        self,
+        weight: Tensor,
+        updates: Sequence[tuple[Combination, int | None]],
+        *,
+        param_id: int,
+        shape: torch.Size,
+        offset: int = 0,
+    ) -> None:
+        """Add one combination after another to a parameter or a shard of it, in place: the same bits as `add` for each.
+
+        Args:
+            weight: a whole parameter, or a shard of it.
+            updates: (combination, seed of stochastic rounding or None).
+            param_id: see `seeds.param_id`.
+            shape: of the whole parameter.
+            offset: of a shard, where it starts in the flattened parameter.
+        """
+        if len(updates) > 1 and not (self.is_lowrank and len(shape) >= 2):
+            advance(weight, updates, param_id=param_id, law=self._law, offset=offset)
+            return
+        for combination, seed in updates:  # of a low-rank law: matrix products, and the matrix stays in the cache
+            self.add(weight, [combination], [weight], param_id=param_id, shape=shape, offset=offset, rounding_seed=seed)
 
     def factors(self, seeds: Sequence[int], param_id: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """U [num_seeds, rows, rank] and V [num_seeds, columns, rank] of a matrix (fp32); V carries 1 / sqrt(rank)."""
@@ -112,37 +143,79 @@ class Field:
         outputs: Sequence[Tensor],
         param_id: int,
         shape: torch.Size,
-        rows: Tensor | None,
+        pieces: Iterable[_Piece],
         rounding_seed: int | None,
     ) -> None:
-        """``U diag(c) V^T`` over all directions of a combination, row block by row block: one matrix product each."""
+        """``U diag(c) V^T`` over all directions of a combination, `BLOCK` rows at a time: one matrix product each.
+
+        A product of another shape may be summed in another order. So all have the same shape, whatever the shard, and
+        a row of a matrix gets the same bits wherever it lies.
+        """
         columns = math.prod(shape[1:])
-        source = weight.view(-1, columns)
-        targets = [output.view(-1, columns) for output in outputs]
+        source, targets = weight.view(-1), [output.view(-1) for output in outputs]
         seeds = sorted({seed for combination in combinations for seed, _ in combination.terms})
         right = self._factor(FACTOR_V, seeds, param_id, 0, columns) / math.sqrt(self.rank)
-        rights = [_side_by_side(right, seeds, combination) for combination in combinations]
-        for first in range(0, len(source), ROWS_AT_ONCE):
-            block = slice(first, min(first + ROWS_AT_ONCE, len(source)))
-            left = self._rows_of_u(seeds, param_id, block, rows)
-            base = source[block].float()
+        rights = [_side_by_side(right, seeds, combination).T.contiguous() for combination in combinations]
+        base = torch.zeros(BLOCK, columns)
+        for piece, left in self._with_rows_of_u(pieces, seeds, param_id):
+            here, inside = slice(piece.first, piece.first + piece.length), slice(piece.skip, piece.skip + piece.length)
+            base.view(-1)[inside] = source[here]
             for combination, v, target in zip(combinations, rights, targets, strict=True):
                 total = base
                 if combination:
                     c = torch.tensor([c for _, c in combination.terms]).repeat_interleave(self.rank)
-                    total = torch.addmm(base, _side_by_side(left, seeds, combination) * c, v.T)
+                    total = torch.addmm(base, _side_by_side(left, seeds, combination) * c, v)
                 if rounding_seed is None:
-                    target[block] = total
+                    target[here] = total.view(-1)[inside]
                 else:
-                    add(total, [ZERO], [target[block]], param_id=param_id, law=GAUSSIAN, offsets=[first * columns],
-                        rounding_seed=rounding_seed)  # fmt: skip
+                    add(total.view(-1)[inside], [ZERO], [target[here]], param_id=param_id, law=GAUSSIAN,
+                        offsets=[piece.rows[0] * columns + piece.skip], rounding_seed=rounding_seed)  # fmt: skip
 
-    def _rows_of_u(self, seeds: Sequence[int], param_id: int, block: slice, rows: Tensor | None) -> Tensor:
-        """[num_seeds, rows of the block, rank]"""
-        if rows is None:
-            return self._factor(FACTOR_U, seeds, param_id, block.start, block.stop - block.start)
-        offsets = (rows[block] * self.rank).tolist()
-        return _fill(FACTOR_U, seeds, param_id, offsets, self.rank).view(len(seeds), -1, self.rank)
+    def _with_rows_of_u(
+        self, pieces: Iterable[_Piece], seeds: Sequence[int], param_id: int
+    ) -> Iterator[tuple[_Piece, Tensor]]:
+        """Each piece with its rows of U, filled up with zeros: [num_seeds, BLOCK, rank]. Made for many pieces at once:
+        numbers are generated in chunks that are longer than a block's."""
+        remaining = iter(pieces)
+        while some := list(itertools.islice(remaining, BLOCKS_AT_ONCE)):
+            if isinstance(some[0].rows, range):  # so all follow one upon the other
+                first, last = some[0].rows[0], some[-1].rows[-1]
+                made = self._factor(FACTOR_U, seeds, param_id, first, last + 1 - first)
+            else:
+                offsets = [row * self.rank for piece in some for row in piece.rows]
+                made = _fill(FACTOR_U, seeds, param_id, offsets, self.rank).view(len(seeds), -1, self.rank)
+            made = torch.nn.functional.pad(made, (0, 0, 0, -made.shape[1] % BLOCK))
+            yield from zip(some, made.split(BLOCK, dim=1), strict=True)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one product is added to: ``length`` elements from ``first`` on, of what `Field.add` was given.
+
+    They are those from ``skip`` on of the rows ``rows`` (at most `BLOCK`) of the matrix.
+    """
+
+    rows: Sequence[int]
+    skip: int
+    first: int
+    length: int
+
+
+def _pieces_of_shard(offset: int, length: int, shape: torch.Size) -> Iterator[_Piece]:
+    """Blocks of rows, cut at multiples of `BLOCK` whatever the shard."""
+    columns = math.prod(shape[1:])
+    step = BLOCK * columns
+    for start in range(offset // step * step if step else 0, offset + length, max(step, 1)):
+        first, stop = max(start, offset), min(start + step, offset + length)
+        row = start // columns
+        yield _Piece(range(row, min(row + BLOCK, shape[0])), first - start, first - offset, stop - first)
+
+
+def _pieces_of_rows(rows: Tensor, shape: torch.Size) -> Iterator[_Piece]:
+    columns, numbers = math.prod(shape[1:]), rows.tolist()
+    for k in range(0, len(numbers), BLOCK):
+        some = numbers[k : k + BLOCK]
+        yield _Piece(some, 0, k * columns, len(some) * columns)
 
 
 def _side_by_side(factor: Tensor, seeds: Sequence[int], combination: Combination) -> Tensor:

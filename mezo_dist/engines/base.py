@@ -1,36 +1,74 @@
-"""What an engine is: the owner of the weights."""
+"""Where weights live: what a layout is, and the pieces that ranks own.
+
+An engine (`mezo_dist.engines.engine`) evaluates variants of weights and adds combinations to them; its layout says
+where those weights are: a copy in every process (`replicated`), FSDP2's shards (`fsdp`) or ZeRO-3's (`zero`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from mezo_dist.algorithms.base import Variant
-from mezo_dist.directions.combination import Combination
-
-ItemT = TypeVar("ItemT")
+from mezo_dist.engines.units import Unit
 
 
-class Engine(Protocol):
-    """Owns a model's weights: evaluates variants of them without changing a bit, and adds combinations to them."""
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The contiguous piece of one parameter that a rank owns. Padding that an engine adds is no part of it."""
 
-    model: nn.Module
+    name: str
+    """Canonical name of the parameter."""
+    param_id: int
+    """See `mezo_dist.directions.seeds.param_id`."""
+    shape: torch.Size
+    """Of the full parameter."""
+    offset: int
+    """Index of the first element in the flattened full parameter."""
+    tensor: Tensor
+    """The elements themselves, contiguous, of any shape (and perhaps none), where they live: writing to it changes the
+    weights. Valid until the next shard is asked for: only then do shards that live on NVMe go back there."""
+    is_first: bool = True
+    """False where the rank holds a further copy of what another rank counts as its own (sums count it once)."""
 
-    def evaluate(
-        self,
-        variants: Sequence[Variant],
-        items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
-    ) -> list[list[Any]]:
-        """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``."""
 
-    def apply(self, combination: Combination, rounding_seed: int) -> None:
-        """weights <- weights + combination, in place. ``rounding_seed`` is for stochastic rounding, where it is on."""
+class Layout(Protocol):
+    """Where the weights of a model live, and how those of one unit come together on every rank.
 
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that depend on the bits of all weights, frozen ones too, and not on their layout."""
+    `start`, `finish` and `release` are collective: all ranks call them for the same units in the same order.
+    """
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """All units of the model, in its order of modules."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Weights are whole only between `start` and `release`."""
+
+    def meet(self, what: str) -> None:
+        """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
+
+    def start(self, unit: Unit) -> None:
+        """Begin to gather the weights of ``unit``; they may be used after `finish`."""
+
+    def finish(self, unit: Unit) -> None:
+        """Wait for what `start` began. The unit's modules hold whole weights now (`Weight.tensor`)."""
+
+    def release(self, unit: Unit) -> None:
+        """Free the gathered weights; the shards stay."""
+
+    def shards(self) -> Iterator[Shard]:
+        """What this rank owns of every parameter, frozen ones too, in the order of the model's parameters."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Canonical name and full tensor of every parameter, one after another (for export)."""
+        """Canonical name and full tensor of every parameter in the dtype it is kept in, one after another; collective.
+
+        A tensor is valid until the next one is asked for.
+        """
+
+    def total(self, value: int) -> int:
+        """Sum modulo 2**64 of what ranks make of their shards, of first copies alone (`Shard.is_first`); collective."""

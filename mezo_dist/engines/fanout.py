@@ -16,11 +16,11 @@ from typing import Any
 
 import greenlet
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mezo_dist.directions.combination import Combination
-from mezo_dist.engines.sites import Site, restore, swap
+from mezo_dist.engines.sites import Site, swap, swapped
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,22 @@ class _Coroutine(greenlet.greenlet):
         self.index = index
         self.variant = job.variant
         self.sample_shifts = job.sample_shifts
-        self.open: list[tuple[Site, list[Tensor]]] = []
+        self.open: list[_Open] = []
+
+
+class _Open:
+    """A site that spans blocks, with the weights that its modules use while one job is inside of it and running."""
+
+    def __init__(self, site: Site, tensors: list[Tensor]) -> None:
+        self._site = site
+        self._tensors = tensors
+        self._before: list[nn.Parameter] = []
+
+    def enter(self) -> None:
+        self._before = swap(self._site.weights, self._tensors)
+
+    def leave(self) -> None:
+        swap(self._site.weights, self._before)
 
 
 @dataclass(frozen=True)
@@ -109,13 +124,13 @@ class FanOut:
         autocast = _autocast()
 
         def resume(job: _Coroutine, outcome: Any = None, *, first: bool = False) -> None:
-            for site, tensors in job.open:
-                swap(site.weights, tensors)
+            for opened in job.open:
+                opened.enter()
             try:
                 call = job.switch() if first else job.switch(outcome)
             finally:
-                for site, _ in job.open:
-                    restore(site.weights)
+                for opened in reversed(job.open):
+                    opened.leave()
             if _autocast() != autocast:  # it belongs to the thread, so the next pass would run in it
                 raise NotImplementedError("the model switches autocast around its layers; set model.compute instead")
             if job.dead:
@@ -160,11 +175,8 @@ def _autocast() -> tuple[bool, ...]:
 
 def on_tensors(site: Site, real: Callable[..., Any], call: Call, tensors: list[Tensor]) -> Any:
     """The site's real forward with ``tensors`` in place of its weights."""
-    swap(site.weights, tensors)
-    try:
+    with swapped(site.weights, tensors):
         return real(*call.args, **call.kwargs)
-    finally:
-        restore(site.weights)
 
 
 def _install(site: Site) -> Callable[..., Any]:
@@ -180,13 +192,13 @@ def _install(site: Site) -> Callable[..., Any]:
             raise outcome.error  # here, because thrown from outside it would lose its traceback
         if not site.spans_blocks:
             return outcome
-        job.open.append((site, outcome))
-        swap(site.weights, outcome)
+        opened = _Open(site, outcome)
+        job.open.append(opened)
+        opened.enter()
         try:
             return real(*args, **kwargs)
         finally:
-            job.open.pop()
-            restore(site.weights)
+            job.open.pop().leave()
 
     site.module.forward = waiting_forward
     return real

@@ -35,6 +35,6 @@ def fingerprint_shard(tensor: Tensor, param_id: int, offset: int = 0) -> int:
     return int(total)
 
 
-def combine(contributions: list[int]) -> str:
-    """The fingerprint, 16 hexadecimal digits, from the contributions of all shards of all parameters."""
-    return f"{sum(contributions) % 2**64:016x}"
+def to_text(total: int) -> str:
+    """The fingerprint, 16 hexadecimal digits, from the sum of the contributions of all shards of all parameters."""
+    return f"{total % 2**64:016x}"

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.field import Field
 from mezo_dist.engines.fanout import Call
-from mezo_dist.engines.sites import Site, Weight, restore, swap
+from mezo_dist.engines.sites import Site, Weight, swapped
 from mezo_dist.readout import RowLinear
 
 Forward = Callable[[Call, list[Tensor]], Any]
@@ -30,8 +30,9 @@ def with_sample_directions(
 ) -> Forward:
     """A forward of ``site`` that adds each sample's own direction to what ``shared`` computes.
 
-    Linear layers, embeddings and heads under a `Readout` are corrected in activation space. Any other module (norms)
-    runs sample by sample on weights of its own, which is exact for every module that works sample by sample.
+    Linear layers, embeddings and heads under a `Readout` are corrected in activation space. Modules whose weights are
+    vectors (norms) run once, mapped over the samples' own weights. Any other module runs sample by sample, which is
+    right for every module that works sample by sample.
 
     Args:
         field: the run's directions (low-rank).
@@ -46,10 +47,12 @@ def with_sample_directions(
     if site.spans_blocks:
         return _spanning(site, shared)
     seeds = sorted({seed for call in calls for c in call.job.sample_shifts for seed, _ in c.terms})
-    if isinstance(real, RowLinear) or type(site.module) in (nn.Linear, Conv1D):
+    if isinstance(real, RowLinear) or site.kind in (nn.Linear, Conv1D):
         moved = _linear(field, site, seeds, shared, rows)
-    elif type(site.module) is nn.Embedding:
+    elif site.kind is nn.Embedding:
         moved = _embedding(field, site, seeds, shared)
+    elif all(len(weight.shape) == 1 for weight in site.weights):
+        moved = _vectors(field, site, seeds, real)
     else:
         moved = _one_by_one(field, site, real)
     return lambda call, tensors: (moved if call.job.sample_shifts else shared)(call, tensors)
@@ -74,7 +77,7 @@ class _Factors:
         self, field: Field, weight: Weight, seeds: Sequence[int], *, swapped: bool, rows: Tensor | None
     ) -> None:
         self._place = {seed: k for k, seed in enumerate(seeds)}
-        u, v = field.factors(seeds, weight.param_id, weight.tensor.shape)
+        u, v = field.factors(seeds, weight.param_id, weight.shape)
         self._into, self._out = (u, v) if swapped else (v, u)
         if rows is not None:
             self._out = self._out[:, rows]
@@ -101,9 +104,9 @@ class _Factors:
 
 def _linear(field: Field, site: Site, seeds: Sequence[int], shared: Forward, rows: Tensor | None) -> Forward:
     weights = {w.attribute: w for w in site.weights if w.trainable}
-    swapped = type(site.module) is Conv1D  # its weight is [inputs, outputs]
+    swapped = site.kind is Conv1D  # its weight is [inputs, outputs]
     factors = _Factors(field, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
-    bias = field.vector(seeds, weights["bias"].param_id, weights["bias"].tensor.numel()) if "bias" in weights else None
+    bias = field.vector(seeds, weights["bias"].param_id, weights["bias"].shape.numel()) if "bias" in weights else None
     place = {seed: k for k, seed in enumerate(seeds)}
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
@@ -139,6 +142,37 @@ def _embedding(field: Field, site: Site, seeds: Sequence[int], shared: Forward) 
     return forward
 
 
+def _vectors(field: Field, site: Site, seeds: Sequence[int], real: Callable[..., Any]) -> Forward:
+    place = {seed: k for k, seed in enumerate(seeds)}
+    directions = {w.attribute: field.vector(seeds, w.param_id, w.shape.numel()) for w in site.weights if w.trainable}
+
+    def forward(call: Call, tensors: list[Tensor]) -> Any:
+        shifts = call.job.sample_shifts
+        mixing = torch.zeros(len(shifts), len(seeds))  # coefficient of every direction for every sample
+        for i, shift in enumerate(shifts):
+            for seed, c in shift.terms:
+                mixing[i, place[seed]] = c
+        own = [
+            tensor + (mixing @ directions[w.attribute]).to(tensor.device, tensor.dtype) if w.trainable else tensor
+            for w, tensor in zip(site.weights, tensors, strict=True)
+        ]
+
+        def on_sample(weights: list[Tensor], x: Tensor) -> Any:
+            for w, tensor in zip(site.weights, weights, strict=True):  # not `swap`: what vmap gives is no parameter
+                w.owner._parameters[w.attribute] = tensor  # type: ignore[assignment]
+            return real(x, *call.args[1:], **call.kwargs)
+
+        x = call.args[0]
+        if x.shape[0] % len(shifts) or x.shape[0] == 0:
+            raise _not_by_sample(site, x, len(shifts))
+        weight_axes = [0 if w.trainable else None for w in site.weights]
+        with swapped(site.weights, tensors):  # puts back what `on_sample` leaves there
+            mapped = torch.vmap(on_sample, in_dims=(weight_axes, 0))(own, x.unflatten(0, (len(shifts), -1)))
+        return pytree.tree_map(lambda y: y.flatten(0, 1), mapped)
+
+    return forward
+
+
 def _one_by_one(field: Field, site: Site, real: Callable[..., Any]) -> Forward:
     def forward(call: Call, tensors: list[Tensor]) -> Any:
         n = len(call.job.sample_shifts)
@@ -147,14 +181,11 @@ def _one_by_one(field: Field, site: Site, real: Callable[..., Any]) -> Forward:
             own = [torch.empty_like(t) if w.trainable else t for w, t in zip(site.weights, tensors, strict=True)]
             for w, t, target in zip(site.weights, tensors, own, strict=True):
                 if w.trainable:
-                    field.add(t.contiguous(), [shift], [target], param_id=w.param_id, shape=w.tensor.shape)
-            swap(site.weights, own)
-            try:
-                args = [_slice(site, argument, i, n) for argument in call.args]
-                kwargs = {name: _slice(site, argument, i, n) for name, argument in call.kwargs.items()}
+                    field.add(t.contiguous(), [shift], [target], param_id=w.param_id, shape=w.shape)
+            args = [_slice(site, argument, i, n) for argument in call.args]
+            kwargs = {name: _slice(site, argument, i, n) for name, argument in call.kwargs.items()}
+            with swapped(site.weights, own):
                 outputs.append(real(*args, **kwargs))
-            finally:
-                restore(site.weights)
         return pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)  # some give several tensors (routers)
 
     return forward

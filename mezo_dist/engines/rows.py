@@ -36,7 +36,7 @@ def plan_rows(site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Ro
     if isinstance(real, RowLinear):
         return Rows(real.rows, _linear_rows)
     is_plain = getattr(real, "__func__", None) is nn.Embedding.forward
-    if type(site.module) is not nn.Embedding or not is_plain or site.module.max_norm is not None:
+    if not isinstance(site.module, nn.Embedding) or not is_plain or site.module.max_norm is not None:
         return None
     if any(len(call.args) != 1 or call.kwargs for call in calls):
         return None

@@ -7,8 +7,11 @@ as small as the largest site and still in the cache when the matrix product read
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mezo_dist.directions.seeds import param_ids
@@ -26,8 +29,17 @@ class Weight:
     name: str
     """Canonical: the first name under which ``model.named_parameters()`` yields the tensor."""
     param_id: int
-    tensor: nn.Parameter
+    shape: torch.Size
+    """Of the full parameter."""
     trainable: bool
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """What the module uses at the moment. It is looked up every time, for engines put shards and gathered weights
+        there in turn (and a reference kept here would keep the memory of the whole model)."""
+        tensor = self.owner._parameters[self.attribute]
+        assert tensor is not None
+        return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +48,13 @@ class Site:
 
     name: str
     module: nn.Module
+    kind: type[nn.Module]
+    """The module's own class: FSDP2 puts modules into classes of its own later."""
     weights: tuple[Weight, ...]
     order: int
     """Place in the model's own order of modules."""
     spans_blocks: bool
     """The module owns weights and also contains blocks that are sites of their own."""
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, tuple[int, nn.Parameter]]:
-    """Canonical name -> (parameter id, tensor), each tensor once, in the model's order; frozen ones left out."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ids = param_ids(named)
-    return {name: (ids[name], tensor) for name, tensor in named.items()}
 
 
 def find_sites(model: nn.Module, *, include_frozen: bool) -> list[Site]:
@@ -76,7 +83,7 @@ def find_sites(model: nn.Module, *, include_frozen: bool) -> list[Site]:
         if is_site:
             used = own if spans else (*own, *inner)
             if include_frozen or any(w.trainable for w in used):
-                sites.append(Site(path, module, used, len(sites), spans))
+                sites.append(Site(path, module, type(module), used, len(sites), spans))
         if spans or not is_site:
             for child_name, child in module.named_children():
                 visit(child, f"{path}.{child_name}" if path else child_name)
@@ -91,22 +98,29 @@ def _weights_by_module(model: nn.Module) -> dict[nn.Module, tuple[Weight, ...]]:
     ids = param_ids(name_of.values())
     return {
         module: tuple(
-            Weight(module, attribute, name_of[id(p)], ids[name_of[id(p)]], p, p.requires_grad) for attribute, p in own
+            Weight(module, attribute, name_of[id(p)], ids[name_of[id(p)]], p.shape, p.requires_grad)
+            for attribute, p in own
         )
         for module in model.modules()
         if (own := [(a, p) for a, p in module._parameters.items() if p is not None])
     }
 
 
-def swap(weights: tuple[Weight, ...], tensors: list[Tensor]) -> None:
-    """Make the modules use ``tensors`` in place of their weights (no copy, nothing is written)."""
+def swap(weights: tuple[Weight, ...], tensors: Sequence[Tensor]) -> list[nn.Parameter]:
+    """Make the modules use ``tensors`` in place of their weights (no copy, nothing is written). Returns these."""
+    before = [weight.tensor for weight in weights]
     for weight, tensor in zip(weights, tensors, strict=True):
         if not isinstance(tensor, nn.Parameter):  # some kernels are chosen by requires_grad, so that stays as it was
             tensor = nn.Parameter(tensor, requires_grad=weight.trainable)
         weight.owner._parameters[weight.attribute] = tensor
+    return before
 
 
-def restore(weights: tuple[Weight, ...]) -> None:
-    """Undo `swap`."""
-    for weight in weights:
-        weight.owner._parameters[weight.attribute] = weight.tensor
+@contextlib.contextmanager
+def swapped(weights: tuple[Weight, ...], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """`swap` within a ``with`` block."""
+    before = swap(weights, tensors)
+    try:
+        yield
+    finally:
+        swap(weights, before)

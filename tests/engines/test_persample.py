@@ -12,7 +12,7 @@ from mezo_dist.algorithms.base import Variant
 from mezo_dist.data import MicroBatch, cut
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.field import Field
-from mezo_dist.engines.replicated import Replicated
+from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives import LabelWords, Objective, classifier
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model
@@ -46,7 +46,7 @@ def losses(model: nn.Module, field: Field, variants: list[Variant], objective: O
     """[variants, samples]"""
     batch = micro_batches()
     table = torch.empty(len(variants), len(SAMPLES))
-    for item, row in zip(batch, Replicated(model, field).evaluate(variants, batch, objective), strict=True):
+    for item, row in zip(batch, Engine(model, field).evaluate(variants, batch, objective), strict=True):
         for v, scores in enumerate(row):
             table[v, list(item.slots)] = scores.loss
     return table
@@ -67,7 +67,7 @@ def test_each_sample_sees_weights_of_its_own(kind: str, rank: int) -> None:
         for i in range(len(SAMPLES)):
             changed = copy.deepcopy(model)
             shift = variant.shift + (variant.per_sample[i] if variant.per_sample else Combination())
-            Replicated(changed, field).apply(shift, rounding_seed=0)
+            Engine(changed, field).apply(shift, rounding_seed=0)
             wanted[v, i] = losses(changed, field, [Variant()], objective)[0, i]
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
     assert ((found[0] - found[2]).abs() > 1e-4).all()  # the directions do matter, to every sample
@@ -87,7 +87,7 @@ class Prefixed(nn.Module):
 
 def refused(model: nn.Module) -> None:
     with pytest.raises(NotImplementedError, match="a direction per sample cannot be applied there"):
-        Replicated(model, Field("lowrank")).evaluate(
+        Engine(model, Field("lowrank")).evaluate(
             [Variant(Combination(), PER_SAMPLE)], micro_batches(), lambda m, b: m(torch.ones(len(b.slots), 3, 8))
         )
 
@@ -111,7 +111,7 @@ def test_a_layer_that_mixes_samples_is_refused() -> None:
 def test_frozen_weights_beside_the_blocks_are_no_obstacle() -> None:
     model = Prefixed()
     model.prefix.requires_grad_(False)
-    engine = Replicated(model, Field("lowrank"))
+    engine = Engine(model, Field("lowrank"))
     found = engine.evaluate(
         [Variant(Combination(), PER_SAMPLE)], micro_batches(), lambda m, b: m(torch.ones(len(b.slots), 3, 8))
     )
@@ -119,6 +119,6 @@ def test_frozen_weights_beside_the_blocks_are_no_obstacle() -> None:
 
 
 def test_other_laws_have_no_direction_per_sample() -> None:
-    engine = Replicated(tiny_model("llama"), Field("gaussian"))
+    engine = Engine(tiny_model("llama"), Field("gaussian"))
     with pytest.raises(NotImplementedError, match="needs law lowrank, not gaussian"):
         engine.evaluate([Variant(Combination(), PER_SAMPLE)], micro_batches(), classifier)

@@ -13,7 +13,7 @@ from mezo_dist.algorithms.base import Variant
 from mezo_dist.data import MicroBatch, cut
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.field import Field
-from mezo_dist.engines.replicated import Replicated
+from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives import LabelWords
 from mezo_dist.readout import Readout
 from mezo_dist.tasks.prompts import Sample
@@ -73,7 +73,7 @@ def test_losses_in_a_fan_out_are_those_of_whole_logits(kind: str, caplog: pytest
     caplog.set_level(logging.INFO, "mezo_dist")
     model = tiny_model(kind)
     wanted = [cross_entropy(model, batch) for batch in micro_batches()]
-    engine = Replicated(model, Field("gaussian"))
+    engine = Engine(model, Field("gaussian"))
     objective = LabelWords(model, LABELS, micro_batches()[0])
     assert caplog.messages == []  # no fall-back: the read-out is what is tested
     variants = [Variant(), Variant(Combination.single(3, 1e-2))]
@@ -118,7 +118,7 @@ def test_a_head_inside_another_module_reads_at_the_places_of_its_own_pass() -> N
     model.get_output_embeddings = lambda: model.lm_head.linear
     wanted = [cross_entropy(model, batch) for batch in micro_batches()]
     objective = LabelWords(model, LABELS, micro_batches()[0])
-    found = Replicated(model, Field("gaussian")).evaluate([Variant()], micro_batches(), objective)
+    found = Engine(model, Field("gaussian")).evaluate([Variant()], micro_batches(), objective)
     for row, loss in zip(found, wanted, strict=True):
         close(row[0].loss, loss)
 
@@ -165,7 +165,7 @@ def test_falls_back_with_a_line_in_the_log(how: str, line: str, caplog: pytest.L
     caplog.set_level(logging.INFO, "mezo_dist")
     model = Wrapped(how)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    engine = Replicated(model, Field("gaussian"))
+    engine = Engine(model, Field("gaussian"))
     objective = LabelWords(model, LABELS, micro_batches()[0])
     assert [line in message and "whole vocabulary" in message for message in caplog.messages] == [True]
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before

@@ -7,7 +7,7 @@ import contextlib
 import json
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 import transformers
 from torch import nn
 
-from mezo_dist import checkpoint, config_reader, runs, training, trajectory
+from mezo_dist import cli, config_reader, replay, runs, training, trajectory
 from mezo_dist.config import RunConfig
-from mezo_dist.directions.combination import Combination
 from mezo_dist.errors import UserError
+from mezo_dist.export import export_model
+from mezo_dist.journal import Journal
 from mezo_dist.testing import write_tiny_config
-from mezo_dist.trajectory import Step
+from mezo_dist.trajectory import Header, Step
 from mezo_dist.wire import Wire
 
 RUNS = {
@@ -31,7 +32,7 @@ RUNS = {
     "per-sample": ("opt", "mezo-svrg", ["law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3"]),
 }
 STEPS = 7
-TORN = b'{"step":3,"rounds":[{"mean":[0.69'
+TORN = b'{"step":3,"loss":[{"mean":[0.69'
 
 
 def load(root: Path, name: str, *options: str) -> RunConfig:
@@ -92,13 +93,14 @@ def test_a_run_cut_short_ends_as_the_undisturbed_one(
 def test_a_resumed_run_counts_the_steps_that_were_skipped(root: Path, tmp_path: Path) -> None:
     """Two were skipped in a row before the run died; one more is too much for it."""
     folder = killed(root, "mezo", 4, tmp_path / "run", b"")
-    writer = trajectory.TrajectoryWriter(folder / "trajectory.jsonl", None)
+    found = trajectory.read(folder / "trajectory.jsonl")
+    journal = Journal.go_on(folder / "trajectory.jsonl", found)
     for number in (4, 5):
-        writer.append(Step(number, (), Combination(), "a loss is not finite"))
-    writer.close()
-    run = runs.prepare(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
-    progress = training._Progress(run.algorithm.init())
-    training._resume(run, folder / "trajectory.jsonl", progress)
+        journal.append(Step(number, (), skipped="a loss is not finite"))
+    journal.close()
+    run = runs.prepare(load(root, "mezo"), Wire())
+    found = trajectory.read(folder / "trajectory.jsonl")
+    progress = replay.rebuild(run.weights, run.algorithm, found, 6)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (6, 2, 2)
 
 
@@ -127,24 +129,77 @@ def test_what_changes_no_result_may_differ(root: Path, tmp_path: Path) -> None:
     assert not (folder / "model").exists()
 
 
+def rewritten(folder: Path, change: Callable[[int, dict[str, Any]], None]) -> Path:
+    """The run's trajectory with lines changed by ``change(line number, content)``, their checks right again."""
+    path, check, lines = folder / "trajectory.jsonl", "", []
+    for number, line in enumerate(path.read_bytes().splitlines()):
+        content = json.loads(line)
+        del content["check"]
+        change(number, content)
+        new, own = trajectory.to_line(content, check)
+        check = check if "done" in content else own
+        lines.append(new)
+        if number == 0:
+            check = Header(**{key: value for key, value in content.items() if key != "format"}).identity
+    path.write_bytes(b"".join(lines))
+    return path
+
+
 def test_another_base_model_under_the_same_name_is_noticed(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "mezo", tmp_path / "mezo")
-    head, *steps = (tmp_path / "mezo" / "run" / "trajectory.jsonl").read_text().splitlines(keepends=True)
-    changed = head.replace('"base_fingerprint":"', '"base_fingerprint":"f')
-    (tmp_path / "mezo" / "run" / "trajectory.jsonl").write_text("".join([changed, *steps]))
+
+    def change(number: int, content: dict[str, Any]) -> None:
+        if number == 0:
+            content["base_fingerprint"] = "f" * 16
+
+    rewritten(tmp_path / "mezo" / "run", change)
     with pytest.raises(UserError, match="was made from another base model"):
         training.rebuild(tmp_path / "mezo" / "run", None, Wire())
 
 
 def test_losses_that_do_not_give_the_logged_update_are_noticed(root: Path, tmp_path: Path) -> None:
     folder = killed(root, "mezo", 3, tmp_path / "run", b"")
-    path = folder / "trajectory.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    step = json.loads(lines[2])
-    step["rounds"][0]["mean"][0] += 0.125
-    path.write_text("".join([*lines[:2], json.dumps(step) + "\n", lines[3]]))
-    with pytest.raises(UserError, match="step 1 is not what this version of the algorithm does"):
+
+    def change(number: int, content: dict[str, Any]) -> None:
+        if number == 2:
+            content["loss"][0]["mean"][0] += 0.125
+
+    rewritten(folder, change)
+    with pytest.raises(UserError, match="step 1 is not what this version of the algorithm makes of its losses"):
         training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
+
+
+def test_weights_that_are_not_what_they_were_are_noticed(root: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(root / "mezo" / "run", tmp_path / "run"))
+
+    def change(number: int, content: dict[str, Any]) -> None:
+        if "done" in content:
+            content["weights"] = "0" * 16
+
+    rewritten(folder, change)
+    with pytest.raises(
+        UserError, match=f"after step {STEPS} the weights have the fingerprint .*, but had 0000000000000000"
+    ):
+        training.rebuild(folder, None, Wire())
+
+
+def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path) -> None:
+    """Headers appear whole or not at all, but a copy of a run folder may have been cut short."""
+    folder = killed(root, "mezo", 0, tmp_path / "run", b"")
+    path = folder / "trajectory.jsonl"
+    path.write_bytes(path.read_bytes()[:100])
+    training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
+    assert results(folder) == results(root / "mezo" / "run")
+
+
+def test_force_new_moves_the_old_run_aside(root: Path, tmp_path: Path) -> None:
+    folder = killed(root, "mezo", 2, tmp_path / "run")
+    train = ["train", str(root / "mezo" / "config.yaml"), f"--output.dir={folder}", "--train.steps=1", "--force-new"]
+    for aside in ("run.old", "run.old-2"):
+        before = (folder / "trajectory.jsonl").read_bytes()
+        assert cli.main([*train, "--output.test=false", "--output.export=false"]) == 0
+        assert (tmp_path / aside / "trajectory.jsonl").read_bytes() == before
+        assert len(trajectory.read(folder / "trajectory.jsonl").steps) == 1
 
 
 # Evaluate and export
@@ -154,10 +209,32 @@ def test_losses_that_do_not_give_the_logged_update_are_noticed(root: Path, tmp_p
 def test_base_and_trajectory_give_the_trained_weights(root: Path, name: str) -> None:
     run, num_steps = training.rebuild(root / name / "run", None, Wire())
     assert num_steps == STEPS
-    assert run.engine.fingerprint() == results(root / name / "run")["weights"] != run.base_fingerprint
+    assert run.engine.fingerprint() == results(root / name / "run")["weights"] != run.weights.base_fingerprint
     exported = _load(root / name / "run" / "model")
     for key, weight in run.loaded.model.named_parameters():
         assert torch.equal(exported.get_parameter(key), weight), key
+
+
+@every_run
+def test_replay_verifies_a_run_and_makes_its_model(
+    root: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From base and trajectory alone: the data is gone."""
+    data, away = root / name / "data.jsonl", tmp_path / "away"
+    data.rename(away)
+    try:
+        assert cli.main(["replay", str(root / name / "run"), "--export", str(tmp_path / "model")]) == 0
+        assert cli.main(["replay", str(root / name / "run"), "--step", "3"]) == 0
+    finally:
+        away.rename(data)
+    whole, part = capsys.readouterr().out.split(f"wrote {tmp_path / 'model'}\n")
+    assert f"+ {STEPS} steps (0 skipped) in " in whole
+    assert f"fingerprint {results(root / name / 'run')['weights']}\n" in whole
+    assert f"verified 1 recorded fingerprint(s), after steps [{STEPS}]" in whole
+    assert "+ 3 steps" in part
+    assert "verified 0 recorded" in part
+    again, first = tmp_path / "model" / "model.safetensors", root / name / "run" / "model" / "model.safetensors"
+    assert again.read_bytes() == first.read_bytes()
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 4])
@@ -167,15 +244,15 @@ def test_any_step_can_be_made_again(root: Path, num_steps: int) -> None:
     state = live.algorithm.init()
     for number in range(num_steps):
         planned = training.plan_step(live, state, number)
-        live.apply(planned.step)
+        live.apply(planned.step.step, planned.combination)
         state = planned.state
     assert run.engine.fingerprint() == live.engine.fingerprint()
-    assert (run.engine.fingerprint() == run.base_fingerprint) == (num_steps == 0)
+    assert (run.engine.fingerprint() == run.weights.base_fingerprint) == (num_steps == 0)
 
 
 def test_step_0_is_the_base_model(root: Path, tmp_path: Path) -> None:
     run, _ = training.rebuild(root / "mezo-svrg" / "run", 0, Wire())
-    checkpoint.export(run.loaded.model, run.loaded.tokenizer, tmp_path / "base")
+    export_model(run.engine, run.loaded.tokenizer, tmp_path / "base", Wire())
     base, exported = _load(root / "mezo-svrg" / "model"), _load(tmp_path / "base")
     for key, weight in base.named_parameters():
         assert torch.equal(exported.get_parameter(key), weight), key
@@ -196,7 +273,7 @@ def _load(folder: Path) -> nn.Module:
 def test_an_exported_folder_loads_with_equal_logits(root: Path, tmp_path: Path, name: str) -> None:
     """As people will use it: through transformers alone, with the tokeniser that lies beside it."""
     run, _ = training.rebuild(root / name / "run", None, Wire())
-    checkpoint.export(run.loaded.model, run.loaded.tokenizer, tmp_path / "model")
+    export_model(run.engine, run.loaded.tokenizer, tmp_path / "model", Wire())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     text = tokenizer("a dull slow film . It was", return_tensors="pt")
     run.evaluator.objective._readout.detach()  # type: ignore[attr-defined]
@@ -212,7 +289,7 @@ def test_an_export_that_fails_leaves_no_folder(root: Path, tmp_path: Path) -> No
         full_disk(),
         pytest.raises(UserError, match=r"export to .*model failed: .*; the trajectory still holds the run"),
     ):
-        checkpoint.export(run.loaded.model, run.loaded.tokenizer, tmp_path / "model")
+        export_model(run.engine, run.loaded.tokenizer, tmp_path / "model", Wire())
     assert not (tmp_path / "model").exists()
 
 
@@ -225,26 +302,3 @@ def full_disk() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-class Fresh(Exception):
-    pass
-
-
-def test_a_rank_that_comes_late_does_not_take_a_new_run_for_an_old_one(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While it loads the model, rank 0 may already have made the trajectory of this very run."""
-    config = load(root, "mezo", f"output.dir={tmp_path / 'run'}")
-
-    def slow(config: RunConfig, wire: Wire) -> runs.Run:
-        trajectory.TrajectoryWriter(tmp_path / "run" / "trajectory.jsonl", None).close()
-        return runs.prepare(config, wire)
-
-    def score(*_: Any) -> None:
-        raise Fresh
-
-    monkeypatch.setattr(training, "prepare", slow)
-    monkeypatch.setattr(training, "score", score)
-    with pytest.raises(Fresh):
-        training.train(config, Wire())

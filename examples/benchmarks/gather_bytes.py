@@ -1,0 +1,147 @@
+"""What a step gathers: bytes of weights that collectives bring to a rank, over the size of the weights.
+
+    python examples/benchmarks/gather_bytes.py [--json] [--shape opt-125m] [--ranks 2] [--layouts fsdp zero]
+
+A MeZO step evaluates 2 variants of the weights, a MeZO-SVRG inner step 4. Here all of them share one gather. The naive
+way perturbs the shards in place and runs one forward pass after another, as the released codes of both would on sharded
+weights: every pass gathers everything. Bytes are read off the all-gathers that torch dispatches, whoever calls them; a
+rank's own share counts as gathered, and so does padding.
+
+Ranks are processes of this machine, joined over gloo. Random weights, random tokens; bytes depend on neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import OPTConfig, OPTForCausalLM
+
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
+from mezo_dist.algorithms.mezo import Mezo, MezoConfig
+from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.base import Layout
+from mezo_dist.engines.engine import Engine
+from mezo_dist.testing import spawn
+from mezo_dist.wire import Wire
+
+EPS, LR = 1e-3, 1e-6
+SHAPES = {
+    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 128, "num_attention_heads": 2},
+}
+
+
+class Counter(TorchDispatchMode):
+    """Bytes of the outputs of every all-gather of this process, while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "allgather" in func.name():
+            outputs, _ = torch.utils._pytree.tree_flatten(args[0])
+            self.num_bytes += sum(t.numel() * t.element_size() for t in outputs if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def make_model(shape: str) -> OPTForCausalLM:
+    """OPT's architecture with random weights, fp32."""
+    sizes = SHAPES[shape]
+    torch.manual_seed(0)
+    config = OPTConfig(**sizes, word_embed_proj_dim=sizes["hidden_size"], vocab_size=50272, use_cache=False)
+    return OPTForCausalLM(config).eval()
+
+
+def make_layout(name: str, model: OPTForCausalLM, wire: Wire) -> Layout:
+    """Shard ``model``."""
+    if name == "fsdp":
+        from mezo_dist.engines.fsdp import Fsdp
+
+        return Fsdp(model, wire)
+    from mezo_dist.engines.zero import Zero
+
+    return Zero(model, wire, {})
+
+
+def bytes_of(step: Callable[[], object]) -> int:
+    """What ``step`` gathers."""
+    with Counter() as counter:
+        step()
+    return counter.num_bytes
+
+
+def measure(wire: Wire, name: str, shape: str) -> dict[str, float]:
+    """Gathered bytes over the weights' for steps of both algorithms, and for the naive way; on every rank alike."""
+    model = make_model(shape)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    engine = Engine(model, Field("gaussian"), make_layout(name, model, wire))
+    tokens = torch.randint(10, 50000, (2, 16), generator=torch.Generator().manual_seed(wire.rank))
+    problem = Problem(seed=0, num_steps=1000, batch_size=2 * wire.world_size, full_size=2 * wire.world_size)
+
+    def evaluate(variants: tuple[Variant, ...]) -> list[float]:
+        losses = engine.evaluate(variants, [tokens], lambda m, ids: float(m(input_ids=ids, labels=ids).loss))[0]
+        return [total / 2**20 for total in wire.round(torch.tensor(losses).mul(2**20).long(), 0).tolist()]
+
+    def take(planner: Mezo | Svrg, state: Any, number: int) -> Any:
+        request: Evaluation | Update = planner.plan(state, number)
+        assert isinstance(request, Evaluation)
+        update = planner.update(state, number, [Losses(tuple(evaluate(request.variants)))])
+        assert isinstance(update, Update)
+        engine.apply(update.combination, rounding_seed=0)
+        return update.state
+
+    def naive_estimate(seed: int) -> None:
+        for move in (EPS, -2 * EPS):
+            engine.apply(Combination.single(seed, move), rounding_seed=0)
+            evaluate((Variant(),))
+        engine.apply(Combination.single(seed, EPS), rounding_seed=0)
+
+    def naive_svrg(displacement: Combination) -> None:
+        naive_estimate(1)
+        engine.apply(-displacement, rounding_seed=0)  # back to the anchor
+        naive_estimate(1)
+        engine.apply(displacement, rounding_seed=0)
+
+    mezo, svrg = Mezo(MezoConfig(lr=LR, eps=EPS), problem), Svrg(SvrgConfig(lr=LR, anchor_lr=LR, eps=EPS), problem)
+    anchored = take(svrg, svrg.init(), 0)
+    found = {
+        "mezo_over_weights": bytes_of(lambda: take(mezo, mezo.init(), 0)),
+        "svrg_over_weights": bytes_of(lambda: take(svrg, anchored, 1)),
+        "naive_svrg_over_weights": bytes_of(lambda: naive_svrg(Combination.single(2, LR))),
+    }
+    return {what: num_bytes / weight_bytes for what, num_bytes in found.items()}
+
+
+def everything(wire: Wire, layouts: list[str], shape: str) -> dict[str, dict[str, float]]:
+    """What one rank does."""
+    return {name: measure(wire, name, shape) for name in layouts}
+
+
+def main() -> None:
+    """Print a table and, with --json, one last line for machines."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--layouts", nargs="+", choices=["fsdp", "zero"], default=["fsdp", "zero"])
+    arguments = parser.parse_args()
+    found = spawn(everything, arguments.ranks, arguments.layouts, arguments.shape, timeout_s=900)[0]
+    print(f"{arguments.shape}, fp32, {arguments.ranks} ranks, torch {torch.__version__}; 1 = all weights once")
+    print(f"{'':26}" + "".join(f"{name:>10}" for name in found))
+    for what in next(iter(found.values())):
+        print(f"{what:26}" + "".join(f"{figures[what]:10.3f}" for figures in found.values()))
+    if arguments.json:
+        print(json.dumps({name: {what: round(x, 4) for what, x in f.items()} for name, f in found.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""How much goes through a model in lock step: as much as a part of the free memory holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mezo_dist.engines.units import Unit
+
+PART = 0.25
+"""Of the free memory that waiting passes may fill."""
+LIVE_LAYERS = 4
+"""Inputs and outputs of its widest layer that a waiting pass may hold: the residual stream, a block's branches."""
+
+
+def tokens_at_once(units: Sequence[Unit], dtype: torch.dtype, processes: int) -> int:
+    """Number of tokens, counted once for every pass that they are in, that may wait in the model at the same time.
+
+    Args:
+        units: of the model.
+        dtype: of the activations.
+        processes: how many on this machine share its memory.
+    """
+    layers = [w.shape for unit in units if not unit.stays for site in unit.sites for w in site.weights
+              if site.kind is not nn.Embedding and len(unit.sites) > 1 and len(w.shape) == 2]  # fmt: skip
+    widest = max((sum(shape) for shape in layers), default=1)
+    return max(1, int(PART * _free_bytes() / processes / (LIVE_LAYERS * widest * dtype.itemsize)))
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,183 @@
+"""The engine: evaluates variants of a model's weights without changing a bit, and adds combinations to them.
+
+There is one. Where the weights live, and how those of a unit come together, its layout says.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.algorithms.base import Variant
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.base import Layout, Shard
+from mezo_dist.engines.fanout import Call, FanOut, Job, Served
+from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
+from mezo_dist.engines.gathers import Gathers
+from mezo_dist.engines.heap import keep_freed_memory
+from mezo_dist.engines.materialise import Materialiser
+from mezo_dist.engines.replicated import Replicated
+from mezo_dist.engines.sites import Site
+
+ItemT = TypeVar("ItemT")
+
+
+@final
+class Engine:
+    """Runs forward passes on variants of a model's weights, and updates these. Nothing else writes to them.
+
+    On a sharded layout `evaluate`, `fingerprint` and `named_weights` are collective: all ranks call them together.
+
+    Args:
+        model: any module; put into eval mode (dropout would give the two sides of an estimate different masks).
+        field: what the directions are.
+        layout: where the weights live; in every process, whole, if None.
+        compute_dtype: dtype in which weights are materialised for the forward pass; the weights' own if None.
+        stochastic_rounding: how `apply` rounds 16-bit (bf16) weights; fp32 weights need no rounding.
+        width: items that share one gather of the weights and one making of the variants; more of them cost activation
+            memory. All that are given to `evaluate` if None.
+        prefetch: gather a unit while the one before it computes; one unit more is held in memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        field: Field,
+        layout: Layout | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        width: int | None = None,
+        prefetch: bool = False,
+    ) -> None:
+        keep_freed_memory()
+        self.model = model.eval()
+        self.field = field
+        self.layout = layout or Replicated(model)
+        self.width = width
+        self.stochastic_rounding = stochastic_rounding
+        sites = [site for unit in self.layout.units for site in unit.sites]
+        self._unit_of = {site: unit for unit in self.layout.units for site in unit.sites}
+        self._trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not self.layout.is_sharded and compute_dtype is None:  # frozen weights serve as they are
+            sites = [site for site in sites if any(weight.trainable for weight in site.weights)]
+        self._gathers = Gathers(self.layout, prefetch=prefetch)
+        self._materialise = Materialiser(field, compute_dtype, keep_sources=not self.layout.is_sharded)
+        self._fanout = FanOut(sites, self._serve)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        variants: Sequence[Variant],
+        items: Sequence[ItemT],
+        forward: Callable[[nn.Module, ItemT], Any],
+        *,
+        most: int = 0,
+        filler: ItemT | None = None,
+    ) -> list[list[Any]]:
+        """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``.
+
+        Results are the same bits whatever the other items and variants are, and on every layout.
+
+        Args:
+            variants: what to evaluate.
+            items: this rank's micro-batches.
+            forward: calls the model.
+            most: the largest number of items that a rank has. A rank with fewer goes along on sharded layouts, so that
+                all gather the same weights: it runs ``filler`` where it has nothing left, and throws the result away.
+            filler: any micro-batch.
+
+        Raises:
+            NotImplementedError: per-sample directions that are not low-rank, or on weights that cannot have them.
+            OutOfStepError: ranks gather different units: their passes take different ways through the model.
+        """
+        if any(variant.per_sample for variant in variants) and not self.field.is_lowrank:
+            raise NotImplementedError(f"a direction per sample needs law lowrank, not {self.field.name}")
+        self._materialise.shifts = [variant.shift for variant in variants]
+        results: list[list[Any]] = []
+        most = max(len(items), most if self.layout.is_sharded else 0)
+        width = self.width or max(1, most)
+        for start in range(0, most, width):
+            group = items[start : start + width]
+            jobs = [
+                Job(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
+                for item in group
+                for v, variant in enumerate(variants)
+            ]
+            if not jobs and filler is not None:
+                self._run([Job(0, functools.partial(forward, self.model, filler))])
+                continue
+            flat = self._run(jobs)
+            results += [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
+        return results
+
+    def apply(self, combination: Combination, rounding_seed: int) -> None:
+        """weights <- weights + combination, in place, each rank on its shards.
+
+        ``rounding_seed`` is for stochastic rounding, where it is on.
+        """
+        self.apply_steps([(combination, rounding_seed)])
+
+    @torch.no_grad()
+    def apply_steps(self, updates: Sequence[tuple[Combination, int]]) -> None:
+        """`apply` for one update after another: the same bits, in one pass over the weights."""
+        for shard in self.shards():
+            if shard.name not in self._trainable:
+                continue
+            stochastic = self.stochastic_rounding and shard.tensor.dtype == torch.bfloat16
+            self.field.advance(
+                shard.tensor,
+                [(combination, seed if stochastic else None) for combination, seed in updates],
+                param_id=shard.param_id,
+                shape=shard.shape,
+                offset=shard.offset,
+            )
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that depend on the bits of all weights, frozen ones too, and not on their layout."""
+        own = sum(fingerprint_shard(s.tensor, s.param_id, s.offset) for s in self.shards() if s.is_first)
+        return to_text(self.layout.total(own))
+
+    def shards(self) -> Iterator[Shard]:
+        """What this rank owns of every parameter; see `Layout.shards`."""
+        return self.layout.shards()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Canonical name and full tensor of every parameter, one after another (for export)."""
+        return self.layout.named_weights()
+
+    def never_used(self) -> list[str]:
+        """Names of trainable weights that no forward pass has used so far (their updates are noise)."""
+        served = self._fanout.sites_served
+        used = {weight.name for site in self._unit_of if site.name in served for weight in site.weights}
+        return [name for name in self._trainable if name not in used]
+
+    @property
+    def gathers(self) -> int:
+        """Collectives that gathered weights so far."""
+        return self._gathers.meter.gathers
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of weights that those collectives brought to this rank, its own share among them."""
+        return self._gathers.meter.num_bytes
+
+    def _run(self, jobs: Sequence[Job]) -> list[Any]:
+        try:
+            return self._fanout.run(jobs)
+        finally:
+            self._gathers.close()
+
+    def _serve(self, site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Served:
+        self._gathers.need(self._unit_of[site])
+        return self._materialise(site, calls, real)
+
+
+def _shifts_of(variant: Variant, item: Any) -> tuple[Combination, ...]:
+    """The directions of the samples of one micro-batch, which knows their places in the batch."""
+    return tuple(variant.per_sample[slot] for slot in item.slots) if variant.per_sample else ()

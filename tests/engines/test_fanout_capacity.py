@@ -1,0 +1,53 @@
+"""How many micro-batches go through the model together when nobody says: what memory holds, the same on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mezo_dist.algorithms.base import Evaluation, Variant
+from mezo_dist.data import cut
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.field import Field
+from mezo_dist.engines import capacity
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.units import find_units
+from mezo_dist.evaluation import Evaluator
+from mezo_dist.objectives import LabelWords
+from mezo_dist.tasks.prompts import Sample
+from mezo_dist.testing import tiny_model
+from mezo_dist.wire import Wire
+
+
+def test_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = find_units(tiny_model("opt"))  # its widest layers have 32 inputs and 48 outputs, or the reverse
+    monkeypatch.setattr(capacity, "_free_bytes", lambda: 100_000)
+    assert capacity.tokens_at_once(units, torch.float32, 1) == int(25_000 / (4 * 80 * 4))
+    assert capacity.tokens_at_once(units, torch.bfloat16, 2) == int(12_500 / (4 * 80 * 2))
+    monkeypatch.setattr(capacity, "_free_bytes", lambda: 0)
+    assert capacity.tokens_at_once(units, torch.float32, 1) == 1
+    monkeypatch.undo()
+    assert 10**3 < capacity.tokens_at_once(units, torch.float32, 1) < 10**12
+
+
+@pytest.mark.parametrize(("width", "tokens", "groups"), [(2, 1, [2, 2, 1]), (None, 1, [1] * 5), (None, 80, [3, 2])])
+def test_groups_do_not_change_losses(width: int | None, tokens: int, groups: list[int]) -> None:
+    """Ten samples of 6 tokens in micro-batches of two: with both signs 24 tokens each."""
+    batch = cut([Sample((5, 6, 7, 8, 9, 4 + i), i % 2, 5) for i in range(10)], 2, pad_id=0)
+    model = tiny_model("llama")
+    engine = Engine(model, Field("gaussian"))
+    evaluator = Evaluator(engine, LabelWords(model, [40, 7], batch[0]), Wire(), width, tokens)
+    z = Combination.single(3, 1e-2)
+    request = Evaluation((Variant(z), Variant(-z)))
+    wanted = Evaluator(engine, evaluator.objective, Wire()).losses(request, batch, ("step",))
+    run, sizes = engine._fanout.run, []
+
+    def counted(jobs: Any) -> Any:
+        sizes.append(len(jobs) // 2)
+        return run(jobs)
+
+    engine._fanout.run = counted  # type: ignore[method-assign]
+    assert evaluator.losses(request, batch, ("step",)) == wanted
+    assert sizes == groups

@@ -1,0 +1,333 @@
+"""Sharded weights, model by model: the same bits as whole weights, and every weight gathered once for all passes.
+
+Starting a process takes longer than what is asked of it here, so every world is started once, does everything, and the
+tests look at what it found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mezo_dist.algorithms.base import Variant
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.base import Layout
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.fsdp import Fsdp
+from mezo_dist.engines.units import find_units
+from mezo_dist.engines.zero import Zero
+from mezo_dist.errors import UserError
+from mezo_dist.testing import spawn, tiny_model
+from mezo_dist.wire import OutOfStepError, Wire
+from tests.engines.test_replicated import KINDS, TOYS, VARIANTS, Broken, explode, make
+
+pytestmark = pytest.mark.distributed
+
+NAMES = (*KINDS, "classifier", *(toy.__name__ for toy in TOYS))
+UPDATE = Combination.of([(1, 0.1), (2, -0.2)])
+WORLD = 3
+LAYOUTS: dict[str, Callable[[nn.Module, Wire], Layout | None]] = {
+    "replicated": lambda model, wire: None,
+    "fsdp": Fsdp,
+    "zero": lambda model, wire: Zero(model, wire, {}),
+}
+# A pass gathers every unit once; these own weights that are used again and again, here or there.
+AGAIN = {"Blocks": 3}
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one rank found on one model."""
+
+    results: list[list[Any]]
+    """Of its own micro-batches."""
+    fingerprints: tuple[str, str, str]
+    """Before, after evaluating, after an update."""
+    gathers: int
+    gathered_bytes: int
+    whole_bytes: int
+    """Size of all weights."""
+    never_used: list[str]
+
+
+# What every rank does (this part runs in processes of its own)
+
+
+def pass_all(wire: Wire, layout: str, law: str) -> dict[str, Passed]:
+    torch.set_num_threads(1)
+    return {name: pass_one(wire, layout, law, name) for name in NAMES}
+
+
+def pass_one(wire: Wire, layout: str, law: str, name: str) -> Passed:
+    """Rank r has the first 3 - r of three micro-batches, two of which go through the model together."""
+    model, items, forward = make(name)
+    model.get_parameter(next(iter(dict(model.named_parameters())))).requires_grad_(False)  # some weights are frozen
+    engine = Engine(model, Field(law), LAYOUTS[layout](model, wire), width=2, prefetch=layout == "fsdp")
+    before = engine.fingerprint()
+    found = engine.evaluate(VARIANTS, items[: 3 - wire.rank], forward, most=3, filler=items[0])
+    after = engine.fingerprint()
+    gathers, num_bytes = engine.gathers, engine.gathered_bytes
+    engine.apply(UPDATE, rounding_seed=0)
+    size = sum(4 * shard.shape.numel() for shard in engine.shards())
+    ends = (before, after, engine.fingerprint())
+    return Passed([[r.numpy() for r in row] for row in found], ends, gathers, num_bytes, size, engine.never_used())
+
+
+def everything(wire: Wire) -> dict[str, Any]:
+    found: dict[str, Any] = {f"{layout} {law}": pass_all(wire, layout, law) for layout, law in SHARDED}
+    for name, make_layout in list(LAYOUTS.items())[1:]:
+        found[f"{name} faults"] = faults(wire, make_layout)
+        found[f"{name} filled"] = fill_meta(wire, make_layout)
+    found["offload"] = offload(wire)
+    found["bf16"] = {name: bf16(wire, make_layout) for name, make_layout in LAYOUTS.items()}
+    found["gather in bf16"] = gather_in_bf16(wire)
+    found["does not divide"] = message_of(lambda: Fsdp(tiny_model("opt"), wire, replicate=2))
+    return found
+
+
+SHARDED = [("fsdp", "gaussian"), ("zero", "gaussian"), ("fsdp", "lowrank")]
+
+
+def message_of(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except (UserError, OutOfStepError, Broken) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def faults(wire: Wire, make_layout: Callable[..., Any]) -> dict[str, str]:
+    """Passes that fail, or differ between ranks; after each the engine works as before."""
+    model, items, forward = make("llama")
+    engine = Engine(model, Field("gaussian"), make_layout(model, wire))
+    is_last = wire.rank == wire.world_size - 1
+
+    def works() -> str:
+        (results,) = engine.evaluate(VARIANTS, items[:1], forward)
+        return "" if all(r.isfinite().all() for r in results) else "broken"
+
+    blocks = model.get_submodule("model.layers")
+    model.get_submodule("model").layers = blocks[:1] if is_last else blocks  # type: ignore[index]
+    found = {"path": message_of(lambda: engine.evaluate(VARIANTS, items[:1], forward))}
+    model.get_submodule("model").layers = blocks
+    found["after path"] = works()
+
+    def more_groups() -> None:
+        engine.evaluate(VARIANTS, items[: 1 + is_last], forward)
+        if not is_last:
+            wire.barrier()
+
+    engine.width = 1
+    found["groups"] = message_of(more_groups)
+    engine.width = None
+    found["after groups"] = works()
+    handle = model.get_submodule("model.layers.1.mlp.up_proj").register_forward_pre_hook(explode)
+    found["error"] = message_of(lambda: engine.evaluate(VARIANTS, items, forward))
+    handle.remove()
+    found["after error"] = works()
+    return found
+
+
+def fill_meta(wire: Wire, make_layout: Callable[..., Any]) -> list[str]:
+    """A model without data gets memory for its shards alone, and is filled through them."""
+    source = tiny_model("llama-tied")
+    with torch.device("meta"):
+        model = type(source)(source.config).eval()
+    for name, buffer in source.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer
+    engine = Engine(model, Field("gaussian"), make_layout(model, wire))
+    for shard in engine.shards():
+        whole = source.get_parameter(shard.name).data.view(-1)
+        shard.tensor.view(-1).copy_(whole[shard.offset : shard.offset + shard.tensor.numel()])
+    same = [torch.equal(tensor, source.get_parameter(name)) for name, tensor in engine.named_weights()]
+    return [engine.fingerprint(), str(all(same) and len(same) == len(list(source.parameters())))]
+
+
+def offload(wire: Wire) -> tuple[str, str, bool]:
+    model, items, forward = make("opt")
+    engine = Engine(model, Field("gaussian"), Fsdp(model, wire, offload=True))
+    (results,) = engine.evaluate(VARIANTS, items[:1], forward)
+    on_cpu = all(shard.tensor.device.type == "cpu" for shard in engine.shards())
+    before = engine.fingerprint()
+    engine.apply(UPDATE, rounding_seed=0)
+    return before, engine.fingerprint(), on_cpu and all(r.isfinite().all() for r in results)
+
+
+def bf16(wire: Wire, make_layout: Callable[..., Any]) -> tuple[str, list[list[float]]]:
+    """bf16 weights, rounded stochastically."""
+    model, items, forward = make("llama")
+    model.bfloat16()
+    engine = Engine(model, Field("gaussian"), make_layout(model, wire), stochastic_rounding=True)
+    engine.apply(Combination.single(3, 1e-5), rounding_seed=77)
+    found = engine.evaluate(VARIANTS, items[:1], forward)
+    return engine.fingerprint(), [[r.float().sum().item() for r in row] for row in found]
+
+
+def gather_in_bf16(wire: Wire) -> tuple[Any, Any, int, int]:
+    """fp32 shards, gathered in bf16: half the bytes."""
+    found = []
+    for gather in (torch.float32, torch.bfloat16):
+        model, items, forward = make("llama")
+        layout = Fsdp(model, wire, gather_dtype=gather)
+        engine = Engine(model, Field("gaussian"), layout, compute_dtype=torch.bfloat16)
+        (results,) = engine.evaluate(VARIANTS, items[:1], forward)
+        found.append(([r.float().numpy() for r in results], engine.gathered_bytes))
+        assert all(shard.tensor.dtype == torch.float32 for shard in engine.shards())
+    return found[0][0], found[1][0], found[0][1], found[1][1]
+
+
+# What is made of it
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, dict[str, Passed]]:
+    return {law: pass_all(Wire(), "replicated", law) for law in ("gaussian", "lowrank")}
+
+
+@pytest.fixture(scope="module")
+def sharded() -> list[dict[str, Any]]:
+    return spawn(everything, WORLD, timeout_s=280)
+
+
+every_layout = pytest.mark.parametrize("layout", ["fsdp", "zero"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("layout", "law"), SHARDED)
+def test_sharded_weights_give_the_bits_of_whole_ones(
+    whole: dict[str, dict[str, Passed]], sharded: list[dict[str, Any]], layout: str, law: str, name: str
+) -> None:
+    alone = whole[law][name]
+    for rank, found in enumerate(sharded):
+        passed: Passed = found[f"{layout} {law}"][name]
+        assert passed.fingerprints == alone.fingerprints
+        assert passed.never_used == alone.never_used == []
+        assert len(passed.results) == 3 - rank
+        for row, expected in zip(passed.results, alone.results, strict=False):
+            assert all((one == other).all() for one, other in zip(row, expected, strict=True))
+    assert alone.fingerprints[0] == alone.fingerprints[1] != alone.fingerprints[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@every_layout
+def test_a_pass_gathers_every_weight_once(sharded: list[dict[str, Any]], layout: str, name: str) -> None:
+    """For all variants and both micro-batches together. Padding makes it a little more on tiny weights."""
+    units = len(find_units(make(name)[0])) + AGAIN.get(name, 0)
+    for found in sharded:
+        passed: Passed = found[f"{layout} gaussian"][name]
+        assert passed.gathers <= 2 * units  # two groups: of two micro-batches and of one
+        if name not in AGAIN:
+            assert passed.gathered_bytes / 2 <= passed.whole_bytes * (1.5 if name in ("mixtral", *TOY_NAMES) else 1.1)
+
+
+TOY_NAMES = [toy.__name__ for toy in TOYS]
+
+
+@every_layout
+def test_ranks_that_take_different_ways_are_told(sharded: list[dict[str, Any]], layout: str) -> None:
+    for found in sharded:
+        faults: dict[str, str] = found[f"{layout} faults"]
+        for what in ("path", "groups"):
+            assert f"OutOfStepError: rank(s) [{WORLD - 1}]" in faults[what]
+            assert faults[f"after {what}"] == ""
+
+
+@every_layout
+def test_an_error_in_a_pass_leaves_the_engine_whole(sharded: list[dict[str, Any]], layout: str) -> None:
+    for found in sharded:
+        assert found[f"{layout} faults"]["error"].startswith("Broken")
+        assert found[f"{layout} faults"]["after error"] == ""
+
+
+@every_layout
+def test_models_without_data_are_filled_by_shards(sharded: list[dict[str, Any]], layout: str) -> None:
+    wanted = Engine(tiny_model("llama-tied"), Field("gaussian")).fingerprint()
+    for found in sharded:
+        assert found[f"{layout} filled"] == [wanted, "True"]
+
+
+def test_shards_in_host_memory(whole: dict[str, dict[str, Passed]], sharded: list[dict[str, Any]]) -> None:
+    model, _, _ = make("opt")
+    engine = Engine(model, Field("gaussian"))
+    before = engine.fingerprint()
+    engine.apply(UPDATE, rounding_seed=0)
+    for found in sharded:
+        assert found["offload"] == (before, engine.fingerprint(), True)
+
+
+def test_bf16_shards_are_rounded_as_whole_weights(sharded: list[dict[str, Any]]) -> None:
+    for found in sharded:
+        assert found["bf16"]["fsdp"] == found["bf16"]["zero"] == found["bf16"]["replicated"]
+
+
+def test_fp32_shards_gathered_in_bf16(sharded: list[dict[str, Any]]) -> None:
+    """Half the bytes. Weights are rounded once more, before the perturbation, by up to half a unit in the last place
+    (2**-9 of their size): the logits of a model of two blocks move by a few such units."""
+    for found in sharded:
+        exact, close, full_bytes, half_bytes = found["gather in bf16"]
+        assert half_bytes * 2 == full_bytes
+        for variant, one, other in zip(VARIANTS, exact, close, strict=True):
+            assert abs(one - other).max() <= 8 * 2**-9 * abs(one).max()
+            assert (one == other).all() == (not variant.shift)
+
+
+def test_copies_that_cannot_be_made(sharded: list[dict[str, Any]]) -> None:
+    for found in sharded:
+        assert found["does not divide"] == "UserError: engine.replicate: 2 copies cannot be made on 3 process(es)"
+
+
+# Units
+
+
+class Stack(nn.Module):
+    """Two lists; the model says nothing about blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.many = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(4))
+
+
+def test_blocks_are_the_members_of_the_largest_list() -> None:
+    names = [unit.name for unit in find_units(Stack())]
+    assert names == ["few.0", "few.1", "many.0.0", "many.1.0", "many.2.0", "many.3.0"]
+    assert [len(unit.sites) for unit in find_units(Stack())] == [1, 1, 2, 2, 2, 2]
+
+
+def test_blocks_can_be_named() -> None:
+    units = find_units(Stack(), ["ModuleList"])
+    assert [len(unit.sites) for unit in units] == [2, 8]
+    with pytest.raises(UserError, match=r"engine.blocks: no module of the model is a Decoder or Encoder"):
+        find_units(Stack(), ["Decoder", "Encoder"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_belongs_to_one_unit(name: str) -> None:
+    model, _, _ = make(name)
+    units = find_units(model)
+    owners = [{weight.name for site in unit.sites for weight in site.weights} for unit in units]
+    assert sum(map(len, owners)) == len(set().union(*owners)) == len(dict(model.named_parameters()))
+    assert [unit.sites[0].order for unit in units] == sorted(unit.sites[0].order for unit in units)
+
+
+def test_tied_weights_are_one_unit() -> None:
+    units = find_units(tiny_model("llama-tied"))
+    assert [len(unit.modules) for unit in units] == [2, 1, 1, 1]
+    assert [unit.stays for unit in units] == [True, False, False, False]
+
+
+def test_variants_need_no_shift() -> None:
+    """One process may have a sharded layout too."""
+    wire = Wire()
+    model, items, forward = make("llama")
+    plain = Engine(make("llama")[0], Field("gaussian")).evaluate([Variant()], items[:1], forward)[0][0]
+    engine = Engine(model, Field("gaussian"), Fsdp(model, wire))
+    assert torch.equal(engine.evaluate([Variant()], items[:1], forward)[0][0], plain)
+    wire.close()

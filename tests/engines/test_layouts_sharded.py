@@ -1,0 +1,112 @@
+"""Wherever the weights live, a run is the same run: equal losses in every step, equal weights at the end, bit for bit.
+
+Under one process, FSDP2 on 2, 3 and 4, two copies sharded over two processes each, and ZeRO-3 on 2 and 3. (Whole
+weights on 1, 2 and 3 processes: test_layouts.py.) And what was begun on one layout goes on with another.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mezo_dist import config_reader, training
+from mezo_dist.testing import spawn, write_tiny_config
+from mezo_dist.wire import Wire
+from tests.engines.test_layouts import RUNS, SIZES
+
+pytestmark = pytest.mark.distributed
+
+SETTINGS = {
+    "replicated": [],
+    "fsdp": ["engine.name=fsdp"],
+    "fsdp twice": ["engine.name=fsdp", "engine.replicate=2", "engine.prefetch=true"],
+    "zero": ["engine.name=zero"],
+}
+LAYOUTS = [("fsdp", 2), ("zero", 2), ("fsdp", 3), ("zero", 3), ("fsdp", 4), ("fsdp twice", 4)]
+STEPS_DONE = 3
+
+
+def folder_of(root: Path, name: str, layout: str, world: int) -> Path:
+    return root / f"{name} under {layout} on {world}"
+
+
+def train(wire: Wire, root: Path, name: str, layout: str, *more: str) -> None:
+    folder = folder_of(root, name, layout, wire.world_size)
+    options = [*RUNS[name][2], *SETTINGS[layout], f"output.dir={folder}", *more]
+    training.train(config_reader.load(root / name / "config.yaml", options), wire)
+
+
+def everything(wire: Wire, root: Path) -> None:
+    for layout in (layout for layout, world in LAYOUTS if world == wire.world_size):
+        for name in RUNS:
+            train(wire, root, name, layout)
+    if wire.world_size == 2:
+        train(wire, root, "mezo-svrg", "zero", f"output.dir={root / 'begun alone'}", "output.if_exists=resume")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sharded")
+    for name, (kind, algorithm, _) in RUNS.items():
+        write_tiny_config(root / name, kind, algorithm, **SIZES)
+        train(Wire(), root, name, "replicated")
+    cut(folder_of(root, "mezo-svrg", "replicated", 1), root / "begun alone")
+    for world in (2, 3, 4):
+        spawn(everything, world, root, timeout_s=280)
+    return root
+
+
+def cut(folder: Path, target: Path) -> None:
+    """A run as if it had been killed after `STEPS_DONE` steps."""
+    shutil.copytree(folder, target)
+    lines = (folder / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
+    (target / "trajectory.jsonl").write_bytes(b"".join(lines[: 1 + STEPS_DONE]))
+    shutil.rmtree(target / "model")
+    (target / "results.json").unlink()
+
+
+def steps_of(folder: Path) -> list[dict[str, object]]:
+    """The steps of a trajectory, without what chains a line to those before it (the header names the layout)."""
+    lines = [json.loads(line) for line in (folder / "trajectory.jsonl").read_text().splitlines()[1:]]
+    return [{key: value for key, value in line.items() if key != "check"} for line in lines]
+
+
+def results_of(folder: Path) -> dict[str, object]:
+    results: dict[str, object] = json.loads((folder / "results.json").read_text())
+    del results["training_s"]
+    return results
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("layout", "world"), LAYOUTS)
+def test_a_run_is_the_same_on_every_layout(root: Path, layout: str, world: int, name: str) -> None:
+    alone, folder = folder_of(root, name, "replicated", 1), folder_of(root, name, layout, world)
+    assert steps_of(folder) == steps_of(alone)
+    assert len([step for step in steps_of(alone) if "step" in step]) == SIZES["steps"]
+    assert results_of(folder) == results_of(alone)  # with the final fingerprint
+    model, expected = (place / "model" / "model.safetensors" for place in (folder, alone))
+    assert model.read_bytes() == expected.read_bytes()
+
+
+def test_a_run_goes_on_under_another_layout(root: Path, tmp_path: Path) -> None:
+    alone = folder_of(root, "mezo-svrg", "replicated", 1)
+    assert results_of(root / "begun alone")["weights"] == results_of(alone)["weights"]
+    cut(folder_of(root, "mezo-svrg", "fsdp", 3), tmp_path / "begun sharded")
+    options = [f"output.dir={tmp_path / 'begun sharded'}", "output.if_exists=resume"]
+    train(Wire(), root, "mezo-svrg", "replicated", *options)
+    assert results_of(tmp_path / "begun sharded")["weights"] == results_of(alone)["weights"]
+
+
+@pytest.mark.parametrize(("layout", "world"), LAYOUTS)
+def test_gathers_are_in_the_log(root: Path, layout: str, world: int) -> None:
+    """A step gathers the weights once, an SVRG step too (four variants); an anchor step as well (two variants)."""
+    weights = (root / "mezo-svrg" / "model" / "model.safetensors").stat().st_size
+    lines = (folder_of(root, "mezo-svrg", layout, world) / "metrics.jsonl").read_text().splitlines()
+    steps = [s for s in (json.loads(line)["scalars"] for line in lines) if "loss/train" in s]
+    assert len(steps) == SIZES["steps"]
+    assert {step["gathers/number_per_step"] for step in steps} == {4}
+    for step in steps:
+        assert 0.9 * weights < step["gathers/bytes_per_step"] <= 1.05 * weights

@@ -1,0 +1,120 @@
+"""DeepSpeed's side of layout `zero`: the user's config, parameters in host memory and on NVMe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.algorithms.base import Variant
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.zero import Zero, read_config
+from mezo_dist.errors import UserError
+from mezo_dist.testing import spawn
+from mezo_dist.wire import Wire
+
+
+def write(folder: Path, config: Any) -> str:
+    (folder / "ds.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(folder / "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{stage: 3}", "is no readable JSON file"),
+        ([], "must hold a DeepSpeed config"),
+        ({"zero_optimization": 3}, "must hold a DeepSpeed config"),
+        ({"zero_optimization": {"stage": 2}}, "stage is 2; engine.name: zero is stage 3"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "copies that would miss the updates"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "rounded to 8 bits"),
+        ({"zero_optimization": {"mics_shard_size": 4}}, "engine.replicate"),
+        ({"bf16": {"enabled": True}}, "bf16 is on, but model.weights is float32"),
+        ({"fp16": {"enabled": True}}, "fp16 is on, but model.weights is float32"),
+    ],
+)
+def test_configs_that_contradict_the_run(tmp_path: Path, config: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"engine.ds_config: .*{message}"):
+        read_config(write(tmp_path, config), "float32")
+
+
+def test_a_config_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"engine.ds_config: nowhere.json is no readable JSON file"):
+        read_config("nowhere.json", "float32")
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = {
+        "optimizer": {"type": "AdamW"},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 5, "offload_param": {"device": "cpu"}},
+    }
+    with caplog.at_level(logging.WARNING):
+        assert read_config(write(tmp_path, config), "bfloat16") == config
+    (record,) = caplog.records
+    assert record.message.endswith("optimizer, zero_optimization.stage3_prefetch_bucket_size")
+
+
+# Offloading
+
+
+class Wide(nn.Module):
+    """Large enough for DeepSpeed to put it on NVMe: that takes 1 MiB per weight and rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(768, 768) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def use(wire: Wire, config: dict[str, Any] | None) -> dict[str, Any]:
+    """Evaluate, update, evaluate."""
+    torch.manual_seed(0)
+    model, x = Wide(), torch.randn(4, 768)
+    engine = Engine(model, Field("gaussian"), None if config is None else Zero(model, wire, config))
+    found = []
+    for seed in (1, 2):
+        variants = [Variant(Combination.single(seed, 0.01)), Variant()]
+        found += [r.sum().item() for r in engine.evaluate(variants, [x], lambda m, item: m(item))[0]]
+        engine.apply(Combination.single(seed, 0.1), rounding_seed=0)
+    weights = [float(tensor.double().sum()) for _, tensor in engine.named_weights()]
+    pieces = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
+    away = [piece.status.name == "NOT_AVAILABLE" for piece in pieces]
+    return {"found": [*found, *weights, engine.fingerprint()], "away": sum(away)}
+
+
+def offload(wire: Wire, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [use(wire, config) for config in configs]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2])
+def test_parameters_in_host_memory(world: int) -> None:
+    for ranks in spawn(offload, world, [{}, {"zero_optimization": {"offload_param": {"device": "cpu"}}}]):
+        for found in ranks:
+            assert found["found"] == use(Wire(), None)["found"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(
+    "MEZO_DIST_NVME" not in os.environ, reason="DeepSpeed compiles its I/O for minutes, with libaio-dev"
+)
+def test_parameters_on_nvme(tmp_path: Path) -> None:
+    where = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 4, "buffer_size": 400_000}
+    for (found,) in spawn(offload, 2, [{"zero_optimization": {"offload_param": where}}], timeout_s=1000):
+        assert found["found"] == use(Wire(), None)["found"]
+        assert found["away"] == 3  # the matrices; the biases are too small
+    assert len(list(tmp_path.rglob("*.swp"))) == 2 * 3
