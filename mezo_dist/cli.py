@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mezo_dist
-from mezo_dist.errors import UserError
+from mezo_dist.errors import Stopped, UserError
 
 if TYPE_CHECKING:
+    from mezo_dist.runs import Weights
     from mezo_dist.wire import Wire
 
-USER_ERROR = 2
 log = logging.getLogger("mezo_dist")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 2 for something that the user can mend."""
+    """Run one command. Returns the exit status: 0, that of the error, or see `Stopped`."""
     parser = _parser()
     known, extra = parser.parse_known_args(arguments)
     if known.command is _train:
@@ -33,14 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(extra)}")
     try:
         known.command(known)
+    except Stopped as stop:
+        print(f"mezo-dist: {stop}", file=sys.stderr)
+        return stop.status
     except UserError as error:
-        rank = os.environ.get("RANK")
-        print(f"mezo-dist{f' (rank {rank})' if rank else ''}: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        print(f"mezo-dist{_rank_in_words()}: error: {error}", file=sys.stderr)
+        return error.exit_status
     except KeyboardInterrupt:
         print("mezo-dist: stopped; go on with --output.if_exists=resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _rank_in_words() -> str:
+    """`` (rank 1)``; empty without a launcher."""
+    from mezo_dist import ranks
+
+    try:
+        found = ranks.discover(os.environ)
+        rank = str(found.rank) if found.launcher else ""
+    except UserError:  # what the launcher said is what is wrong
+        rank = os.environ.get("RANK", "")
+    return f" (rank {rank})" if rank else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Many processes: torchrun --nproc-per-node 2 -m mezo_dist train CONFIG",
     )
     parser.add_argument("--version", action="version", version=f"mezo_dist {mezo_dist.__version__}")
+    # DeepSpeed puts it before the command; it is in the environment, too.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     # Without arguments of its own: `_train` gets all as they are, since settings may stand there in any form.
@@ -57,23 +73,49 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("evaluate", help="loss and metric of a run's model on a split")
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    _add_run(evaluate, _evaluate)
     evaluate.add_argument("--split", choices=["train", "validation", "test"], default="test")
-    evaluate.add_argument("--step", type=int, help="number of steps to apply (0: the base model); all by default")
-    evaluate.set_defaults(command=_evaluate)
 
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
-    export.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    _add_run(export, _export)
     export.add_argument("folder", type=Path, metavar="FOLDER", help="where to write; must not exist")
-    export.add_argument("--step", type=int, help="number of steps to apply (0: the base model); all by default")
-    export.set_defaults(command=_export)
+
+    replay = commands.add_parser(
+        "replay", help="rebuild a run's model from base and trajectory alone, verify it, and export it if wanted"
+    )
+    _add_run(replay, _replay)
+    replay.add_argument("--export", type=Path, metavar="FOLDER", help="where to write the model; must not exist")
+
+    doctor = commands.add_parser("doctor", help="say why a job does not start; start it the same way as the job")
+    doctor.add_argument("files", type=Path, nargs="*", metavar="FILE", help="files that must be the same on all ranks")
+    doctor.add_argument(
+        "--folder", type=Path, default=Path(), help="folder that all ranks must see; this one by default"
+    )
+    doctor.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for ranks that do not answer")
+    doctor.set_defaults(command=_doctor)
+
+    report = commands.add_parser("report", help="one HTML page about a run, from its files")
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("--to", type=Path, metavar="FILE", help="where to write; RUN/report.html by default")
+    report.set_defaults(command=_report)
     return parser
+
+
+def _add_run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--step", type=int, help="number of steps to apply (0: the base model); all by default")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the model's own code, if the run did (model.trust_remote_code)",
+    )
+    parser.set_defaults(command=command)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from mezo_dist import config_reader
 
-    given: list[str] = arguments.arguments
+    given = ["--output.if_exists=replace" if item == "--force-new" else item for item in arguments.arguments]
     if "-h" in given or "--help" in given:
         names = [item.partition("=")[2] for item in given if item.removeprefix("--").startswith("algorithm.name=")]
         print(config_reader.help_text(*names[-1:]))
@@ -87,7 +129,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
         training.train(run_config, wire)
 
-    _with_wire(run_config.distributed.timeout_s, job)
+    _with_wire(run_config.distributed.timeout_s, job, run_config.distributed.patience_s)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -95,7 +137,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from mezo_dist import training
         from mezo_dist.monitor import Monitor
 
-        run, num_steps = training.rebuild(arguments.run, arguments.step, wire)
+        run, num_steps = training.rebuild(
+            arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code
+        )
         with Monitor.open(None, is_main=wire.rank == 0, num_steps=num_steps) as monitor:
             training.score(run, arguments.split, monitor, num_steps)
 
@@ -103,26 +147,67 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    if arguments.folder.exists():
-        raise UserError(f"{arguments.folder} exists; name a folder that does not")
+    _check_new(arguments.folder)
 
     def job(wire: Wire) -> None:
-        from mezo_dist import checkpoint, training
+        from mezo_dist import training
 
-        run, _ = training.rebuild(arguments.run, arguments.step, wire)
-        if wire.rank == 0:
-            checkpoint.export(run.loaded.model, run.loaded.tokenizer, arguments.folder)
-            print(f"wrote {arguments.folder}")
-        wire.barrier()
+        run, _ = training.rebuild(arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code)
+        _write_model(run.weights, arguments.folder, wire)
 
     _with_wire(600.0, job)
 
 
-def _with_wire(timeout_s: float, job: Callable[[Wire], None]) -> None:
+def _doctor(arguments: argparse.Namespace) -> None:
+    from mezo_dist import doctor
+
+    doctor.report(doctor.examine(arguments.files, arguments.folder.resolve(), arguments.timeout))
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    if arguments.export is not None:
+        _check_new(arguments.export)
+
+    def job(wire: Wire) -> None:
+        from mezo_dist import replay
+
+        weights, about = replay.audit(
+            arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code
+        )
+        if wire.rank == 0:
+            print(about)
+        if arguments.export is not None:
+            _write_model(weights, arguments.export, wire)
+
+    _with_wire(600.0, job)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from mezo_dist import report
+
+    path = arguments.to or arguments.run / "report.html"
+    report.write(arguments.run, path)
+    print(f"wrote {path}")
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder} exists; name a folder that does not")
+
+
+def _write_model(weights: Weights, folder: Path, wire: Wire) -> None:
+    from mezo_dist.export import export_model
+
+    export_model(weights.engine, weights.loaded.tokenizer, folder, wire)
+    if wire.rank == 0:
+        print(f"wrote {folder}")
+
+
+def _with_wire(timeout_s: float, job: Callable[[Wire], None], patience_s: float = 30.0) -> None:
     from mezo_dist import wire
     from mezo_dist.monitor import configure_logging
 
-    connection = wire.connect(timeout_s)
+    connection = wire.connect(timeout_s, patience_s=patience_s)
     configure_logging(connection.rank, sys.stderr.isatty())
     job(connection)
     connection.close()  # not after an error: other ranks may not be there to leave together

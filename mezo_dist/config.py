@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
 from mezo_dist.tasks.task import Task
 
+NO_RESULTS = ("engine", "output", "distributed")
+"""Sections that do not change what is computed: a run may go on with others."""
 MAX_TIMEOUT_S = 1e6  # 11 days; far below what overflows in torch's timers
 
 
@@ -22,7 +25,8 @@ class ModelConfig:
     """Which model, with which head, in which precision."""
 
     name: str
-    """Hub name, local folder, or ``demo:NAME`` (``python -m mezo_dist.assets`` lists those)."""
+    """Hub name, local folder, ``demo:NAME`` (``python -m mezo_dist.assets`` lists those), or ``random:PATH`` for random
+    weights of the shape that a Hugging Face config (a folder, or its config.json) describes, for benchmarks."""
     revision: Union[str, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
     """Branch, tag or commit of a hub model."""
     head: Literal["label-words", "classifier"] = "label-words"
@@ -35,14 +39,46 @@ class ModelConfig:
     is not offered, as it loses small updates."""
     compute: Union[Literal["float32", "bfloat16", "float16"], None] = None  # noqa: UP007
     """dtype of the forward passes; that of the weights if null."""
+    trainable: tuple[str, ...] = ("*",)
+    """Weights to train: shell patterns over their names, such as ``*norm*`` or ``model.layers.2[0-9].*``."""
     freeze: tuple[str, ...] = ()
-    """Weights to leave alone: shell patterns over their names, such as ``*embed*`` or ``model.layers.[0-9].*``."""
+    """Weights to leave alone among those: shell patterns too, such as ``*embed*`` or ``model.layers.[0-9].*``."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Off, as it is anybody's code."""
 
     def __post_init__(self) -> None:
         if self.head == "classifier" and self.kind != "auto":
             raise ValueError(f"model.kind: {self.kind} is for model.head: label-words; leave it out")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Where the weights live."""
+
+    name: Literal["replicated", "fsdp", "zero"] = "replicated"
+    """``replicated``: a copy in every process; ``fsdp``: sharded by torch's FSDP2; ``zero``: by DeepSpeed's ZeRO-3."""
+    replicate: int = 1
+    """For ``fsdp``: copies of the weights, each sharded over (number of processes / ``replicate``) of them."""
+    blocks: tuple[str, ...] = ()
+    """Classes of the modules whose weights are gathered together, such as ``LlamaDecoderLayer``; if empty, the model
+    says so itself (``_no_split_modules``), or its longest list of equal blocks is taken."""
+    gather: Union[Literal["float32", "bfloat16", "float16"], None] = None  # noqa: UP007
+    """For ``fsdp``: dtype in which weights are gathered; ``model.compute`` if null. float32 with compute: bfloat16
+    gives the same bits as ``replicated``, at twice the traffic."""
+    offload: bool = False
+    """For ``fsdp``: keep shards in host memory. ``zero`` takes offloading from ``ds_config``."""
+    prefetch: bool = False
+    """Gather a block's weights while the one before it computes; one block more is held in memory."""
+    ds_config: Union[str, None] = None  # noqa: UP007
+    """For ``zero``: your DeepSpeed config, a JSON file. Of it the section ``zero_optimization`` counts."""
+
+    def __post_init__(self) -> None:
+        owners = {"replicate": "fsdp", "gather": "fsdp", "offload": "fsdp", "ds_config": "zero"}
+        for setting, owner in owners.items():
+            if self.name != owner and getattr(self, setting) not in (None, False, 1):
+                raise ValueError(f"engine.{setting}: is a setting of engine.name: {owner}, not of {self.name}")
+        if self.replicate < 1:
+            raise ValueError(f"engine.replicate: must be at least 1, not {self.replicate}")
 
 
 @dataclass(frozen=True)
@@ -57,8 +93,13 @@ class TrainConfig:
     """Samples of a full batch (anchors): a fresh draw of so many for every anchor; all training samples if null."""
     micro_batch: int = 8
     """Samples per forward pass. Micro-batches are the unit of work dealt to ranks, the same on any number of them."""
-    width: int = 8
-    """Micro-batches that go through the model in lock step, sharing one making of the variants' weights."""
+    width: Union[int, None] = None  # noqa: UP007
+    """Micro-batches that go through the model in lock step, sharing one gather of the weights and one making of the
+    variants; if null, as many as a quarter of the free memory holds. Changes no result."""
+    prefix_gib: float = 1.0
+    """Memory for the frozen prefix, in GiB per process: where nothing in the first blocks is trainable
+    (``model.trainable``), what they give for a sample is remembered, and they are skipped from then on. Not done on
+    sharded engines; 0 where a run on one is to have the same bits."""
     max_tokens: Union[int, None] = None  # noqa: UP007
     """Longest sequence; the model's window if null."""
     evaluate_every: int = 0
@@ -68,8 +109,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch", "width", "max_skipped"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.prefix_gib < math.inf:
+            raise ValueError(f"train.prefix_gib: must be at least 0, not {self.prefix_gib}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"train.max_tokens: must be at least 1 or null, not {self.max_tokens}")
         if self.evaluate_every < 0:
@@ -84,12 +127,29 @@ class OutputConfig:
 
     dir: str = "runs/run"
     """Folder for the trajectory, logs, resolved config and results."""
-    if_exists: Literal["error", "new", "resume"] = "error"
-    """What to do when the folder holds a run: stop, use the next free name (run-2, run-3 ...), or go on with it."""
+    if_exists: Literal["error", "new", "resume", "replace"] = "error"
+    """What to do when the folder holds a run: stop, use the next free name (run-2, run-3 ...), go on with it, or rename
+    that folder (to run.old, run.old-2 ...) and start anew (``--force-new``). Nothing is ever deleted."""
+    sync_s: Union[float, None] = 0.0  # noqa: UP007
+    """Seconds between waits until the trajectory is on the disk. 0: every step, so that nothing is lost; null: never,
+    so what a dying machine had not written yet is lost (a dying process loses nothing)."""
+    snapshot_every: int = 0
+    """Steps between snapshots of the weights; 0: none. A run can go on without any, by adding up the trajectory again,
+    which a snapshot shortens."""
+    snapshots_kept: int = 2
+    """How many snapshots are kept, the newest ones."""
     export: bool = True
     """Write the fine-tuned model as a Hugging Face folder at the end."""
     test: bool = True
     """Evaluate on the test split before and after training."""
+
+    def __post_init__(self) -> None:
+        if self.sync_s is not None and not self.sync_s >= 0:
+            raise ValueError(f"output.sync_s: must be at least 0, or null, not {self.sync_s}")
+        if self.snapshot_every < 0:
+            raise ValueError(f"output.snapshot_every: must be at least 0, not {self.snapshot_every}")
+        if self.snapshots_kept < 1:
+            raise ValueError(f"output.snapshots_kept: must be at least 1, not {self.snapshots_kept}")
 
 
 @dataclass(frozen=True)
@@ -98,10 +158,19 @@ class DistributedConfig:
 
     timeout_s: float = 600.0
     """Seconds after which a rank that does not answer ends the run."""
+    patience_s: float = 30.0
+    """Seconds after which a rank that waits for another one says so, and for which."""
+    stop_exit_code: int = 143
+    """Exit status after SIGTERM (which finishes the step and writes a snapshot): 143, as for any process that it ended,
+    or 0, so that a scheduler does not take it for a failure."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_s < MAX_TIMEOUT_S:
             raise ValueError(f"distributed.timeout_s: must lie between 0 and {MAX_TIMEOUT_S:g}, not {self.timeout_s}")
+        if not self.patience_s > 0:
+            raise ValueError(f"distributed.patience_s: must be larger than 0, not {self.patience_s}")
+        if not 0 <= self.stop_exit_code < 256:
+            raise ValueError(f"distributed.stop_exit_code: must lie between 0 and 255, not {self.stop_exit_code}")
 
 
 @dataclass(frozen=True)
@@ -119,8 +188,8 @@ class RunConfig:
     ``algorithm.per_sample``."""
     rank: int = 1
     """Rank of low-rank directions."""
-    engine: Literal["replicated"] = "replicated"
-    """What owns the weights: ``replicated`` keeps a copy in every process."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Where the weights live."""
     seed: int = 0
     """Seed of directions and batch order."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -144,9 +213,8 @@ class RunConfig:
         return data
 
     def digest(self) -> str:
-        """SHA-256 of all settings except ``output`` and ``distributed``, which do not change what is computed."""
-        data = self.to_dict()
-        del data["output"], data["distributed"]
+        """SHA-256 of all settings except `NO_RESULTS`."""
+        data = {name: value for name, value in self.to_dict().items() if name not in NO_RESULTS}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

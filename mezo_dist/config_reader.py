@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 HELP = "`mezo-dist train --help` lists every setting"
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
 _BOOLS = ("True", "False")
 
 
@@ -106,16 +108,35 @@ def _read(path: Path, what: str) -> dict[str, Any]:
 
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist (relative paths start at {Path.cwd()})")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{what} {path} is {path.stat().st_size:,} bytes; settings take less than {MAX_BYTES:,}")
     try:
         text = path.read_text(encoding="utf-8")
+        _check_bombs(yaml.parse(text, yaml.SafeLoader), f"{what} {path}")
         data = jsonargparse.get_loader("yaml")(text)  # unlike yaml.safe_load, it takes 5e-5 for a number
         _check_repeats(yaml.compose(text, yaml.SafeLoader), f"{what} {path}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         found = "is empty" if data is None else f"holds {data!r}"
         raise UserError(f"{what} {path} {found}; it must hold settings, as in configs/quickstart.yaml")
     return data
+
+
+def _check_bombs(events: Iterator[yaml.Event], source: str) -> None:
+    """A few lines of aliases can stand for more than any memory holds, and deep nesting takes for ever to read."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        where = f"{source}, line {event.start_mark.line + 1 if event.start_mark else '?'}"
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{where}: aliases (*{event.anchor}) are not taken; write the value out")
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: nested more than {MAX_DEPTH} deep; no setting is")
 
 
 def _check_repeats(node: yaml.Node | None, source: str) -> None:

@@ -70,16 +70,15 @@ def cut(samples: Sequence[Sample], micro_batch: int, pad_id: int) -> list[MicroB
     return [_collate([samples[slot] for slot in group], tuple(group), pad_id) for group in groups]
 
 
-def deal(micro_batches: Sequence[MicroBatch], rank: int, world_size: int) -> list[MicroBatch]:
-    """The micro-batches of ``rank``: costliest first to whoever has least, so that ranks finish together."""
+def deal(micro_batches: Sequence[MicroBatch], world_size: int) -> list[list[MicroBatch]]:
+    """The micro-batches of every rank: costliest first to whoever has least, so that ranks finish together."""
     loads = [0] * world_size
-    mine = []
+    dealt: list[list[MicroBatch]] = [[] for _ in loads]
     for micro_batch in sorted(micro_batches, key=lambda m: (-m.cost, m.slots)):
         owner = min(range(world_size), key=lambda r: loads[r])
         loads[owner] += micro_batch.cost
-        if owner == rank:
-            mine.append(micro_batch)
-    return mine
+        dealt[owner].append(micro_batch)
+    return dealt
 
 
 def _collate(samples: Sequence[Sample], slots: tuple[int, ...], pad_id: int) -> MicroBatch:

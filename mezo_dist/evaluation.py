@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
 from mezo_dist.data import MicroBatch, deal
-from mezo_dist.engines.base import Engine
+from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives import Objective, Scores
 from mezo_dist.tasks.metrics import measure
 from mezo_dist.tasks.task import Metric
@@ -23,6 +23,10 @@ class Evaluator:
     engine: Engine
     objective: Objective
     wire: Wire
+    width: int | None = 8
+    """Micro-batches that go through the model together; if None, as many as `capacity` allows."""
+    capacity: int = 1
+    """Tokens, counted once for every pass that they are in, that may be in the model at a time; equal on all ranks."""
 
     def losses(self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]) -> Losses | None:
         """Evaluate a round. None if any loss, anywhere, is not finite (or has diverged): then no rank may update.
@@ -36,8 +40,7 @@ class Evaluator:
         columns = num_samples if request.each_sample else 1
         table = torch.zeros(len(request.variants), columns, 2, dtype=torch.int64)
         sound = True
-        mine = deal(batch, self.wire.rank, self.wire.world_size)
-        for micro_batch, scores in zip(mine, self.engine.evaluate(request.variants, mine, self.objective), strict=True):
+        for micro_batch, scores in self._evaluate(request.variants, batch):
             slots = (
                 torch.tensor(micro_batch.slots)
                 if request.each_sample
@@ -70,8 +73,7 @@ class Evaluator:
         num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
         table = torch.zeros(num_samples, 4, dtype=torch.int64)  # loss, weight, prediction, label
         failed = 0
-        for micro_batch in deal(batch, self.wire.rank, self.wire.world_size):
-            score: Scores = self.engine.evaluate([Variant()], [micro_batch], self.objective)[0][0]
+        for micro_batch, (score,) in self._evaluate([Variant()], batch):
             loss, finite = to_fixed(score.loss)
             failed += int((~finite).sum())
             rows = torch.stack([loss, score.weight, score.prediction.cpu(), micro_batch.labels], dim=1)
@@ -82,6 +84,19 @@ class Evaluator:
         loss, weight, prediction, label = total[1:].view(table.shape).unbind(dim=1)
         value = mean(int(loss.sum()), int(weight.sum())) if not int(total[0]) else float("nan")
         return {"loss": value, metric: measure(metric, prediction, label, num_classes)}
+
+    def _evaluate(
+        self, variants: Sequence[Variant], batch: Sequence[MicroBatch]
+    ) -> Iterator[tuple[MicroBatch, list[Scores]]]:
+        """This rank's share of ``batch``, as many micro-batches at a time as go through the model together."""
+        dealt = deal(batch, self.wire.world_size)
+        mine, most = dealt[self.wire.rank], max(map(len, dealt))
+        width = self.width or max(1, self.capacity // (len(variants) * max(item.cost for item in batch)))
+        for first in range(0, most, width):
+            some = mine[first : first + width]
+            # Every rank comes here equally often and takes a pass along, so that all gather the same weights.
+            found = self.engine.evaluate(variants, some, self.objective, most=1, filler=batch[0])
+            yield from zip(some, found, strict=True)
 
 
 def _fits(row: torch.Tensor, loss: torch.Tensor, world_size: int) -> bool:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from mezo_dist.trajectory import cut_torn_line
+from mezo_dist.files import cut_torn_line
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
+from torch import Tensor, nn
 
 import mezo_dist
 from mezo_dist import algorithms
-from mezo_dist.algorithms.base import Algorithm, Batch, Problem
+from mezo_dist.algorithms.base import Algorithm, Batch, Problem, Variant
+from mezo_dist.checkpoint_reader import fill
 from mezo_dist.config import RunConfig
 from mezo_dist.data import BatchOrder, MicroBatch, cut
+from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.field import Field
 from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.engines.base import Layout
+from mezo_dist.engines.capacity import tokens_at_once
+from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.replicated import Replicated
 from mezo_dist.errors import UserError
 from mezo_dist.evaluation import Evaluator
 from mezo_dist.models import Loaded, load_model
 from mezo_dist.objectives import LabelWords, Objective, classifier
+from mezo_dist.prefix import RunModel, attach_prefix, run_whole
 from mezo_dist.tasks.load import Rows, load_rows
 from mezo_dist.tasks.prompts import Encoder, Sample
-from mezo_dist.trajectory import Header, Step
+from mezo_dist.trajectory import Header
 from mezo_dist.wire import Wire
 
 log = logging.getLogger(__name__)
-TRAJECTORY = "trajectory.jsonl"
-CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model and the engine that owns its weights: all that a trajectory needs to become a model again."""
+
+    config: RunConfig
+    loaded: Loaded
+    engine: Engine
+    base_fingerprint: str
+
+    def rounding_seed(self, step: int) -> int:
+        """Seed of stochastic rounding in the update of ``step``."""
+        return derive_seed(self.config.seed, "rounding", step)
+
+    def header(self, full_size: int) -> Header:
+        """The header of a trajectory that begins here."""
+        config, model = self.config, self.config.model
+        return Header(
+            config.to_dict(),
+            config.digest(),
+            f"{model.name}@{model.revision}" if model.revision else model.name,
+            self.base_fingerprint,
+            self.engine.field.version,
+            f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
+            config.seed,
+            full_size,
+            mezo_dist.__version__,
+        )
 
 
 @dataclass(frozen=True)
@@ -40,16 +74,24 @@ class Run:
 
     config: RunConfig
     wire: Wire
-    loaded: Loaded
+    weights: Weights
     splits: dict[str, list[Sample]]
     order: BatchOrder
     """Of minibatches."""
     full_order: BatchOrder
     """Of full batches: all training samples, or a fresh draw of ``train.full_size`` of them."""
-    engine: Replicated
     evaluator: Evaluator
     algorithm: Algorithm
-    base_fingerprint: str
+
+    @property
+    def engine(self) -> Engine:
+        """What owns the weights."""
+        return self.weights.engine
+
+    @property
+    def loaded(self) -> Loaded:
+        """Model and tokeniser."""
+        return self.weights.loaded
 
     def batch(self, kind: Batch, step: int) -> list[MicroBatch]:
         """The micro-batches of ``step``'s minibatch, or of the full batch."""
@@ -63,15 +105,14 @@ class Run:
     def _cut(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return cut(samples, self.config.train.micro_batch, self.loaded.pad_id)
 
-    def apply(self, step: Step) -> None:
-        """Add a step's combination to the weights."""
-        if step.combination:
-            self.engine.apply(step.combination, derive_seed(self.config.seed, "rounding", step.step))
+    def apply(self, step: int, combination: Combination) -> None:
+        """Add what ``step`` found to the weights."""
+        if combination:
+            self.engine.apply(combination, self.weights.rounding_seed(step))
 
     def header(self) -> Header:
         """The trajectory's header."""
-        law = self.engine.field.version
-        return Header(self.config.to_dict(), self.config.digest(), self.base_fingerprint, law, self.config.seed)
+        return self.weights.header(self.full_order.batch_size)
 
 
 def prepare(config: RunConfig, wire: Wire) -> Run:
@@ -85,33 +126,94 @@ def prepare(config: RunConfig, wire: Wire) -> Run:
     full_size = config.train.full_size or len(rows.train)
     if full_size > len(rows.train):
         raise UserError(f"train.full_size {full_size} is larger than the training split ({len(rows.train)} samples)")
-    loaded = load_model(config.model, num_labels=len(config.task.labels), seed=config.seed)
-    encoder = _encoder(config, loaded)
+    weights = load_weights(config, wire)
+    encoder = _encoder(config, weights.loaded)
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
-    # Built before the read-out is attached, so that the sites see the model as it is.
-    engine = Replicated(
+    agree(weights, wire, data=hashlib.sha256(repr(splits).encode()).hexdigest())
+    objective = _objective(weights, encoder, rows, splits)
+    evaluator = Evaluator(weights.engine, objective, wire, config.train.width, _capacity(weights, wire))
+    full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
+    return Run(config, wire, weights, splits, order, full_order, evaluator, build_algorithm(config, full_size))
+
+
+def load_weights(config: RunConfig, wire: Wire) -> Weights:
+    """The base model and its engine. Collective."""
+    is_sharded = config.engine.name != "replicated"
+    wire.agree({"config": config.digest(), "engine": repr(config.engine)})  # before anybody shards
+    loaded = load_model(config.model, num_labels=len(config.task.labels), seed=config.seed, whole=not is_sharded)
+    engine = Engine(  # built before a read-out is attached, so that the sites see the model as it is
         loaded.model,
         Field(config.law, config.rank),
-        compute_dtype=getattr(torch, config.model.compute) if config.model.compute else None,
+        _layout(config, loaded.model, wire),
+        compute_dtype=_dtype(config.model.compute) if config.model.compute else None,
         stochastic_rounding=config.model.weights == "bfloat16",
-        width=config.train.width,
+        prefetch=config.engine.prefetch,
     )
-    base_fingerprint = engine.fingerprint()
+    if loaded.source is not None:
+        fill(loaded.source, engine.shards())
+    return Weights(config, loaded, engine, engine.fingerprint())
+
+
+def _capacity(weights: Weights, wire: Wire) -> int:
+    model = weights.config.model
+    dtype = _dtype(model.compute or model.weights)
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", wire.world_size))
+    return min(wire.collect(lambda: tokens_at_once(weights.engine.layout.units, dtype, on_host)))
+
+
+def _layout(config: RunConfig, model: nn.Module, wire: Wire) -> Layout:
+    engine = config.engine
+    if engine.name == "fsdp":
+        from mezo_dist.engines.fsdp import Fsdp
+
+        gather = engine.gather or config.model.compute
+        return Fsdp(
+            model,
+            wire,
+            replicate=engine.replicate,
+            block_classes=engine.blocks,
+            gather_dtype=_dtype(gather) if gather else None,
+            offload=engine.offload,
+        )
+    if engine.name == "zero":
+        from mezo_dist.engines.zero import Zero, read_config
+
+        return Zero(model, wire, read_config(engine.ds_config, config.model.weights), block_classes=engine.blocks)
+    return Replicated(model)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def build_algorithm(config: RunConfig, full_size: int) -> Algorithm:
+    """The planner of a run whose full batches have ``full_size`` samples."""
+    problem = Problem(config.seed, config.train.steps, config.train.batch_size, full_size)
+    return algorithms.build(config.algorithm.name, config.algorithm, problem)
+
+
+def agree(weights: Weights, wire: Wire, **more: str) -> None:
+    """Check that all ranks run the same code, settings and base model, and ``more``. See `Wire.agree`."""
     wire.agree(
         {
             "version of mezo_dist": mezo_dist.__version__,
+            "code of mezo_dist": _code_digest(),
             "version of torch": torch.__version__,
-            "config": config.digest(),
-            "data": hashlib.sha256(repr(splits).encode()).hexdigest(),
-            "base model": base_fingerprint,
+            "config": weights.config.digest(),
+            "base model": weights.base_fingerprint,
+            **more,
         }
     )
-    objective = _objective(loaded, encoder, rows, splits["train"])
-    problem = Problem(config.seed, config.train.steps, config.train.batch_size, full_size)
-    algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
-    evaluator = Evaluator(engine, objective, wire)
-    full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
-    return Run(config, wire, loaded, splits, order, full_order, engine, evaluator, algorithm, base_fingerprint)
+
+
+def _code_digest() -> str:
+    """SHA-256 of the package's sources: a node with an older checkout has the same version number."""
+    folder = Path(mezo_dist.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _encoder(config: RunConfig, loaded: Loaded) -> Encoder:
@@ -119,52 +221,25 @@ def _encoder(config: RunConfig, loaded: Loaded) -> Encoder:
     return Encoder(config.task, loaded.tokenizer, loaded.kind, max_tokens)
 
 
-def _objective(loaded: Loaded, encoder: Encoder, rows: Rows, train: list[Sample]) -> Objective:
+def _objective(weights: Weights, encoder: Encoder, rows: Rows, splits: dict[str, list[Sample]]) -> Objective:
+    loaded = weights.loaded
+    run = _run_model(weights, splits)
     if loaded.kind == "classifier":
-        return classifier
-    probe = cut(train[:2], 2, loaded.pad_id)[0]
-    return LabelWords(loaded.model, encoder.label_ids(rows.train[0]), probe)
+        return functools.partial(classifier, run=run)
+    probe = cut(splits["train"][:2], 2, loaded.pad_id)[0]
+
+    def once(forward: Callable[[nn.Module, MicroBatch], Tensor]) -> Tensor:
+        logits: Tensor = weights.engine.evaluate([Variant()], [probe], forward)[0][0]
+        return logits
+
+    return LabelWords(loaded.model, encoder.label_ids(rows.train[0]), probe, run, once)
 
 
-def claim_folder(config: RunConfig, wire: Wire) -> Path:
-    """The run folder, made by rank 0 and known to all; see ``output.if_exists``.
-
-    Raises:
-        UserError: the folder already holds a run, or cannot be written to.
-    """
-    problem, folder = "", Path(config.output.dir)
-    if wire.rank == 0:
-        try:
-            folder = _claim(folder, config.output.if_exists)
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"{folder} cannot be made ({error.strerror}); name another folder (--output.dir)"
-    problem, folder_name = wire.broadcast_text(f"{problem}\n{folder}").rsplit("\n", 1)
-    if problem:
-        raise UserError(f"output.dir: {problem}")
-    return Path(folder_name)
-
-
-def _claim(folder: Path, if_exists: str) -> Path:
-    number = 1
-    wanted = folder
-    while (folder / TRAJECTORY).exists() and if_exists == "new":
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    if (folder / TRAJECTORY).exists() and if_exists == "error":
-        raise UserError(
-            f"{folder} already holds a run; go on with it (--output.if_exists=resume), keep it and use a new folder "
-            f"(--output.if_exists=new), or name another one (--output.dir)"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written to; name another folder (--output.dir)")
-    return folder
-
-
-def save_config(config: RunConfig, folder: Path) -> None:
-    """Write the resolved config, which `mezo-dist train` reads, with its SHA-256 in the first line."""
-    body = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    (folder / CONFIG).write_text(f"# sha256 of the lines below: {digest}\n{body}", encoding="utf-8")
+def _run_model(weights: Weights, splits: dict[str, list[Sample]]) -> RunModel:
+    settings, loaded = weights.config.train, weights.loaded
+    if weights.engine.layout.is_sharded:
+        if weights.config.model.trainable != ("*",) and settings.prefix_gib:
+            log.info("frozen blocks are computed every time: ranks must gather alike, whatever samples they remember")
+        return run_whole
+    groups = [m.inputs for split in splits.values() for m in cut(split, settings.micro_batch, loaded.pad_id)]
+    return attach_prefix(loaded.model, groups, int(settings.prefix_gib * 2**30))

@@ -128,7 +128,7 @@ _SIZES = {"train": 30, "validation": 20, "test": 20}
 
 PRELOAD = [
     "mezo_dist.config_reader",
-    "mezo_dist.directions.cpu",
+    "mezo_dist.directions.cpu_advance",
     "mezo_dist.training",
     "datasets",
     "torch.utils.tensorboard",

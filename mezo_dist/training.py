@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import resource
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mezo_dist import checkpoint, trajectory
+from mezo_dist import trajectory
 from mezo_dist.algorithms.base import Evaluation, Losses, Update
 from mezo_dist.config import RunConfig, TrainConfig
-from mezo_dist.config_reader import from_dict
-from mezo_dist.directions.combination import ZERO, CoefficientError
-from mezo_dist.errors import UserError
+from mezo_dist.directions.combination import ZERO, CoefficientError, Combination
+from mezo_dist.errors import Stopped, UserError
+from mezo_dist.export import export_model
+from mezo_dist.folder import SNAPSHOTS, Claim, claim_folder, note, read_results, save_config, write_results
+from mezo_dist.keeper import Keeper
 from mezo_dist.monitor import Monitor
-from mezo_dist.runs import TRAJECTORY, Run, claim_folder, prepare, save_config
-from mezo_dist.trajectory import Step, TrajectoryWriter
+from mezo_dist.replay import Progress, check_config, check_header, open_run, rebuild_from_newest
+from mezo_dist.runs import Run, prepare
+from mezo_dist.summary import facts, summary
+from mezo_dist.trajectory import Log, Step, digest
 from mezo_dist.wire import Wire
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Progress:
-    """Where the loop is."""
-
-    state: Any
-    step: int = 0
-    skipped_in_a_row: int = 0
-    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Planned:
 
     state: Any
     step: Step
+    combination: Combination
     metrics: dict[str, float]
     forwards: int
     """Forward passes, counted in samples."""
@@ -52,59 +51,130 @@ def train(config: RunConfig, wire: Wire) -> Path:
     Raises:
         UserError: bad input, or too many steps in a row without a finite loss.
         OutOfStepError: ranks disagree.
+        Stopped: SIGTERM came; the run can go on later.
     """
-    folder = claim_folder(config, wire)
-    path = folder / TRAJECTORY
-    resumed = path.exists()  # asked before `prepare`, where ranks meet: afterwards rank 0 may have made the file
-    run = prepare(config, wire)
-    is_main = wire.rank == 0
-    progress = _Progress(run.algorithm.init())
-    if resumed:
-        before = _resume(run, path, progress)
-    with Monitor.open(
-        folder if is_main else None, is_main=is_main, num_steps=config.train.steps, first_step=progress.step
-    ) as monitor:
-        monitor.table("run", facts(run, folder))
-        if is_main and not resumed:
-            save_config(config, folder)
-        monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
-        if not resumed:
-            before = score(run, "test", monitor, 0) if config.output.test else {}
-            _write_results(folder, is_main, {"before": before})
-        writer = TrajectoryWriter(path, None if resumed else run.header()) if is_main else None
-        started = time.perf_counter()
-        try:
-            _loop(run, progress, writer, monitor)
-        finally:
-            if writer is not None:
-                writer.close()
-        _finish(run, folder, progress, before, time.perf_counter() - started, monitor)
-    return folder
+    with claim_folder(config, wire) as claim, _stop_on_sigterm(wire):
+        if claim.log is not None:
+            check_config(config, claim.log.header)
+        run = prepare(config, wire)
+        progress = Progress(run.algorithm.init()) if claim.log is None else _resume(run, claim, claim.log)
+        is_main = wire.rank == 0
+        with (
+            _disk_errors_explained(claim.folder),
+            Monitor.open(
+                claim.folder if is_main else None,
+                is_main=is_main,
+                num_steps=config.train.steps,
+                first_step=progress.step,
+            ) as monitor,
+        ):
+            _train(run, claim, progress, monitor)
+    return claim.folder
 
 
-def _loop(run: Run, progress: _Progress, writer: TrajectoryWriter | None, monitor: Monitor) -> None:
+def _train(run: Run, claim: Claim, progress: Progress, monitor: Monitor) -> None:
+    config, is_main = run.config, run.wire.rank == 0
+    monitor.table("run", facts(run, claim.folder))
+    monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
+    if claim.log is not None:
+        before = read_results(claim.folder).get("before", {}) if is_main else {}
+    else:
+        before = score(run, "test", monitor, 0) if config.output.test else {}
+        if is_main:
+            save_config(config, claim.folder)
+            write_results(claim.folder, {"before": before})
+    keeper = Keeper.open(run, claim)
+    started = time.perf_counter()
+    try:
+        _loop(run, progress, keeper, monitor)
+        keeper.mark(progress.step)
+    finally:
+        keeper.close()
+    _finish(run, claim.folder, progress, before, time.perf_counter() - started, monitor)
+
+
+def _resume(run: Run, claim: Claim, found: Log) -> Progress:
+    check_header(run.header(), found.header)
+    progress, start = rebuild_from_newest(
+        run.weights, run.algorithm, found, len(found.steps), claim.snapshots, run.wire
+    )
+    if run.wire.rank == 0:
+        note(claim.folder, "resumed", progress.step, snapshot=start, torn_bytes=found.torn, ranks=run.wire.world_size)
+    return progress
+
+
+@contextlib.contextmanager
+def _disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Logs are written to the same disk as the trajectory, and may be the first to notice that it is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise UserError(
+            f"output.dir: {folder} cannot be written to ({error.strerror}); no step in {trajectory.FILE} is lost: "
+            "make room, then go on with --output.if_exists=resume"
+        ) from error
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm(wire: Wire) -> Iterator[None]:
+    """SIGTERM makes all ranks stop after the step they are in; a second one ends the process as ever."""
+
+    def handle(*_: Any) -> None:
+        wire.wants_stop = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _loop(run: Run, progress: Progress, keeper: Keeper, monitor: Monitor) -> None:
     config = run.config.train
     while progress.step < config.steps:
+        if run.wire.stopping:
+            _stop(run, progress, keeper)
+        run.wire.place = f"step {progress.step + 1}"
         began, sent = time.perf_counter(), run.wire.payload_bytes
+        gathers, gathered = run.engine.gathers, run.engine.gathered_bytes
         planned = plan_step(run, progress.state, progress.step)
-        step = planned.step
         evaluated = time.perf_counter()
-        if writer is not None:
-            writer.append(step)  # before the weights change: what is on disk can be replayed, what is not never was
-        run.apply(step)
-        progress.state, progress.step = planned.state, progress.step + 1
-        _count_skips(progress, step, config, monitor)
+        keeper.append(planned.step)  # before the weights change: what is on disk can be replayed, what is not never was
+        run.apply(planned.step.step, planned.combination)
+        progress.after(planned.state, skipped=bool(planned.step.skipped))
+        _check_skips(progress, planned.step, config, monitor)
         scalars = {"loss/train" if name == "loss" else name: value for name, value in planned.metrics.items()}
         scalars |= {
             "time/evaluate_s": evaluated - began,
             "time/update_s": time.perf_counter() - evaluated,
             "wire/payload_bytes_per_step": float(run.wire.payload_bytes - sent),
+            "gathers/number_per_step": float(run.engine.gathers - gathers),
+            "gathers/bytes_per_step": float(run.engine.gathered_bytes - gathered),
             "memory/peak_rss_GiB": peak_rss_gib(),
+            "trajectory/bytes": float(keeper.bytes),
             "skipped_steps": float(progress.skipped),
         }
         monitor.step(progress.step, scalars, samples=planned.forwards)
+        every = run.config.output.snapshot_every
+        if every and progress.step % every == 0 and progress.step < config.steps:
+            keeper.snapshot(progress.step)
         if config.evaluate_every and progress.step % config.evaluate_every == 0 and progress.step < config.steps:
             score(run, "validation", monitor, progress.step)
+
+
+def _stop(run: Run, progress: Progress, keeper: Keeper) -> None:
+    """Whatever happens now, the trajectory holds the run; a snapshot makes going on faster, if there is time for it."""
+    keeper.stopped(progress.step)
+    raise Stopped(
+        f"stopped after step {progress.step} of {run.config.train.steps}; go on with --output.if_exists=resume",
+        run.config.distributed.stop_exit_code,
+    )
 
 
 def plan_step(run: Run, state: Any, number: int) -> Planned:
@@ -116,7 +186,7 @@ def plan_step(run: Run, state: Any, number: int) -> Planned:
     forwards = 0
 
     def skipped(reason: str) -> Planned:
-        return Planned(state, Step(number, (), ZERO, reason), {}, forwards)
+        return Planned(state, Step(number, (), skipped=reason), ZERO, {}, forwards)
 
     request: Evaluation | Update = run.algorithm.plan(state, number)
     while isinstance(request, Evaluation):
@@ -130,15 +200,13 @@ def plan_step(run: Run, state: Any, number: int) -> Planned:
             request = run.algorithm.update(state, number, rounds)
         except CoefficientError as error:
             return skipped(str(error))
-    return Planned(request.state, Step(number, tuple(rounds), request.combination), request.metrics, forwards)
+    step = Step(number, tuple(rounds), digest(request.combination))
+    return Planned(request.state, step, request.combination, request.metrics, forwards)
 
 
-def _count_skips(progress: _Progress, step: Step, config: TrainConfig, monitor: Monitor) -> None:
+def _check_skips(progress: Progress, step: Step, config: TrainConfig, monitor: Monitor) -> None:
     if not step.skipped:
-        progress.skipped_in_a_row = 0
         return
-    progress.skipped += 1
-    progress.skipped_in_a_row += 1
     monitor.say(f"step {progress.step}/{config.steps} skipped: {step.skipped} ({progress.skipped_in_a_row} in a row)")
     if progress.skipped_in_a_row >= config.max_skipped:
         raise UserError(
@@ -146,57 +214,6 @@ def _count_skips(progress: _Progress, step: Step, config: TrainConfig, monitor: 
             f"{progress.step}; the learning rate or eps is probably too large, or the model needs another dtype "
             "(model.compute)"
         )
-
-
-def replay(run: Run, steps: Sequence[Step]) -> None:
-    """Apply logged steps to the base weights: the same bits as the run that logged them."""
-    for step in steps:
-        run.apply(step)
-
-
-def check_header(run: Run, header: trajectory.Header) -> None:
-    """Raises UserError naming what differs if a trajectory does not belong to this run's model and settings."""
-    own = run.header()
-    if own.config_digest != header.config_digest:
-        keys = sorted(_differences(own.config, header.config))
-        raise UserError(f"settings differ from those of the trajectory: {', '.join(keys)}; use another output.dir")
-    for what, mine, theirs in (
-        ("base model", own.base_fingerprint, header.base_fingerprint),
-        ("law", own.law_version, header.law_version),
-    ):
-        if mine != theirs:
-            raise UserError(f"the trajectory was made from another {what} ({theirs}) than this run's ({mine})")
-
-
-def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        names = (mine.keys() | theirs.keys()) - (set() if path else {"output", "distributed"})
-        return [d for n in names for d in _differences(mine.get(n), theirs.get(n), f"{path}.{n}" if path else n)]
-    return [path] if mine != theirs else []
-
-
-def _resume(run: Run, path: Path, progress: _Progress) -> dict[str, float]:
-    """Bring weights and planner to the end of the log. Returns the result before training, as it was written."""
-    if run.wire.rank == 0:
-        trajectory.cut_torn_line(path)
-    run.wire.barrier()
-    header, steps = trajectory.read(path)
-    check_header(run, header)
-    for step in steps:
-        if step.skipped:
-            progress.skipped += 1
-            progress.skipped_in_a_row += 1
-            continue
-        progress.skipped_in_a_row = 0
-        update = run.algorithm.update(progress.state, step.step, step.rounds)
-        if isinstance(update, Evaluation) or update.combination != step.combination:
-            raise UserError(f"{path}: step {step.step} is not what this version of the algorithm does; use replay")
-        progress.state = update.state
-    replay(run, steps)
-    progress.step = len(steps)
-    results = path.with_name("results.json")
-    before: dict[str, float] = json.loads(results.read_text()).get("before", {}) if results.exists() else {}
-    return before
 
 
 def score(run: Run, split: str, monitor: Monitor, step: int) -> dict[str, float]:
@@ -209,7 +226,7 @@ def score(run: Run, split: str, monitor: Monitor, step: int) -> dict[str, float]
 
 
 def _finish(
-    run: Run, folder: Path, progress: _Progress, before: dict[str, float], seconds: float, monitor: Monitor
+    run: Run, folder: Path, progress: Progress, before: dict[str, float], seconds: float, monitor: Monitor
 ) -> None:
     is_main = run.wire.rank == 0
     results: dict[str, Any] = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
@@ -217,58 +234,14 @@ def _finish(
     if run.config.output.test:
         results["after"] = score(run, "test", monitor, progress.step)
     results |= {"training_s": round(seconds, 1), "weights": run.engine.fingerprint()}
-    _write_results(folder, is_main, results)
-    if run.config.output.export and is_main:
-        checkpoint.export(run.loaded.model, run.loaded.tokenizer, folder / "model")
-    run.wire.barrier()
+    if is_main:
+        write_results(folder, results)
+        note(folder, "finished", progress.step)
+    if run.config.output.export:
+        export_model(run.engine, run.loaded.tokenizer, folder / "model", run.wire)
     for name in run.engine.never_used():
         log.warning("no forward pass ever used %s; its updates were noise (freeze it)", name)
     monitor.say(summary(run, folder, results))
-
-
-def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
-    """What is about to happen, for people: shown before step 1."""
-    config, loaded = run.config, run.loaded
-    trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    sizes = ", ".join(f"{len(samples)} {name}" for name, samples in run.splits.items())
-    algorithm = ", ".join(f"{k} {v}" for k, v in vars(config.algorithm).items() if isinstance(v, (int, float)))
-    return [
-        ("model", f"{config.model.name} ({trainable / 1e6:.1f}M trainable weights, {config.model.weights})"),
-        ("task", f"{config.task.name}: {sizes} samples"),
-        ("algorithm", f"{config.algorithm.name}: {algorithm}"),
-        ("directions", f"{config.law}, run seed {config.seed}"),
-        ("engine", f"{config.engine}, {run.wire.world_size} process(es)"),
-        ("steps", f"{config.train.steps} of {config.train.batch_size} samples"),
-        ("run folder", str(folder)),
-    ]
-
-
-def summary(run: Run, folder: Path, results: dict[str, Any]) -> str:
-    """What happened, in plain words, and what to try next."""
-    metric = run.config.task.metric
-    lines = [""]
-    if results.get("before") and results.get("after"):
-        before, after = results["before"], results["after"]
-        lines.append(
-            f"On {len(run.splits['test'])} held-out test samples {metric} went from {before[metric]:.3f} to "
-            f"{after[metric]:.3f} and the loss from {before['loss']:.3f} to {after['loss']:.3f}, with forward passes "
-            f"only, in {results['steps']} steps ({results['training_s']:.0f} s)."
-        )
-    lines += [
-        f"The whole fine-tuning is in {folder / TRAJECTORY} ({(folder / TRAJECTORY).stat().st_size / 1024:.0f} KiB): "
-        "base model + this file = the fine-tuned model.",
-        "What to try next:",
-        f"  tensorboard --logdir {folder}",
-    ]
-    if run.config.output.export:
-        loader = run.loaded.auto_class
-        lines.append(f"  python -c \"import transformers as t; t.{loader}.from_pretrained('{folder / 'model'}')\"")
-    return "\n".join([*lines, f"  mezo-dist evaluate {folder}"])
-
-
-def _write_results(folder: Path, is_main: bool, results: dict[str, Any]) -> None:
-    if is_main:
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def peak_rss_gib() -> float:
@@ -276,17 +249,14 @@ def peak_rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def rebuild(folder: Path, num_steps: int | None, wire: Wire) -> tuple[Run, int]:
+def rebuild(folder: Path, num_steps: int | None, wire: Wire, *, trust_remote_code: bool = False) -> tuple[Run, int]:
     """The run in ``folder`` with its first ``num_steps`` steps applied (all if None), and their number.
 
     Raises:
         UserError: no run there, damaged, made from another base model, or shorter than asked for.
     """
-    header, steps = trajectory.read(folder / TRAJECTORY)
-    wanted = len(steps) if num_steps is None else num_steps
-    if not 0 <= wanted <= len(steps):
-        raise UserError(f"--step {wanted}: {folder} has {len(steps)} steps")
-    run = prepare(from_dict(header.config, str(folder / TRAJECTORY)), wire)
-    check_header(run, header)
-    replay(run, steps[:wanted])
+    found, config, wanted = open_run(folder, num_steps, wire, trust_remote_code=trust_remote_code)
+    run = prepare(config, wire)
+    check_header(run.header(), found.header)
+    rebuild_from_newest(run.weights, run.algorithm, found, wanted, folder / SNAPSHOTS, wire)
     return run, wanted

@@ -12,14 +12,17 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mezo_dist import ranks
 from mezo_dist.errors import UserError
+from mezo_dist.watch import Watch
 
 FRACTION_BITS = 32
 ONE = 1 << FRACTION_BITS
@@ -35,6 +38,9 @@ class OutOfStepError(RuntimeError):
 
 class LostRankError(UserError):
     """Another rank stopped, or did not answer in time. What is wrong is in that rank's own message."""
+
+    exit_status = 75
+    """A temporary failure (sysexits.h): starting again, with output.if_exists=resume, goes on where the run was."""
 
 
 def to_fixed(losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,13 +72,20 @@ class Wire:
         rank, world_size: as the launcher gave them; 0 and 1 without a launcher.
         payload_bytes: bytes that this rank has put into collectives so far.
         rounds: number of `round` calls so far.
+        place: where the run is ("step 17"), for messages; set it as the run goes on.
+        wants_stop: set it (a signal handler may) to make all ranks stop.
+        stopping: a rank wanted to stop in some round so far; all ranks see this in the same round.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, watch: Watch | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
         self.payload_bytes = 0
         self.rounds = 0
+        self.place = "start"
+        self.wants_stop = False
+        self.stopping = False
+        self._watch = watch or Watch.off()
 
     def round(self, values: Tensor, mark: int) -> Tensor:
         """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
@@ -87,9 +100,10 @@ class Wire:
             OutOfStepError: a rank came with another ``mark``; the message names it.
             LostRankError: a rank is gone. So do all other methods that talk.
         """
-        words = torch.zeros(max(PAYLOAD_WORDS, values.numel() + 1), dtype=torch.int64)
+        words = torch.zeros(max(PAYLOAD_WORDS, values.numel() + 2), dtype=torch.int64)
         words[0] = mark // self.world_size  # the sum of equal marks stays below 2**62
-        words[1 : values.numel() + 1] = values.reshape(-1)
+        words[1] = self.wants_stop
+        words[2 : values.numel() + 2] = values.reshape(-1)
         own = int(words[0])
         self._all_reduce(words[:PAYLOAD_WORDS])
         self.rounds += 1
@@ -97,7 +111,8 @@ class Wire:
             self._name_outlier(own)
         if len(words) > PAYLOAD_WORDS:
             self._all_reduce(words[PAYLOAD_WORDS:])
-        return words[1 : values.numel() + 1].view(values.shape)
+        self.stopping = self.stopping or bool(words[1])
+        return words[2 : values.numel() + 2].view(values.shape)
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Check once, at the start, that all ranks run the same code, settings and data.
@@ -114,26 +129,84 @@ class Wire:
                 others = [rank for rank, value in enumerate(values) if value != values[0]]
                 raise UserError(f"{name} of rank(s) {others} differs from rank 0's; all ranks must run the same")
 
+    def total(self, value: int) -> int:
+        """Sum of ``value`` over all ranks, modulo 2**64."""
+        words = torch.tensor([value % 2**64], dtype=torch.uint64).view(torch.int64)  # whose sums wrap
+        self._all_reduce(words)
+        return int(words) % 2**64
+
+    def meet(self, what: str) -> None:
+        """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
+        self.round(torch.zeros(0, dtype=torch.int64), fingerprint(what))
+
     def broadcast_text(self, text: str) -> str:
         """Rank 0's ``text`` on every rank."""
+        return self.broadcast_bytes(text.encode()).decode()
+
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's ``data`` on every rank."""
         if self.world_size == 1:
-            return text
-        data = list(text.encode())
+            return data
         size = torch.tensor([len(data)])
         with self._all_present():
             dist.broadcast(size, 0)
-            payload = torch.tensor(data if self.rank == 0 else [0] * int(size), dtype=torch.uint8)
+            payload = torch.empty(int(size), dtype=torch.uint8)
+            if self.rank == 0:
+                payload.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
             dist.broadcast(payload, 0)
         self.payload_bytes += 8 + len(payload)
-        return bytes(payload.tolist()).decode()
+        return payload.numpy().tobytes()
+
+    def gather_text(self, text: str) -> list[str]:
+        """The ``text`` of every rank, by rank, on every rank."""
+        if self.world_size == 1:
+            return [text]
+        data = list(text.encode())
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = torch.tensor(data, dtype=torch.uint8)
+        texts = self._gather(padded)
+        return [bytes(words[:size].tolist()).decode() for words, size in zip(texts, sizes, strict=True)]
+
+    def collect(self, work: Callable[[], Any]) -> list[Any]:
+        """What ``work()`` returned on every rank (JSON types), by rank, on every rank. All ranks must call it.
+
+        Raises:
+            UserError: on all ranks alike, if ``work`` raised OSError or UserError on some: so nobody waits for them.
+        """
+        try:
+            mine = {"value": work()}
+        except (OSError, UserError) as error:
+            mine = {"error": str(error)}
+        found = [json.loads(text) for text in self.gather_text(json.dumps(mine))]
+        if errors := [(rank, answer["error"]) for rank, answer in enumerate(found) if "error" in answer]:
+            at = f"rank(s) {[rank for rank, _ in errors]}: " if self.world_size > 1 else ""
+            raise UserError(f"{at}{errors[0][1]}")
+        return [answer["value"] for answer in found]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Every rank's ``text``, by rank, on every rank."""
+        if self.world_size == 1:
+            return [text]
+        data = text.encode()
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+        found = self._gather(padded)
+        return [bytes(words[:size].tolist()).decode() for words, size in zip(found, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Wait for all ranks. Raises OutOfStepError if one of them is not at a barrier."""
-        self.round(torch.zeros(0, dtype=torch.int64), fingerprint("barrier"))
+        self.meet("barrier")
+
+    def ensure_group(self) -> None:
+        """Make a process group even of one rank: sharded layouts cannot do without."""
+        if self.world_size == 1 and not dist.is_initialized():
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.world_size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     def _all_reduce(self, words: Tensor) -> None:
@@ -152,11 +225,14 @@ class Wire:
     @contextlib.contextmanager
     def _all_present(self) -> Iterator[None]:
         try:
-            yield
+            with self._watch.waiting(self.rounds, self.place):
+                yield
         except RuntimeError as error:  # how torch tells of a closed connection and of a time-out
+            late = self._watch.late() if "imed out" in str(error) else []
+            who = f"rank(s) {late}" if late else "another rank"
             raise LostRankError(
-                "another rank stopped, or did not answer within distributed.timeout_s (seen on rank "
-                f"{self.rank}, round {self.rounds}); its own message says why"
+                f"{self.place}: {who} stopped, or did not answer within distributed.timeout_s (seen on rank "
+                f"{self.rank}, round {self.rounds}); the message of that rank, if there is one, says why"
             ) from error
 
     def _name_outlier(self, own: int) -> None:
@@ -166,45 +242,60 @@ class Wire:
         wrong = [rank for rank, mark in enumerate(marks) if mark != common]
         raise OutOfStepError(
             f"rank(s) {wrong} evaluate another round than the other ranks (seen on rank {self.rank}, round "
-            f"{self.rounds}): step, seeds or settings differ. Nothing was updated; restart the run."
+            f"{self.rounds}, {self.place}): step, seeds or settings differ. Nothing was updated; restart the run."
         )
 
 
-def connect(timeout_s: float, init_method: str | None = None) -> Wire:
-    """Join the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+def connect(timeout_s: float, init_method: str | None = None, patience_s: float = 30.0) -> Wire:
+    """Join the process group that the launcher describes in the environment; see `mezo_dist.ranks`.
 
-    Without those variables, or with a world of one, no process group is made. Scalars always travel through gloo
-    on the CPU; NCCL is set up beside it where there are GPUs, for the engines that gather weights.
+    In a world of one no process group is made. Scalars always travel through gloo on the CPU; NCCL is set up beside it
+    where there are GPUs, for the engines that gather weights.
 
     Args:
         timeout_s: seconds after which a collective gives up on a rank that does not answer.
-        init_method: where ranks meet, if not at MASTER_ADDR:MASTER_PORT (``file:///...`` in tests).
+        patience_s: seconds after which a rank that waits for another one says so, and for which.
+        init_method: where ranks meet, if not where the environment says (``file:///...`` in tests).
 
     Raises:
         UserError: the environment describes a rank only in part, or the other ranks do not answer in time.
     """
-    needed = ("RANK", "WORLD_SIZE") if init_method else ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: os.environ.get(name) for name in needed}
-    if given["WORLD_SIZE"] in (None, "1") and given["RANK"] in (None, "0"):
+    environment = {"MASTER_ADDR": "unused", "MASTER_PORT": "1"} if init_method else {}
+    found = ranks.discover({**environment, **os.environ})
+    if found.world_size == 1:
         return Wire()
-    missing = [name for name, value in given.items() if not value]
-    if missing:
-        raise UserError(f"environment: {', '.join(missing)} not set, but {_present(given)}; start ranks with torchrun")
-    try:
-        rank, world_size = int(given["RANK"] or 0), int(given["WORLD_SIZE"] or 1)
-    except ValueError as error:
-        raise UserError(f"environment: RANK and WORLD_SIZE must be numbers, but {_present(given)}") from error
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    where = init_method or _meeting_point(found)
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, init_method, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(_backend(), where, rank=found.rank, world_size=found.world_size, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"rank {rank} of {world_size} could not join the others ({_present(given)}) within "
-            f"distributed.timeout_s = {timeout_s:g} s: {error}"
+            f"rank {found.rank} of {found.world_size} (from {found.launcher}) could not join the others at {where} "
+            f"within distributed.timeout_s = {timeout_s:g} s: {error}\n"
+            "`mezo-dist doctor`, started the same way, says what is wrong"
         ) from error
-    return Wire(rank, world_size)
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watch(store, found.rank, found.world_size, min(patience_s, timeout_s / 4))
+    return Wire(found.rank, found.world_size, watch)
 
 
-def _present(given: Mapping[str, str | None]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in given.items() if value)
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _meeting_point(found: ranks.Ranks) -> str:
+    """A URL for `init_process_group`. torch knows by itself where torchrun has a store there already."""
+    address, port = (found.address, found.port) if found.address else ranks.meet_through_mpi(found)
+    if not found.on_one_host:
+        choose_interface(address)
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def choose_interface(address: str) -> str:
+    """Have gloo talk through the network card that leads to ``address``, unless GLOO_SOCKET_IFNAME names one already.
+
+    By itself gloo takes the card of this host's own name, which on many systems is the loopback: nobody else's.
+    """
+    if not os.environ.get("GLOO_SOCKET_IFNAME") and (interface := ranks.interface_towards(address)):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    return os.environ.get("GLOO_SOCKET_IFNAME", "")

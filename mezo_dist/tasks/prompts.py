@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.load import Row
 from mezo_dist.tasks.task import ANSWER, Task
+from mezo_dist.tasks.templates import render
 
 Kind = Literal["causal", "masked", "classifier"]
 
@@ -160,19 +157,5 @@ class Encoder:
 _SLOT = "\ufdd0"  # what stands for the answer until the prompt is known: a noncharacter, so no text has it
 
 
-def _not_null(value: Any) -> Any:
-    if value is None:
-        raise jinja2.UndefinedError("a field that it prints is null")  # else the prompt would say None
-    return value
-
-
-_environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, finalize=_not_null)
-_compiled = functools.lru_cache(_environment.from_string)
-
-
 def _render(template: str, row: Mapping[str, Any]) -> str:
-    try:
-        return _compiled(template).render(row).strip()
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        fields = sorted(name for name in row if name != ANSWER)
-        raise UserError(f"task template {template!r}: {error} (the fields are {fields})") from error
+    return render(template, row, sorted(name for name in row if name != ANSWER))

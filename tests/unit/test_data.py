@@ -128,7 +128,7 @@ def test_an_empty_batch_has_no_micro_batches() -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 9))
 def test_every_micro_batch_goes_to_exactly_one_rank(lengths: list[int], size: int, world_size: int) -> None:
     micro_batches = cut(samples(lengths), size, PAD)
-    dealt = [micro_batch for rank in range(world_size) for micro_batch in deal(micro_batches, rank, world_size)]
+    dealt = [micro_batch for mine in deal(micro_batches, world_size) for micro_batch in mine]
     assert sorted(m.slots for m in dealt) == sorted(m.slots for m in micro_batches)
 
 
@@ -137,11 +137,11 @@ def test_ranks_agree_whatever_order_they_see() -> None:
     shuffled = list(micro_batches)
     random.Random(0).shuffle(shuffled)
     for rank in range(3):
-        assert [m.slots for m in deal(micro_batches, rank, 3)] == [m.slots for m in deal(shuffled, rank, 3)]
+        assert [m.slots for m in deal(micro_batches, 3)[rank]] == [m.slots for m in deal(shuffled, 3)[rank]]
 
 
 def loads(micro_batches: Sequence[MicroBatch], world_size: int) -> list[int]:
-    return [sum(m.cost for m in deal(micro_batches, rank, world_size)) for rank in range(world_size)]
+    return [sum(m.cost for m in mine) for mine in deal(micro_batches, world_size)]
 
 
 @settings(deadline=None)
@@ -158,8 +158,8 @@ def test_equal_micro_batches_are_shared_out_equally() -> None:
 
 def test_one_rank_gets_all_and_more_ranks_than_work_get_none() -> None:
     micro_batches = cut(samples([4, 4]), 1, PAD)
-    assert len(deal(micro_batches, 0, 1)) == 2
-    assert [len(deal(micro_batches, rank, 4)) for rank in range(4)] == [1, 1, 0, 0]
+    assert len(deal(micro_batches, 1)[0]) == 2
+    assert [len(mine) for mine in deal(micro_batches, 4)] == [1, 1, 0, 0]
 
 
 def test_cost_counts_padding() -> None:

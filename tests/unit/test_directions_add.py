@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mezo_dist.directions import cpu, reference
 from mezo_dist.directions.add import add
+from mezo_dist.directions.advance import advance
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.laws import FACTOR_V, GAUSSIAN, RADEMACHER, Law
 
@@ -190,3 +191,34 @@ def test_python_threads_and_forked_processes_may_add_at_once() -> None:
         signal.alarm(60)  # a child that waits for its parent's threads waits for ever
         os._exit(0 if result() == expected else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+# Many updates in one pass
+
+
+@pytest.mark.parametrize("law", [GAUSSIAN, RADEMACHER], ids=["gaussian", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize(("offset", "length"), [(0, 1), (0, 5000), (1000, 30), (1020, 4099)])
+def test_many_updates_in_one_pass_have_the_same_bits(
+    law: Law, dtype: torch.dtype, stochastic: bool, offset: int, length: int
+) -> None:
+    """In every step the sum is rounded to the weight's dtype, so adding it all up in fp32 would be wrong."""
+    if stochastic and dtype is not torch.bfloat16:
+        pytest.skip("only bf16 is rounded stochastically")
+    weight = torch.randn(length, generator=torch.Generator().manual_seed(0)).to(dtype)
+    updates = [
+        (Combination.of((seed * 11 + k, 1e-2 * (k + 1)) for k in range(seed % 4)), 70 + seed if stochastic else None)
+        for seed in range(9)
+    ]
+    at_once, stepped, exact = weight.clone(), weight.clone(), weight.clone()
+    advance(at_once, updates, param_id=5, law=law, offset=offset)
+    for combination, seed in updates:
+        add(stepped, [combination], [stepped], param_id=5, law=law, offsets=[offset], rounding_seed=seed)
+        reference.add(
+            exact.view(1, -1), [combination], [exact.view(1, -1)], param_id=5, law=law, offsets=[offset],
+            rounding_seed=seed,
+        )  # fmt: skip
+    assert torch.equal(at_once, stepped)
+    assert torch.equal(at_once, exact)
+    assert not torch.equal(at_once, weight)

@@ -92,7 +92,8 @@ def test_a_folder_may_be_named_from_home(folders: dict[str, Path], monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere", "runs/some/model", "../x"])
-def test_a_folder_that_does_not_exist(name: str) -> None:
+def test_a_folder_that_does_not_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert fault(name).startswith(f"model.name: folder {name} does not exist (relative paths start at ")
 
 
@@ -196,4 +197,12 @@ def test_freezing(folders: dict[str, Path]) -> None:
     assert "model.freeze: 'decoder.*' matches no weight; names look like ['model." in fault(
         folders["llama"], freeze=("decoder.*",)
     )
-    assert "freezes every weight; nothing is left to train" in fault(folders["llama"], freeze=("*",))
+    assert "nothing is left to train" in fault(folders["llama"], freeze=("*",))
+
+
+def test_only_trainable_weights_are_trained(folders: dict[str, Path]) -> None:
+    loaded = load(folders["llama"], trainable=("*norm*",), freeze=("model.norm.*",))
+    names = [name for name, p in loaded.model.named_parameters() if p.requires_grad]
+    assert len(names) == 4, "two blocks with two norms each"
+    assert all("layernorm" in name for name in names)
+    assert "model.trainable: 'decoder.*' matches no weight" in fault(folders["llama"], trainable=("decoder.*",))

@@ -96,7 +96,7 @@ class OtherRanks:
 
 def test_a_round_adds_up_and_is_metered(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = fingerprint("step", 3)
-    others = OtherRanks(monkeypatch, [mark // 3, 10, 20, 30, 40], [mark // 3, -1, -1, -1, -1])
+    others = OtherRanks(monkeypatch, [mark // 3, 0, 10, 20, 30, 40], [mark // 3, 0, -1, -1, -1, -1])
     wire = Wire(rank=0, world_size=3)
     values = torch.tensor([[1, 2], [3, 4]])
     assert wire.round(values, mark).tolist() == [[10, 21], [32, 43]]
@@ -107,12 +107,12 @@ def test_a_round_adds_up_and_is_metered(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_long_round_meets_before_it_sends_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = fingerprint("step", 3)
-    others = OtherRanks(monkeypatch, [mark // 2, *range(31)])
+    others = OtherRanks(monkeypatch, [mark // 2, 0, *range(30)])
     wire = Wire(rank=0, world_size=2)
     found = wire.round(torch.arange(100), mark)
-    assert others.lengths == [PAYLOAD_WORDS, 100 + 1 - PAYLOAD_WORDS]
-    assert found.tolist() == [2 * i if i < 31 else i + 1 for i in range(100)]
-    assert wire.payload_bytes == 8 * 101
+    assert others.lengths == [PAYLOAD_WORDS, 100 + 2 - PAYLOAD_WORDS]
+    assert found.tolist() == [2 * i if i < 30 else i + 1 for i in range(100)]
+    assert wire.payload_bytes == 8 * 102
 
 
 def test_a_rank_in_another_round_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +120,19 @@ def test_a_rank_in_another_round_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     OtherRanks(monkeypatch, [here], [there])
     with pytest.raises(OutOfStepError, match=r"rank\(s\) \[2\] .*seen on rank 0, round 1"):
         Wire(rank=0, world_size=3).round(torch.zeros(100, dtype=torch.int64), fingerprint("step", 3))
+
+
+def test_one_rank_that_wants_to_stop_stops_all_in_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = fingerprint("step", 3)
+    OtherRanks(monkeypatch, [mark // 2, 1, 20])
+    wire = Wire(rank=0, world_size=2)
+    assert wire.round(torch.tensor([5]), mark).tolist() == [25]
+    assert (wire.stopping, wire.wants_stop) == (True, False)
+    alone = Wire()
+    alone.wants_stop = True
+    assert not alone.stopping
+    alone.barrier()
+    assert alone.stopping
 
 
 def test_alone_nothing_is_sent() -> None:
@@ -139,7 +152,7 @@ class FakeEngine:
     model: Any = None
     asked: list[int] = field(default_factory=list)
 
-    def evaluate(self, variants: Any, items: Any, forward: Any) -> list[list[Scores]]:
+    def evaluate(self, variants: Any, items: Any, forward: Any, **_: Any) -> list[list[Scores]]:
         self.asked.append(len(variants))
         return [[self._scores(item) for _ in variants] for item in items]
 
@@ -175,7 +188,7 @@ def test_one_bad_loss_anywhere_spoils_the_round(bad: float, each_sample: bool) -
 def test_a_bad_loss_on_another_rank_spoils_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_reduce(words: Tensor) -> None:
         words.mul_(2)
-        words[1] += 1  # the flag of the other rank
+        words[2] += 1  # the flag of the other rank
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     assert evaluate([0.5, 0.25], Wire(rank=0, world_size=2)) is None
@@ -220,7 +233,7 @@ def test_a_world_of_one_needs_no_process_group(given: dict[str, str], environmen
         ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not set, but WORLD_SIZE=2"),
         ({"RANK": "1"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set, but RANK=1"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT not set"),
-        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "must be numbers"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "must be a number"),
     ],
 )
 def test_half_an_environment_is_an_error(given: dict[str, str], message: str, environment: pytest.MonkeyPatch) -> None:
@@ -234,6 +247,6 @@ def test_half_an_environment_is_an_error(given: dict[str, str], message: str, en
 def test_ranks_that_never_come_are_an_error_in_time(environment: pytest.MonkeyPatch, tmp_path: Any) -> None:
     environment.setenv("RANK", "0")
     environment.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"rank 0 of 2 could not join .* distributed.timeout_s = 1 s"):
+    with pytest.raises(UserError, match=r"rank 0 of 2 .*could not join .* distributed.timeout_s = 1 s"):
         connect(timeout_s=1, init_method=f"file://{tmp_path}/meet")
     assert not dist.is_initialized()

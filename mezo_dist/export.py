@@ -1,0 +1,186 @@
+"""Export to a Hugging Face folder, streamed: weights are gathered, converted and written one after another.
+
+Names and shapes are those that ``save_pretrained`` gives them. Where transformers turns weights into other ones (the
+experts of a mixture become single matrices), those of one unit are held together; otherwise one weight at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mezo_dist import tensorfile
+from mezo_dist.engines.engine import Engine
+from mezo_dist.errors import UserError
+from mezo_dist.wire import Wire
+
+FILE_BYTES = 5_000_000_000
+"""Largest size of one file, unless a single weight is larger."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Weights of the model that become tensors of the export."""
+
+    inputs: tuple[str, ...]
+    outputs: dict[str, tuple[torch.dtype, torch.Size]]
+    is_renaming: bool
+    """One weight becomes one tensor, unchanged."""
+
+
+def export_model(engine: Engine, tokenizer: Any, folder: Path, wire: Wire, *, file_bytes: int = FILE_BYTES) -> None:
+    """Write a folder that ``AutoModel*.from_pretrained`` loads; it appears under its name only when it is complete.
+
+    Collective: all ranks must call it; rank 0 writes.
+
+    Args:
+        engine: whose weights, in the dtype in which they are kept.
+        tokenizer: goes with them.
+        folder: is replaced if it exists.
+        wire: between the ranks.
+        file_bytes: weights are split into files of at most this size.
+
+    Raises:
+        UserError: on all ranks, if the folder cannot be written (full disk, no permission).
+    """
+
+    def work() -> None:
+        weights = engine.named_weights()
+        try:
+            if wire.rank == 0:
+                _write(engine, weights, tokenizer, folder, file_bytes)
+        except SafetensorError as error:  # of the tokeniser's or the model's own code
+            raise UserError(str(error)) from error
+        finally:
+            for _ in weights:  # other ranks gather with us to the end, also after an error
+                pass
+
+    try:
+        wire.collect(work)
+    except UserError as error:
+        raise UserError(f"export to {folder} failed: {error}; the trajectory still holds the run") from error
+
+
+def _write(
+    engine: Engine, weights: Iterator[tuple[str, Tensor]], tokenizer: Any, folder: Path, file_bytes: int
+) -> None:
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        parts, buffers = _plan(engine), _saved_buffers(engine.model)
+        layout = {name: kind for p in parts for name, kind in p.outputs.items()}
+        layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}
+        _write_files(part, layout, _tensors(engine.model, weights, parts, buffers), file_bytes)
+        _write_settings(engine.model, next(iter(layout.values()))[0], part)
+        tokenizer.save_pretrained(part)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _plan(engine: Engine) -> list[_Part]:
+    """What becomes of every weight, in the order in which the tensors are there when weights come one by one.
+
+    Found by reverting transformers' conversions on tensors without data, unit by unit: no conversion crosses units.
+    """
+    ignored = set(getattr(engine.model, "_keys_to_ignore_on_save", None) or ())
+    order = [shard.name for shard in engine.shards() if shard.name not in ignored]
+    no_data = {s.name: torch.empty(s.shape, dtype=s.tensor.dtype, device="meta") for s in engine.shards()}
+    place = {name: number for number, name in enumerate(order)}
+    parts: list[_Part] = []
+    for unit in engine.layout.units:
+        names = dict.fromkeys(w.name for site in unit.sites for w in site.weights if w.name in place)
+        own = {name: no_data[name] for name in names}
+        reverted = _revert(engine.model, own)
+        name_of = {id(tensor): name for name, tensor in own.items()}
+        kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in reverted.items()}
+        kept = {output: name_of[id(tensor)] for output, tensor in reverted.items() if id(tensor) in name_of}
+        parts += [_Part((name,), {output: kinds[output]}, True) for output, name in kept.items()]
+        changed = tuple(name for name in names if name not in kept.values())
+        if changed:
+            parts.append(_Part(changed, {o: kind for o, kind in kinds.items() if o not in kept}, False))
+    return sorted(parts, key=lambda p: max(place[name] for name in p.inputs))
+
+
+def _revert(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, weights)
+
+
+def _tensors(
+    model: Any, weights: Iterator[tuple[str, Tensor]], parts: Sequence[_Part], buffers: dict[str, Tensor]
+) -> Iterator[Tensor]:
+    """The contents of all parts, in order, then the buffers."""
+    part_of = {name: part for part in parts for name in part.inputs}
+    held: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        part = part_of.get(name)
+        if part is None:
+            continue
+        if part.is_renaming:
+            yield tensor
+            continue
+        held[name] = tensor.clone()  # it is gone when the next one comes
+        if all(needed in held for needed in part.inputs):
+            made = _revert(model, {needed: held.pop(needed) for needed in part.inputs})
+            for output in part.outputs:
+                yield made.pop(output)
+    yield from buffers.values()
+
+
+def _saved_buffers(model: Any) -> dict[str, Tensor]:
+    names = {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _write_files(
+    folder: Path, layout: dict[str, tuple[torch.dtype, torch.Size]], tensors: Iterator[Tensor], file_bytes: int
+) -> None:
+    files: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
+    used = total = 0
+    for name, (dtype, shape) in layout.items():
+        size = dtype.itemsize * shape.numel()
+        if files[-1] and used + size > file_bytes:
+            files.append({})
+            used = 0
+        files[-1][name] = (dtype, shape)
+        used += size
+        total += size
+    where: dict[str, str] = {}
+    for number, content in enumerate(files, start=1):
+        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensorfile.write(folder / name, content, (next(tensors) for _ in content), {"format": "pt"})
+        where |= dict.fromkeys(content, name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_settings(model: Any, dtype: torch.dtype, folder: Path) -> None:
+    """Everything of the model that is no weight."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # torch renames the classes that it shards
+    if getattr(config, "use_cache", None) is False:
+        config.use_cache = True  # it was turned off at loading, since nothing is generated in training
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if model.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, folder, config=config)

@@ -1,0 +1,100 @@
+"""Templates of prompts: jinja2, cut down to what fills fields into a text.
+
+A task file may come from anybody. So a template can do nothing but print fields, choose between texts and apply the
+filters below: no loops, macros, assignments or calls. What it prints is no longer than the template and its fields
+make it, and it always ends.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mezo_dist.errors import UserError
+
+FILTERS = (
+    "abs capitalize default first int float last length lower replace round string striptags title trim truncate upper"
+).split()
+NODES = (
+    nodes.Template,
+    nodes.Output,
+    nodes.TemplateData,
+    nodes.If,
+    nodes.CondExpr,
+    nodes.Name,
+    nodes.Const,
+    nodes.Getattr,
+    nodes.Getitem,
+    nodes.Filter,
+    nodes.Keyword,
+    nodes.Test,
+    nodes.Compare,
+    nodes.Operand,
+    nodes.And,
+    nodes.Or,
+    nodes.Not,
+    nodes.Concat,
+    nodes.Add,
+    nodes.Sub,
+    nodes.Div,
+    nodes.FloorDiv,
+    nodes.Neg,
+    nodes.Pos,
+)
+"""What a template may be made of."""
+LONGEST = 10_000_000
+"""Characters that `replace` may make."""
+
+
+def render(template: str, values: Mapping[str, Any], shown: list[str]) -> str:
+    """``template`` with ``values`` filled in, without space around it.
+
+    Args:
+        template: in jinja2, see above.
+        values: by name.
+        shown: names of fields that a message may offer.
+
+    Raises:
+        UserError: the template is wrong, not allowed, or does not fit the values.
+    """
+    try:
+        return _compiled(template).render(values).strip()
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"task template {template!r}: {error} (the fields are {shown})") from error
+    except RecursionError as error:
+        raise UserError("task template: it is nested too deeply") from error
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise jinja2.UndefinedError("a field that it prints is null")  # else the prompt would say None
+    return value
+
+
+def _replace(text: Any, old: Any, new: Any) -> str:
+    text, old, new = str(text), str(old), str(new)
+    if len(text) + text.count(old) * len(new) > LONGEST:
+        raise SecurityError("replace makes the text too long")
+    return text.replace(old, new)
+
+
+_environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, finalize=_not_null)
+_environment.globals.clear()
+_environment.filters = {name: _environment.filters[name] for name in FILTERS} | {"replace": _replace}
+
+
+@functools.lru_cache
+def _compiled(template: str) -> jinja2.Template:
+    pending: list[nodes.Node] = [_environment.parse(template)]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, NODES):
+            raise SecurityError(f"{type(node).__name__.lower()} is not for templates, which only fill in fields")
+        pending.extend(node.iter_child_nodes())
+    return _environment.from_string(template)

@@ -1,0 +1,236 @@
+"""Files from anywhere: whatever is in them, they are read or refused with a message, at once and in little memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pickle
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mezo_dist import cli, config_reader, training
+from mezo_dist.config import RunConfig
+from mezo_dist.errors import UserError
+from mezo_dist.tasks.load import load_rows
+from mezo_dist.tasks.templates import render
+from mezo_dist.testing import write_tiny_config
+from mezo_dist.wire import Wire
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config that works, and a run of it."""
+    root = tmp_path_factory.mktemp("fuzz")
+    training.train(config_reader.load(write_tiny_config(root, steps=2)), Wire())
+    return root
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """No more address space than now and 1 GiB: what wants more fails with MemoryError."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def read_config(path: Path) -> RunConfig | str:
+    with little_memory():
+        try:
+            return config_reader.load(path)
+        except UserError as error:
+            return str(error)
+
+
+quick = settings(
+    deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+YAML = ["&a ", "*a", "!!python/name:os.system ", "{", "[", ": ", "- ", "\n", "null", "1e999", "\0", "<<: "]
+
+
+@quick
+@given(st.data())
+def test_whatever_is_done_to_a_config(tiny: Path, data: st.DataObject) -> None:
+    text = (tiny / "config.yaml").read_text()
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(text)))
+        stop = data.draw(st.integers(start, min(len(text), start + 60)))
+        bits = st.sampled_from(
+            ["&a ", "*a", "!!python/name:os.system ", "{", "[", ": ", "- ", "\n", "null", "1e999", "\0"]
+        )
+        text = text[:start] + data.draw(bits | st.text(max_size=12)) + text[stop:]
+    path = tiny / "changed.yaml"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    assert isinstance(read_config(path), (RunConfig, str))
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10)
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3))
+
+
+@settings(quick, max_examples=30)
+@given(st.data())
+def test_any_value_for_any_setting(tiny: Path, data: st.DataObject) -> None:
+    config = yaml.safe_load((tiny / "config.yaml").read_text())
+    full = config_reader.load(tiny / "config.yaml").to_dict()
+    section = data.draw(st.sampled_from(sorted(full)))
+    inside = sorted(full[section]) if isinstance(full[section], dict) else []
+    value: Any = data.draw(values)
+    into: bool = data.draw(st.booleans())
+    if inside and into:
+        config.setdefault(section, {})[data.draw(st.sampled_from(inside))] = value
+    else:
+        config[section] = value
+    path = tiny / "changed.yaml"
+    path.write_text(yaml.safe_dump(config))
+    found = read_config(path)
+    if isinstance(found, RunConfig):
+        assert config_reader.from_dict(json.loads(json.dumps(found.to_dict())), "again") == found
+
+
+BOMBS = {
+    "laughs": "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(40)),
+    "itself": "seed: &a [*a]\n",
+    "lists": "seed: " + "[" * 5000 + "]" * 5000,
+    "objects": "seed: " + "{a: " * 3000,
+    "a long number": "seed: " + "9" * 5000,
+    "python": "seed: !!python/object/apply:os.system ['true']\n",
+    "large": "# " + "x" * 2_000_000,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.timeout(20)
+def test_bombs_in_a_config(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.yaml").write_text(BOMBS[name])
+    message = read_config(tmp_path / "config.yaml")
+    assert isinstance(message, str)
+    assert message.startswith("config file ")
+
+
+@settings(quick, max_examples=25)
+@given(st.data())
+def test_whatever_is_done_to_the_data(tiny: Path, data: st.DataObject) -> None:
+    config = config_reader.load(tiny / "config.yaml")
+    content = bytearray((tiny / "data.jsonl").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content)))
+        content[start : start + data.draw(st.integers(0, 30))] = data.draw(st.binary(max_size=8))
+    (tiny / "changed.jsonl").write_bytes(content)
+    task = dataclasses.replace(config.task, data=str(tiny / "changed.jsonl"))
+    with contextlib.suppress(UserError):
+        assert len(load_rows(task).train) == len(load_rows(config.task).train)
+
+
+TEMPLATES = {
+    "a long text": "{{ 'a' * 10**12 }}",
+    "a wide text": "{{ '%999999999d' % 1 }}",
+    "a wider text": "{{ text | center(10**10) }}",
+    "format": "{{ '{:>9999999999}'.format(text) }}",
+    "doubling": "{% set x = text ~ text %}" + "{% set x = x ~ x %}" * 60 + "{{ x }}",
+    "loops": "{% for a in text %}" * 12 + "x" + "{% endfor %}" * 12,
+    "macros": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "replacing": "{{ text" + "| replace('', 'xxxxxxxx')" * 30 + "}}",
+    "powers": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "files": "{% include '/etc/passwd' %}",
+    "classes": "{{ text.__class__.__mro__ }}",
+    "calls": "{{ text.ljust(10 ** 10) }}",
+    "chance": "{{ [1, 2, 3] | random }}",
+    "depth": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.timeout(20)
+def test_templates_that_do_more_than_fill_in_fields(name: str) -> None:
+    with little_memory(), pytest.raises(UserError, match=r"^task template"):
+        render(TEMPLATES[name], {"text": "a dull film"}, ["text"])
+
+
+@quick
+@given(
+    st.lists(
+        st.sampled_from(["{{", "}}", "{%", "%}", "text", " if ", "endif", "|", "upper", "'", "(", ".", "[0]", "a"])
+    )
+)
+def test_any_template(parts: list[str]) -> None:
+    with contextlib.suppress(UserError):
+        assert isinstance(render(" ".join(parts), {"text": "a dull film"}, ["text"]), str)
+
+
+# What a run folder from somebody else must not do
+
+
+def test_no_code_comes_with_a_run_folder(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file in it replaced by a pickle that would show itself: no command reads one."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a pickle was read")
+
+    run = Path(shutil.copytree(tiny / "run", tmp_path / "run"))
+    for path in run.rglob("*"):
+        if path.is_file() and path.name != "trajectory.jsonl":
+            path.write_bytes(pickle.dumps({"weights": 1}))
+    with monkeypatch.context() as patch:
+        for name in ("load", "loads", "Unpickler"):
+            patch.setattr(pickle, name, refuse)
+        assert cli.main(["evaluate", str(run)]) == 0
+        assert cli.main(["replay", str(run), "--export", str(tmp_path / "model")]) == 0
+    shutil.copy(run / "events.jsonl", run / "trajectory.jsonl")
+    assert cli.main(["evaluate", str(run)]) == 2
+    assert "not a trajectory" in capsys.readouterr().err
+
+
+def test_code_of_a_model_is_not_run_because_a_run_folder_says_so(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--output.dir={tmp_path / 'run'}", "--output.test=false", "--output.export=false"]
+    assert cli.main(["train", str(tiny / "config.yaml"), *options, "--model.trust_remote_code=true"]) == 0
+    for command in (["evaluate"], ["export"], ["replay"]):
+        arguments = [*command, str(tmp_path / "run"), *([str(tmp_path / "model")] if command == ["export"] else [])]
+        assert cli.main(arguments) == 2
+        assert "A run folder from somebody else must not start that unasked" in capsys.readouterr().err
+    assert cli.main(["replay", str(tmp_path / "run"), "--trust-remote-code"]) == 0
+
+
+def test_nobody_listens_in_a_job_of_one_process(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a socket was opened to listen on")
+
+    monkeypatch.setattr(socket.socket, "listen", refuse)
+    before = listening()
+    training.train(config_reader.load(tiny / "config.yaml", [f"output.dir={tmp_path}"]), Wire())
+    assert listening() <= before
+
+
+def listening() -> set[str]:
+    """Sockets of this process that listen (state 0A), also those of native code."""
+    inodes = set()
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                inodes.add(f"socket:[{fields[9]}]")
+    own = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            own.add(str(link.readlink()))
+    return inodes & own
