@@ -1,0 +1,276 @@
+"""What a slow link costs: step time on links of 1 Gbit/s to 1 Mbit/s against loopback, forward passes only and DDP.
+
+    python examples/benchmarks/wire.py [--json] [--shape opt-125m] [--rounds 5] [--steps 3] [--plot wire.png]
+
+Two ranks, one thread each, train the same model with random weights: on one virtual host over loopback, and on two
+virtual hosts whose links tc limits (needs root; see launcher/README.md). A step of mezo_dist is a MeZO step on
+the replicated engine with the wire of a real run; a step of DDP is forward, backward and SGD.
+
+Conditions take turns, a few steps each, so that a busy machine slows all of them alike; a ratio is the median of the
+ratios within a round. Bytes are read from the network card of host1, headers included; TCP payload is what is left
+without Ethernet, IP and TCP headers. A token bucket lets a step's few packets through at once, where a real line needs
+time to put them out; that time, all bytes of a step at the line's rate, is added to the measured one.
+
+A DDP step that takes longer than --patience seconds is not waited for: its time is the bytes of a step, as counted at
+1 Gbit/s, over the bytes per second that the card is seen to send. Such figures are marked with a ~.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from mezo_dist.launcher.hosts import Cluster, Counters, cluster
+from step_cost import SHAPES, make_batch, make_model
+
+from mezo_dist.algorithms.base import Evaluation, Problem, Update
+from mezo_dist.algorithms.mezo import Mezo, MezoConfig
+from mezo_dist.directions.field import Field
+from mezo_dist.engines.replicated import Replicated
+from mezo_dist.evaluation import Evaluator
+from mezo_dist.objectives import LabelWords
+from mezo_dist.wire import Wire, connect
+
+RATES = {"1gbit": 1e9, "100mbit": 1e8, "10mbit": 1e7, "1mbit": 1e6}
+"""Bits per second."""
+SAMPLES, TOKENS, LR = 8, 32, 1e-6
+"""Of a rank's micro-batch."""
+HEADERS = 14 + 20 + 32
+"""Bytes of Ethernet, IPv4 and TCP (with time stamps) in a packet."""
+LOOPBACK = "loopback"
+
+
+def mezo_step(shape: str, wire: Wire) -> Callable[[], None]:
+    """A training step as `mezo_dist.training` takes it: plan, evaluate with one all-reduce, update, apply."""
+    model = make_model(shape)
+    first = make_batch(SAMPLES, TOKENS)
+    batch = [first, dataclasses.replace(first, slots=tuple(range(SAMPLES, 2 * SAMPLES)))]
+    evaluator = Evaluator(Replicated(model, Field("gaussian")), LabelWords(model, [100, 200], first), wire)
+    planner = Mezo(MezoConfig(lr=LR), Problem(seed=0, num_steps=10**6, batch_size=2 * SAMPLES, full_size=2 * SAMPLES))
+    state, number = planner.init(), 0
+
+    def take() -> None:
+        nonlocal state, number
+        request: Evaluation | Update = planner.plan(state, number)
+        assert isinstance(request, Evaluation)
+        losses = evaluator.losses(request, batch, ("benchmark", number))
+        assert losses is not None
+        update = planner.update(state, number, [losses])
+        assert isinstance(update, Update)
+        evaluator.engine.apply(update.combination, rounding_seed=number)
+        state, number = update.state, number + 1
+
+    return take
+
+
+def ddp_step(shape: str, wire: Wire) -> Callable[[], None]:
+    """Forward, backward with gradients averaged over the ranks, SGD; as many tokens as a rank of `mezo_step` has."""
+    model = torch.nn.parallel.DistributedDataParallel(make_model(shape))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    ids = make_batch(SAMPLES, TOKENS).inputs["input_ids"]
+
+    def take() -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    return take
+
+
+STEPS = {"mezo": mezo_step, "ddp": ddp_step}
+
+
+def work(kind: str, shape: str) -> None:
+    """A rank: for every number on standard input take so many steps; answer with seconds and payload bytes per step."""
+    torch.set_num_threads(1)
+    wire = connect(timeout_s=3600)
+    take = STEPS[kind](shape, wire)
+    take()
+    print("READY", flush=True)
+    for line in sys.stdin:
+        wire.barrier()
+        began, sent = time.perf_counter(), wire.payload_bytes
+        for _ in range(int(line)):
+            take()
+        seconds = (time.perf_counter() - began) / int(line)
+        print("STEP", seconds, (wire.payload_bytes - sent) / int(line), flush=True)
+
+
+class Pair:
+    """Two ranks of a kind, on two hosts or, if these are the same, over loopback."""
+
+    def __init__(self, made: Cluster, hosts: tuple[str, str], kind: str, shape: str, port: int) -> None:
+        address = "127.0.0.1" if hosts[0] == hosts[1] else hosts[0]
+        command = [sys.executable, __file__, "--worker", kind, "--shape", shape]
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        self.ranks = [
+            made.popen(
+                host,
+                ["env", *(f"{name}={value}" for name, value in {**shared, "RANK": str(rank)}.items()), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for rank, host in enumerate(hosts)
+        ]
+        for rank in self.ranks:
+            _answer(rank, "READY")
+
+    def ask(self, num_steps: int) -> None:
+        """Have both ranks take steps."""
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(f"{num_steps}\n")
+            rank.stdin.flush()
+
+    def answer(self) -> tuple[float, float]:
+        """Wait for them; seconds per step of the slower rank, payload bytes per step."""
+        found = [_answer(rank, "STEP") for rank in self.ranks]
+        return max(seconds for seconds, _ in found), found[0][1]
+
+    def close(self) -> None:
+        """End both ranks."""
+        for rank in self.ranks:
+            rank.kill()
+
+
+def _answer(rank: subprocess.Popen[str], word: str) -> list[float]:
+    assert rank.stdout is not None
+    for line in rank.stdout:
+        if line.startswith(word):
+            return [float(part) for part in line.split()[1:]]
+    raise RuntimeError(f"a rank ended with status {rank.wait()}")
+
+
+def measure_mezo(made: Cluster, shape: str, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
+    """Condition -> figures of a step of mezo_dist."""
+    local = Pair(made, ("host1", "host1"), "mezo", shape, 29501)
+    apart = Pair(made, ("host1", "host2"), "mezo", shape, 29502)
+    times: dict[str, list[float]] = {name: [] for name in (LOOPBACK, *RATES)}
+    sent: dict[str, list[Counters]] = {name: [] for name in RATES}
+    payload = 0.0
+    for round_number in range(rounds + 1):  # the first warms up and does not count
+        for name, values in times.items():
+            made.rate(None if name == LOOPBACK else name)
+            pair, before = (local if name == LOOPBACK else apart), made.counters("host1")
+            pair.ask(num_steps)
+            seconds, payload = pair.answer()
+            if round_number:
+                values.append(seconds)
+                if name != LOOPBACK:
+                    sent[name].append(made.counters("host1") - before)
+    local.close()
+    apart.close()
+    found = {LOOPBACK: {"seconds": statistics.median(times[LOOPBACK]), "over_loopback": 1.0}}
+    for name, rate in RATES.items():
+        # The barrier before the steps is a round like theirs.
+        of_a_step = rounds * (num_steps + 1)
+        num_bytes = sum(counters.sent_bytes for counters in sent[name]) / of_a_step
+        packets = sum(counters.sent_packets for counters in sent[name]) / of_a_step
+        line_s = num_bytes * 8 / rate
+        ratios = [(there + line_s) / here for there, here in zip(times[name], times[LOOPBACK], strict=True)]
+        found[name] = {
+            "seconds": statistics.median(times[name]) + line_s,
+            "over_loopback": statistics.median(ratios),
+            "bytes": num_bytes,
+            "tcp_payload": num_bytes - packets * HEADERS,
+            "payload": payload,
+        }
+    return found
+
+
+def measure_ddp(made: Cluster, shape: str, patience_s: float) -> dict[str, dict[str, float]]:
+    """Condition -> figures of a step of DDP."""
+    made.rate(None)
+    local = Pair(made, ("host1", "host1"), "ddp", shape, 29503)
+    local.ask(1)
+    found = {LOOPBACK: {"seconds": local.answer()[0]}}
+    local.close()
+    apart = Pair(made, ("host1", "host2"), "ddp", shape, 29504)
+    num_bytes = 0.0
+    for name in RATES:
+        made.rate(name)
+        began, before = time.monotonic(), made.counters("host1")
+        apart.ask(1)
+        if num_bytes * 8 / RATES[name] < patience_s:
+            found[name] = {"seconds": apart.answer()[0], "projected": 0.0}
+            num_bytes = num_bytes or (made.counters("host1") - before).sent_bytes
+        else:
+            time.sleep(patience_s / 2)  # long past the forward pass
+            began, before = time.monotonic(), made.counters("host1")
+            time.sleep(patience_s / 2)
+            rate = (made.counters("host1") - before).sent_bytes / (time.monotonic() - began)
+            found[name] = {"seconds": found[LOOPBACK]["seconds"] + num_bytes / rate, "projected": 1.0}
+            made.rate(None)
+            apart.answer()
+        found[name] |= {"over_loopback": found[name]["seconds"] / found[LOOPBACK]["seconds"], "bytes": num_bytes}
+    apart.close()
+    return found
+
+
+def show(kind: str, found: dict[str, dict[str, float]]) -> None:
+    """A table."""
+    print(f"\n{kind:12} {'s per step':>12} {'/ loopback':>12} {'bytes sent':>14} {'TCP payload':>12} {'payload':>9}")
+    for name, row in found.items():
+        mark = "~" if row.get("projected") else ""
+        numbers = [f"{row[key]:.0f}" if key in row else "" for key in ("bytes", "tcp_payload", "payload")]
+        ratio = f"{mark}{row.get('over_loopback', 1.0):.3f}"
+        print(f"{name:12} {mark + format(row['seconds'], '.3f'):>12} {ratio:>12}", end="")
+        print(f" {numbers[0]:>14} {numbers[1]:>12} {numbers[2]:>9}")
+
+
+def plot(path: str, results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Step time over the rate of the link."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for kind, found in results.items():
+        (line,) = axes.plot(RATES.values(), [found[name]["seconds"] for name in RATES], "o-", label=kind)
+        axes.axhline(found[LOOPBACK]["seconds"], linestyle=":", color=line.get_color())
+    axes.set(xscale="log", yscale="log", xlabel="link, bit/s", ylabel="seconds per step (dotted: loopback)")
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    """Measure, print a table, plot and, with --json, print one last line for machines."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="steps of mezo_dist in each condition of a round")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds that a DDP step may take")
+    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("--worker", choices=STEPS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        work(given.worker, given.shape)
+        return
+    with cluster(2) as made:
+        mezo = measure_mezo(made, given.shape, given.rounds, given.steps)
+        show("mezo_dist", mezo)
+        ddp = measure_ddp(made, given.shape, given.patience)
+        show("DDP", ddp)
+    if given.plot:
+        plot(given.plot, {"mezo_dist": mezo, "DDP": ddp})
+    if given.json:
+        slow = mezo["1mbit"]
+        figures = {
+            "payload_bytes_per_step": round(slow["payload"]),
+            "tcp_payload_bytes_per_step": round(slow["tcp_payload"]),
+            "bytes_per_step": round(slow["bytes"]),
+            "time_1mbit_over_loopback": round(slow["over_loopback"], 3),
+            "ddp_bytes_per_step": round(ddp["1mbit"]["bytes"]),
+            "ddp_time_1mbit_over_loopback": round(ddp["1mbit"]["over_loopback"]),
+        }
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

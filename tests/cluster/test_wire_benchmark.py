@@ -1,0 +1,36 @@
+"""The benchmark of slow links, on a tiny model: what a step puts on the wire, as the network card counts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, need
+
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
+
+
+def test_a_step_sends_a_few_hundred_bytes_whatever_the_link(tmp_path: Path) -> None:
+    need({})
+    given = ["--shape=tiny", "--rounds=1", "--steps=20", "--patience=2", "--json", f"--plot={tmp_path / 'wire.png'}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "benchmarks" / "wire.py"), *given],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["payload_bytes_per_step"] == 256
+    # gloo puts its own few words before each message; the card counts those, and headers and acknowledgements.
+    assert 256 <= figures["tcp_payload_bytes_per_step"] < figures["bytes_per_step"] < 2048
+    weights = 3_000_000
+    assert figures["ddp_bytes_per_step"] > 4 * weights, "a gradient of all weights"
+    assert (tmp_path / "wire.png").stat().st_size > 1000
