@@ -15,10 +15,10 @@ endif
 
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint format clean
+.PHONY: help quickstart test test-long check lint format clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on two processes; takes minutes
 	$(BIN)/python -m mezo_dist.assets demo:smollm2-135m demo:movie-sentences
@@ -27,8 +27,11 @@ quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on
 test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
 	$(BIN)/python -m pytest $(ARGS)
 
+test-long: .venv/installed-dev ## real launches on virtual hosts, kills: what `make test` leaves out
+	$(BIN)/python -m pytest -m long $(ARGS)
+
 check: lint ## lint and the quick unit tests: for before a commit
-	$(BIN)/python -m pytest tests/unit -m "not assets and not distributed and not slow" $(ARGS)
+	$(BIN)/python -m pytest tests/unit -m "not assets and not distributed and not slow and not long" $(ARGS)
 
 lint: .venv/installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ import yaml
 from mezo_dist import cli, trajectory
 from mezo_dist.config import RunConfig
 from mezo_dist.config_reader import load
+from mezo_dist.directions.combination import ZERO
 from mezo_dist.tasks.task import ANSWER, Task
 from mezo_dist.testing import WORDS, tiny_model, tiny_tokenizer
 
@@ -110,6 +111,8 @@ def test_it_trains(path: Path, task: Path | None, tmp_path: Path, capsys: pytest
     config = load(path, given)
     small = {
         "model.name": write_model(config, tmp_path / "model"),
+        "model.trainable": '["*"]',  # patterns name weights of the config's own model
+        "model.freeze": "[]",
         "task.data": write_data(config.task, tmp_path / "data"),
         "task.splits.train.size": 12,
         "task.splits.validation.size": 6,
@@ -126,8 +129,8 @@ def test_it_trains(path: Path, task: Path | None, tmp_path: Path, capsys: pytest
     assert results["steps"] == 3
     assert results["skipped_steps"] == 0
     assert config.task.metric in results["validation"]
-    _, steps = trajectory.read(tmp_path / "run" / "trajectory.jsonl")
-    assert all(step.combination for step in steps), "every step moves the weights"
+    steps = trajectory.read(tmp_path / "run" / "trajectory.jsonl").steps
+    assert all(step.update not in ("", trajectory.digest(ZERO)) for step in steps), "every step moves the weights"
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert resolved["algorithm"] == config.to_dict()["algorithm"]
 

@@ -33,11 +33,16 @@ RUN, SAME_WITHOUT_HUB, MAKE = "run", "check the settings", "see the Makefile's o
 HOW = {
     "make quickstart": MAKE,
     "make test": MAKE,
-    "mezo-dist train configs/quickstart.yaml --model.name=Qwen/Qwen3-0.6B --output.dir=runs/qwen": SAME_WITHOUT_HUB,
+    "mezo-dist train configs/quickstart.yaml --model.name=Qwen/Qwen3-0.6B '--model.trainable=[\"*norm*\"]' "
+    "--output.dir=runs/qwen": SAME_WITHOUT_HUB,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml": RUN,
+    "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml --engine.name=fsdp "
+    "--output.dir=runs/sharded": RUN,
     "mezo-dist evaluate runs/quickstart --split validation": RUN,
     "mezo-dist evaluate runs/quickstart --step 0": RUN,
     "mezo-dist export runs/quickstart my-model": RUN,
+    "mezo-dist replay runs/quickstart": RUN,
+    "mezo-dist report runs/quickstart": RUN,
     "tensorboard --logdir runs/quickstart": "tensorboard --inspect --logdir runs/quickstart",
     "mezo-dist train configs/quickstart.yaml --output.if_exists=resume": RUN,
 }
@@ -96,7 +101,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
     assert results["steps"] == 3
     assert {"before", "after", "validation"} <= results.keys()
     assert (run / "config.yaml").read_text().startswith("# sha256")
-    assert len((run / "trajectory.jsonl").read_text().splitlines()) == 1 + 3
+    assert len((run / "trajectory.jsonl").read_text().splitlines()) == 1 + 3 + 1  # header, steps, fingerprint
     assert list((run / "tensorboard").iterdir())
     check = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     for folder in (run / "model", tmp_path / "my-model"):
