@@ -23,6 +23,14 @@ from mezo_dist.testing import PRELOAD
 
 PATIENCE_S = 120.0
 """For a job that takes seconds, on a busy machine."""
+STEPS = 12
+OPTIONS = ["--output.test=false", "--output.export=false", "--output.snapshot_every=4"]
+
+
+def arguments(root: Path, folder: Path, *more: str) -> list[str]:
+    """The command line of a run of ``root``'s config (see conftest.py) in ``folder``, begun or gone on with."""
+    resume = "--output.if_exists=resume"
+    return ["train", str(root / "config.yaml"), f"--output.dir={folder}", resume, *OPTIONS, *more]
 
 
 class Trap(Protocol):
@@ -142,15 +150,9 @@ def start(
         job.end()
 
 
-def run(
-    folder: Path,
-    world_size: int,
-    arguments: Sequence[str],
-    fault: Trap | None = None,
-    more: Mapping[int, Sequence[str]] | None = None,
-) -> tuple[list[int], str]:
-    """Exit statuses and error output of a job; see `start`."""
-    with start(folder, world_size, arguments, fault, more) as job:
+def run(*args: Any, **kwargs: Any) -> tuple[list[int], str]:
+    """Exit statuses and error output of a job, with `start`'s arguments."""
+    with start(*args, **kwargs) as job:
         return job.wait(), job.output()
 
 

@@ -17,29 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from mezo_dist import checkpoint, cli, config_reader, training, trajectory
-from mezo_dist.testing import write_tiny_config, write_tiny_data
-from mezo_dist.wire import Wire
-from tests.faults.jobs import Fault, run, start, steps_of
+from mezo_dist import checkpoint, cli, trajectory
+from mezo_dist.testing import write_tiny_data
+from tests.faults.jobs import STEPS, Fault, arguments, run, start, steps_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
-STEPS = 12
-OPTIONS = ["--output.test=false", "--output.export=false", "--output.snapshot_every=4"]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, and the undisturbed run of it in undisturbed/."""
-    root = tmp_path_factory.mktemp("faults")
-    write_tiny_config(root, "llama-tied", "mezo-svrg", steps=STEPS)
-    config = config_reader.load(root / "config.yaml", [*OPTIONS, f"--output.dir={root / 'undisturbed'}"])
-    training.train(config, Wire())
-    return root
-
-
-def arguments(root: Path, folder: Path, *more: str) -> list[str]:
-    resume = "--output.if_exists=resume"
-    return ["train", str(root / "config.yaml"), f"--output.dir={folder}", resume, *OPTIONS, *more]
 
 
 def weights(folder: Path) -> str:
@@ -85,7 +67,7 @@ def test_a_rank_that_hangs_is_named_with_the_step(root: Path, tmp_path: Path) ->
     with start(tmp_path, 3, arguments(root, tmp_path / "run", *options), stopped) as job:
         for rank in (0, 2):
             job.processes[rank].join(60)
-        assert [process.exitcode for process in job.processes] == [2, None, 2], job.output()
+        assert [process.exitcode for process in job.processes] == [75, None, 75], job.output()
         output = job.output()
     assert "step 6: waiting for rank(s) [1] for 1 s" in output
     assert output.count("error: step 6: rank(s) [1] stopped, or did not answer within distributed.timeout_s") == 2
@@ -237,7 +219,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
         folder = disk / "run"
         options = ["--output.snapshot_every=0"]
         codes, output = run(tmp_path, 2, arguments(root, folder, *options), FullDisk(str(disk), "append", 6, 0))
-        assert codes == [2, 2], output
+        assert codes == [2, 75], output
         assert "(No space left on device)" in output
         assert "make room, then go on with --output.if_exists=resume" in output
         assert "Traceback" not in output

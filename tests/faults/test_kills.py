@@ -15,32 +15,14 @@ from typing import Any
 
 import pytest
 
-from mezo_dist import config_reader, training, trajectory
-from mezo_dist.testing import write_tiny_config
-from mezo_dist.wire import Wire
-from tests.faults.jobs import Fault, kill_at_random, run, start, steps_of
+from mezo_dist import trajectory
+from mezo_dist.wire import LostRankError
+from tests.faults.jobs import STEPS, Fault, arguments, kill_at_random, run, start, steps_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
 KILLS = 5
 GRACE_S = 5.0  # as launchers do, see `Job.wait`
-OPTIONS = ["--output.test=false", "--output.export=false", "--output.snapshot_every=4"]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, and the undisturbed run of it in undisturbed/, on one process."""
-    root = tmp_path_factory.mktemp("kills")
-    write_tiny_config(root, "llama-tied", "mezo-svrg", steps=STEPS)
-    config = config_reader.load(root / "config.yaml", [*OPTIONS, f"--output.dir={root / 'undisturbed'}"])
-    training.train(config, Wire())
-    return root
-
-
-def arguments(root: Path, folder: Path, *more: str) -> list[str]:
-    resume = "--output.if_exists=resume"
-    return ["train", str(root / "config.yaml"), f"--output.dir={folder}", resume, *OPTIONS, *more]
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -78,7 +60,7 @@ def test_killed_at_a_chosen_moment(root: Path, tmp_path: Path, moment: str) -> N
     folder = tmp_path / "run"
     codes, output = run(tmp_path, 2, arguments(root, folder), fault)
     assert codes[fault.rank] == -signal.SIGKILL, output
-    assert codes[1 - fault.rank] == 2, output
+    assert codes[1 - fault.rank] == LostRankError.exit_status, output
     assert re.search(r"error: (start|step \d+): another rank stopped, or did not answer", output)
     before = steps_of(folder) if (folder / "trajectory.jsonl").exists() else []
     assert before == steps_of(root / "undisturbed")[: len(before)]
@@ -120,7 +102,7 @@ def test_killed_at_random_moments(root: Path, tmp_path: Path) -> None:
             finished, done = finished + 1, 0
         else:
             assert struck, job.output()
-            assert set(codes) <= {2, -signal.SIGKILL}, job.output()
+            assert set(codes) <= {LostRankError.exit_status, -signal.SIGKILL}, job.output()
 
 
 def test_torchrun_restarts_what_was_killed(root: Path, tmp_path: Path) -> None:
