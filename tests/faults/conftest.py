@@ -1,0 +1,22 @@
+"""The job that the tests in this folder disturb, and what it comes to when nobody does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mezo_dist import config_reader, training
+from mezo_dist.testing import write_tiny_config
+from mezo_dist.wire import Wire
+from tests.faults.jobs import OPTIONS, STEPS
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config, and the undisturbed run of it in undisturbed/, on one process."""
+    root = tmp_path_factory.mktemp("faults")
+    write_tiny_config(root, "llama-tied", "mezo-svrg", steps=STEPS)
+    config = config_reader.load(root / "config.yaml", [*OPTIONS, f"--output.dir={root / 'undisturbed'}"])
+    training.train(config, Wire())
+    return root
