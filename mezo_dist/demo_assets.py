@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import shutil
@@ -134,17 +135,22 @@ def _smollm2(files: Files, out: Path) -> None:
 
 
 def _save_unquantised(model: PreTrainedModel, out: Path) -> None:
-    """Save a model read from GGUF, whose own `save_pretrained` refuses, as an ordinary safetensors folder."""
-    import torch
+    """Save a model read from GGUF as an ordinary safetensors folder.
 
-    settings = model.config.to_dict()
-    settings.pop("quantization_config", None)
-    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-        plain = type(model)(type(model.config).from_dict(settings))
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.generation_config = model.generation_config
-    plain.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # written 0600, but users may share a cache
+    Its own `save_pretrained` refuses quantised models and, in a process group, writes nothing on ranks other than 0;
+    the rank that prepares an asset may be any.
+    """
+    from safetensors.torch import save_file
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(out)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(out)
+    # Parameters are named once, also those that are tied; there are no buffers that a checkpoint holds.
+    save_file(dict(model.named_parameters()), out / "model.safetensors", {"format": "pt"})
 
 
 def _rated_sentences(name: str, files: Files, out: Path) -> None:

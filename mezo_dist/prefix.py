@@ -137,11 +137,8 @@ def attach_prefix(model: nn.Module, groups: Sequence[Inputs], limit: int) -> Run
         model: weights that must not change have ``requires_grad`` off.
         groups: inputs of all micro-batches of the data, each of which goes through the prefix at once; on the first one
             the shortcut is compared with the whole way.
-        limit: bytes of hidden states to remember per process; 0: no shortcut.
+        limit: bytes of hidden states to remember per process.
     """
-
-    if not limit:
-        return run_whole
     probe = groups[0]
     with torch.no_grad():
         blocks, reason = find_prefix(model, probe)

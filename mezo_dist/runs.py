@@ -237,9 +237,10 @@ def _objective(weights: Weights, encoder: Encoder, rows: Rows, splits: dict[str,
 
 def _run_model(weights: Weights, splits: dict[str, list[Sample]]) -> RunModel:
     settings, loaded = weights.config.train, weights.loaded
+    if not settings.prefix_gib or all(parameter.requires_grad for parameter in loaded.model.parameters()):
+        return run_whole
     if weights.engine.layout.is_sharded:
-        if weights.config.model.trainable != ("*",) and settings.prefix_gib:
-            log.info("frozen blocks are computed every time: ranks must gather alike, whatever samples they remember")
+        log.info("frozen blocks are computed every time: ranks must gather alike, whatever samples they remember")
         return run_whole
     groups = [m.inputs for split in splits.values() for m in cut(split, settings.micro_batch, loaded.pad_id)]
     return attach_prefix(loaded.model, groups, int(settings.prefix_gib * 2**30))

@@ -57,8 +57,15 @@ def load_rows(task: Task) -> Rows:
                 f"{len(source)}, of which {start} are taken by the splits before; make a split smaller"
             )
         taken[split.source] = start + size
-        rows[name] = [source[i] for i in order[start : start + size]]
+        rows[name] = _read_rows(task.data, source, order[start : start + size])
     return Rows(**rows)
+
+
+def _read_rows(name: str, source: Any, indices: list[int]) -> list[Row]:
+    try:
+        return [source[i] for i in indices]
+    except UnicodeDecodeError as error:  # pyarrow does not look into short strings when it reads a file
+        raise UserError(f"task.data: {name} is not UTF-8 ({error}): convert it") from error
 
 
 def _permutation(size: int, seed: int, source: str) -> list[int]:

@@ -111,8 +111,10 @@ def test_r8(tmp_path: Path) -> None:
     assert list(rows) == ["test", "train"]
 
 
-def test_model_read_from_gguf_is_saved_plain(tmp_path: Path) -> None:
+def test_model_read_from_gguf_is_saved_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by rank 1 of a job, where transformers' own `save_pretrained` writes nothing."""
     import torch
+    import torch.distributed as dist
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -126,7 +128,10 @@ def test_model_read_from_gguf_is_saved_plain(tmp_path: Path) -> None:
     )
     model = LlamaForCausalLM(config)
     model.config.quantization_config = {"quant_method": "gguf"}
-    demo_assets._save_unquantised(model, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: True)
+        patch.setattr(dist, "get_rank", lambda *_: 1)
+        demo_assets._save_unquantised(model, tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(reloaded.config, "quantization_config")
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight

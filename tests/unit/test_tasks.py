@@ -154,6 +154,13 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, expected: s
     assert str(caught.value).startswith("task.data: " + expected.format(path=path, folder=path.parent))
 
 
+def test_text_that_is_not_utf8_and_that_the_reader_lets_pass(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"text": "\x80", "label": 0}\n' * 20)
+    with pytest.raises(UserError, match=r"task\.data: .*latin\.jsonl.*(UTF-8|Invalid)"):
+        load_rows(task(data=str(path)))
+
+
 def test_a_folder_of_mixed_types(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_csv(tmp_path / "train.csv", ROWS)
