@@ -38,7 +38,7 @@ Objective = Callable[[nn.Module, MicroBatch], Scores]
 
 def classifier(model: nn.Module, batch: MicroBatch, run: RunModel = run_whole) -> Scores:
     """Cross-entropy of a classification head."""
-    return _cross_entropy(run(model, _on_device(model, batch)).logits, batch.labels)
+    return _cross_entropy(run(model, _on_device(model, batch), None), batch.labels)
 
 
 class LabelWords:
@@ -92,15 +92,8 @@ class LabelWords:
 
     def _logits(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """[n, classes]"""
-        positions = batch.positions.to(self._label_ids.device)
-        if self._readout is None:
-            logits = self._run(model, _on_device(model, batch)).logits
-            return logits[torch.arange(len(positions), device=positions.device), positions][:, self._label_ids]
-        token = Readout.at(positions)
-        try:
-            return self._run(model, _on_device(model, batch)).logits[:, 0]
-        finally:
-            Readout.reset(token)
+        logits = self._run(model, _on_device(model, batch), batch.positions.to(self._label_ids.device))
+        return logits[:, self._label_ids] if self._readout is None else logits
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Scores:

@@ -1,8 +1,12 @@
-"""The frozen prefix: leading blocks that nothing trainable comes before, run once per sample and remembered.
+"""The frozen prefix: the leading modules that nothing trainable comes before, run once per sample and remembered.
 
-With only the last blocks trainable, most of a forward pass computes what it computed before: hidden states that depend
-on the sample and on nothing that is ever changed. They are kept, and the blocks before them skipped. They come from
-forward passes of fixed groups of samples, so they have the same bits on any number of ranks, whoever needs them first.
+With only the last weights trainable, most of a forward pass computes what it computed before: hidden states that depend
+on the sample and on nothing that is ever changed. They are kept, and the modules before them skipped: leading blocks,
+and the leading children (attention, say) of the block after them. If all that is left works position by position, only
+the hidden state where the answer is read is kept, and the rest of the model runs on one token per sample.
+
+Hidden states come from forward passes of fixed groups of samples, so they have the same bits on any number of ranks,
+whoever needs them first.
 """
 
 from __future__ import annotations
@@ -11,162 +15,266 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from mezo_dist.engines.units import find_blocks
+from mezo_dist.readout import Readout
 
 log = logging.getLogger(__name__)
 Inputs = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` (padding on the right) and maybe more, each [n, length]."""
-RunModel = Callable[[nn.Module, Inputs], Any]
-"""Calls a model on inputs."""
+RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
+"""Calls a model on inputs; its logits. Given positions (int64 [n]): [n, rows], sample i's at positions[i]."""
+Group = tuple[Inputs, Tensor | None]
+"""A micro-batch: inputs, and the positions that its logits are read at (None: a classifier's, which finds its own)."""
 
-_entering: ContextVar[Tensor | None] = ContextVar("frozen_prefix", default=None)
-"""What the last block of the prefix gives, for the forward pass of this context; None: compute it, and stop there."""
+_known: ContextVar[Sequence[Any] | None] = ContextVar("prefix_known", default=None)
+"""What the modules at the prefix's end give in the forward pass of this context."""
+_recorded: ContextVar[list[Any] | None] = ContextVar("prefix_recorded", default=None)
+"""Where they write down what they give; the pass stops behind the last of them."""
 
 
 class _Reached(Exception):
     """Ends a forward pass at the end of the prefix."""
 
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+
+@dataclass(frozen=True)
+class End:
+    """A module whose output is remembered."""
+
+    module: nn.Module
+    nones: int = -1
+    """-1: it gives a tensor; else a tuple of one and so many Nones."""
+
+    @staticmethod
+    def of(module: nn.Module, output: Any, shape: torch.Size) -> End | None:
+        """None if the module gives something else than a vector per token, inputs being of ``shape`` [n, length]."""
+        first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
+        if not isinstance(first, Tensor) or first.shape[:2] != shape or any(item is not None for item in rest):
+            return None
+        return End(module, len(rest) if isinstance(output, tuple) else -1)
+
+    def given(self, tensor: Tensor) -> Any:
+        """The output that ``tensor`` was taken out of."""
+        return tensor if self.nones < 0 else (tensor, *[None] * self.nones)
 
 
-def run_whole(model: nn.Module, inputs: Inputs) -> Any:
-    """``model(**inputs)``; see `RunModel`."""
-    return model(**inputs)
+@dataclass(frozen=True)
+class Prefix:
+    """What need not be computed twice."""
+
+    blocks: tuple[nn.Module, ...] = ()
+    """In order; each block's output is the next one's first argument and goes nowhere else."""
+    ends: tuple[End, ...] = ()
+    """The last block, and the frozen children that the block after it calls first."""
+
+
+def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
+    """Every module computes; see `RunModel`."""
+    token = Readout.at(positions)
+    try:
+        logits: Tensor = model(**inputs).logits
+    finally:
+        Readout.reset(token)
+    if positions is None:
+        return logits
+    if logits.shape[1] == 1:  # read out already
+        return logits[:, 0]
+    return logits[torch.arange(len(positions), device=positions.device), positions]
 
 
 @final
 class FrozenPrefix:
-    """Runs a model from the end of its frozen prefix on.
+    """Runs a model from the end of its frozen prefix on: a `RunModel`.
 
-    Hooks into the prefix's blocks until `detach`; the model is to be called through this object only (a `RunModel`).
+    Hooks into the prefix's modules until `detach`; the model is to be called through this object only.
 
     Args:
-        blocks: the prefix, in order; each block's output is the next one's first argument and goes nowhere else.
+        prefix: from `find_prefix`.
         limit: bytes of hidden states to remember; the samples that were not needed for longest are forgotten first.
-        groups: inputs of samples that go through the prefix together; any other sample goes alone.
+        groups: samples that go through the prefix together; any other sample goes alone.
+        narrow: keep the hidden state at the sample's position only; calls must then name positions.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], limit: int, groups: Iterable[Inputs] = ()) -> None:
-        self._group_of = {key: group for group in groups for key, _ in _samples(group)}
-        self._limit = limit
-        self._used = 0
-        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
-        self.blocks = tuple(blocks)
-        self._forwards = [block.forward for block in blocks]
-        for block, forward in zip(blocks, self._forwards, strict=True):
-            replacement = _last(forward) if block is blocks[-1] else _skipped(forward)
-            block.forward = replacement
+    def __init__(self, prefix: Prefix, limit: int, groups: Iterable[Group] = (), *, narrow: bool = False) -> None:
+        self.prefix, self.narrow = prefix, narrow
+        self._limit, self._used = limit, 0
+        self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
+        self._forwards = {module: module.forward for module in [*prefix.blocks, *(end.module for end in prefix.ends)]}
+        for block in prefix.blocks[:-1]:
+            block.forward = _skipped(block.forward)
+        for index, end in enumerate(prefix.ends):
+            end.module.forward = _kept(end.module.forward, index, is_last=end is prefix.ends[-1])
 
-    def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
-        """``model(**inputs)``, hidden states of padding excepted (zeros where the prefix ends)."""
-        hidden = [self._of(model, key, sample) for key, sample in _samples(inputs)]
-        token = _entering.set(nn.utils.rnn.pad_sequence(hidden, batch_first=True))
+    def __call__(self, model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
+        """See `RunModel`. Hidden states of padding are zeros where the prefix ends."""
+        hidden = [self._of(model, key, sample) for key, sample in self._samples((inputs, positions))]
+        ends = zip(self.prefix.ends, zip(*hidden, strict=True), strict=True)
+        known = [end.given(nn.utils.rnn.pad_sequence(list(states), batch_first=True)) for end, states in ends]
+        token = _known.set(known)
         try:
-            return model(**inputs)
+            at = torch.zeros_like(positions) if self.narrow and positions is not None else positions
+            return run_whole(model, inputs, at)
         finally:
-            _entering.reset(token)
+            _known.reset(token)
 
     def detach(self) -> None:
-        """Give the blocks their own forwards back."""
-        for block, forward in zip(self.blocks, self._forwards, strict=True):
-            block.forward = forward
+        """Give the modules their own forwards back."""
+        for module, forward in self._forwards.items():
+            module.forward = forward
 
-    def _of(self, model: nn.Module, key: bytes, sample: Inputs) -> Tensor:
-        """[length, features] of one sample, from memory if it is there."""
+    def _of(self, model: nn.Module, key: bytes, sample: Group) -> list[Tensor]:
+        """Of each end, [length, features] of one sample ([1, features] if narrow), from memory if it is there."""
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
         group = self._group_of.get(key, sample)
-        try:
-            model(**{name: tensor.to(sample[name].device) for name, tensor in group.items()})
-        except _Reached as reached:
-            found = {
-                other: hidden[: single["input_ids"].shape[1]].clone()
-                for (other, single), hidden in zip(_samples(group), reached.hidden, strict=True)
-            }
-            self._remember(found)
-            return found[key]
-        raise RuntimeError("a forward pass did not reach the end of the frozen prefix")
+        self._remember(found := dict(self._compute(model, group, sample[0]["input_ids"].device)))
+        return found[key]
 
-    def _remember(self, found: dict[bytes, Tensor]) -> None:
-        for key, hidden in found.items():
+    def _compute(self, model: nn.Module, group: Group, device: torch.device) -> Iterator[tuple[bytes, list[Tensor]]]:
+        outputs: list[Any] = []
+        token = _recorded.set(outputs)
+        try:
+            model(**{name: tensor.to(device) for name, tensor in group[0].items()})
+            raise RuntimeError("a forward pass did not reach the end of the frozen prefix")
+        except _Reached:
+            pass
+        finally:
+            _recorded.reset(token)
+        tensors = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+        for row, (key, (single, position)) in enumerate(self._samples(group)):
+            length = single["input_ids"].shape[1]
+            wanted = slice(length) if not self.narrow or position is None else slice(int(position), int(position) + 1)
+            yield key, [tensor[row, wanted].clone() for tensor in tensors]
+
+    def _remember(self, found: dict[bytes, list[Tensor]]) -> None:
+        for key, states in found.items():
             if key not in self._known:
-                self._known[key] = hidden
-                self._used += hidden.nbytes
+                self._known[key] = states
+                self._used += sum(state.nbytes for state in states)
         while self._used > self._limit:
             _, forgotten = self._known.popitem(last=False)
-            self._used -= forgotten.nbytes
+            self._used -= sum(state.nbytes for state in forgotten)
 
-
-def _samples(inputs: Inputs) -> Iterator[tuple[bytes, Inputs]]:
-    """Each sample of a micro-batch by itself, without padding, and a key that tells it from all others."""
-    for i, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
-        sample = {name: tensor[i : i + 1, :length] for name, tensor in inputs.items()}
-        yield b"|".join(sample[name].cpu().numpy().tobytes() for name in sorted(sample)), sample
+    def _samples(self, group: Group) -> Iterator[tuple[bytes, Group]]:
+        """Each sample of a micro-batch by itself, without padding, and a key that tells it from all others."""
+        inputs, positions = group
+        for i, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
+            sample = {name: tensor[i : i + 1, :length] for name, tensor in inputs.items()}
+            key = b"|".join(sample[name].cpu().numpy().tobytes() for name in sorted(sample))
+            position = None if positions is None else positions[i : i + 1]
+            yield key + (b"" if position is None else b"@%d" % int(position)), (sample, position)
 
 
 def _skipped(real: Callable[..., Any]) -> Callable[..., Any]:
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return real(hidden, *args, **kwargs) if _entering.get() is None else hidden
+        return real(hidden, *args, **kwargs) if _known.get() is None else hidden
 
     return forward
 
 
-def _last(real: Callable[..., Any]) -> Callable[..., Any]:
+def _kept(real: Callable[..., Any], index: int, *, is_last: bool) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        known = _entering.get()
-        if known is None:
-            raise _Reached(real(*args, **kwargs))
-        return known
+        known, recorded = _known.get(), _recorded.get()
+        if known is not None:
+            return known[index]
+        output = real(*args, **kwargs)
+        if recorded is not None:
+            recorded.append(output)
+            if is_last:
+                raise _Reached
+        return output
 
     return forward
 
 
-def attach_prefix(model: nn.Module, groups: Sequence[Inputs], limit: int) -> RunModel:
+def attach_prefix(model: nn.Module, groups: Sequence[Group], limit: int) -> RunModel:
     """How to run ``model`` on inputs: from the end of its frozen prefix on where it has one, else as it is.
 
     The log says what is done, and why a prefix that is there cannot be used.
 
     Args:
         model: weights that must not change have ``requires_grad`` off.
-        groups: inputs of all micro-batches of the data, each of which goes through the prefix at once; on the first one
-            the shortcut is compared with the whole way.
+        groups: all micro-batches of the data, each of which goes through the prefix at once; on the first one the
+            shortcut is compared with the whole way.
         limit: bytes of hidden states to remember per process.
     """
-    probe = groups[0]
+    inputs, positions = probe = groups[0]
     with torch.no_grad():
-        blocks, reason = find_prefix(model, probe)
-        if blocks:
-            prefix = FrozenPrefix(blocks, limit)
-            short = prefix(model, probe).logits
-            prefix.detach()
-            if _agree(short, run_whole(model, probe).logits, probe["attention_mask"]):
-                log.info("the first %d blocks are frozen: each sample goes through them once", len(blocks))
-                return FrozenPrefix(blocks, limit, groups)
+        prefix, reason = find_prefix(model, inputs)
+        if prefix.blocks:
+            whole = run_whole(model, inputs, positions)
+            for narrow in [True, False] if positions is not None else [False]:
+                if _agrees(model, FrozenPrefix(prefix, limit, [probe], narrow=narrow), probe, whole):
+                    inner = len(prefix.ends) - 1
+                    log.info(
+                        "the first %d blocks%s are frozen: each sample goes through them once; from there on, %s",
+                        len(prefix.blocks),
+                        f" and {inner} modules of the next one" * bool(inner),
+                        "only the token at its answer" if narrow else "all its tokens",
+                    )
+                    return FrozenPrefix(prefix, limit, groups, narrow=narrow)
             reason = "skipping them changes the logits"
     if reason:
         log.info("the first blocks are frozen, but every forward pass computes them: %s", reason)
     return run_whole
 
 
-def _agree(short: Tensor, whole: Tensor, mask: Tensor) -> bool:
-    if short.dim() == 3 and short.shape[1] == mask.shape[1]:  # logits of padding are nobody's business
-        short, whole = short[mask.bool()], whole[mask.bool()]
-    return torch.allclose(short.float(), whole.float(), rtol=1e-2, atol=1e-2)
+def _agrees(model: nn.Module, prefix: FrozenPrefix, probe: Group, whole: Tensor) -> bool:
+    inputs, positions = probe
+    try:
+        short = prefix(model, inputs, positions)
+    except (RuntimeError, IndexError) as error:  # one token per sample where the model wants all of them
+        log.debug("the frozen prefix failed: %s", error)
+        return False
+    finally:
+        prefix.detach()
+    if positions is None and whole.dim() == 3 and short.shape == whole.shape:  # padding's logits are nobody's business
+        mask = inputs["attention_mask"].bool()
+        short, whole = short[mask], whole[mask]
+    return short.shape == whole.shape and torch.allclose(short.float(), whole.float(), rtol=1e-2, atol=1e-2)
 
 
-def find_prefix(model: nn.Module, probe: Inputs) -> tuple[list[nn.Module], str]:
-    """Leading blocks before whose end nothing trainable is used, as far as they hand one tensor on to one another.
+def find_prefix(model: nn.Module, probe: Inputs) -> tuple[Prefix, str]:
+    """Leading modules before whose end nothing trainable is used: blocks that hand one tensor on to one another, and
+    children of the block after them.
 
     Returns:
-        The blocks in the order of their calls, and why there are not more of them, if that is not for their weights.
+        The prefix, and why it has not more blocks, if that is not for their weights.
     """
+    called = _frozen_calls(model, probe)
+    blocks = set(find_blocks(model))
+    found: list[nn.Module] = []
+    last: tuple[End, ...] = ()
+    handed: Any = None
+    reason = ""
+    rest: Sequence[tuple[nn.Module, Any, Any]] = ()
+    for place, (block, args, output) in enumerate(called):
+        if block not in blocks:
+            continue
+        if not found and not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+            continue  # embeddings count as a block in some models; they are cheap, and may be called as they are
+        if block in found or not isinstance(output, Tensor):
+            reason = f"a {type(block).__name__} is called twice, or gives more than one tensor"
+            break
+        if found and (not args or args[0] is not handed):
+            reason = f"a {type(block).__name__} does not take what the one before it gives"
+            break
+        found.append(block)
+        last, handed, rest = (End(block),), output, called[place + 1 :]
+    if reason or not found:
+        return Prefix(tuple(found), last), reason
+    return Prefix(tuple(found), (*last, *_leading_children(blocks - set(found), rest, probe["input_ids"].shape))), ""
+
+
+def _frozen_calls(model: nn.Module, probe: Inputs) -> list[tuple[nn.Module, Any, Any]]:
+    """Module, arguments and output of all calls that end before anything trainable is used, in order."""
     called: list[tuple[nn.Module, Any, Any]] = []
     trainable = {m for m in model.modules() if any(p is not None and p.requires_grad for p in m._parameters.values())}
     reached = False
@@ -179,23 +287,26 @@ def find_prefix(model: nn.Module, probe: Inputs) -> tuple[list[nn.Module], str]:
         if not reached:
             called.append((module, args, output))
 
-    blocks = set(find_blocks(model))
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    hooks += [block.register_forward_hook(leave) for block in blocks]
+    hooks += [module.register_forward_hook(leave) for module in model.modules()]
     try:
         model(**probe)
     finally:
         for hook in hooks:
             hook.remove()
-    prefix: list[nn.Module] = []
-    handed: Any = None
-    for block, args, output in called:
-        if not prefix and not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
-            continue  # embeddings count as a block in some models; they are cheap, and may be called as they are
-        if block in prefix or not isinstance(output, Tensor):
-            return prefix, f"a {type(block).__name__} is called twice, or gives more than one tensor"
-        if prefix and (not args or args[0] is not handed):
-            return prefix, f"a {type(block).__name__} does not take what the one before it gives"
-        prefix.append(block)
-        handed = output
-    return prefix, ""
+    return called
+
+
+def _leading_children(
+    blocks: set[nn.Module], called: Sequence[tuple[nn.Module, Any, Any]], shape: torch.Size
+) -> list[End]:
+    """Of the one of ``blocks`` that was entered, the children that gave one tensor each before anything trainable."""
+    ends: list[End] = []
+    for block in blocks:
+        children = set(block.children())
+        for child, _, output in (call for call in called if call[0] in children):
+            end = End.of(child, output, shape)
+            if end is None or any(end.module is other.module for other in ends):
+                break
+            ends.append(end)
+    return ends

@@ -242,5 +242,6 @@ def _run_model(weights: Weights, splits: dict[str, list[Sample]]) -> RunModel:
     if weights.engine.layout.is_sharded:
         log.info("frozen blocks are computed every time: ranks must gather alike, whatever samples they remember")
         return run_whole
-    groups = [m.inputs for split in splits.values() for m in cut(split, settings.micro_batch, loaded.pad_id)]
+    items = [item for split in splits.values() for item in cut(split, settings.micro_batch, loaded.pad_id)]
+    groups = [(item.inputs, None if loaded.kind == "classifier" else item.positions) for item in items]
     return attach_prefix(loaded.model, groups, int(settings.prefix_gib * 2**30))

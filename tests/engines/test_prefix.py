@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def with_frozen_blocks(kind: str, trainable: int = 1) -> Any:
 
 
 def attached(model: nn.Module, limit: int = GIB) -> Any:
-    return attach_prefix(model, [batch.inputs for batch in batches()], limit)
+    return attach_prefix(model, [(batch.inputs, batch.positions) for batch in batches()], limit)
 
 
 def losses(model: nn.Module, run: Any, groups: list[MicroBatch], before: Sequence[MicroBatch] = ()) -> torch.Tensor:
@@ -63,6 +64,37 @@ def test_losses_are_those_of_whole_passes(kind: str) -> None:
     run = attached(model)
     assert isinstance(run, FrozenPrefix)
     torch.testing.assert_close(losses(model, run, batches()), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainable", "inner", "is_narrow"),
+    [
+        ("llama", "*layers.1.post_attention_layernorm*", 2, True),  # its first norm and its attention are remembered
+        ("llama", "model.norm.*", 0, True),
+        ("llama", "*layers.1.mlp*", 3, True),
+        ("llama", "*layers.1.self_attn.v_proj*", 1, False),  # attention looks at all tokens
+        ("opt", "*layers.1.fc1*", 2, True),  # what comes then has samples and tokens in one dimension
+        ("bert", "*layer.1.output*", 2, True),
+        ("roberta", "*layer.1.intermediate*", 1, True),
+        ("distilbert", "*layer.1.ffn*", 2, True),
+    ],
+)
+def test_what_is_left_to_do_on_one_token_is_done_on_one_token(
+    kind: str, trainable: str, inner: int, is_narrow: bool
+) -> None:
+    def model() -> Any:
+        made = tiny_model(kind).requires_grad_(False)
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(fnmatch.fnmatch(name, trainable))
+        assert any(parameter.requires_grad for parameter in made.parameters())
+        return made
+
+    run = attached(shortened := model())
+    assert isinstance(run, FrozenPrefix)
+    assert (len(run.prefix.ends), run.narrow) == (1 + inner, is_narrow)
+    torch.testing.assert_close(
+        losses(shortened, run, batches()), losses(model(), run_whole, batches()), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_bits_do_not_depend_on_who_came_before_or_on_the_memory() -> None:
@@ -91,7 +123,7 @@ def test_memory_is_limited() -> None:
     run = attached(model, 3000)
     with torch.no_grad():
         for batch in batches():
-            run(model, batch.inputs)
+            run(model, batch.inputs, batch.positions)
     assert 0 < run._used <= 3000
 
 
@@ -104,14 +136,14 @@ def test_detached_model_runs_whole() -> None:
         assert torch.equal(model(**inputs).logits, untouched(**inputs).logits)
 
 
-@pytest.mark.parametrize("what", ["nothing is frozen", "embeddings are trainable", "limit 0"])
+@pytest.mark.parametrize("what", ["nothing is frozen", "embeddings are trainable"])
 def test_whole_passes_without_a_frozen_prefix(what: str) -> None:
     model = with_frozen_blocks("llama")
     if what == "nothing is frozen":
         model.requires_grad_(True)
     elif what == "embeddings are trainable":
         model.get_input_embeddings().requires_grad_(True)
-    assert attached(model, 0 if what == "limit 0" else GIB) is run_whole
+    assert attached(model) is run_whole
 
 
 def test_blocks_that_give_several_tensors_are_computed_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
