@@ -25,7 +25,7 @@ from mezo_dist.engines.zero import Zero
 from mezo_dist.errors import UserError
 from mezo_dist.testing import spawn, tiny_model
 from mezo_dist.wire import OutOfStepError, Wire
-from tests.engines.test_replicated import KINDS, TOYS, VARIANTS, Broken, explode, make
+from tests.engines.models import KINDS, TOYS, VARIANTS, Broken, explode, make
 
 pytestmark = pytest.mark.distributed
 

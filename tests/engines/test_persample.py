@@ -16,6 +16,7 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives import LabelWords, Objective, classifier
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model
+from tests.engines.models import sequence_classifier
 
 # Lengths that pad and places that are not the last; five samples in micro-batches of two: the last one is alone.
 SAMPLES = [
@@ -28,18 +29,6 @@ KINDS = ("llama", "llama-tied", "opt", "gpt2", "bert", "roberta", "distilbert", 
 
 def micro_batches() -> list[MicroBatch]:
     return cut(SAMPLES, 2, pad_id=0)
-
-
-def sequence_classifier() -> nn.Module:
-    import transformers as t
-
-    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = t.BertForSequenceClassification(
-            t.BertConfig(**size, intermediate_size=48, max_position_embeddings=64, num_labels=3)
-        )
-    return model.eval()
 
 
 def losses(model: nn.Module, field: Field, variants: list[Variant], objective: Objective) -> Tensor:

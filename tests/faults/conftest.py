@@ -12,9 +12,9 @@ from mezo_dist.wire import Wire
 from tests.faults.jobs import OPTIONS, STEPS
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, and the undisturbed run of it in undisturbed/, on one process."""
+    """A config, and the undisturbed run of it in undisturbed/, on one process; a test that damages it mends it."""
     root = tmp_path_factory.mktemp("faults")
     write_tiny_config(root, "llama-tied", "mezo-svrg", steps=STEPS)
     config = config_reader.load(root / "config.yaml", [*OPTIONS, f"--output.dir={root / 'undisturbed'}"])
