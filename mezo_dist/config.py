@@ -202,7 +202,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank: must be at least 1, not {self.rank}")
-        if self.algorithm.per_sample and self.law != "lowrank":
+        if getattr(self.algorithm, "per_sample", False) and self.law != "lowrank":
             raise ValueError(f"algorithm.per_sample: a direction per sample needs law: lowrank, not {self.law}")
         if self.model.head == "classifier" and not self.task.plain:
             raise ValueError("task.plain: missing; model.head: classifier needs a text without prompt")

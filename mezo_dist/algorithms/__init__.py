@@ -11,10 +11,12 @@ from typing import Any
 from mezo_dist.algorithms.base import Algorithm, Problem
 from mezo_dist.algorithms.mezo import Mezo, MezoConfig
 from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
+from mezo_dist.algorithms.svrg_released import SvrgReleased, SvrgReleasedConfig
 
 ALGORITHMS: dict[str, tuple[type, type]] = {
     "mezo": (MezoConfig, Mezo),
     "mezo-svrg": (SvrgConfig, Svrg),
+    "mezo-svrg-released": (SvrgReleasedConfig, SvrgReleased),
 }
 """Name -> (settings, planner)."""
 

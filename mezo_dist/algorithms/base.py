@@ -83,9 +83,13 @@ class Problem:
     batch_size: int = 1
     full_size: int = 1
 
-    def direction_seed(self, step: int, index: int = 0) -> int:
-        """Seed of the ``index``-th direction drawn at ``step``; every rank derives it, nobody sends it."""
-        return derive_seed(self.seed, "direction", step, index)
+    def direction_seed(self, step: int, index: int = 0, pool: int | None = None) -> int:
+        """Seed of the ``index``-th direction drawn at ``step``; every rank derives it, nobody sends it.
+
+        With ``pool``, one of a pool of so many seeds, the same at all steps.
+        """
+        seed = derive_seed(self.seed, "direction", step, index)
+        return seed if pool is None else derive_seed(self.seed, "pool", seed % pool)
 
 
 class Algorithm(Protocol):

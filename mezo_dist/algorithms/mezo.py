@@ -5,17 +5,36 @@
 
 With ``per_sample`` the loss of sample i is probed along a direction z_i of its own: p_i = (L_i(w + eps z_i) -
 L_i(w - eps z_i)) / (2 eps), and k runs over the samples.
+
+Its settings make a family of it, and they go together:
+
+* ``directions``: SPSA with n directions (Spall 1992); ``one_sided``: n + 1 forward passes for them instead of 2 n.
+* ``scaling: sign``: the sign of p_k in its place. Under ``law: rademacher``, with one direction, that is the sign of
+  every coordinate of the estimate (ZO-signSGD, Liu et al. 2019).
+* ``scaling: normalised``: p_k over the standard deviation of all p_k of the step. With ``one_sided``, directions: 8 and
+  ``law: rademacher``, this is the step of FZOO (Dang et al. 2025, arXiv 2506.09034) up to a constant in the learning
+  rate, which becomes a length: steps are as long where the loss is flat as where it is steep.
+* ``clip``: no p_k is larger; one wild batch cannot carry the weights away.
+* ``momentum``: a decaying mean of the last estimates.
+* ``pool``: the directions come from a pool of K seeds, as in FedKSeed (Qin et al. 2023, arXiv 2312.06353). The model is
+  then its base and K numbers, however many steps it took. Only so can weights be pulled back to their base
+  (``pull``), as the way from there is a short combination; a decay towards zero is none at all, and is not offered.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal, Union
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
+from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
-from mezo_dist.algorithms.spsa import Probe, check_positive, typical
+from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
+from mezo_dist.directions.combination import ZERO, Combination
+
+Scaling = Literal["plain", "sign", "normalised"]
 
 
 @dataclass(frozen=True)
@@ -29,25 +48,52 @@ class MezoConfig:
     eps: float = 1e-3
     """Size of the perturbation."""
     directions: int = 1
-    """Directions per step; each costs two forward passes of the minibatch."""
+    """Directions per step; each costs two forward passes of the minibatch (one, if ``one_sided``)."""
+    one_sided: bool = False
+    """Probe w + eps z and, once for all directions, w: cheaper for several of them, with an error of order eps."""
     per_sample: bool = False
     """Give every sample of the batch a direction of its own, at the price of one (needs ``law: lowrank``)."""
+    scaling: Scaling = "plain"
+    """How far to go along a direction: by the projected gradient, by its sign, or by it over the standard deviation of
+    those of the step. With the last two, the learning rate is the length of a step."""
+    clip: Union[float, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
+    """Largest size of a projected gradient; what is beyond is cut off. Null: no limit."""
+    momentum: Momentum = field(default_factory=Momentum)
+    """Momentum over past estimates; off by default."""
+    pool: Union[int, None] = None  # noqa: UP007
+    """Draw directions from a fixed pool of so many: all steps together then add that many numbers to the base model.
+    Null: every step has directions of its own."""
+    pull: float = 0.0
+    """Decoupled decay towards the base model: each step takes off lr * pull * (weights - base). Needs ``pool``; an
+    update makes every direction that was used so far."""
     schedule: Schedule = field(default_factory=Schedule)
     """Schedule of the learning rate."""
+    eps_schedule: Schedule = field(default_factory=Schedule)
+    """Schedule of ``eps``."""
     annealing: Annealing = field(default_factory=lambda: Annealing(divisor=1.0))
     """Plateau rule on top of the schedule; off by default."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "lr", "eps", "directions")
+        check_positive(self, "lr", "eps", "directions", "clip", "pool")
+        self.eps_schedule.check_never_zero("eps_schedule")
         if self.per_sample and self.directions > 1:
             raise ValueError("algorithm.directions: must be 1 with per_sample, which has one direction per sample")
+        if self.per_sample and self.one_sided:
+            raise ValueError("algorithm.one_sided: saves nothing with per_sample; leave it out")
+        if self.one_sided and self.scaling == "normalised" and self.directions < 2:
+            raise ValueError("algorithm.directions: must be at least 2 for scaling: normalised with one_sided")
+        if not 0 <= self.pull < math.inf or (self.pull and self.pool is None):
+            raise ValueError("algorithm.pull: must be at least 0, and needs algorithm.pool if it is above")
 
 
 @dataclass(frozen=True)
 class MezoState:
-    """Only the plateau rule remembers anything."""
+    """What the plateau rule, momentum and ``pull`` remember."""
 
     plateau: Plateau = Plateau()
+    past: Past = Past()
+    total: Combination = ZERO
+    """Current weights - base; only kept for ``pull``."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +102,43 @@ class Mezo:
 
     config: MezoConfig
     problem: Problem
-    State = MezoState
+    State: ClassVar[type] = MezoState
 
     def init(self) -> MezoState:
         return MezoState()
 
     def _probe(self, step: int) -> Probe:
-        config = self.config
-        number = self.problem.batch_size if config.per_sample else config.directions
-        seeds = tuple(self.problem.direction_seed(step, k) for k in range(number))
-        return Probe(seeds, config.eps, per_sample=config.per_sample)
+        config, problem = self.config, self.problem
+        number = problem.batch_size if config.per_sample else config.directions
+        seeds = tuple(problem.direction_seed(step, k, config.pool) for k in range(number))
+        eps = config.eps * config.eps_schedule.factor(step, problem.num_steps)
+        return Probe(seeds, eps, per_sample=config.per_sample, one_sided=config.one_sided)
 
     def plan(self, state: MezoState, step: int) -> Evaluation:
         return self._probe(step).evaluation()
 
     def update(self, state: MezoState, step: int, rounds: Sequence[Losses]) -> Update:
-        probe, losses = self._probe(step), rounds[0]
+        config, probe, losses = self.config, self._probe(step), rounds[0]
         (projected,) = probe.projected(losses)
-        lr = self.config.lr * self.config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
+        estimate = probe.gradient(self._scaled(clipped(projected, config.clip)))
+        gradient, past = state.past.with_now(estimate, config.momentum)
+        lr = config.lr * config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
+        combination = -lr * (gradient + config.pull * state.total)
+        total = state.total + combination if config.pull else ZERO
         loss = probe.loss(losses)
         return Update(
-            MezoState(state.plateau.after(loss, self.config.annealing)),
-            -lr * probe.gradient(projected),
+            MezoState(state.plateau.after(loss, config.annealing), past, total),
+            combination,
             {"loss": loss, "projected_gradient": typical(projected), "lr": lr},
         )
+
+    def _scaled(self, projected: Sequence[float]) -> list[float]:
+        if self.config.scaling == "plain":
+            return list(projected)
+        if self.config.scaling == "sign":
+            return [math.copysign(1.0, p) if p else 0.0 for p in projected]
+        # Two-sided ones lie around 0; one-sided ones are all off by the same curvature, which the mean takes out.
+        centre = sum(projected) / len(projected) if self.config.one_sided else 0.0
+        freedom = len(projected) - self.config.one_sided
+        deviation = math.sqrt(sum((p - centre) ** 2 for p in projected) / freedom)
+        return [p / deviation if deviation else 0.0 for p in projected]

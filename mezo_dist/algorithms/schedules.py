@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """Factor on the learning rates as a function of the step."""
+    """Factor on learning rates, or on eps, as a function of the step."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up: constant 1, or falling to `final` along a line or half a cosine."""
@@ -21,6 +21,11 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or not 0 <= self.final <= 1:
             raise ValueError("algorithm.schedule: warmup_steps must be at least 0, and final must lie in 0..1")
+
+    def check_never_zero(self, name: str) -> None:
+        """Raises ValueError for the setting ``name`` if the factor falls to 0, as that of a perturbation must not."""
+        if self.kind != "constant" and self.final == 0:
+            raise ValueError(f"algorithm.{name}.final: must be above 0, where eps would end")
 
     def factor(self, step: int, num_steps: int) -> float:
         """The factor at ``step`` (0-based) of ``num_steps``."""

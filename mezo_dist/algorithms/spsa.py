@@ -1,4 +1,4 @@
-"""The two-point estimate that all algorithms share (SPSA, Spall 1992), along one direction per batch or per sample."""
+"""The estimates that all algorithms share (SPSA, Spall 1992), along one direction per batch or per sample."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mezo_dist.directions.combination import ZERO, Combination
 
 @dataclass(frozen=True)
 class Probe:
-    """Two-point estimates of one batch along ``seeds``: at the current weights, and at further ``bases`` if given.
+    """Estimates of the slope of one batch's loss along ``seeds``: at the current weights, and at other ``bases``.
 
     Args:
         seeds: one direction after another for the whole batch; or, with ``per_sample``, one for each sample.
         eps: size of the perturbation.
         batch: which batch.
         per_sample: every sample has a direction of its own, at no more forward passes than one direction.
+        one_sided: n directions take n + 1 forward passes, (L(w + eps z) - L(w)) / eps, instead of 2 n.
         bases: points to probe at, as shifts of the current weights.
     """
 
@@ -27,10 +28,12 @@ class Probe:
     eps: float
     batch: Batch = "minibatch"
     per_sample: bool = False
+    one_sided: bool = False
     bases: tuple[Combination, ...] = (ZERO,)
 
     def evaluation(self) -> Evaluation:
-        """The round of forward passes: for every base and direction the variants + and -."""
+        """The round of forward passes: for every base and direction the variants + and -; one-sided, all + and then
+        the base itself."""
         return Evaluation(
             tuple(v for base in self.bases for v in self._variants(base)), self.batch, each_sample=self.per_sample
         )
@@ -39,31 +42,39 @@ class Probe:
         steps = (self.eps, -self.eps)
         if self.per_sample:
             return [Variant(base, tuple(Combination.single(seed, step) for seed in self.seeds)) for step in steps]
+        if self.one_sided:
+            return [*(Variant(base + Combination.single(seed, self.eps)) for seed in self.seeds), Variant(base)]
         return [Variant(base + Combination.single(seed, step)) for seed in self.seeds for step in steps]
 
     def projected(self, losses: Losses) -> list[list[float]]:
-        """The projected gradients (L_plus - L_minus) / (2 eps): for each base, one per direction."""
-        if self.per_sample:
-            flat = [self._slope(plus, minus) for pair in _pairs(losses.each) for plus, minus in zip(*pair, strict=True)]
-        else:
-            flat = [self._slope(plus, minus) for plus, minus in _pairs(losses.mean)]
-        return [flat[i : i + len(self.seeds)] for i in range(0, len(flat), len(self.seeds))]
+        """The projected gradients: for each base, one per direction."""
+        values: Sequence[Any] = losses.each if self.per_sample else losses.mean
+        per_base = len(values) // len(self.bases)
+        return [self._slopes(values[i : i + per_base]) for i in range(0, len(values), per_base)]
 
-    def _slope(self, plus: float, minus: float) -> float:
-        return (plus - minus) / (2 * self.eps)
+    def _slopes(self, values: Sequence[Any]) -> list[float]:
+        if self.one_sided:
+            *moved, here = values
+            return [(loss - here) / self.eps for loss in moved]
+        if self.per_sample:
+            pairs = list(zip(*values, strict=True))
+        else:
+            pairs = list(zip(values[0::2], values[1::2], strict=True))
+        return [(plus - minus) / (2 * self.eps) for plus, minus in pairs]
 
     def gradient(self, projected: Sequence[float]) -> Combination:
         """The estimate mean_k p_k z_k."""
         return Combination.of((seed, p / len(self.seeds)) for seed, p in zip(self.seeds, projected, strict=True))
 
     def loss(self, losses: Losses) -> float:
-        """The mean loss around the first base: what the training loss is, up to eps^2."""
+        """The loss at the first base (two-sided: the mean around it, which is that up to eps^2)."""
         around = losses.mean[: len(losses.mean) // len(self.bases)]
-        return sum(around) / len(around)
+        return around[-1] if self.one_sided else sum(around) / len(around)
 
 
-def _pairs(values: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(values[0::2], values[1::2], strict=True))
+def clipped(projected: Sequence[float], limit: float | None) -> list[float]:
+    """Each cut to -limit..limit; as they are if None."""
+    return list(projected) if limit is None else [max(-limit, min(limit, p)) for p in projected]
 
 
 def typical(values: Sequence[float]) -> float:
@@ -72,7 +83,8 @@ def typical(values: Sequence[float]) -> float:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError naming the first of the settings that is not above zero, or not finite."""
+    """Raises ValueError naming the first of the settings that is not above zero, or not finite. None is let pass."""
     for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"algorithm.{name}: must be above 0, not {getattr(config, name)!r}")
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"algorithm.{name}: must be above 0, not {value!r}")

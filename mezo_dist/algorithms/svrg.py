@@ -9,19 +9,21 @@ The others are inner steps on a minibatch B, with a fresh direction z:
     w <- w - lr * ((p_B(w; z) - p_B(anchor; z)) z + p0 z0)
 
 Both estimates of an inner step use the same batch and the same direction: only then is their difference a control
-variate. The anchor is no copy of the weights: it is ``w - displacement``, and the displacement is the sum of the
-updates since the anchor step, a combination of as many directions as there were steps.
+variate. (Of several directions the mean counts, here and there.) The anchor is no copy of the weights: it is ``w -
+displacement``, and the displacement is the sum of the updates since the anchor step, a combination of as many
+directions as there were steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal, Union
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
+from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
-from mezo_dist.algorithms.spsa import Probe, check_positive, typical
+from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
 
 
@@ -39,25 +41,40 @@ class SvrgConfig:
     """Size of the perturbation (the paper's mu)."""
     q: int = 2
     """Every q-th step is an anchor step; 1 means full-batch steps only."""
+    directions: int = 1
+    """Directions of an inner step; each costs four forward passes of the minibatch (two, if ``one_sided``)."""
     anchor_directions: int = 1
-    """Directions of an anchor step; each costs two forward passes of the full batch."""
+    """Directions of an anchor step; each costs two forward passes of the full batch (one, if ``one_sided``)."""
+    one_sided: bool = False
+    """Probe w + eps z and, once for all directions, w: cheaper for several of them, with an error of order eps."""
     per_sample: bool = False
     """Give every sample of a batch a direction of its own, at the price of one (needs ``law: lowrank``): an anchor
     then averages as many directions as there are training samples."""
+    clip: Union[float, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
+    """Largest size of a projected gradient of an anchor, and of the difference of two in an inner step; what is beyond
+    is cut off. Null: no limit."""
+    momentum: Momentum = field(default_factory=Momentum)
+    """Momentum over past estimates; off by default."""
     schedule: Schedule = field(default_factory=Schedule)
     """Schedule of both learning rates."""
+    eps_schedule: Schedule = field(default_factory=Schedule)
+    """Schedule of ``eps``."""
     annealing: Annealing = field(default_factory=Annealing)
     """The paper's plateau rule, on both learning rates."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "lr", "anchor_lr", "eps", "q", "anchor_directions")
-        if self.per_sample and self.anchor_directions > 1:
-            raise ValueError("algorithm.anchor_directions: must be 1 with per_sample, which has one per sample")
+        check_positive(self, "lr", "anchor_lr", "eps", "q", "directions", "anchor_directions", "clip")
+        self.eps_schedule.check_never_zero("eps_schedule")
+        for name in ("directions", "anchor_directions"):
+            if self.per_sample and getattr(self, name) > 1:
+                raise ValueError(f"algorithm.{name}: must be 1 with per_sample, which has one per sample")
+        if self.per_sample and self.one_sided:
+            raise ValueError("algorithm.one_sided: saves nothing with per_sample; leave it out")
 
 
 @dataclass(frozen=True)
 class SvrgState:
-    """The anchor as two combinations, and the plateau rule."""
+    """The anchor as two combinations, and what the plateau rule and momentum remember."""
 
     anchor_step: int = -1
     """Step of the last anchor; -1 before the first."""
@@ -66,6 +83,7 @@ class SvrgState:
     displacement: Combination = ZERO
     """Current weights - anchor."""
     plateau: Plateau = Plateau()
+    past: Past = Past()
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class Svrg:
 
     config: SvrgConfig
     problem: Problem
-    State = SvrgState
+    State: ClassVar[type] = SvrgState
 
     def init(self) -> SvrgState:
         return SvrgState()
@@ -84,35 +102,40 @@ class Svrg:
         return state.anchor_step < 0 or step - state.anchor_step >= self.config.q
 
     def _probe(self, state: SvrgState, step: int) -> Probe:
-        config, is_anchor = self.config, self._is_anchor(state, step)
+        config, problem, is_anchor = self.config, self.problem, self._is_anchor(state, step)
         if config.per_sample:
-            number = self.problem.full_size if is_anchor else self.problem.batch_size
+            number = problem.full_size if is_anchor else problem.batch_size
         else:
-            number = config.anchor_directions if is_anchor else 1
-        seeds = tuple(self.problem.direction_seed(step, k) for k in range(number))
-        if is_anchor:
-            return Probe(seeds, config.eps, "full", config.per_sample)
-        return Probe(seeds, config.eps, per_sample=config.per_sample, bases=(ZERO, -state.displacement))
+            number = config.anchor_directions if is_anchor else config.directions
+        return Probe(
+            tuple(problem.direction_seed(step, k) for k in range(number)),
+            config.eps * config.eps_schedule.factor(step, problem.num_steps),
+            "full" if is_anchor else "minibatch",
+            config.per_sample,
+            config.one_sided,
+            bases=(ZERO,) if is_anchor else (ZERO, -state.displacement),
+        )
 
     def plan(self, state: SvrgState, step: int) -> Evaluation:
         return self._probe(state, step).evaluation()
 
     def update(self, state: SvrgState, step: int, rounds: Sequence[Losses]) -> Update:
-        probe, losses = self._probe(state, step), rounds[0]
+        config, probe, losses = self.config, self._probe(state, step), rounds[0]
+        is_anchor = self._is_anchor(state, step)
         projected = probe.projected(losses)
-        factor = self.config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
         metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
-        plateau = state.plateau.after(metrics["loss"], self.config.annealing)
-        if self._is_anchor(state, step):
-            lr = self.config.anchor_lr * factor
-            gradient = probe.gradient(projected[0])
-            combination = -lr * gradient
-            new = SvrgState(step, gradient, combination, plateau)
+        if is_anchor:
+            lr, anchor_step = config.anchor_lr, step
+            estimate = anchor_gradient = probe.gradient(clipped(projected[0], config.clip))
         else:
-            lr = self.config.lr * factor
-            here, at_anchor = projected
-            difference = probe.gradient([p - p0 for p, p0 in zip(here, at_anchor, strict=True)])
-            combination = -lr * (difference + state.anchor_gradient)
-            new = SvrgState(state.anchor_step, state.anchor_gradient, state.displacement + combination, plateau)
-            metrics["projected_difference"] = typical([p - p0 for p, p0 in zip(here, at_anchor, strict=True)])
+            lr, anchor_step, anchor_gradient = config.lr, state.anchor_step, state.anchor_gradient
+            differences = [p - p0 for p, p0 in zip(*projected, strict=True)]
+            estimate = probe.gradient(clipped(differences, config.clip)) + anchor_gradient
+            metrics["projected_difference"] = typical(differences)
+        gradient, past = state.past.with_now(estimate, config.momentum)
+        lr *= config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
+        combination = -lr * gradient
+        displacement = combination if is_anchor else state.displacement + combination
+        plateau = state.plateau.after(metrics["loss"], config.annealing)
+        new = SvrgState(anchor_step, anchor_gradient, displacement, plateau, past)
         return Update(new, combination, metrics | {"lr": lr})

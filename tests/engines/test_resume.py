@@ -30,6 +30,24 @@ RUNS = {
     "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
     "bf16": ("llama", "mezo-svrg", ["algorithm.lr=1e-3", "model.weights=bfloat16", "law=rademacher"]),
     "per-sample": ("opt", "mezo-svrg", ["law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3"]),
+    "every option": (
+        "opt",
+        "mezo",
+        [
+            f"algorithm.{option}"
+            for option in (
+                "lr=1e-3",
+                "directions=3",
+                "one_sided=true",
+                "scaling=normalised",
+                "clip=9",
+                "momentum.decay=0.7",
+                "pool=8",
+                "pull=0.1",
+            )
+        ],
+    ),
+    "two rounds": ("gpt2", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
 }
 STEPS = 7
 TORN = b'{"step":3,"loss":[{"mean":[0.69'

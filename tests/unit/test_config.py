@@ -70,7 +70,7 @@ def test_an_override_may_fill_in_what_the_file_lacks(write_config: Write) -> Non
 
 def test_the_name_picks_the_settings(write_config: Write) -> None:
     assert load(write_config(CONFIG.replace("mezo,", "mezo-svrg, q: 5,"))).algorithm.q == 5
-    assert "algorithm.q is a setting of mezo-svrg, not of mezo" in fault(
+    assert "algorithm.q is a setting of mezo-svrg and mezo-svrg-released, not of mezo" in fault(
         write_config(CONFIG.replace("mezo,", "mezo, q: 5,"))
     )
 
@@ -82,7 +82,7 @@ def test_an_override_of_the_name_keeps_settings_that_both_have(write_config: Wri
 
 def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config: Write) -> None:
     path = write_config(CONFIG.replace("mezo,", "mezo-svrg, anchor_lr: 1e-3,"))
-    expected = "run.yaml: algorithm.anchor_lr is a setting of mezo-svrg, not of mezo; leave it out"
+    expected = "run.yaml: algorithm.anchor_lr is a setting of mezo-svrg and mezo-svrg-released, not of mezo; leave it out"
     assert fault(path, "--algorithm.name=mezo").startswith(expected)
 
 
@@ -105,7 +105,7 @@ def test_no_such_algorithm(write_config: Write, section: str, expected: str) -> 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_resolved_config_reads_back_equal(write_config: Write, algorithm: str) -> None:
-    overrides = ["train.full_size=8", "train.max_tokens=9", "model.compute=bfloat16", "algorithm.schedule.kind=cosine"]
+    overrides = ["train.full_size=8", "train.max_tokens=9", "model.compute=bfloat16", "algorithm.annealing.window=4"]
     labels = "task.labels=[{value: '01', word: 'yes'}, {value: 1, word: '2'}]"
     config = load(write_config(), [f"algorithm.name={algorithm}", *overrides, labels, "seed=5"])
     again = load(write_config(yaml.safe_dump(config.to_dict(), sort_keys=False)))

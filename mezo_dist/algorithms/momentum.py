@@ -1,0 +1,44 @@
+"""Momentum over directions: a decaying window of past estimates, which stays a combination."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mezo_dist.directions.combination import Combination
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Step along a weighted mean of the last estimates. Memory: a few scalars for each, and no copy of the weights."""
+
+    decay: float = 0.0
+    """Weight of an estimate relative to that of the step after it (0..1); 0 switches momentum off."""
+    window: int = 10
+    """Estimates that count. An update makes the directions of all of them, so it takes that many times as long."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1 or self.window < 1:
+            raise ValueError("algorithm.momentum: decay must be at least 0 and below 1, window at least 1")
+
+
+@dataclass(frozen=True)
+class Past:
+    """State of `Momentum`: the last estimates, newest first."""
+
+    estimates: tuple[Combination, ...] = ()
+
+    def with_now(self, estimate: Combination, rule: Momentum) -> tuple[Combination, Past]:
+        """What to step along, given this step's ``estimate``, and the state after it.
+
+        It is a mean, sum_j decay^j g_(t-j) / sum_j decay^j, so learning rates mean the same with and without momentum.
+        """
+        if not rule.decay:
+            return estimate, self
+        kept = (estimate, *self.estimates)[: rule.window]
+        weights = [rule.decay**age for age in range(len(kept))]
+        terms = (
+            (seed, weight / sum(weights) * c)
+            for weight, one in zip(weights, kept, strict=True)
+            for seed, c in one.terms
+        )
+        return Combination.of(terms), Past(kept)

@@ -1,0 +1,187 @@
+"""What each option of an algorithm does to the numbers, worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
+from mezo_dist.algorithms.mezo import Mezo, MezoConfig, MezoState
+from mezo_dist.algorithms.momentum import Momentum, Past
+from mezo_dist.algorithms.schedules import Annealing, Schedule
+from mezo_dist.algorithms.svrg import Svrg, SvrgConfig, SvrgState
+from mezo_dist.algorithms.svrg_released import SvrgReleased, SvrgReleasedConfig, SvrgReleasedState
+from mezo_dist.directions.combination import ZERO, Combination
+
+PROBLEM = Problem(seed=1, num_steps=10, batch_size=2, full_size=4)
+SEEDS = [PROBLEM.direction_seed(0, k) for k in range(4)]
+
+
+def mezo(**settings: Any) -> Mezo:
+    return Mezo(MezoConfig(lr=1.0, eps=0.5, **settings), PROBLEM)
+
+
+def update(planner: Mezo, *losses: float, state: MezoState | None = None) -> Update:
+    return planner.update(state or planner.init(), 0, [Losses(losses)])
+
+
+def test_one_sided_estimates_share_one_evaluation_of_the_weights() -> None:
+    planner = mezo(directions=2, one_sided=True)
+    plan = planner.plan(planner.init(), 0)
+    assert plan.variants == (*(Variant(Combination.single(seed, 0.5)) for seed in SEEDS[:2]), Variant())
+    done = update(planner, 3.0, 1.5, 2.0)  # slopes 2 and -1, of each half
+    assert done.combination == Combination.of([(SEEDS[0], -1.0), (SEEDS[1], 0.5)])
+    assert done.metrics["loss"] == 2.0
+
+
+def test_sign() -> None:
+    done = update(mezo(directions=3, scaling="sign"), 3.0, 1.0, 1.0, 1.5, 2.0, 2.0)
+    assert done.combination == Combination.of([(SEEDS[0], -1 / 3), (SEEDS[1], 1 / 3)])
+
+
+def test_normalised_by_the_standard_deviation_of_one_sided_losses() -> None:
+    planner = mezo(directions=3, one_sided=True, scaling="normalised")
+    done = update(planner, 1.0, 2.0, 6.0, 2.0)  # slopes -2, 0, 8: mean 2, deviation sqrt((16 + 4 + 36) / 2)
+    deviation = math.sqrt(28)
+    assert done.combination == Combination.of([(SEEDS[0], 2 / 3 / deviation), (SEEDS[2], -8 / 3 / deviation)])
+
+
+def test_normalised_steps_are_as_long_whatever_the_loss_is_multiplied_by() -> None:
+    planner = mezo(directions=2, scaling="normalised")
+    losses = (3.0, 1.0, 0.5, 1.5)
+    assert update(planner, *losses).combination == update(planner, *(64 * loss for loss in losses)).combination
+
+
+def test_clip_cuts_single_projected_gradients() -> None:
+    done = update(mezo(directions=2, clip=1.5), 3.0, 1.0, 1.0, 2.0)  # 2 and -1
+    assert done.combination == Combination.of([(SEEDS[0], -0.75), (SEEDS[1], 0.5)])
+    assert done.metrics["projected_gradient"] == pytest.approx(math.sqrt(2.5)), "what is shown is what was measured"
+
+
+def test_momentum_is_a_weighted_mean_of_the_last_estimates() -> None:
+    rule, past = Momentum(decay=0.5, window=2), Past()
+    a, b, c = (Combination.single(seed, 4.0) for seed in (1, 2, 3))
+    first, past = past.with_now(a, rule)
+    second, past = past.with_now(b, rule)
+    third, past = past.with_now(c, rule)
+    assert first == a
+    assert second == Combination.of([(2, 4 * 2 / 3), (1, 4 / 3)])
+    assert third == Combination.of([(3, 4 * 2 / 3), (2, 4 / 3)]), "the oldest has left the window"
+
+
+def test_without_momentum_nothing_is_remembered() -> None:
+    assert Past().with_now(Combination.single(1, 0.3), Momentum()) == (Combination.single(1, 0.3), Past())
+
+
+def test_a_pool_holds_all_directions() -> None:
+    planner = mezo(directions=2, pool=5)
+    drawn = [
+        seed for step in range(50) for v in planner.plan(planner.init(), step).variants for seed, _ in v.shift.terms
+    ]
+    assert len(set(drawn)) == 5
+    assert drawn[:4] != drawn[4:8]
+
+
+def test_pull_takes_off_a_part_of_the_way_from_the_base() -> None:
+    planner = Mezo(MezoConfig(lr=0.5, eps=0.5, pool=100, pull=0.25), PROBLEM)
+    way = Combination.of([(5, 8.0), (6, -16.0)])
+    done = update(planner, 1.0, 1.0, state=MezoState(total=way))
+    assert done.combination == -0.125 * way
+    assert done.state.total == 0.875 * way
+
+
+def test_the_total_is_the_sum_of_all_updates() -> None:
+    planner = Mezo(MezoConfig(lr=0.5, eps=0.5, pool=4, pull=0.25), PROBLEM)
+    state, total = planner.init(), ZERO
+    for step in range(9):
+        done = planner.update(state, step, [Losses((1.0 + step, 0.5))])
+        state, total = done.state, total + done.combination
+    assert state.total == total
+    assert 0 < len(total) <= 4
+
+
+def test_eps_follows_its_schedule() -> None:
+    planner = mezo(eps_schedule=Schedule("linear", final=0.1))
+    sizes = [abs(planner.plan(planner.init(), step).variants[0].shift.terms[0][1]) for step in (0, 9)]
+    assert sizes == pytest.approx([0.5, 0.05])
+    last = planner.update(planner.init(), 9, [Losses((3.0, 1.0))])
+    assert last.metrics["projected_gradient"] == pytest.approx(2 / (2 * 0.05))
+
+
+def test_svrg_with_several_directions_averages_differences() -> None:
+    config = SvrgConfig(lr=1.0, anchor_lr=0.1, eps=0.5, q=3, directions=2, clip=2.5)
+    planner = Svrg(config, PROBLEM)
+    state = planner.update(planner.init(), 0, [Losses((3.0, 1.0))]).state
+    plan = planner.plan(state, 1)
+    z1, z2 = (PROBLEM.direction_seed(1, k) for k in range(2))
+    shifts = [Combination.single(z, step) for z in (z1, z2) for step in (0.5, -0.5)]
+    assert [v.shift for v in plan.variants] == [*shifts, *(shift - state.displacement for shift in shifts)]
+    losses = Losses((5.0, 1.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0))  # here 4 and 1, at the anchor 1 and -1
+    done = planner.update(state, 1, [losses])
+    assert done.combination == Combination.of([(z1, -2.5 / 2), (z2, -2.0 / 2), (SEEDS[0], -2.0)])
+
+
+def test_svrg_one_sided_probes_both_points_themselves() -> None:
+    planner = Svrg(SvrgConfig(eps=0.5, q=2, one_sided=True), PROBLEM)
+    state = SvrgState(0, Combination.single(9, 1.0), Combination.single(9, -3.0))
+    z = PROBLEM.direction_seed(1)
+    shifts = [v.shift for v in planner.plan(state, 1).variants]
+    assert shifts == [
+        Combination.single(z, 0.5),
+        ZERO,
+        Combination.of([(z, 0.5), (9, 3.0)]),
+        Combination.single(9, 3.0),
+    ]
+    done = planner.update(state, 1, [Losses((2.0, 1.0, 4.0, 3.5))])
+    assert done.metrics["projected_difference"] == 2.0 - 1.0
+
+
+RELEASED = SvrgReleased(SvrgReleasedConfig(lr=0.5, anchor_lr=0.1, eps=0.5, annealing=Annealing(5.0, 2)), PROBLEM)
+
+
+def test_the_released_code_takes_three_steps_for_one_and_never_leaves_for_the_anchor() -> None:
+    state = RELEASED.update(RELEASED.init(), 0, [Losses((3.0, 1.0))])
+    assert isinstance(state, Update)
+    z1, z2 = (PROBLEM.direction_seed(1, k) for k in range(2))
+    first = RELEASED.plan(state.state, 1)
+    assert [v.shift for v in first.variants] == [Combination.single(z1, 0.5), Combination.single(z1, -0.5)]
+    rounds = [Losses((4.0, 1.0))]  # 3
+    second = RELEASED.update(state.state, 1, rounds)
+    assert isinstance(second, Evaluation)
+    moved = Combination.single(z1, -1.5)
+    assert [v.shift for v in second.variants] == [moved + Combination.single(z2, step) for step in (0.5, -0.5)]
+    done = RELEASED.update(state.state, 1, [*rounds, Losses((2.0, 1.0))])
+    assert isinstance(done, Update)
+    assert done.combination == moved + Combination.of([(z2, 0.5), (SEEDS[0], -0.5 * 2)])
+
+
+def test_the_released_annealing_raises_small_rates() -> None:
+    state = SvrgReleasedState(lr=1e-8, anchor_lr=0.1, losses=(1.0, 1.0, 1.0, 1.0, 2.0, 2.0))
+    for step, expected in ((8, (1e-8, 0.1)), (9, (1e-8, 0.1)), (10, (1e-6, 0.02))):
+        planned = RELEASED.update(state, step, [Losses((1.0, 1.0)), Losses((1.0, 1.0))])
+        assert isinstance(planned, Update)
+        assert (planned.state.lr, planned.state.anchor_lr) == pytest.approx(expected), step
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip": 0.0}, "algorithm.clip: must be above 0"),
+        ({"pool": 0}, "algorithm.pool: must be above 0"),
+        ({"pull": 0.1}, "algorithm.pull: .*needs algorithm.pool"),
+        ({"per_sample": True, "one_sided": True}, "algorithm.one_sided: saves nothing with per_sample"),
+        ({"one_sided": True, "scaling": "normalised"}, "algorithm.directions: must be at least 2"),
+        ({"eps_schedule": Schedule("linear")}, "algorithm.eps_schedule.final: must be above 0"),
+    ],
+)
+def test_contradictions_name_the_setting(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MezoConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"decay": 1.0}, {"decay": -0.1}, {"window": 0}])
+def test_momentum_that_never_forgets_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"algorithm.momentum: decay must be at least 0 and below 1"):
+        Momentum(**settings)
