@@ -108,6 +108,9 @@ def test_the_commands_run(tmp_path: Path) -> None:
         call([sys.executable, "-c", check, str(folder)], tmp_path)
 
 
-@pytest.mark.parametrize("program", blocks("python"))
-def test_the_programs_run(program: str, tmp_path: Path) -> None:
-    assert re.fullmatch(r"[0-9a-f]{16}\n", call([sys.executable, "-W", "ignore", "-c", program], tmp_path))
+PRINTED = [r"[0-9a-f]{16}\n", r"tensor\(\[ (0\.9|1\.0)\d+, -(1\.9|2\.0)\d+,  (2\.9|3\.0)\d+\]\) 1000\n"]
+
+
+@pytest.mark.parametrize(("program", "printed"), zip(blocks("python"), PRINTED, strict=True))
+def test_the_programs_run(program: str, printed: str, tmp_path: Path) -> None:
+    assert re.fullmatch(printed, call([sys.executable, "-W", "ignore", "-c", program], tmp_path))
