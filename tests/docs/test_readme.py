@@ -111,6 +111,6 @@ def test_the_commands_run(tmp_path: Path) -> None:
 PRINTED = [r"[0-9a-f]{16}\n", r"tensor\(\[ (0\.9|1\.0)\d+, -(1\.9|2\.0)\d+,  (2\.9|3\.0)\d+\]\) 1000\n"]
 
 
-@pytest.mark.parametrize(("program", "printed"), zip(blocks("python"), PRINTED, strict=True))
+@pytest.mark.parametrize(("program", "printed"), list(zip(blocks("python"), PRINTED, strict=True)))
 def test_the_programs_run(program: str, printed: str, tmp_path: Path) -> None:
     assert re.fullmatch(printed, call([sys.executable, "-W", "ignore", "-c", program], tmp_path))
