@@ -25,7 +25,8 @@ LAYERS = {
     "wire": "errors watch ranks",
     "doctor": "errors watch ranks wire",
     "engines": "errors readout directions algorithms wire",
-    "prefix": "engines readout",
+    "prefix_finder": "engines",
+    "prefix": "readout prefix_finder",
     # beside the engines
     "files": "",
     "trajectory": "errors directions algorithms",
