@@ -93,7 +93,8 @@ class Engine:
             filler: any micro-batch.
 
         Raises:
-            NotImplementedError: per-sample directions that are not low-rank, or on weights that cannot have them.
+            NotImplementedError: per-sample directions that are not low-rank.
+            UserError: per-sample directions on weights that cannot have them.
             OutOfStepError: ranks gather different units: their passes take different ways through the model.
         """
         if any(variant.per_sample for variant in variants) and not self.field.is_lowrank:

@@ -20,6 +20,7 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.field import Field
 from mezo_dist.engines.fanout import Call
 from mezo_dist.engines.sites import Site, Weight, swapped
+from mezo_dist.errors import UserError
 from mezo_dist.readout import RowLinear
 
 Forward = Callable[[Call, list[Tensor]], Any]
@@ -41,6 +42,10 @@ def with_sample_directions(
         real: the site's own forward.
         shared: the forward on weights that all samples share: takes a call and its variant's tensors.
         rows: rows of the weights that ``shared`` works on, if not all.
+
+    Raises:
+        UserError: directions of trainable weights of ``site`` cannot be applied sample by sample; here, or when the
+            forward is called.
     """
     if not any(weight.trainable for weight in site.weights):
         return shared
@@ -63,9 +68,9 @@ def _spanning(site: Site, shared: Forward) -> Forward:
     inner = {id(parameter) for child in site.module.children() for parameter in child.parameters()}
     alone = [weight.name for weight in site.weights if weight.trainable and id(weight.tensor) not in inner]
     if alone:
-        raise NotImplementedError(
-            f"{alone} belong to a module around the model's blocks; a direction per sample cannot be applied there "
-            "(use per_sample: false)"
+        raise UserError(
+            f"algorithm.per_sample: {', '.join(alone)} belong to a module around the model's blocks, where a direction "
+            "per sample cannot be applied; set it to false, or leave them out with model.freeze"
         )
     return shared
 
@@ -209,8 +214,10 @@ def _by_sample(site: Site, tensor: Tensor, num_samples: int) -> Tensor:
     return tensor.reshape(num_samples, -1, tensor.shape[-1])
 
 
-def _not_by_sample(site: Site, tensor: Tensor, num_samples: int) -> NotImplementedError:
-    return NotImplementedError(
-        f"module {site.name} gets a tensor {tuple(tensor.shape)} whose rows are not "
-        f"{num_samples} samples; a direction per sample cannot be applied there (use per_sample: false)"
+def _not_by_sample(site: Site, tensor: Tensor, num_samples: int) -> UserError:
+    names = ", ".join(weight.name for weight in site.weights if weight.trainable)
+    return UserError(
+        f"algorithm.per_sample: module {site.name} gets a tensor {tuple(tensor.shape)} whose rows are not "
+        f"{num_samples} samples, so a direction per sample cannot be applied to {names}; set it to false, or leave "
+        "them out with model.freeze"
     )

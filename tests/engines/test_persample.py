@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mezo_dist import cli
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.data import MicroBatch, cut
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.field import Field
 from mezo_dist.engines.engine import Engine
+from mezo_dist.errors import UserError
 from mezo_dist.objectives import LabelWords, Objective, classifier
 from mezo_dist.tasks.prompts import Sample
-from mezo_dist.testing import tiny_model
+from mezo_dist.testing import tiny_model, write_tiny_config
 from tests.engines.models import sequence_classifier
 
 # Lengths that pad and places that are not the last; five samples in micro-batches of two: the last one is alone.
@@ -74,15 +78,17 @@ class Prefixed(nn.Module):
         return self.blocks[0](torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1))
 
 
-def refused(model: nn.Module) -> None:
-    with pytest.raises(NotImplementedError, match="a direction per sample cannot be applied there"):
+def refused(model: nn.Module, what: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^algorithm\.per_sample: {what}.* cannot be applied.*; set it to false, or .*"
+    ):
         Engine(model, Field("lowrank")).evaluate(
             [Variant(Combination(), PER_SAMPLE)], micro_batches(), lambda m, b: m(torch.ones(len(b.slots), 3, 8))
         )
 
 
 def test_weights_that_no_layer_applies_are_refused_not_left_out() -> None:
-    refused(Prefixed())
+    refused(Prefixed(), "prefix belong to a module around the model's blocks")
 
 
 def test_a_layer_that_mixes_samples_is_refused() -> None:
@@ -94,7 +100,34 @@ def test_a_layer_that_mixes_samples_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(torch.cat([x.flatten(0, 1), x[0, :1]]))
 
-    refused(Mixing())
+    refused(Mixing(), r"module linear gets a tensor \(7, 8\) whose rows are not 2 samples")
+
+
+def test_the_command_line_says_what_to_set_and_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mixing(mlp: Any, x: Tensor) -> Tensor:
+        inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(torch.cat([inner, inner[:1]]))[:-1]
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", mixing)
+    config = str(write_tiny_config(tmp_path, steps=1))
+    options = [
+        "--law=lowrank",
+        "--algorithm.per_sample=true",
+        "--output.test=false",
+        "--output.export=false",
+        "--output.if_exists=new",
+    ]
+    assert cli.main(["train", config, *options]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "error: algorithm.per_sample: module model.layers.0.mlp.down_proj gets a tensor (" in said
+    assert (
+        "applied to model.layers.0.mlp.down_proj.weight; set it to false, or leave them out with model.freeze" in said
+    )
+    assert cli.main(["train", config, *options, "--algorithm.per_sample=false"]) == 0
+    assert cli.main(["train", config, *options, '--model.freeze=["*.down_proj.*"]']) == 0
 
 
 def test_frozen_weights_beside_the_blocks_are_no_obstacle() -> None:
