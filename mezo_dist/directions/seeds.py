@@ -13,11 +13,14 @@ def derive_seed(run_seed: int, *purpose: int | str) -> int:
     """A 64-bit seed for ``purpose`` in the run with ``run_seed``.
 
     BLAKE2b (8-byte digest, little-endian) of the purpose written as text, so that neighbouring steps share nothing.
+    Parts are joined by slashes; a slash or backslash inside a part follows a backslash, so that ``"a/b"`` is not
+    ``"a", "b"``. The number 1 and the text ``"1"`` are the same.
 
     >>> derive_seed(0, "step", 1) == derive_seed(0, "step", 1) != derive_seed(0, "step", 2)
     True
     """
-    text = "/".join(["mezo_dist/v1", str(run_seed), *map(str, purpose)])
+    parts = (str(part).replace("\\", "\\\\").replace("/", "\\/") for part in purpose)
+    text = "/".join(["mezo_dist/v1", str(run_seed), *parts])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -7,6 +7,7 @@ data/directions.json stop the laws from changing unnoticed: where one has to cha
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -213,6 +214,12 @@ def test_seeds_of_neighbouring_purposes_differ() -> None:
     made = {derive_seed(run, purpose, i) for run in range(20) for purpose in ("step", "round") for i in range(100)}
     assert len(made) == 20 * 2 * 100  # 64-bit hashes: a repeat would have a chance of 4e-13
     assert all(0 <= seed < 2**64 for seed in made)
+
+
+def test_seeds_of_purposes_with_slashes_in_them_differ() -> None:
+    words = ["", *("".join(word) for n in (1, 2, 3) for word in itertools.product("a/\\", repeat=n))]
+    purposes = [purpose for n in (1, 2) for purpose in itertools.product(words, repeat=n)]
+    assert len({derive_seed(0, *purpose) for purpose in purposes}) == len(purposes)
 
 
 def test_parameters_with_one_id_are_refused() -> None:
