@@ -33,7 +33,7 @@ from step_cost import SHAPES, make_batch, make_model
 from mezo_dist.algorithms.base import Evaluation, Problem, Update
 from mezo_dist.algorithms.mezo import Mezo, MezoConfig
 from mezo_dist.directions.field import Field
-from mezo_dist.engines.replicated import Replicated
+from mezo_dist.engines.engine import Engine
 from mezo_dist.evaluation import Evaluator
 from mezo_dist.objectives import LabelWords
 from mezo_dist.wire import Wire, connect
@@ -52,7 +52,7 @@ def mezo_step(shape: str, wire: Wire) -> Callable[[], None]:
     model = make_model(shape)
     first = make_batch(SAMPLES, TOKENS)
     batch = [first, dataclasses.replace(first, slots=tuple(range(SAMPLES, 2 * SAMPLES)))]
-    evaluator = Evaluator(Replicated(model, Field("gaussian")), LabelWords(model, [100, 200], first), wire)
+    evaluator = Evaluator(Engine(model, Field("gaussian")), LabelWords(model, [100, 200], first), wire)
     planner = Mezo(MezoConfig(lr=LR), Problem(seed=0, num_steps=10**6, batch_size=2 * SAMPLES, full_size=2 * SAMPLES))
     state, number = planner.init(), 0
 
