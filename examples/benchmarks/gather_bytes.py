@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from step_cost import SHAPES, make_model
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import OPTConfig, OPTForCausalLM
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.mezo import Mezo, MezoConfig
@@ -33,10 +33,6 @@ from mezo_dist.testing import spawn
 from mezo_dist.wire import Wire
 
 EPS, LR = 1e-3, 1e-6
-SHAPES = {
-    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12},
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 128, "num_attention_heads": 2},
-}
 
 
 class Counter(TorchDispatchMode):
@@ -53,15 +49,7 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_model(shape: str) -> OPTForCausalLM:
-    """OPT's architecture with random weights, fp32."""
-    sizes = SHAPES[shape]
-    torch.manual_seed(0)
-    config = OPTConfig(**sizes, word_embed_proj_dim=sizes["hidden_size"], vocab_size=50272, use_cache=False)
-    return OPTForCausalLM(config).eval()
-
-
-def make_layout(name: str, model: OPTForCausalLM, wire: Wire) -> Layout:
+def make_layout(name: str, model: nn.Module, wire: Wire) -> Layout:
     """Shard ``model``."""
     if name == "fsdp":
         from mezo_dist.engines.fsdp import Fsdp

@@ -16,6 +16,7 @@ from mezo_dist import config_reader, training
 from mezo_dist.testing import spawn, write_tiny_config
 from mezo_dist.wire import Wire
 from tests.engines.test_layouts import RUNS, SIZES
+from tests.run_folders import results
 
 pytestmark = pytest.mark.distributed
 
@@ -74,30 +75,24 @@ def steps_of(folder: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key != "check"} for line in lines]
 
 
-def results_of(folder: Path) -> dict[str, object]:
-    results: dict[str, object] = json.loads((folder / "results.json").read_text())
-    del results["training_s"]
-    return results
-
-
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
 def test_a_run_is_the_same_on_every_layout(root: Path, layout: str, world: int, name: str) -> None:
     alone, folder = folder_of(root, name, "replicated", 1), folder_of(root, name, layout, world)
     assert steps_of(folder) == steps_of(alone)
     assert len([step for step in steps_of(alone) if "step" in step]) == SIZES["steps"]
-    assert results_of(folder) == results_of(alone)  # with the final fingerprint
+    assert results(folder) == results(alone)  # with the final fingerprint
     model, expected = (place / "model" / "model.safetensors" for place in (folder, alone))
     assert model.read_bytes() == expected.read_bytes()
 
 
 def test_a_run_goes_on_under_another_layout(root: Path, tmp_path: Path) -> None:
     alone = folder_of(root, "mezo-svrg", "replicated", 1)
-    assert results_of(root / "begun alone")["weights"] == results_of(alone)["weights"]
+    assert results(root / "begun alone")["weights"] == results(alone)["weights"]
     cut(folder_of(root, "mezo-svrg", "fsdp", 3), tmp_path / "begun sharded")
     options = [f"output.dir={tmp_path / 'begun sharded'}", "output.if_exists=resume"]
     train(Wire(), root, "mezo-svrg", "replicated", *options)
-    assert results_of(tmp_path / "begun sharded")["weights"] == results_of(alone)["weights"]
+    assert results(tmp_path / "begun sharded")["weights"] == results(alone)["weights"]
 
 
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)

@@ -24,6 +24,7 @@ from mezo_dist.journal import Journal
 from mezo_dist.testing import write_tiny_config
 from mezo_dist.trajectory import Header, Step
 from mezo_dist.wire import Wire
+from tests.run_folders import results
 
 RUNS = {
     "mezo": ("gpt2", "mezo", ["algorithm.lr=1e-3"]),
@@ -76,12 +77,6 @@ def killed(root: Path, name: str, num_steps: int, to: Path, torn: bytes = TORN) 
     (to / "results.json").write_text(json.dumps({"before": before}))
     shutil.rmtree(to / "model")
     return to
-
-
-def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    del found["training_s"]
-    return found
 
 
 every_run = pytest.mark.parametrize("name", RUNS)

@@ -11,24 +11,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mezo_dist import trajectory
 from mezo_dist.wire import LostRankError
 from tests.faults.jobs import STEPS, Fault, arguments, kill_at_random, run, start, steps_of
+from tests.run_folders import results
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 5
 GRACE_S = 5.0  # as launchers do, see `Job.wait`
-
-
-def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    del found["training_s"]
-    return found
 
 
 def check_equal(root: Path, folder: Path) -> None:
