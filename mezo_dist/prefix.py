@@ -69,6 +69,7 @@ class FrozenPrefix:
     def __init__(self, prefix: Prefix, limit: int, groups: Iterable[Group] = (), *, narrow: bool = False) -> None:
         self.prefix, self.narrow = prefix, narrow
         self._limit, self._used = limit, 0
+        self._latest: tuple[Tensor | None, list[Any]] = None, []
         self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
         self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
         self._forwards = {module: module.forward for module in [*prefix.blocks, *(end.module for end in prefix.ends)]}
@@ -79,9 +80,12 @@ class FrozenPrefix:
 
     def __call__(self, model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
         """See `RunModel`. Hidden states of padding are zeros where the prefix ends."""
-        hidden = [self._of(model, key, sample) for key, sample in self._samples((inputs, positions))]
-        ends = zip(self.prefix.ends, zip(*hidden, strict=True), strict=True)
-        known = [end.given(nn.utils.rnn.pad_sequence(list(states), batch_first=True)) for end, states in ends]
+        ids, known = self._latest
+        if inputs["input_ids"] is not ids:  # all variants of a micro-batch come one after another
+            hidden = [self._of(model, key, sample) for key, sample in self._samples((inputs, positions))]
+            ends = zip(self.prefix.ends, zip(*hidden, strict=True), strict=True)
+            known = [end.given(nn.utils.rnn.pad_sequence(list(states), batch_first=True)) for end, states in ends]
+            self._latest = inputs["input_ids"], known
         token = _known.set(known)
         try:
             at = torch.zeros_like(positions) if self.narrow and positions is not None else positions

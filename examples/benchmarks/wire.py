@@ -25,11 +25,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from mezo_dist.launcher.hosts import Cluster, Counters, cluster
 from step_cost import SHAPES, make_batch, make_model
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launcher.hosts import Cluster, Counters, cluster
 from mezo_dist.algorithms.base import Evaluation, Problem, Update
 from mezo_dist.algorithms.mezo import Mezo, MezoConfig
 from mezo_dist.directions.field import Field
