@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,20 @@ def run(*arguments: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_estimator_quality(tmp_path: Path) -> None:
+    labels = ["MeZO", "MeZO, 16 directions", "MeZO-SVRG, q = 2"]
+    run("examples/studies/estimator_quality.py", "--draws", "8", "--out", str(tmp_path), "--only", *labels)
+    found = json.loads((tmp_path / "estimator_quality-small-1.25.json").read_text())
+    rows = {row["label"]: row for row in found["rows"]}
+    assert rows.keys() == set(labels)
+    assert {row["passes_per_step"] for row in rows.values()} == {160}
+    one, many, svrg = (rows[label]["error"] for label in labels)
+    assert one > 0.2 * found["weights"], "about as many times the square of the gradient as there are weights"
+    assert many < one / 2
+    assert 0.2 * one < svrg < 5 * one
+    assert (tmp_path / "estimator_quality-small-1.25.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["in one process", "in two more"])

@@ -43,6 +43,7 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "mezo": ("opt", "mezo", ["algorithm.lr=1e-3"]),
     "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
     "per-sample": ("bert", "mezo-svrg", ["algorithm.lr=1e-3", "law=lowrank", "algorithm.per_sample=true"]),
+    "two rounds": ("opt", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
 }
 BAD_SAMPLE = 7
 MAX_SKIPPED = 3
