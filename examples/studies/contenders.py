@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from mezo_dist.algorithms.momentum import Momentum
 from mezo_dist.algorithms.schedules import Annealing
 from mezo_dist.algorithms.svrg import SvrgConfig
 from mezo_dist.algorithms.svrg_released import SvrgReleasedConfig
+
+LEAST_CYCLES = 8
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Preset:
     overrides: tuple[str, ...]
     num_samples: int
     """Training samples, which are the full batch."""
-    draws: int
+    estimates: int
+    """Of each contender at each point, about; but at least `LEAST_CYCLES` cycles."""
     adamw_lr: float
     points: tuple[int, ...]
     """Steps of AdamW after which estimates are made."""
@@ -31,14 +35,14 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("tiny", ("train.micro_batch=64",), 128, 16, 1e-3, (6,), 1e-5),
-    "smollm2-norms": Preset("configs/quickstart.yaml", (), 256, 64, 1e-2, (0, 20, 100), 1e-2, 1e-2),
+    "small": Preset("tiny", ("train.micro_batch=64",), 128, 64, 1e-3, (6,), 1e-5),
+    "smollm2-norms": Preset("configs/quickstart.yaml", (), 256, 64, 1e-2, (0, 20), 1e-3, 1e-2),
     "minilm": Preset(
         "configs/quickstart.yaml",
         ("model.name=demo:minilm-l6", "model.head=classifier", 'model.trainable=["*"]', "train.max_tokens=64"),
-        128, 16, 2e-5, (0, 8, 24), 1e-5,
+        128, 64, 2e-5, (0, 8, 24), 1e-5,
     ),
-    "smollm2": Preset("configs/quickstart.yaml", ('model.trainable=["*"]',), 512, 32, 1e-5, (0, 8, 24), 1e-6),
+    "smollm2": Preset("configs/quickstart.yaml", ('model.trainable=["*"]',), 512, 128, 1e-5, (0, 8, 24), 1e-6),
 }  # fmt: skip
 
 
@@ -54,6 +58,10 @@ class Contender:
     before: int = 0
     """Steps before them."""
     law: str = "gaussian"
+
+    def draws(self, estimates: int) -> int:
+        """How many times a cycle is run."""
+        return max(LEAST_CYCLES, math.ceil(estimates / (self.before + self.cycle)))
 
 
 def contenders(preset: Preset, budget: float) -> list[Contender]:

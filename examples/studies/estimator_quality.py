@@ -1,6 +1,6 @@
 """How far from the gradient are the estimates of each algorithm, at equal numbers of forward passes?
 
-    python examples/studies/estimator_quality.py [--preset small] [--budget 1.25] [--draws N] [--only LABEL ...]
+    python examples/studies/estimator_quality.py [--preset small] [--budget 1.25] [--estimates N] [--only LABEL ...]
 
 At a few points on the way of AdamW (full batch, by back-propagation), the gradient g of the mean loss of all n training
 samples is computed; then every contender takes steps from that point, many times over, with other directions and other
@@ -156,8 +156,8 @@ def measure(run: Run, contender: Contender, start: Vector, draws: int) -> dict[s
     for draw in range(draws):
         problem = Problem(draw, contender.before + contender.cycle, contender.batch_size, n)
         planner = algorithms.build(contender.algorithm.name, contender.algorithm, problem)
-        orders = {"order": BatchOrder(n, contender.batch_size, draw), "full_order": BatchOrder(n, n, draw)}
-        mine = dataclasses.replace(run, algorithm=planner, **orders)
+        order, full_order = BatchOrder(n, contender.batch_size, draw), BatchOrder(n, n, draw)
+        mine = dataclasses.replace(run, algorithm=planner, order=order, full_order=full_order)
         put(run, start)
         state, sum_v, sum_g = planner.init(), vector(run, ZERO), vector(run, ZERO)
         for step in range(problem.num_steps):
@@ -179,11 +179,12 @@ def measure(run: Run, contender: Contender, start: Vector, draws: int) -> dict[s
         "run_error": contender.cycle * cycle.best_error,
         "passes_per_step": passes / draws / problem.num_steps,
         "batch_size": contender.batch_size,
+        "cycles": draws,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
-def study(preset: Preset, chosen: list[Contender], draws: int, folder: Path) -> tuple[list[dict[str, Any]], int]:
+def study(preset: Preset, chosen: list[Contender], estimates: int, folder: Path) -> tuple[list[dict[str, Any]], int]:
     """All contenders at all points, and the number of weights."""
     rows: list[dict[str, Any]] = []
     points: dict[int, tuple[Vector, float]] = {}
@@ -194,7 +195,7 @@ def study(preset: Preset, chosen: list[Contender], draws: int, folder: Path) -> 
         points = points or way_of_adamw(run, preset.adamw_lr, preset.points)
         for point, (weights, norm) in points.items():
             for contender in (c for c in chosen if c.law == law):
-                found = measure(run, contender, weights, draws)
+                found = measure(run, contender, weights, contender.draws(estimates))
                 rows.append({"label": contender.label, "law": law, "point": point, "gradient_norm": norm, **found})
                 figures = "  ".join(f"{name} {found[name]:9.4g}" for name in ("error", "best_error", "run_error"))
                 passes = f"{found['passes_per_step']:6.1f} passes a step"
@@ -231,17 +232,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--budget", type=float, default=1.25, help="forward passes per step, over the training samples")
-    parser.add_argument("--draws", type=int, help="cycles of every contender at every point; the preset's if left out")
+    parser.add_argument("--estimates", type=int, help="of every contender at every point; the preset's if left out")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="contenders; all if left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     options = parser.parse_args()
     preset = PRESETS[options.preset]
     every = contenders(preset, options.budget)
     chosen = [c for c in every if options.only is None or c.label in options.only]
-    draws = options.draws or preset.draws
+    estimates = options.estimates or preset.estimates
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        rows, size = study(preset, chosen, draws, Path(folder))
+        rows, size = study(preset, chosen, estimates, Path(folder))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -249,7 +250,7 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"mezo_dist {mezo_dist.__version__}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "seeds": f"0 to {draws - 1}, one per draw",
+        "seeds": "0, 1, ..., one per cycle",
         "seconds": round(time.perf_counter() - began),
         "preset": options.preset,
         "weights": size,

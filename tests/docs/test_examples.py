@@ -24,15 +24,15 @@ def run(*arguments: str) -> str:
 
 def test_estimator_quality(tmp_path: Path) -> None:
     labels = ["MeZO", "MeZO, 16 directions", "MeZO-SVRG, q = 2"]
-    run("examples/studies/estimator_quality.py", "--draws", "8", "--out", str(tmp_path), "--only", *labels)
+    run("examples/studies/estimator_quality.py", "--estimates", "8", "--out", str(tmp_path), "--only", *labels)
     found = json.loads((tmp_path / "estimator_quality-small-1.25.json").read_text())
     rows = {row["label"]: row for row in found["rows"]}
     assert rows.keys() == set(labels)
-    assert {row["passes_per_step"] for row in rows.values()} == {160}
-    one, many, svrg = (rows[label]["error"] for label in labels)
-    assert one > 0.2 * found["weights"], "about as many times the square of the gradient as there are weights"
-    assert many < one / 2
-    assert 0.2 * one < svrg < 5 * one
+    for row in rows.values():
+        assert row["passes_per_step"] == 160
+        assert 0.05 * found["weights"] < row["error"] < 20 * found["weights"], "about as many as there are weights"
+    svrg = rows["MeZO-SVRG, q = 2"]
+    assert 1.8 < svrg["run_error"] / svrg["best_error"] < 2.2, "both steps of a cycle err alike"
     assert (tmp_path / "estimator_quality-small-1.25.png").stat().st_size > 1000
 
 
