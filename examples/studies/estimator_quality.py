@@ -228,6 +228,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def processor() -> str:
+    """Its name, where Linux says it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
@@ -247,7 +254,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{processor()}, threads: {torch.get_num_threads()}",
         "versions": f"mezo_dist {mezo_dist.__version__}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
         "seeds": "0, 1, ..., one per cycle",
