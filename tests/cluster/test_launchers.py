@@ -67,7 +67,8 @@ def test_deepspeed_over_ssh_ends_clearly_and_resumes_without_the_host(
 ) -> None:
     need({"pdsh": "pdsh"})
     shutil.copy(f"/proc/{three_hosts.pid('host1')}/root{HOSTFILE}", workplace.folder / "hostfile")
-    (workplace.folder / ".deepspeed_env").write_text("HF_HUB_OFFLINE=1\n")
+    # DeepSpeed passes little of the environment on; ranks with two threads each would fight for two cores.
+    (workplace.folder / ".deepspeed_env").write_text("HF_HUB_OFFLINE=1\nOMP_NUM_THREADS=1\n")
     quick = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=1 -o ServerAliveCountMax=3"}
     line = [*command("launcher/deepspeed.sh --hostfile hostfile -- "), SOON, into("deepspeed")]
     started = workplace.start(three_hosts, "host1", line, **quick)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -22,7 +23,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.evaluation import Evaluator
 from mezo_dist.objectives import Scores
 from mezo_dist.tasks.prompts import Sample
-from mezo_dist.wire import PAYLOAD_WORDS, OutOfStepError, Wire, connect, fingerprint, mean, to_fixed
+from mezo_dist.wire import PAYLOAD_WORDS, OutOfStepError, Wire, connect, fingerprint, mean, share_cores, to_fixed
 
 fp32 = st.floats(min_value=-1e6, max_value=1e6, width=32)
 
@@ -250,3 +251,21 @@ def test_ranks_that_never_come_are_an_error_in_time(environment: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"rank 0 of 2 .*could not join .* distributed.timeout_s = 1 s"):
         connect(timeout_s=1, init_method=f"file://{tmp_path}/meet")
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("ranks_here", "chosen", "wanted"),
+    [(2, None, 4), (3, None, 2), (99, None, 1), (1, None, 8), (0, None, 8), (2, "8", 8)],
+)
+def test_ranks_on_one_host_share_its_cores(
+    ranks_here: int, chosen: str | None, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = [8]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.append(n))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    share_cores(ranks_here)
+    assert threads[-1] == wanted
