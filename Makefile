@@ -27,7 +27,7 @@ quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on
 test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
 	$(BIN)/python -m pytest $(ARGS)
 
-test-long: .venv/installed-dev ## real launches on virtual hosts, kills: what `make test` leaves out
+test-long: .venv/installed-dev ## real launches on virtual hosts: what `make test` leaves out
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 check: lint ## lint and the quick unit tests: for before a commit

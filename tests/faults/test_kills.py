@@ -19,7 +19,7 @@ from mezo_dist.wire import LostRankError
 from tests.faults.jobs import STEPS, Fault, arguments, kill_at_random, run, start, steps_of
 from tests.run_folders import results
 
-pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 5
 GRACE_S = 5.0  # as launchers do, see `Job.wait`
