@@ -22,6 +22,7 @@ from mezo_dist.directions.cpu_kernel import (
     _load,
     _multiply_add,
     _philox,
+    _prefetch,
     _rademacher,
     _store,
     _total,
@@ -50,6 +51,8 @@ def _advance_chunks(
         if low >= high:
             continue
         start = low - before
+        if gaussian:
+            _prefetch(address, kind, start + CHUNK)
         total = _total(address, kind, start, scratch[low:high])
         k = 0
         for s in range(len(ends)):

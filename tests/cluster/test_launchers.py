@@ -85,15 +85,17 @@ def test_deepspeed_over_ssh_ends_clearly_and_resumes_without_the_host(
     assert workplace.same_as_alone("deepspeed")
 
 
-def test_deepspeed_without_ssh(workplace: Workplace, two_hosts: Cluster) -> None:
+@pytest.mark.parametrize("engine", ["replicated", "zero"])
+def test_deepspeed_without_ssh(workplace: Workplace, two_hosts: Cluster, engine: str) -> None:
     shutil.copy(f"/proc/{two_hosts.pid('host1')}/root{HOSTFILE}", workplace.folder / "hostfile")
     started = []
     for number, host in enumerate(two_hosts.hosts):
         line = command(f"launcher/deepspeed.sh --hostfile hostfile --no_ssh --node_rank {number}")
-        started.append(workplace.start(two_hosts, host, [*line, into("no_ssh")]))
+        started.append(workplace.start(two_hosts, host, [*line, f"--engine.name={engine}", into(engine)]))
     found = [one.finish() for one in started]
     assert [status for status, _ in found] == [0, 0], found
-    assert workplace.same_as_alone("no_ssh")
+    assert f"engine      {engine}, 2 process(es)" in found[0][1]
+    assert workplace.same_as_alone(engine)
 
 
 def test_mpirun_over_ssh_ends_clearly_and_resumes_on_what_is_left(workplace: Workplace, two_hosts: Cluster) -> None:

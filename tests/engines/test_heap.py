@@ -15,11 +15,12 @@ if {keep}:
     keep_freed_memory()
 def work():
     kept = [torch.zeros(6_000_000) for _ in range(4)]  # 24 MB each, as a fan-out holds them
-work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+work()
+print(min(faults() for _ in range(5)))  # some systems reclaim memory on their own, now and then
 """
 
 
@@ -29,5 +30,5 @@ def test_page_faults_are_gone() -> None:
         keep: int(subprocess.run([sys.executable, "-c", SCRIPT.format(keep=keep)], stdout=-1, check=True).stdout)
         for keep in (False, True)
     }
-    assert faults[False] > 10_000, "malloc has become wiser: mezo_dist/engines/heap.py can go"
-    assert faults[True] * 2 < faults[False], "some may come back: the system reclaims memory on its own"
+    assert faults[False] > 2_000, "malloc has become wiser: mezo_dist/engines/heap.py can go"
+    assert faults[True] * 2 < faults[False]
