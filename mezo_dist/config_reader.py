@@ -117,7 +117,12 @@ def _read(path: Path, what: str) -> dict[str, Any]:
         _check_repeats(yaml.compose(text, yaml.SafeLoader), f"{what} {path}")
     except UserError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        TypeError,
+    ) as error:  # TypeError: jsonargparse on keys of nothing
         raise UserError(f"{what} {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         found = "is empty" if data is None else f"holds {data!r}"

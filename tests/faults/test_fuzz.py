@@ -107,6 +107,7 @@ BOMBS = {
     "lists": "seed: " + "[" * 5000 + "]" * 5000,
     "objects": "seed: " + "{a: " * 3000,
     "a long number": "seed: " + "9" * 5000,
+    "a key of nothing": " ?",
     "python": "seed: !!python/object/apply:os.system ['true']\n",
     "large": "# " + "x" * 2_000_000,
 }
