@@ -39,7 +39,7 @@ def test_hosts_have_their_own_name_and_network_and_share_files(two_hosts: Cluste
 
 
 def wait_until_open(made: Cluster) -> None:
-    """A link that has just come up may carry nothing yet: the kernel looks once a second, and asks again for addresses."""
+    """A link that has just come up may carry nothing yet: the kernel looks and asks for addresses once a second."""
     deadline = time.monotonic() + 30
     while made.run("host1", KNOCK) != "open\n":
         assert time.monotonic() < deadline, "the link stays cut"
