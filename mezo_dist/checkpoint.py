@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from mezo_dist import tensorfile
+from mezo_dist.engines.anchor import PREFIX
 from mezo_dist.engines.base import Shard
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
@@ -72,8 +73,9 @@ def save_snapshot(
 ) -> Path:
     """Write ``folder/step-NNNNNNNN``; it appears under that name only when all of it is on disk.
 
-    Every piece is written once: ranks that own the same pieces (replicas) share the work. Buffers are not weights and
-    are not saved. Collective: all ranks must call it.
+    The copy that the engine keeps (`Engine.keep_anchor`) is saved, too, if there is one; buffers are not, as they are
+    no weights. Every piece is written once: ranks that own the same pieces (replicas) share the work. Collective: all
+    ranks must call it.
 
     Args:
         folder: of all snapshots of the run; made if need be.
@@ -93,7 +95,7 @@ def save_snapshot(
     part = target.with_name(f".{target.name}.part")
     try:
         _on_main(wire, _make_empty, part)
-        own = [_piece(shard) for shard in engine.shards() if shard.tensor.numel()]
+        own = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
         replicas = wire.collect(lambda: hashlib.sha256(json.dumps(own).encode()).hexdigest())
         mine = [rank for rank, digest in enumerate(replicas) if digest == replicas[wire.rank]]
         share = _share(own, mine.index(wire.rank), len(mine))
@@ -133,10 +135,16 @@ def read_snapshot(folder: Path) -> Snapshot:
         raise UserError(f"{path}: damaged, or of another version of mezo_dist ({error!r})") from error
 
 
-def load_snapshot(folder: Path, engine: Engine, wire: Wire) -> Snapshot:
+def load_snapshot(folder: Path, engine: Engine, wire: Wire, *, anchor: bool = False) -> Snapshot:
     """Overwrite the weights with those of a snapshot, whatever engine and world size it was written by.
 
     Files are checked against their SHA-256 before any weight is touched; ranks share that work. Collective.
+
+    Args:
+        folder: of the snapshot.
+        engine: whose weights.
+        wire: between the ranks.
+        anchor: also fill the copy that the engine keeps (`Engine.keep_anchor`), if the snapshot has one.
 
     Raises:
         UserError: on all ranks: the snapshot is incomplete or damaged, or belongs to another model.
@@ -151,8 +159,14 @@ def load_snapshot(folder: Path, engine: Engine, wire: Wire) -> Snapshot:
         _check_fits(snapshot, engine.shards())
         found.append(snapshot)
 
+    def fill() -> None:
+        _fill(engine.shards(), found[0])
+        if anchor and any(name.startswith(PREFIX) for name in found[0].weights):
+            engine.keep_anchor()  # makes room
+            _fill(engine.anchor_shards(), found[0])
+
     wire.collect(check)
-    wire.collect(lambda: _fill(engine, found[0]))
+    wire.collect(fill)
     return found[0]
 
 
@@ -165,6 +179,12 @@ def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+
+
+def _shards(engine: Engine) -> Iterator[Shard]:
+    """All that is saved."""
+    yield from engine.shards()
+    yield from engine.anchor_shards()
 
 
 def _piece(shard: Shard) -> dict[str, Any]:
@@ -194,7 +214,7 @@ def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, dic
         _key(name, piece["offset"]): (tensorfile.DTYPES[piece["dtype"]], [piece["size"]])
         for name, piece in share.items()
     }
-    digest = tensorfile.write(folder / file, layout, (s.tensor for s in engine.shards() if s.name in share))
+    digest = tensorfile.write(folder / file, layout, (s.tensor for s in _shards(engine) if s.name in share))
     return {"file": file, "sha256": digest, "pieces": list(share.values())}
 
 
@@ -234,9 +254,9 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _fill(engine: Engine, snapshot: Snapshot) -> None:
+def _fill(shards: Iterable[Shard], snapshot: Snapshot) -> None:
     entries = {name: tensorfile.read_header(snapshot.folder / name) for name in snapshot.files}
-    for shard in engine.shards():
+    for shard in shards:
         flat = shard.tensor.detach().view(-1)
         for piece in snapshot.weights[shard.name].pieces if len(flat) else ():
             first = max(piece.offset, shard.offset)
@@ -263,7 +283,8 @@ def _weight(name: str, item: Mapping[str, Any], files: Mapping[str, str]) -> Sav
 
 def _check_fits(snapshot: Snapshot, shards: Iterable[Shard]) -> None:
     own = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
-    if other := sorted(own.keys() ^ snapshot.weights.keys()):
+    saved_names = {name for name in snapshot.weights if not name.startswith(PREFIX)}
+    if other := sorted(own.keys() ^ saved_names):
         raise UserError(f"{snapshot.folder}: of another model: {', '.join(other[:3])} is only in one of the two")
     for name, (shape, dtype) in own.items():
         saved = snapshot.weights[name]

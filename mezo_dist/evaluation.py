@@ -106,5 +106,5 @@ def _fits(row: torch.Tensor, loss: torch.Tensor, world_size: int) -> bool:
 
 
 def _describe(request: Evaluation) -> object:
-    variants = [[v.shift.to_json(), [shift.to_json() for shift in v.per_sample]] for v in request.variants]
+    variants = [[v.base, v.shift.to_json(), [shift.to_json() for shift in v.per_sample]] for v in request.variants]
     return [variants, request.batch, request.each_sample]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist import algorithms
-from mezo_dist.algorithms.base import Algorithm, Batch, Evaluation, Losses, Problem, Update
+from mezo_dist.algorithms.base import Algorithm, Batch, Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.directions.add import DTYPES
 from mezo_dist.directions.combination import CoefficientError, Combination
 from mezo_dist.directions.field import Field
@@ -91,13 +91,14 @@ def minimize(
             raise UserError(f"start: {name!r} is {tensor.dtype}; use float32, bfloat16 or float16")
     if getattr(algorithm, "per_sample", False):
         raise UserError("algorithm.per_sample: a function has no samples that could be told apart; leave it out")
-    at = _Arithmetic(weights, Field(law, rank), param_ids(weights))
-    planner: Algorithm = algorithms.build(algorithm.name, algorithm, Problem(seed, steps))
+    at = _Arithmetic(weights, Field(law, rank), param_ids(weights), {})
+    rounds = any(tensor.dtype != torch.float32 for tensor in weights.values())
+    planner: Algorithm = algorithms.build(algorithm.name, algorithm, Problem(seed, steps, rounds=rounds))
     state, losses, calls, in_a_row = planner.init(), [], 0, 0
 
     def evaluate(request: Evaluation, step: int) -> Losses:
         nonlocal calls
-        variants = at.variants([variant.shift for variant in request.variants])
+        variants = at.variants(request.variants)
         calls += len(variants)
         return Losses(tuple(map(float, mapper(function, variants, [Draw(step, request.batch)] * len(variants)))))
 
@@ -105,6 +106,8 @@ def minimize(
         update = _step(planner, state, step, evaluate)
         if update is not None:
             state = update.state
+            if update.keep:
+                at.keep_anchor()
             at.add(update.combination, derive_seed(seed, "rounding", step))
         in_a_row = 0 if update else in_a_row + 1
         if in_a_row >= max_skipped:
@@ -140,16 +143,24 @@ class _Arithmetic:
     weights: Weights
     field: Field
     ids: dict[str, int]
+    anchor: Weights
 
-    def variants(self, shifts: Sequence[Combination]) -> list[Weights]:
-        """The weights plus each of ``shifts``."""
-        made: list[Weights] = [{} for _ in shifts]
-        for name, tensor in self.weights.items():
-            outputs = [torch.empty_like(tensor) for _ in shifts]
-            self.field.add(tensor, shifts, outputs, param_id=self.ids[name], shape=tensor.shape)
-            for variant, output in zip(made, outputs, strict=True):
-                variant[name] = output
+    def variants(self, wanted: Sequence[Variant]) -> list[Weights]:
+        """The weights, or the kept copy of them, plus what each variant adds."""
+        made: list[Weights] = [{} for _ in wanted]
+        for base in dict.fromkeys(variant.base for variant in wanted):
+            own = [(v, variant.shift) for v, variant in enumerate(wanted) if variant.base == base]
+            for name, tensor in (self.anchor if base == "anchor" else self.weights).items():
+                outputs = [torch.empty_like(tensor) for _ in own]
+                shifts = [shift for _, shift in own]
+                self.field.add(tensor, shifts, outputs, param_id=self.ids[name], shape=tensor.shape)
+                for (v, _), output in zip(own, outputs, strict=True):
+                    made[v][name] = output
         return made
+
+    def keep_anchor(self) -> None:
+        """Keep a copy of the weights as they are now."""
+        self.anchor.update({name: tensor.clone() for name, tensor in self.weights.items()})
 
     def add(self, combination: Combination, rounding_seed: int) -> None:
         """Add ``combination`` in place."""

@@ -6,12 +6,12 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mezo_dist import checkpoint, trajectory
-from mezo_dist.algorithms.base import Algorithm, Evaluation
+from mezo_dist.algorithms.base import Algorithm, Evaluation, Update
 from mezo_dist.config import NO_RESULTS, EngineConfig, RunConfig
 from mezo_dist.config_reader import from_dict
 from mezo_dist.directions.combination import ZERO, Combination
@@ -44,8 +44,8 @@ class Progress:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
 
-def plan_again(algorithm: Algorithm, steps: Sequence[Step], progress: Progress) -> Iterator[Combination]:
-    """What each of the logged steps added to the weights. ``progress`` is after the step that came last.
+def plan_again(algorithm: Algorithm, steps: Sequence[Step], progress: Progress) -> Iterator[Update]:
+    """What each of the logged steps did to the weights. ``progress`` is after the step that came last.
 
     Raises:
         UserError: the algorithm computes something else from the losses than it did in the run.
@@ -53,7 +53,7 @@ def plan_again(algorithm: Algorithm, steps: Sequence[Step], progress: Progress) 
     for step in steps:
         if step.skipped:
             progress.after(progress.state, skipped=True)
-            yield ZERO
+            yield Update(progress.state, ZERO)
             continue
         update = algorithm.update(progress.state, step.step, step.rounds)
         if isinstance(update, Evaluation) or digest(update.combination) != step.update:
@@ -62,7 +62,7 @@ def plan_again(algorithm: Algorithm, steps: Sequence[Step], progress: Progress) 
                 "header names the version of mezo_dist that can rebuild it"
             )
         progress.after(update.state, skipped=False)
-        yield update.combination
+        yield update
 
 
 def check_config(config: RunConfig, header: Header) -> None:
@@ -149,8 +149,42 @@ def audit(folder: Path, num_steps: int | None, wire: Wire, *, trust_remote_code:
     )
 
 
+@dataclass
+class _Pending:
+    """Updates that wait to be applied, all in one pass over the weights."""
+
+    weights: Weights
+    updates: list[tuple[Combination, int]] = field(default_factory=list)
+    num_terms: int = 0
+    before_anchor: int | None = None
+    """How many of them come before the last anchor; None: none of them is one."""
+
+    def add(self, combination: Combination, rounding_seed: int, *, keep: bool) -> None:
+        if keep:
+            self.before_anchor = len(self.updates)
+        if combination:
+            self.updates.append((combination, rounding_seed))
+            self.num_terms += len(combination)
+
+    def apply(self) -> None:
+        first = 0
+        if self.before_anchor is not None:
+            first = self.before_anchor
+            self.weights.engine.apply_steps(self.updates[:first])
+            self.weights.engine.keep_anchor()
+        self.weights.engine.apply_steps(self.updates[first:])
+        self.updates, self.num_terms, self.before_anchor = [], 0, None
+
+
 def rebuild(
-    weights: Weights, algorithm: Algorithm, found: Log, num_steps: int, *, start: int = 0, verify: bool = True
+    weights: Weights,
+    algorithm: Algorithm,
+    found: Log,
+    num_steps: int,
+    *,
+    start: int = 0,
+    verify: bool = True,
+    anchor: bool = False,
 ) -> Progress:
     """Bring weights that are those after ``start`` steps to where they were after ``num_steps``. Collective.
 
@@ -161,25 +195,23 @@ def rebuild(
         num_steps: at most as many as it has.
         start: steps that the weights have seen.
         verify: compare the weights with all fingerprints on the way, which costs a pass over them for each.
+        anchor: also keep the copies that the run kept (`Update.keep`); one that goes on needs the last of them.
 
     Raises:
         UserError: the weights are not what they were, or see `plan_again`.
     """
     progress = Progress(algorithm.init())
-    pending: list[tuple[Combination, int]] = []
-    num_terms = 0
-    for combination in plan_again(algorithm, found.steps[:num_steps], progress):
-        if progress.step > start and combination:
-            pending.append((combination, weights.rounding_seed(progress.step - 1)))
-            num_terms += len(combination)
-        marked = verify and progress.step > start and progress.step in found.marks
-        if marked or num_terms >= TERMS_AT_ONCE:
-            weights.engine.apply_steps(pending)
-            pending, num_terms = [], 0
+    pending = _Pending(weights)
+    for update in plan_again(algorithm, found.steps[:num_steps], progress):
+        if progress.step <= start:
+            continue
+        pending.add(update.combination, weights.rounding_seed(progress.step - 1), keep=anchor and update.keep)
+        marked = verify and progress.step in found.marks
+        if marked or pending.num_terms >= TERMS_AT_ONCE:
+            pending.apply()
         if marked:
             _check_mark(weights, found.marks[progress.step], progress.step)
-    if pending:
-        weights.engine.apply_steps(pending)
+    pending.apply()
     return progress
 
 
@@ -193,16 +225,25 @@ def _check_mark(weights: Weights, recorded: str, step: int) -> None:
 
 
 def rebuild_from_newest(
-    weights: Weights, algorithm: Algorithm, found: Log, num_steps: int, snapshots: Path, wire: Wire
+    weights: Weights,
+    algorithm: Algorithm,
+    found: Log,
+    num_steps: int,
+    snapshots: Path,
+    wire: Wire,
+    *,
+    anchor: bool = False,
 ) -> tuple[Progress, int]:
     """`rebuild` from the newest sound snapshot that is not too new, or else from the base. Collective.
+
+    Snapshots hold the copy that was kept last, too (``anchor``).
 
     Returns:
         Where the run is, and the number of steps that the snapshot held (0: none was used).
     """
-    start = _load_newest(weights, found, num_steps, snapshots, wire)
+    start = _load_newest(weights, found, num_steps, snapshots, wire, anchor=anchor)
     began = time.perf_counter()
-    progress = rebuild(weights, algorithm, found, num_steps, start=start)
+    progress = rebuild(weights, algorithm, found, num_steps, start=start, anchor=anchor)
     log.info("rebuilt steps %d to %d in %.1f s", start, progress.step, time.perf_counter() - began)
     return progress, start
 
@@ -212,7 +253,7 @@ def snapshot_facts(header: Header) -> dict[str, str]:
     return {"identity": header.identity, "base_fingerprint": header.base_fingerprint}
 
 
-def _load_newest(weights: Weights, found: Log, num_steps: int, folder: Path, wire: Wire) -> int:
+def _load_newest(weights: Weights, found: Log, num_steps: int, folder: Path, wire: Wire, *, anchor: bool) -> int:
     """Load the newest snapshot that is sound and not after ``num_steps``. Returns its step, 0 if there is none."""
     failed = False
     names = wire.broadcast_text(" ".join(path.name for path in checkpoint.snapshots(folder))).split()
@@ -222,7 +263,7 @@ def _load_newest(weights: Weights, found: Log, num_steps: int, folder: Path, wir
             if about["facts"] != snapshot_facts(found.header):
                 log.warning("%s belongs to another run; it is left alone", folder / name)
             elif about["step"] <= num_steps:
-                return checkpoint.load_snapshot(folder / name, weights.engine, wire).step
+                return checkpoint.load_snapshot(folder / name, weights.engine, wire, anchor=anchor).step
         except UserError as error:
             log.warning("a snapshot cannot be used, an older one may do: %s", error)
             failed = True

@@ -105,8 +105,10 @@ class Run:
     def _cut(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return cut(samples, self.config.train.micro_batch, self.loaded.pad_id)
 
-    def apply(self, step: int, combination: Combination) -> None:
-        """Add what ``step`` found to the weights."""
+    def apply(self, step: int, combination: Combination, *, keep: bool = False) -> None:
+        """Add what ``step`` found to the weights; before that, ``keep`` a copy of them (`Update.keep`)."""
+        if keep:
+            self.engine.keep_anchor()
         if combination:
             self.engine.apply(combination, self.weights.rounding_seed(step))
 
@@ -189,7 +191,8 @@ def _dtype(name: str) -> torch.dtype:
 
 def build_algorithm(config: RunConfig, full_size: int) -> Algorithm:
     """The planner of a run whose full batches have ``full_size`` samples."""
-    problem = Problem(config.seed, config.train.steps, config.train.batch_size, full_size)
+    rounds = config.model.weights != "float32"
+    problem = Problem(config.seed, config.train.steps, config.train.batch_size, full_size, rounds)
     return algorithms.build(config.algorithm.name, config.algorithm, problem)
 
 

@@ -43,6 +43,8 @@ class Planned:
     metrics: dict[str, float]
     forwards: int
     """Forward passes, counted in samples."""
+    keep: bool = False
+    """See `Update.keep`."""
 
 
 def train(config: RunConfig, wire: Wire) -> Path:
@@ -96,7 +98,7 @@ def _train(run: Run, claim: Claim, progress: Progress, monitor: Monitor) -> None
 def _resume(run: Run, claim: Claim, found: Log) -> Progress:
     check_header(run.header(), found.header)
     progress, start = rebuild_from_newest(
-        run.weights, run.algorithm, found, len(found.steps), claim.snapshots, run.wire
+        run.weights, run.algorithm, found, len(found.steps), claim.snapshots, run.wire, anchor=True
     )
     if run.wire.rank == 0:
         note(claim.folder, "resumed", progress.step, snapshot=start, torn_bytes=found.torn, ranks=run.wire.world_size)
@@ -146,7 +148,7 @@ def _loop(run: Run, progress: Progress, keeper: Keeper, monitor: Monitor) -> Non
         planned = plan_step(run, progress.state, progress.step)
         evaluated = time.perf_counter()
         keeper.append(planned.step)  # before the weights change: what is on disk can be replayed, what is not never was
-        run.apply(planned.step.step, planned.combination)
+        run.apply(planned.step.step, planned.combination, keep=planned.keep)
         progress.after(planned.state, skipped=bool(planned.step.skipped))
         _check_skips(progress, planned.step, config, monitor)
         scalars = {"loss/train" if name == "loss" else name: value for name, value in planned.metrics.items()}
@@ -201,7 +203,7 @@ def plan_step(run: Run, state: Any, number: int) -> Planned:
         except CoefficientError as error:
             return skipped(str(error))
     step = Step(number, tuple(rounds), digest(request.combination))
-    return Planned(request.state, step, request.combination, request.metrics, forwards)
+    return Planned(request.state, step, request.combination, request.metrics, forwards, request.keep)
 
 
 def _check_skips(progress: Progress, step: Step, config: TrainConfig, monitor: Monitor) -> None:

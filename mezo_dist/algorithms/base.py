@@ -11,24 +11,31 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.seeds import derive_seed
 
 Batch = Literal["minibatch", "full"]
+Base = Literal["current", "anchor"]
+"""The weights as they are now, or a kept copy of them (`Update.keep`)."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The weights that a forward pass is evaluated at: current weights + ``shift``.
+    """The weights that a forward pass is evaluated at: current weights (or the kept copy, see `Base`) + ``shift``.
 
-    With ``per_sample`` (as long as the batch), sample i is evaluated at current weights + shift + per_sample[i].
+    With ``per_sample`` (as long as the batch), sample i is evaluated at these + shift + per_sample[i].
     """
 
     shift: Combination = ZERO
     per_sample: tuple[Combination, ...] = ()
+    base: Base = "current"
+
+    def moved(self, by: Combination) -> Variant:
+        """This one, further along."""
+        return replace(self, shift=self.shift + by)
 
 
 @dataclass(frozen=True)
@@ -72,16 +79,20 @@ class Update:
     state: Any
     combination: Combination
     metrics: dict[str, float] = field(default_factory=dict)
+    keep: bool = False
+    """Keep a copy of the weights as they are before the combination is added, in place of the one kept so far."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What an algorithm may know about the run: the run's seed, the number of steps, and the sizes of the batches."""
+    """What an algorithm may know about the run: its seed, the number of steps, the sizes of batches, the weights."""
 
     seed: int = 0
     num_steps: int = 1
     batch_size: int = 1
     full_size: int = 1
+    rounds: bool = False
+    """Weights have 16 bits: adding to them rounds, so that what was added cannot be taken off again exactly."""
 
     def direction_seed(self, step: int, index: int = 0, pool: int | None = None) -> int:
         """Seed of the ``index``-th direction drawn at ``step``; every rank derives it, nobody sends it.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Variant
-from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.combination import Combination
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Probe:
         batch: which batch.
         per_sample: every sample has a direction of its own, at no more forward passes than one direction.
         one_sided: n directions take n + 1 forward passes, (L(w + eps z) - L(w)) / eps, instead of 2 n.
-        bases: points to probe at, as shifts of the current weights.
+        bases: points to probe at.
     """
 
     seeds: tuple[int, ...]
@@ -29,7 +29,7 @@ class Probe:
     batch: Batch = "minibatch"
     per_sample: bool = False
     one_sided: bool = False
-    bases: tuple[Combination, ...] = (ZERO,)
+    bases: tuple[Variant, ...] = (Variant(),)
 
     def evaluation(self) -> Evaluation:
         """The round of forward passes: for every base and direction the variants + and -; one-sided, all + and then
@@ -38,13 +38,14 @@ class Probe:
             tuple(v for base in self.bases for v in self._variants(base)), self.batch, each_sample=self.per_sample
         )
 
-    def _variants(self, base: Combination) -> list[Variant]:
+    def _variants(self, base: Variant) -> list[Variant]:
         steps = (self.eps, -self.eps)
         if self.per_sample:
-            return [Variant(base, tuple(Combination.single(seed, step) for seed in self.seeds)) for step in steps]
+            own = [tuple(Combination.single(seed, step) for seed in self.seeds) for step in steps]
+            return [replace(base, per_sample=directions) for directions in own]
         if self.one_sided:
-            return [*(Variant(base + Combination.single(seed, self.eps)) for seed in self.seeds), Variant(base)]
-        return [Variant(base + Combination.single(seed, step)) for seed in self.seeds for step in steps]
+            return [*(base.moved(Combination.single(seed, self.eps)) for seed in self.seeds), base]
+        return [base.moved(Combination.single(seed, step)) for seed in self.seeds for step in steps]
 
     def projected(self, losses: Losses) -> list[list[float]]:
         """The projected gradients: for each base, one per direction."""

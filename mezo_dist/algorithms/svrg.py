@@ -9,9 +9,12 @@ The others are inner steps on a minibatch B, with a fresh direction z:
     w <- w - lr * ((p_B(w; z) - p_B(anchor; z)) z + p0 z0)
 
 Both estimates of an inner step use the same batch and the same direction: only then is their difference a control
-variate. (Of several directions the mean counts, here and there.) The anchor is no copy of the weights: it is ``w -
-displacement``, and the displacement is the sum of the updates since the anchor step, a combination of as many
-directions as there were steps.
+variate. (Of several directions the mean counts, here and there.)
+
+The setting ``anchor`` says where the anchor comes from. ``replay``: it is ``w - displacement``, no copy of the weights;
+the displacement is the sum of the updates since the anchor step, a combination of all their directions. ``stored``: it
+is a copy, kept before the anchor step's update. They differ where adding to weights rounds, most of all in 16 bits:
+there the way back along the displacement ends beside the anchor, and a copy is exact.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Union
 
-from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
+
+DIRECTIONS_TO_REPLAY = 8
+"""Up to so many, ``anchor: auto`` makes them again in every inner step rather than keep a copy of the weights."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ class SvrgConfig:
     """Schedule of ``eps``."""
     annealing: Annealing = field(default_factory=Annealing)
     """The paper's plateau rule, on both learning rates."""
+    anchor: Literal["replay", "stored", "auto"] = "replay"
+    """``replay``: the anchor is the current weights minus the updates since; no copy, but an inner step makes all their
+    directions, and 16-bit weights get there up to rounding only. ``stored``: each process keeps a copy of the trainable
+    weights that it owns, in their dtype; exact, but sharded engines gather twice in an inner step. ``auto``: stored
+    where weights have 16 bits or the updates of q steps have more than 8 directions, else replay."""
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "anchor_lr", "eps", "q", "directions", "anchor_directions", "clip")
@@ -81,7 +92,7 @@ class SvrgState:
     anchor_gradient: Combination = ZERO
     """mean_k p0_k z0_k, the full-batch estimate at the anchor."""
     displacement: Combination = ZERO
-    """Current weights - anchor."""
+    """Current weights - anchor, where that is replayed; zero where it is stored."""
     plateau: Plateau = Plateau()
     past: Past = Past()
 
@@ -101,19 +112,32 @@ class Svrg:
         # Counted from the last anchor, not from step 0: if an anchor step had to be skipped, the next one is it.
         return state.anchor_step < 0 or step - state.anchor_step >= self.config.q
 
+    def _is_stored(self) -> bool:
+        """A function of the settings alone: the same on all ranks, after any restart, and whatever memory is free."""
+        config, problem = self.config, self.problem
+        if config.anchor != "auto" or config.q == 1:
+            return config.anchor == "stored" and config.q > 1  # there is no way back from an anchor step to the last
+        if config.per_sample:
+            first, others = problem.full_size, problem.batch_size
+        else:
+            first, others = config.anchor_directions, config.directions
+        remembered = config.momentum.window - 1 if config.momentum.decay else 0
+        return problem.rounds or first + (config.q - 2 + remembered) * others > DIRECTIONS_TO_REPLAY
+
     def _probe(self, state: SvrgState, step: int) -> Probe:
         config, problem, is_anchor = self.config, self.problem, self._is_anchor(state, step)
         if config.per_sample:
             number = problem.full_size if is_anchor else problem.batch_size
         else:
             number = config.anchor_directions if is_anchor else config.directions
+        anchor = Variant(base="anchor") if self._is_stored() else Variant(-state.displacement)
         return Probe(
             tuple(problem.direction_seed(step, k) for k in range(number)),
             config.eps * config.eps_schedule.factor(step, problem.num_steps),
             "full" if is_anchor else "minibatch",
             config.per_sample,
             config.one_sided,
-            bases=(ZERO,) if is_anchor else (ZERO, -state.displacement),
+            bases=(Variant(),) if is_anchor else (Variant(), anchor),
         )
 
     def plan(self, state: SvrgState, step: int) -> Evaluation:
@@ -135,7 +159,9 @@ class Svrg:
         gradient, past = state.past.with_now(estimate, config.momentum)
         lr *= config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
         combination = -lr * gradient
-        displacement = combination if is_anchor else state.displacement + combination
+        is_stored = self._is_stored()
+        before = ZERO if is_anchor else state.displacement
+        displacement = ZERO if is_stored else before + combination
         plateau = state.plateau.after(metrics["loss"], config.annealing)
         new = SvrgState(anchor_step, anchor_gradient, displacement, plateau, past)
-        return Update(new, combination, metrics | {"lr": lr})
+        return Update(new, combination, metrics | {"lr": lr}, keep=is_stored and is_anchor)

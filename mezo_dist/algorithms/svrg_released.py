@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Problem, Update
+from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.schedules import Annealing
 from mezo_dist.algorithms.spsa import Probe, check_positive, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -78,7 +78,7 @@ class SvrgReleased:
     def _probe(self, step: int, index: int = 0, base: Combination = ZERO) -> Probe:
         seeds = (self.problem.direction_seed(step, index),)
         batch: Batch = "minibatch" if step % self.config.q else "full"
-        return Probe(seeds, self.config.eps, batch, bases=(base,))
+        return Probe(seeds, self.config.eps, batch, bases=(Variant(base),))
 
     def plan(self, state: SvrgReleasedState, step: int) -> Evaluation:
         return self._probe(step).evaluation()

@@ -35,6 +35,16 @@ class Shard:
     """False where the rank holds a further copy of what another rank counts as its own (sums count it once)."""
 
 
+def exchange_contents(shards: Iterator[Shard], others: dict[str, Tensor]) -> None:
+    """See `Layout.exchange`: by copying, which works wherever shards live."""
+    for shard in shards:
+        if shard.name in others:
+            other = others[shard.name]
+            before = shard.tensor.clone()
+            shard.tensor.copy_(other)
+            other.copy_(before)
+
+
 class Layout(Protocol):
     """Where the weights of a model live, and how those of one unit come together on every rank.
 
@@ -63,6 +73,9 @@ class Layout(Protocol):
 
     def shards(self) -> Iterator[Shard]:
         """What this rank owns of every parameter, frozen ones too, in the order of the model's parameters."""
+
+    def exchange(self, others: dict[str, Tensor]) -> None:
+        """Let the contents of this rank's shards of some parameters, and of ``others`` (by name), change places."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical name and full tensor of every parameter in the dtype it is kept in, one after another; collective.

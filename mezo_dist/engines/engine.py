@@ -5,6 +5,7 @@ There is one. Where the weights live, and how those of a unit come together, its
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, final
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.field import Field
+from mezo_dist.engines.anchor import Anchor
 from mezo_dist.engines.base import Layout, Shard
 from mezo_dist.engines.fanout import Call, FanOut, Job, Served
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
@@ -69,6 +71,7 @@ class Engine:
         self._gathers = Gathers(self.layout, prefetch=prefetch)
         self._materialise = Materialiser(field, compute_dtype, keep_sources=not self.layout.is_sharded)
         self._fanout = FanOut(sites, self._serve)
+        self._anchor = Anchor(self.layout, self._trainable)
 
     @torch.no_grad()
     def evaluate(
@@ -82,7 +85,8 @@ class Engine:
     ) -> list[list[Any]]:
         """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``.
 
-        Results are the same bits whatever the other items and variants are, and on every layout.
+        Results are the same bits whatever the other items and variants are, and on every layout. Variants of the kept
+        copy (`keep_anchor`) go through the model by themselves, after the others.
 
         Args:
             variants: what to evaluate.
@@ -96,9 +100,31 @@ class Engine:
             NotImplementedError: per-sample directions that are not low-rank.
             UserError: per-sample directions on weights that cannot have them.
             OutOfStepError: ranks gather different units: their passes take different ways through the model.
+            RuntimeError: a variant of a copy that was never kept.
         """
         if any(variant.per_sample for variant in variants) and not self.field.is_lowrank:
             raise NotImplementedError(f"a direction per sample needs law lowrank, not {self.field.name}")
+        results: list[list[Any]] = [[None] * len(variants) for _ in items]
+        for base, place in (("current", contextlib.nullcontext), ("anchor", self._anchor.in_place)):
+            chosen = [v for v, variant in enumerate(variants) if variant.base == base]
+            if not chosen:
+                continue
+            with place():
+                found = self._evaluate([variants[v] for v in chosen], items, forward, most, filler)
+            for row, own in zip(results, found, strict=True):
+                for v, result in zip(chosen, own, strict=True):
+                    row[v] = result
+        return results
+
+    def _evaluate(
+        self,
+        variants: Sequence[Variant],
+        items: Sequence[ItemT],
+        forward: Callable[[nn.Module, ItemT], Any],
+        most: int,
+        filler: ItemT | None,
+    ) -> list[list[Any]]:
+        """`evaluate` variants of the weights that are there."""
         self._materialise.shifts = [variant.shift for variant in variants]
         results: list[list[Any]] = []
         most = max(len(items), most if self.layout.is_sharded else 0)
@@ -127,6 +153,8 @@ class Engine:
     @torch.no_grad()
     def apply_steps(self, updates: Sequence[tuple[Combination, int]]) -> None:
         """`apply` for one update after another: the same bits, in one pass over the weights."""
+        if not updates:
+            return
         for shard in self.shards():
             if shard.name not in self._trainable:
                 continue
@@ -139,6 +167,11 @@ class Engine:
                 offset=shard.offset,
             )
 
+    @torch.no_grad()
+    def keep_anchor(self) -> None:
+        """Keep a copy of the trainable weights as they are now, for variants with ``base: anchor``."""
+        self._anchor.keep()
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits that depend on the bits of all weights, frozen ones too, and not on their layout."""
         own = sum(fingerprint_shard(s.tensor, s.param_id, s.offset) for s in self.shards() if s.is_first)
@@ -147,6 +180,10 @@ class Engine:
     def shards(self) -> Iterator[Shard]:
         """What this rank owns of every parameter; see `Layout.shards`."""
         return self.layout.shards()
+
+    def anchor_shards(self) -> Iterator[Shard]:
+        """What this rank owns of the kept copy (nothing if there is none), under names of its own."""
+        return self._anchor.shards()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical name and full tensor of every parameter, one after another (for export)."""

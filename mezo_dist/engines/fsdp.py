@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from mezo_dist.engines.base import Shard
+from mezo_dist.engines.base import Shard, exchange_contents
 from mezo_dist.engines.sites import Weight
 from mezo_dist.engines.units import Unit, find_units
 from mezo_dist.errors import UserError
@@ -110,6 +110,10 @@ class Fsdp:
             else:
                 is_first = self._wire.rank == 0
             yield Shard(name, weight.param_id, weight.shape, offset, tensor, is_first)
+
+    def exchange(self, others: dict[str, Tensor]) -> None:
+        """See `Layout.exchange`."""
+        exchange_contents(self.shards(), others)
 
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -39,6 +39,12 @@ class Replicated:
         for name, tensor in self.named_weights():
             yield Shard(name, param_id(name), tensor.shape, 0, tensor)
 
+    def exchange(self, others: dict[str, Tensor]) -> None:
+        """See `Layout.exchange`: nothing is copied."""
+        for name, parameter in self._model.named_parameters():
+            if name in others:
+                parameter.data, others[name] = others[name], parameter.data
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Layout.named_weights`."""
         for name, tensor in self._model.named_parameters():

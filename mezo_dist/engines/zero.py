@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.engines.base import Shard
+from mezo_dist.engines.base import Shard, exchange_contents
 from mezo_dist.engines.sites import Weight, swap
 from mezo_dist.engines.units import Unit, find_units
 from mezo_dist.errors import UserError
@@ -144,6 +144,10 @@ class Zero:
             finally:
                 if is_away:
                     parameter.nvme_swapper.swap_out_and_release([parameter])
+
+    def exchange(self, others: dict[str, Tensor]) -> None:
+        """See `Layout.exchange`."""
+        exchange_contents(self.shards(), others)
 
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

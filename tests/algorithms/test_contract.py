@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mezo_dist.algorithms.base import (
     Losses,
     Problem,
     Update,
+    Variant,
     state_from_json,
     state_to_json,
 )
@@ -41,6 +43,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo-svrg, directions": ("mezo-svrg", {"lr": 1e-2, "anchor_lr": 2e-2, "directions": 3, "anchor_directions": 4}),
     "mezo-svrg, one-sided": ("mezo-svrg", {"lr": 1e-2, "anchor_lr": 1e-2, "directions": 3, "one_sided": True}),
     "mezo-svrg, per sample": ("mezo-svrg", {"lr": 1e-2, "anchor_lr": 2e-2, "per_sample": True}),
+    "mezo-svrg, stored": (
+        "mezo-svrg",
+        {"lr": 5e-3, "anchor_lr": 5e-3, "q": 5, "anchor_directions": 40, "anchor": "stored"},
+    ),
+    "mezo-svrg, stored, per sample": (
+        "mezo-svrg",
+        {"lr": 1e-2, "anchor_lr": 2e-2, "per_sample": True, "q": 3, "anchor": "auto"},
+    ),
     "mezo-svrg, clipped, momentum": (
         "mezo-svrg",
         {"lr": 5e-3, "anchor_lr": 1e-2, "clip": 5.0, "momentum": Momentum(0.5, 3)},
@@ -64,20 +74,36 @@ def direction(seed: int) -> torch.Tensor:
     return torch.randn(DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def at(w: torch.Tensor, *shifts: Combination) -> torch.Tensor:
+def moved(w: torch.Tensor, *shifts: Combination) -> torch.Tensor:
     return w + sum((c * direction(seed) for s in shifts for seed, c in s.terms), torch.zeros(DIM, dtype=torch.float64))
 
 
-def answer(request: Evaluation, w: torch.Tensor, loss: Loss) -> Losses:
+@dataclass(frozen=True)
+class Point:
+    """Where the weights are, and the copy of them that was kept last."""
+
+    current: torch.Tensor = field(default_factory=lambda: torch.zeros(DIM, dtype=torch.float64))
+    anchor: torch.Tensor | None = None
+
+    def at(self, variant: Variant, *own: Combination) -> torch.Tensor:
+        base = self.current if variant.base == "current" else self.anchor
+        assert base is not None, "nothing was kept yet"
+        return moved(base, variant.shift, *own)
+
+    def after(self, update: Update) -> Point:
+        return Point(moved(self.current, update.combination), self.current if update.keep else self.anchor)
+
+
+def answer(request: Evaluation, w: Point, loss: Loss) -> Losses:
     """What the training loop would find, if all samples had the same loss."""
     if not request.each_sample:
-        return Losses(tuple(loss(at(w, v.shift), request.batch) for v in request.variants))
-    each = tuple(tuple(loss(at(w, v.shift, own), request.batch) for own in v.per_sample) for v in request.variants)
+        return Losses(tuple(loss(w.at(v), request.batch) for v in request.variants))
+    each = tuple(tuple(loss(w.at(v, own), request.batch) for own in v.per_sample) for v in request.variants)
     return Losses(tuple(sum(row) / len(row) for row in each), each)
 
 
 def run_step(
-    algorithm: Algorithm, state: object, step: int, w: torch.Tensor, loss: Loss, probed: set[int] | None = None
+    algorithm: Algorithm, state: object, step: int, w: Point, loss: Loss, probed: set[int] | None = None
 ) -> Update:
     """One step; the directions of its variants are added to ``probed``."""
     rounds: list[Losses] = []
@@ -104,63 +130,64 @@ def test_every_algorithm_is_tested_here() -> None:
 @every_case
 def test_minimises_a_quadratic(case: str) -> None:
     algorithm = make(case)
-    state, w = algorithm.init(), torch.zeros(DIM, dtype=torch.float64)
+    state, w = algorithm.init(), Point()
     for step in range(NUM_STEPS):
         update = run_step(algorithm, state, step, w, quadratic)
-        state, w = update.state, at(w, update.combination)
-    assert quadratic(w, "") < 0.05 * quadratic(torch.zeros(DIM), "")
+        state, w = update.state, w.after(update)
+    assert quadratic(w.current, "") < 0.05 * quadratic(torch.zeros(DIM), "")
 
 
 @every_case
 def test_is_deterministic_and_its_state_survives_json(case: str) -> None:
     algorithm, other = make(case), make(case)
-    state, w = algorithm.init(), torch.zeros(DIM, dtype=torch.float64)
+    state, w = algorithm.init(), Point()
     for step in range(12):
         update = run_step(algorithm, state, step, w, quadratic)
         restored: object = state_from_json(algorithm.State, json.loads(json.dumps(state_to_json(state))))
         assert restored == state
         assert run_step(other, restored, step, w, quadratic) == update
-        state, w = update.state, at(w, update.combination)
+        state, w = update.state, w.after(update)
 
 
 @every_case
 def test_equal_losses_give_a_zero_update(case: str) -> None:
     algorithm = make(case)
-    state = algorithm.init()
+    state, w = algorithm.init(), Point()
     for step in range(5):
-        update = run_step(algorithm, state, step, torch.zeros(DIM), lambda w, batch: 0.0)
+        update = run_step(algorithm, state, step, w, lambda w, batch: 0.0)
         assert update.combination == ZERO
-        state = update.state
+        state, w = update.state, w.after(update)
 
 
 @every_case
 def test_moves_only_along_directions_that_were_probed(case: str) -> None:
     algorithm = make(case)
-    state, w = algorithm.init(), torch.zeros(DIM, dtype=torch.float64)
+    state, w = algorithm.init(), Point()
     probed: set[int] = set()
     for step in range(6):
         update = run_step(algorithm, state, step, w, quadratic, probed)
         assert update.combination
         assert {seed for seed, _ in update.combination.terms} <= probed
-        state, w = update.state, at(w, update.combination)
+        state, w = update.state, w.after(update)
 
 
 @every_case
 def test_steps_draw_different_directions(case: str) -> None:
     algorithm = make(case)
-    state = algorithm.init()
+    state, w = algorithm.init(), Point()
     fresh: list[set[int]] = []
     for step in range(20):
         fresh.append(set())
-        state = run_step(algorithm, state, step, torch.zeros(DIM), quadratic, fresh[-1]).state
+        update = run_step(algorithm, state, step, w, quadratic, fresh[-1])
+        state, w = update.state, w.after(update)
     assert all(own - set().union(*fresh[:step]) for step, own in enumerate(fresh))
 
 
 @every_case
 def test_a_skipped_step_is_survived(case: str) -> None:
     algorithm = make(case)
-    state, w = algorithm.init(), torch.zeros(DIM, dtype=torch.float64)
+    state, w = algorithm.init(), Point()
     for step in (2, 3, 7, 8, 9):  # the state stays as it was where a loss was not finite
         update = run_step(algorithm, state, step, w, quadratic)
-        state, w = update.state, at(w, update.combination)
+        state, w = update.state, w.after(update)
     assert update.metrics.keys() >= {"loss", "projected_gradient", "lr"}

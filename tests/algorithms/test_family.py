@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,6 +137,41 @@ def test_svrg_one_sided_probes_both_points_themselves() -> None:
     ]
     done = planner.update(state, 1, [Losses((2.0, 1.0, 4.0, 3.5))])
     assert done.metrics["projected_difference"] == 2.0 - 1.0
+
+
+def test_svrg_with_a_stored_anchor_probes_a_copy() -> None:
+    planner = Svrg(SvrgConfig(eps=0.5, q=2, anchor="stored"), PROBLEM)
+    first = planner.update(planner.init(), 0, [Losses((3.0, 1.0))])
+    assert first.keep
+    z = PROBLEM.direction_seed(1)
+    around = [Combination.single(z, step) for step in (0.5, -0.5)]
+    assert planner.plan(first.state, 1).variants == (*map(Variant, around), *(Variant(s, (), "anchor") for s in around))
+    second = planner.update(first.state, 1, [Losses((5.0, 1.0, 3.0, 2.0))])
+    replayed = Svrg(SvrgConfig(eps=0.5, q=2), PROBLEM)
+    assert second.combination == replayed.update(first.state, 1, [Losses((5.0, 1.0, 3.0, 2.0))]).combination
+    assert not second.keep
+    assert second.state.displacement == ZERO
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem", "stored"),
+    [
+        ({"q": 9}, {}, False),  # before the next anchor, the displacement has 8 directions
+        ({"q": 10}, {}, True),
+        ({"q": 3, "directions": 4, "anchor_directions": 4}, {}, False),
+        ({"q": 3, "directions": 4, "anchor_directions": 5}, {}, True),
+        ({"q": 2, "per_sample": True}, {"full_size": 8}, False),
+        ({"q": 3, "per_sample": True}, {"full_size": 8}, True),
+        ({"q": 2}, {"rounds": True}, True),
+        ({"q": 1}, {"rounds": True}, False),
+        ({"q": 5, "momentum": Momentum(0.5, 10)}, {}, True),
+    ],
+)
+def test_auto_stores_what_is_long_or_rounded(settings: dict[str, Any], problem: dict[str, Any], stored: bool) -> None:
+    planner = Svrg(SvrgConfig(anchor="auto", **settings), replace(PROBLEM, **problem))
+    number = len(planner.plan(planner.init(), 0).variants)
+    losses = Losses((1.0,) * number, ((1.0,) * planner.problem.full_size,) * number)
+    assert planner.update(planner.init(), 0, [losses]).keep is stored
 
 
 RELEASED = SvrgReleased(SvrgReleasedConfig(lr=0.5, anchor_lr=0.1, eps=0.5, annealing=Annealing(5.0, 2)), PROBLEM)

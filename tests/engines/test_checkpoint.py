@@ -43,6 +43,10 @@ class Cut:
             self.local[name].copy_(lent)
             lent.fill_(torch.nan)
 
+    def anchor_shards(self) -> Iterator[Shard]:
+        """No copy was kept."""
+        return iter(())
+
     def is_right(self) -> bool:
         return all(
             torch.equal(self.local[name], w.view(-1)[slice(*self.bounds[name])]) for name, w in self.whole.items()

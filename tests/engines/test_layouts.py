@@ -43,6 +43,11 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "mezo": ("opt", "mezo", ["algorithm.lr=1e-3"]),
     "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
     "per-sample": ("bert", "mezo-svrg", ["algorithm.lr=1e-3", "law=lowrank", "algorithm.per_sample=true"]),
+    "stored": (
+        "gpt2",
+        "mezo-svrg",
+        ["algorithm.lr=1e-3", "algorithm.q=4", "algorithm.anchor=stored", "model.weights=bfloat16"],
+    ),
     "two rounds": ("opt", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
 }
 BAD_SAMPLE = 7
@@ -234,7 +239,8 @@ def test_directions_of_all_steps_differ(found: dict[int, list[Found]], root: Pat
 
 def updates_of(root: Path, name: str) -> list[Combination]:
     run = runs.prepare(load(Wire(), root, name), Wire())
-    return list(replay.plan_again(run.algorithm, steps_of(root, name, 1), replay.Progress(run.algorithm.init())))
+    steps = steps_of(root, name, 1)
+    return [u.combination for u in replay.plan_again(run.algorithm, steps, replay.Progress(run.algorithm.init()))]
 
 
 @pytest.mark.parametrize("name", ["mezo", "mezo-svrg"])

@@ -48,6 +48,11 @@ RUNS = {
             )
         ],
     ),
+    "stored": (
+        "gpt2",
+        "mezo-svrg",
+        ["algorithm.lr=1e-3", "algorithm.q=5", "algorithm.anchor=stored", "model.weights=bfloat16"],
+    ),
     "two rounds": ("gpt2", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
 }
 STEPS = 7
@@ -101,6 +106,28 @@ def test_a_run_cut_short_ends_as_the_undisturbed_one(
     assert results(folder) == results(whole)
     for file in ("model/model.safetensors", "model/config.json", "config.yaml"):
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("terms_at_once", [replay.TERMS_AT_ONCE, 3])
+def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms_at_once: int
+) -> None:
+    """Of the steps 0 .. 6, 0 and 5 are anchors. The run dies in step 5 or in 6, and goes on from the weights after 4
+    steps, or with anchors left out, from the base."""
+    monkeypatch.setattr(replay, "TERMS_AT_ONCE", terms_at_once)
+    options = [f"output.dir={tmp_path / 'run'}", "output.snapshot_every=4", "output.export=false"]
+    training.train(load(root, "stored", *options), Wire())
+    lines = (tmp_path / "run" / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
+    steps = [line for line in lines if b'"done"' not in line]
+    for done, snapshot in ((5, 4), (6, 4), (5, 0), (6, 0)):
+        (tmp_path / "run" / "trajectory.jsonl").write_bytes(b"".join(steps[: 1 + done]))
+        if not snapshot:
+            shutil.rmtree(tmp_path / "run" / "snapshots", ignore_errors=True)
+        training.train(load(root, "stored", *options, "output.if_exists=resume"), Wire())
+        assert results(tmp_path / "run") == results(root / "stored" / "run")
+        diary = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+        resumed = [event for event in map(json.loads, diary) if event["event"] == "resumed"]
+        assert resumed[-1]["snapshot"] == snapshot
 
 
 def test_a_resumed_run_counts_the_steps_that_were_skipped(root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""A kept copy of the trainable weights, such as SVRG's anchor: each rank has one of its own shards, in their dtype.
+
+To be evaluated, the copy and the weights change places, and change back afterwards: nothing is added or rounded, so
+both have the same bits as before. That works wherever the weights live and whatever a forward pass does with them. On
+sharded layouts it takes one more gather of the weights, as those of both ends of a step are other ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import final
+
+from torch import Tensor
+
+from mezo_dist.engines.base import Layout, Shard
+
+PREFIX = "anchor:"
+"""Of the names under which the copy is saved; no parameter's name has a colon."""
+
+
+@final
+class Anchor:
+    """See above. ``names`` are the parameters that are copied."""
+
+    def __init__(self, layout: Layout, names: Collection[str]) -> None:
+        self._layout = layout
+        self._names = frozenset(names)
+        self._copies: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        """A copy was kept."""
+        return bool(self._copies)
+
+    def keep(self) -> None:
+        """Copy the weights as they are now. Shards on NVMe are copied to host memory."""
+        for shard in self._own():
+            if shard.name in self._copies:
+                self._copies[shard.name].copy_(shard.tensor)
+            else:
+                self._copies[shard.name] = shard.tensor.clone()
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the copy's contents are the weights.
+
+        Raises:
+            RuntimeError: nothing was kept.
+        """
+        if not self:
+            raise RuntimeError("a variant is based on the anchor, but none was kept (Engine.keep_anchor)")
+        self._layout.exchange(self._copies)
+        try:
+            yield
+        finally:
+            self._layout.exchange(self._copies)
+
+    def shards(self) -> Iterator[Shard]:
+        """The copy, under names of its own (to be saved, or filled); nothing if none was kept."""
+        for shard in self._own() if self else ():
+            yield replace(shard, name=PREFIX + shard.name, tensor=self._copies[shard.name])
+
+    def _own(self) -> Iterator[Shard]:
+        return (shard for shard in self._layout.shards() if shard.name in self._names)
