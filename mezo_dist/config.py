@@ -21,6 +21,34 @@ MAX_TIMEOUT_S = 1e6  # 11 days; far below what overflows in torch's timers
 
 
 @dataclass(frozen=True)
+class PeftConfig:
+    """Train a few added weights in place of the model's own, with peft (``pip install 'mezo_dist[peft]'``)."""
+
+    method: Union[Literal["lora", "prefix"], None] = None  # noqa: UP007
+    """``lora``: low-rank matrices beside linear layers; ``prefix``: keys and values of virtual tokens before the text
+    (causal models). The weights of the checkpoint are frozen then; ``model.trainable`` and ``model.freeze`` choose
+    among the rest. What is exported is a folder that peft loads on top of the model. Null: neither."""
+    r: int = 8
+    """For ``lora``: rank."""
+    alpha: float = 16.0
+    """For ``lora``: what is added is scaled by ``alpha`` / ``r``."""
+    target_modules: tuple[str, ...] = ()
+    """For ``lora``: ends of the names of the linear layers, such as ``q_proj`` or ``layers.29.mlp.up_proj``; if empty,
+    those that peft names for the architecture."""
+    num_virtual_tokens: int = 16
+    """For ``prefix``: how many; they count in the model's window."""
+
+    def __post_init__(self) -> None:
+        owners = {"r": "lora", "alpha": "lora", "target_modules": "lora", "num_virtual_tokens": "prefix"}
+        for setting, owner in owners.items():
+            if self.method != owner and getattr(self, setting) != getattr(PeftConfig, setting):
+                raise ValueError(f"model.peft.{setting}: is a setting of model.peft.method: {owner}")
+        for setting in ("r", "alpha", "num_virtual_tokens"):
+            if not 0 < getattr(self, setting) < math.inf:
+                raise ValueError(f"model.peft.{setting}: must be above 0, not {getattr(self, setting)}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model, with which head, in which precision."""
 
@@ -43,12 +71,16 @@ class ModelConfig:
     """Weights to train: shell patterns over their names, such as ``*norm*`` or ``model.layers.2[0-9].*``."""
     freeze: tuple[str, ...] = ()
     """Weights to leave alone among those: shell patterns too, such as ``*embed*`` or ``model.layers.[0-9].*``."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    """LoRA or prefix tuning."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Off, as it is anybody's code."""
 
     def __post_init__(self) -> None:
         if self.head == "classifier" and self.kind != "auto":
             raise ValueError(f"model.kind: {self.kind} is for model.head: label-words; leave it out")
+        if self.peft.method == "prefix" and self.compute not in (None, self.weights):
+            raise ValueError(f"model.compute: peft keeps prefixes in the dtype of model.weights ({self.weights})")
 
 
 @dataclass(frozen=True)

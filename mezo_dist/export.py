@@ -1,5 +1,7 @@
 """Export to a Hugging Face folder, streamed: weights are gathered, converted and written one after another.
 
+Of a model with adapters (LoRA, prefixes) only these are written, as a folder that peft loads on top of the base model.
+
 Names and shapes are those that ``save_pretrained`` gives them. Where transformers turns weights into other ones (the
 experts of a mixture become single matrices), those of one unit are held together; otherwise one weight at a time.
 """
@@ -19,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mezo_dist import tensorfile
+from mezo_dist import adapters, tensorfile
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.wire import Wire
@@ -78,17 +80,34 @@ def _write(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        parts, buffers = _plan(engine), _saved_buffers(engine.model)
-        layout = {name: kind for p in parts for name, kind in p.outputs.items()}
-        layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}
-        _write_files(part, layout, _tensors(engine.model, weights, parts, buffers), file_bytes)
-        _write_settings(engine.model, next(iter(layout.values()))[0], part)
+        if adapters.is_adapted(engine.model):
+            _write_adapters(engine.model, weights, part)
+        else:
+            _write_model(engine, weights, part, file_bytes)
         tokenizer.save_pretrained(part)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_adapters(model: Any, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    names = adapters.names_to_save(model)
+    held = {name: tensor.cpu().clone() for name, tensor in weights if name in names}  # they are few and small
+    saved = adapters.saved_weights(model, held)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in saved.items()}
+    tensorfile.write(folder / adapters.FILE, layout, iter(saved.values()), {"format": "pt"})
+    text = json.dumps(adapters.settings_to_json(model), indent=2, sort_keys=True) + "\n"
+    (folder / adapters.SETTINGS).write_text(text, encoding="utf-8")
+
+
+def _write_model(engine: Engine, weights: Iterator[tuple[str, Tensor]], folder: Path, file_bytes: int) -> None:
+    parts, buffers = _plan(engine), _saved_buffers(engine.model)
+    layout = {name: kind for p in parts for name, kind in p.outputs.items()}
+    layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}
+    _write_files(folder, layout, _tensors(engine.model, weights, parts, buffers), file_bytes)
+    _write_settings(engine.model, next(iter(layout.values()))[0], folder)
 
 
 def _plan(engine: Engine) -> list[_Part]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from mezo_dist import adapters
 from mezo_dist.assets import is_demo, resolve_model
 from mezo_dist.checkpoint_reader import NotSliceableError, WeightSource, materialise, open_checkpoint
 from mezo_dist.config import ModelConfig
@@ -44,9 +45,11 @@ class Loaded:
     """If the parameters have device meta: what fills them (`checkpoint_reader.fill`), once an engine has cut them."""
 
     @property
-    def auto_class(self) -> str:
-        """Name of the class of transformers that loads such a model."""
-        return AUTO_CLASSES[self.kind]
+    def loader(self) -> tuple[str, str]:
+        """Package and class that load what is exported of such a model."""
+        if adapters.is_adapted(self.model):
+            return "peft", adapters.LOADERS[self.kind]
+        return "transformers", AUTO_CLASSES[self.kind]
 
 
 def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool = True) -> Loaded:
@@ -89,8 +92,15 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
+    window = _window(tokenizer, hf_config)
+    if config.peft.method is not None:
+        model, weights = adapters.attach(model, config.peft, kind, weights, seed, config.revision)
+    if config.peft.method == "prefix":
+        window -= config.peft.num_virtual_tokens
+        if window < 1:
+            raise UserError(f"model.peft.num_virtual_tokens: {config.peft.num_virtual_tokens} fill the model's window")
     _freeze(model, config)
-    return Loaded(model.eval(), tokenizer, kind, _window(tokenizer, hf_config), pad_id, weights)
+    return Loaded(model.eval(), tokenizer, kind, window, pad_id, weights)
 
 
 def _source(name: str) -> str:
@@ -165,7 +175,8 @@ def _freeze(model: nn.Module, config: ModelConfig) -> None:
             if not fnmatch.filter(names, pattern):
                 raise UserError(f"model.{setting}: {pattern!r} matches no weight; names look like {names[:3]}")
     for name, tensor in model.named_parameters():
-        tensor.requires_grad_(_matches(name, config.trainable) and not _matches(name, config.freeze))
+        is_base = config.peft.method is not None and not tensor.requires_grad
+        tensor.requires_grad_(not is_base and _matches(name, config.trainable) and not _matches(name, config.freeze))
     if not any(tensor.requires_grad for tensor in model.parameters()):
         raise UserError(
             f"model.freeze: {list(config.freeze)} freezes every weight of model.trainable {list(config.trainable)}; "

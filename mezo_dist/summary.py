@@ -46,6 +46,6 @@ def summary(run: Run, folder: Path, results: dict[str, Any]) -> str:
         f"  tensorboard --logdir {folder}",
     ]
     if run.config.output.export:
-        loader = run.loaded.auto_class
-        lines.append(f"  python -c \"import transformers as t; t.{loader}.from_pretrained('{folder / 'model'}')\"")
+        package, loader = run.loaded.loader
+        lines.append(f"  python -c \"import {package} as t; t.{loader}.from_pretrained('{folder / 'model'}')\"")
     return "\n".join([*lines, f"  mezo-dist evaluate {folder}"])

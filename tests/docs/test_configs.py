@@ -113,6 +113,7 @@ def test_it_trains(path: Path, task: Path | None, tmp_path: Path, capsys: pytest
         "model.name": write_model(config, tmp_path / "model"),
         "model.trainable": '["*"]',  # patterns name weights of the config's own model
         "model.freeze": "[]",
+        "model.peft.target_modules": "[]",
         "task.data": write_data(config.task, tmp_path / "data"),
         "task.splits.train.size": 12,
         "task.splits.validation.size": 6,

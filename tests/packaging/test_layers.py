@@ -33,7 +33,6 @@ LAYERS = {
     "journal": "errors files trajectory",
     "tensorfile": "errors",
     "checkpoint": "errors engines files wire tensorfile",
-    "export": "errors engines wire tensorfile",
     "checkpoint_reader": "errors engines tensorfile",
     "random_weights": "directions checkpoint_reader",
     "demo_assets": "errors",
@@ -44,7 +43,9 @@ LAYERS = {
     "config": "errors algorithms tasks",
     "config_reader": "errors algorithms config",
     "folder": "errors files wire trajectory config",
-    "models": "errors directions checkpoint_reader random_weights assets tasks config",
+    "adapters": "errors directions checkpoint_reader tasks config",
+    "export": "errors engines wire tensorfile adapters",
+    "models": "errors directions checkpoint_reader adapters random_weights assets tasks config",
     "monitor": "errors files",
     "testing": "errors wire",
     # what brings them together
