@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mezo_dist import ranks
 from mezo_dist.errors import UserError
+from mezo_dist.meeting import meet
 from mezo_dist.watch import Watch
 
 FRACTION_BITS = 32
@@ -202,7 +203,7 @@ class Wire:
     def ensure_group(self) -> None:
         """Make a process group even of one rank: sharded layouts cannot do without."""
         if self.world_size == 1 and not dist.is_initialized():
-            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -266,9 +267,11 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
         return Wire()
     share_cores(found.local_world_size)
     where = init_method or _meeting_point(found)
+    place: dict[str, Any] = {"rank": found.rank, "world_size": found.world_size}
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(_backend(), where, rank=found.rank, world_size=found.world_size, timeout=timeout)
+        met = meet(next(dist.rendezvous(where, timeout=timeout, **place))[0], timeout_s=timeout_s, **place)
+        dist.init_process_group(_backend(), store=met, timeout=timeout, **place)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {found.rank} of {found.world_size} (from {found.launcher}) could not join the others at {where} "
