@@ -21,7 +21,7 @@ from mezo_dist.engines.base import Layout, Shard
 from mezo_dist.engines.fanout import Call, FanOut, Job, Served
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
 from mezo_dist.engines.gathers import Gathers
-from mezo_dist.engines.heap import keep_freed_memory
+from mezo_dist.engines.heap import give_back_freed_memory, keep_freed_memory
 from mezo_dist.engines.materialise import Materialiser
 from mezo_dist.engines.replicated import Replicated
 from mezo_dist.engines.sites import Site
@@ -57,10 +57,13 @@ class Engine:
         width: int | None = None,
         prefetch: bool = False,
     ) -> None:
-        keep_freed_memory()
         self.model = model.eval()
         self.field = field
         self.layout = layout or Replicated(model)
+        if self.layout.is_sharded:
+            give_back_freed_memory()
+        else:
+            keep_freed_memory()
         self.width = width
         self.stochastic_rounding = stochastic_rounding
         sites = [site for unit in self.layout.units for site in unit.sites]
