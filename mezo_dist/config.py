@@ -192,6 +192,12 @@ class DistributedConfig:
     """Seconds after which a rank that does not answer ends the run."""
     patience_s: float = 30.0
     """Seconds after which a rank that waits for another one says so, and for which."""
+    variant_groups: Union[int, None] = None  # noqa: UP007
+    """Several directions in parallel, where processes hold several copies of the weights (engine ``replicated``, or
+    ``fsdp`` with ``replicate``): so many groups of them take a part of a step's variants each, and share out the
+    micro-batches within the group. 1: every process evaluates all variants. Null: whatever gives the busiest process
+    least to do, which splits if there are fewer micro-batches than processes. More groups make fewer variants of the
+    weights per process, which pays where that takes longer than the forward passes. Changes no result."""
     stop_exit_code: int = 143
     """Exit status after SIGTERM (which finishes the step and writes a snapshot): 143, as for any process that it ended,
     or 0, so that a scheduler does not take it for a failure."""
@@ -201,6 +207,8 @@ class DistributedConfig:
             raise ValueError(f"distributed.timeout_s: must lie between 0 and {MAX_TIMEOUT_S:g}, not {self.timeout_s}")
         if not self.patience_s > 0:
             raise ValueError(f"distributed.patience_s: must be larger than 0, not {self.patience_s}")
+        if self.variant_groups is not None and self.variant_groups < 1:
+            raise ValueError(f"distributed.variant_groups: must be at least 1, or null, not {self.variant_groups}")
         if not 0 <= self.stop_exit_code < 256:
             raise ValueError(f"distributed.stop_exit_code: must lie between 0 and 255, not {self.stop_exit_code}")
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
-from mezo_dist.data import MicroBatch, deal
+from mezo_dist.data import MicroBatch
 from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives import Objective, Scores
+from mezo_dist.shares import Sharing
 from mezo_dist.tasks.metrics import measure
 from mezo_dist.tasks.task import Metric
 from mezo_dist.wire import MAX_SUM, Wire, fingerprint, mean, to_fixed
@@ -27,6 +28,8 @@ class Evaluator:
     """Micro-batches that go through the model together; if None, as many as `capacity` allows."""
     capacity: int = 1
     """Tokens, counted once for every pass that they are in, that may be in the model at a time; equal on all ranks."""
+    sharing: Sharing | None = None
+    """How rounds are shared out over the ranks; if None, every rank evaluates all variants."""
 
     def losses(self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]) -> Losses | None:
         """Evaluate a round. None if any loss, anywhere, is not finite (or has diverged): then no rank may update.
@@ -40,13 +43,13 @@ class Evaluator:
         columns = num_samples if request.each_sample else 1
         table = torch.zeros(len(request.variants), columns, 2, dtype=torch.int64)
         sound = True
-        for micro_batch, scores in self._evaluate(request.variants, batch):
+        for micro_batch, found in self._evaluate(request.variants, batch):
             slots = (
                 torch.tensor(micro_batch.slots)
                 if request.each_sample
                 else torch.zeros(len(micro_batch.slots), dtype=torch.int64)
             )
-            for variant, score in enumerate(scores):
+            for variant, score in found:
                 loss, finite = to_fixed(score.loss)
                 sound = sound and bool(finite.all()) and _fits(table[variant], loss, self.wire.world_size)
                 table[variant].index_add_(0, slots, torch.stack([loss, score.weight], dim=1))
@@ -73,7 +76,7 @@ class Evaluator:
         num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
         table = torch.zeros(num_samples, 4, dtype=torch.int64)  # loss, weight, prediction, label
         failed = 0
-        for micro_batch, (score,) in self._evaluate([Variant()], batch):
+        for micro_batch, ((_, score),) in self._evaluate([Variant()], batch):
             loss, finite = to_fixed(score.loss)
             failed += int((~finite).sum())
             rows = torch.stack([loss, score.weight, score.prediction.cpu(), micro_batch.labels], dim=1)
@@ -87,16 +90,20 @@ class Evaluator:
 
     def _evaluate(
         self, variants: Sequence[Variant], batch: Sequence[MicroBatch]
-    ) -> Iterator[tuple[MicroBatch, list[Scores]]]:
-        """This rank's share of ``batch``, as many micro-batches at a time as go through the model together."""
-        dealt = deal(batch, self.wire.world_size)
-        mine, most = dealt[self.wire.rank], max(map(len, dealt))
-        width = self.width or max(1, self.capacity // (len(variants) * max(item.cost for item in batch)))
-        for first in range(0, most, width):
-            some = mine[first : first + width]
+    ) -> Iterator[tuple[MicroBatch, list[tuple[int, Scores]]]]:
+        """This rank's share of the round, as many micro-batches at a time as go through the model together.
+
+        Each with the scores of this rank's variants, whose places in ``variants`` come with them.
+        """
+        share = (self.sharing or Sharing(self.wire.world_size)).share(self.wire.rank, variants, batch)
+        width = self.width or max(1, self.capacity // (share.most_variants * max(item.cost for item in batch)))
+        for first in range(0, share.most_micro_batches, width):
+            some = share.micro_batches[first : first + width]
             # Every rank comes here equally often and takes a pass along, so that all gather the same weights.
-            found = self.engine.evaluate(variants, some, self.objective, most=1, filler=batch[0])
-            yield from zip(some, found, strict=True)
+            own = [variants[v] for v in share.variants]
+            found = self.engine.evaluate(own, some, self.objective, most=1, filler=batch[0])
+            for micro_batch, scores in zip(some, found, strict=True):
+                yield micro_batch, list(zip(share.variants, scores, strict=True))
 
 
 def _fits(row: torch.Tensor, loss: torch.Tensor, world_size: int) -> bool:

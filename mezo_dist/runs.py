@@ -31,6 +31,7 @@ from mezo_dist.evaluation import Evaluator
 from mezo_dist.models import Loaded, load_model
 from mezo_dist.objectives import LabelWords, Objective, classifier
 from mezo_dist.prefix import RunModel, attach_prefix, run_whole
+from mezo_dist.shares import Sharing
 from mezo_dist.tasks.load import Rows, load_rows
 from mezo_dist.tasks.prompts import Encoder, Sample
 from mezo_dist.trajectory import Header
@@ -133,7 +134,8 @@ def prepare(config: RunConfig, wire: Wire) -> Run:
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
     agree(weights, wire, data=hashlib.sha256(repr(splits).encode()).hexdigest())
     objective = _objective(weights, encoder, rows, splits)
-    evaluator = Evaluator(weights.engine, objective, wire, config.train.width, _capacity(weights, wire))
+    capacity, sharing = _capacity(weights, wire), _sharing(config, wire)
+    evaluator = Evaluator(weights.engine, objective, wire, config.train.width, capacity, sharing)
     full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
     return Run(config, wire, weights, splits, order, full_order, evaluator, build_algorithm(config, full_size))
 
@@ -161,6 +163,12 @@ def _capacity(weights: Weights, wire: Wire) -> int:
     dtype = _dtype(model.compute or model.weights)
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", wire.world_size))
     return min(wire.collect(lambda: tokens_at_once(weights.engine.layout.units, dtype, on_host)))
+
+
+def _sharing(config: RunConfig, wire: Wire) -> Sharing:
+    copies = {"replicated": wire.world_size, "fsdp": config.engine.replicate, "zero": 1}[config.engine.name]
+    groups = config.distributed.variant_groups
+    return Sharing(wire.world_size, copies, groups, by_base=config.engine.name != "replicated")
 
 
 def _layout(config: RunConfig, model: nn.Module, wire: Wire) -> Layout:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 SETTINGS = {
     "replicated": [],
     "fsdp": ["engine.name=fsdp"],
-    "fsdp twice": ["engine.name=fsdp", "engine.replicate=2", "engine.prefetch=true"],
+    "fsdp twice": ["engine.name=fsdp", "engine.replicate=2", "engine.prefetch=true", "distributed.variant_groups=2"],
     "zero": ["engine.name=zero"],
 }
 LAYOUTS = [("fsdp", 2), ("zero", 2), ("fsdp", 3), ("zero", 3), ("fsdp", 4), ("fsdp twice", 4)]

@@ -50,9 +50,10 @@ LAYERS = {
     "monitor": "errors files",
     "testing": "errors wire",
     # what brings them together
-    "evaluation": "errors algorithms engines wire tasks data objectives",
+    "shares": "algorithms data",
+    "evaluation": "errors algorithms engines wire tasks data objectives shares",
     "runs": "errors directions algorithms engines wire trajectory checkpoint_reader prefix tasks data objectives "
-    "config models evaluation",
+    "shares config models evaluation",
     "summary": "trajectory runs",
     "replay": "errors directions algorithms wire trajectory checkpoint config config_reader folder runs",
     "keeper": "errors trajectory journal checkpoint folder runs replay",
