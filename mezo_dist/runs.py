@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +160,7 @@ def load_weights(config: RunConfig, wire: Wire) -> Weights:
 def _capacity(weights: Weights, wire: Wire) -> int:
     model = weights.config.model
     dtype = _dtype(model.compute or model.weights)
-    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", wire.world_size))
-    return min(wire.collect(lambda: tokens_at_once(weights.engine.layout.units, dtype, on_host)))
+    return min(wire.collect(lambda: tokens_at_once(weights.engine.layout.units, dtype, wire.ranks_here)))
 
 
 def _sharing(config: RunConfig, wire: Wire) -> Sharing:

@@ -71,6 +71,7 @@ class Wire:
 
     Attributes:
         rank, world_size: as the launcher gave them; 0 and 1 without a launcher.
+        ranks_here: ranks on this host; all, if the launcher does not say.
         payload_bytes: bytes that this rank has put into collectives so far.
         rounds: number of `round` calls so far.
         place: where the run is ("step 17"), for messages; set it as the run goes on.
@@ -78,9 +79,10 @@ class Wire:
         stopping: a rank wanted to stop in some round so far; all ranks see this in the same round.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, watch: Watch | None = None) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, watch: Watch | None = None, ranks_here: int = 0) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.ranks_here = ranks_here or world_size
         self.payload_bytes = 0
         self.rounds = 0
         self.place = "start"
@@ -280,7 +282,7 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
         ) from error
     store = dist.distributed_c10d._get_default_store()
     watch = Watch(store, found.rank, found.world_size, min(patience_s, timeout_s / 4))
-    return Wire(found.rank, found.world_size, watch)
+    return Wire(found.rank, found.world_size, watch, found.local_world_size)
 
 
 def _backend() -> str:
