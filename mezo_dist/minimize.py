@@ -108,6 +108,8 @@ def minimize(
             state = update.state
             if update.keep:
                 at.keep_anchor()
+            if update.scale != 1:
+                at.scale(update.scale, derive_seed(seed, "decay rounding", step))
             at.add(update.combination, derive_seed(seed, "rounding", step))
         in_a_row = 0 if update else in_a_row + 1
         if in_a_row >= max_skipped:
@@ -161,6 +163,12 @@ class _Arithmetic:
     def keep_anchor(self) -> None:
         """Keep a copy of the weights as they are now."""
         self.anchor.update({name: tensor.clone() for name, tensor in self.weights.items()})
+
+    def scale(self, factor: float, rounding_seed: int) -> None:
+        """Multiply in place."""
+        for name, tensor in self.weights.items():
+            rounding = rounding_seed if tensor.dtype == torch.bfloat16 else None
+            self.field.scale(tensor, factor, param_id=self.ids[name], rounding_seed=rounding)
 
     def add(self, combination: Combination, rounding_seed: int) -> None:
         """Add ``combination`` in place."""

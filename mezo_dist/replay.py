@@ -56,7 +56,7 @@ def plan_again(algorithm: Algorithm, steps: Sequence[Step], progress: Progress) 
             yield Update(progress.state, ZERO)
             continue
         update = algorithm.update(progress.state, step.step, step.rounds)
-        if isinstance(update, Evaluation) or digest(update.combination) != step.update:
+        if isinstance(update, Evaluation) or digest(update.combination, update.scale) != step.update:
             raise UserError(
                 f"step {step.step} is not what this version of the algorithm makes of its losses; the trajectory's "
                 "header names the version of mezo_dist that can rebuild it"
@@ -159,12 +159,15 @@ class _Pending:
     before_anchor: int | None = None
     """How many of them come before the last anchor; None: none of them is one."""
 
-    def add(self, combination: Combination, rounding_seed: int, *, keep: bool) -> None:
-        if keep:
+    def add(self, step: int, update: Update, *, anchor: bool) -> None:
+        if update.keep and anchor:
             self.before_anchor = len(self.updates)
-        if combination:
-            self.updates.append((combination, rounding_seed))
-            self.num_terms += len(combination)
+        if update.scale != 1:  # what waits comes first
+            self.apply()
+            self.weights.engine.scale(update.scale, self.weights.decay_seed(step))
+        if update.combination:
+            self.updates.append((update.combination, self.weights.rounding_seed(step)))
+            self.num_terms += len(update.combination)
 
     def apply(self) -> None:
         first = 0
@@ -205,7 +208,7 @@ def rebuild(
     for update in plan_again(algorithm, found.steps[:num_steps], progress):
         if progress.step <= start:
             continue
-        pending.add(update.combination, weights.rounding_seed(progress.step - 1), keep=anchor and update.keep)
+        pending.add(progress.step - 1, update, anchor=anchor)
         marked = verify and progress.step in found.marks
         if marked or pending.num_terms >= TERMS_AT_ONCE:
             pending.apply()

@@ -52,6 +52,10 @@ class Weights:
         """Seed of stochastic rounding in the update of ``step``."""
         return derive_seed(self.config.seed, "rounding", step)
 
+    def decay_seed(self, step: int) -> int:
+        """Seed of stochastic rounding where ``step`` scales the weights."""
+        return derive_seed(self.config.seed, "decay rounding", step)
+
     def header(self, full_size: int) -> Header:
         """The header of a trajectory that begins here."""
         config, model = self.config, self.config.model
@@ -105,10 +109,12 @@ class Run:
     def _cut(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return cut(samples, self.config.train.micro_batch, self.loaded.pad_id)
 
-    def apply(self, step: int, combination: Combination, *, keep: bool = False) -> None:
-        """Add what ``step`` found to the weights; before that, ``keep`` a copy of them (`Update.keep`)."""
+    def apply(self, step: int, combination: Combination, *, keep: bool = False, scale: float = 1.0) -> None:
+        """Do to the weights what ``step`` found; see `Update`."""
         if keep:
             self.engine.keep_anchor()
+        if scale != 1:
+            self.engine.scale(scale, self.weights.decay_seed(step))
         if combination:
             self.engine.apply(combination, self.weights.rounding_seed(step))
 

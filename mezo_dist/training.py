@@ -44,7 +44,8 @@ class Planned:
     forwards: int
     """Forward passes, counted in samples."""
     keep: bool = False
-    """See `Update.keep`."""
+    """See `Update`, for this one and the next."""
+    scale: float = 1.0
 
 
 def train(config: RunConfig, wire: Wire) -> Path:
@@ -148,7 +149,7 @@ def _loop(run: Run, progress: Progress, keeper: Keeper, monitor: Monitor) -> Non
         planned = plan_step(run, progress.state, progress.step)
         evaluated = time.perf_counter()
         keeper.append(planned.step)  # before the weights change: what is on disk can be replayed, what is not never was
-        run.apply(planned.step.step, planned.combination, keep=planned.keep)
+        run.apply(planned.step.step, planned.combination, keep=planned.keep, scale=planned.scale)
         progress.after(planned.state, skipped=bool(planned.step.skipped))
         _check_skips(progress, planned.step, config, monitor)
         scalars = {"loss/train" if name == "loss" else name: value for name, value in planned.metrics.items()}
@@ -202,8 +203,8 @@ def plan_step(run: Run, state: Any, number: int) -> Planned:
             request = run.algorithm.update(state, number, rounds)
         except CoefficientError as error:
             return skipped(str(error))
-    step = Step(number, tuple(rounds), digest(request.combination))
-    return Planned(request.state, step, request.combination, request.metrics, forwards, request.keep)
+    step = Step(number, tuple(rounds), digest(request.combination, request.scale))
+    return Planned(request.state, step, request.combination, request.metrics, forwards, request.keep, request.scale)
 
 
 def _check_skips(progress: Progress, step: Step, config: TrainConfig, monitor: Monitor) -> None:

@@ -127,10 +127,11 @@ class Log:
     """Steps done -> fingerprint of the weights."""
 
 
-def digest(combination: Combination) -> str:
-    """8 hexadecimal digits over the seeds (64 bits each) and coefficients (fp32) of a combination."""
+def digest(combination: Combination, scale: float = 1.0) -> str:
+    """8 hexadecimal digits over the seeds (64 bits each) and coefficients (fp32) of a combination, and over what the
+    weights are multiplied by before (fp32), if that is not 1."""
     terms = b"".join(struct.pack("<Qf", seed, c) for seed, c in combination.terms)
-    return hashlib.blake2b(terms, digest_size=4).hexdigest()
+    return hashlib.blake2b(terms + (struct.pack("<f", scale) if scale != 1 else b""), digest_size=4).hexdigest()
 
 
 def to_line(content: dict[str, Any], previous: str) -> tuple[bytes, str]:

@@ -80,7 +80,9 @@ class Update:
     combination: Combination
     metrics: dict[str, float] = field(default_factory=dict)
     keep: bool = False
-    """Keep a copy of the weights as they are before the combination is added, in place of the one kept so far."""
+    """Keep a copy of the weights as they are before anything is done to them, in place of the one kept so far."""
+    scale: float = 1.0
+    """What the weights are multiplied by (an fp32 value) before the combination is added."""
 
 
 @dataclass(frozen=True)

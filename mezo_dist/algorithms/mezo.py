@@ -18,7 +18,8 @@ Its settings make a family of it, and they go together:
 * ``momentum``: a decaying mean of the last estimates.
 * ``pool``: the directions come from a pool of K seeds, as in FedKSeed (Qin et al. 2023, arXiv 2312.06353). The model is
   then its base and K numbers, however many steps it took. Only so can weights be pulled back to their base
-  (``pull``), as the way from there is a short combination; a decay towards zero is none at all, and is not offered.
+  (``pull``), as the way from there is a short combination.
+* ``weight_decay``: decoupled decay towards zero (Loshchilov and Hutter 2019).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Union
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
+from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
@@ -66,6 +68,9 @@ class MezoConfig:
     pull: float = 0.0
     """Decoupled decay towards the base model: each step takes off lr * pull * (weights - base). Needs ``pool``; an
     update makes every direction that was used so far."""
+    weight_decay: float = 0.0
+    """Decoupled decay towards zero: each step takes off lr * weight_decay * weights. Small amounts are saved up, and
+    taken off when they are 2^-12 of the weights: fp32 factors hold little less."""
     schedule: Schedule = field(default_factory=Schedule)
     """Schedule of the learning rate."""
     eps_schedule: Schedule = field(default_factory=Schedule)
@@ -84,16 +89,20 @@ class MezoConfig:
             raise ValueError("algorithm.directions: must be at least 2 for scaling: normalised with one_sided")
         if not 0 <= self.pull < math.inf or (self.pull and self.pool is None):
             raise ValueError("algorithm.pull: must be at least 0, and needs algorithm.pool if it is above")
+        check_decay(self.weight_decay, self.lr)
+        if self.pull and self.weight_decay:
+            raise ValueError("algorithm.weight_decay: does not go together with pull, which is decay towards the base")
 
 
 @dataclass(frozen=True)
 class MezoState:
-    """What the plateau rule, momentum and ``pull`` remember."""
+    """What the plateau rule, momentum, ``pull`` and decay remember."""
 
     plateau: Plateau = Plateau()
     past: Past = Past()
     total: Combination = ZERO
     """Current weights - base; only kept for ``pull``."""
+    decay: Decay = Decay()
 
 
 @dataclass(frozen=True)
@@ -126,10 +135,12 @@ class Mezo:
         combination = -lr * (gradient + config.pull * state.total)
         total = state.total + combination if config.pull else ZERO
         loss = probe.loss(losses)
+        scale, decay = state.decay.after(lr * config.weight_decay)
         return Update(
-            MezoState(state.plateau.after(loss, config.annealing), past, total),
+            MezoState(state.plateau.after(loss, config.annealing), past, total, decay),
             combination,
             {"loss": loss, "projected_gradient": typical(projected), "lr": lr},
+            scale=scale,
         )
 
     def _scaled(self, projected: Sequence[float]) -> list[float]:

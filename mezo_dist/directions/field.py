@@ -27,6 +27,7 @@ BLOCK = 64
 """Rows of a low-rank direction that are made by one matrix product."""
 BLOCKS_AT_ONCE = 64
 SEEDS_AT_ONCE = 32
+SCALED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,27 @@ class Field:
             return
         for combination, seed in updates:  # of a low-rank law: matrix products, and the matrix stays in the cache
             self.add(weight, [combination], [weight], param_id=param_id, shape=shape, offset=offset, rounding_seed=seed)
+
+    def scale(
+        self,
+        weight: Tensor,
+        factor: float,
+        *,
+        param_id: int,
+        offset: int = 0,
+        rounding_seed: int | None = None,
+    ) -> None:
+        """``weight <- cast(factor * weight)``, computed in fp32, in place; arguments as those of `add`."""
+        flat = weight.detach().view(-1)
+        for start in range(0, flat.numel(), SCALED_AT_ONCE):
+            piece = flat[start : start + SCALED_AT_ONCE]
+            scaled = piece.float() * factor
+            if rounding_seed is None:
+                piece.copy_(scaled)
+            else:
+                offsets = [offset + start]
+                add(scaled, [ZERO], [piece], param_id=param_id, law=GAUSSIAN, offsets=offsets,
+                    rounding_seed=rounding_seed)  # fmt: skip
 
     def factors(self, seeds: Sequence[int], param_id: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """U [num_seeds, rows, rank] and V [num_seeds, columns, rank] of a matrix (fp32); V carries 1 / sqrt(rank)."""

@@ -161,7 +161,7 @@ class Engine:
         for shard in self.shards():
             if shard.name not in self._trainable:
                 continue
-            stochastic = self.stochastic_rounding and shard.tensor.dtype == torch.bfloat16
+            stochastic = self._is_rounded_stochastically(shard)
             self.field.advance(
                 shard.tensor,
                 [(combination, seed if stochastic else None) for combination, seed in updates],
@@ -169,6 +169,17 @@ class Engine:
                 shape=shard.shape,
                 offset=shard.offset,
             )
+
+    @torch.no_grad()
+    def scale(self, factor: float, rounding_seed: int) -> None:
+        """weights <- factor (an fp32 value) * weights, in place; rounded as by `apply`."""
+        for shard in self.shards():
+            if shard.name in self._trainable:
+                seed = rounding_seed if self._is_rounded_stochastically(shard) else None
+                self.field.scale(shard.tensor, factor, param_id=shard.param_id, offset=shard.offset, rounding_seed=seed)
+
+    def _is_rounded_stochastically(self, shard: Shard) -> bool:
+        return self.stochastic_rounding and shard.tensor.dtype == torch.bfloat16
 
     @torch.no_grad()
     def keep_anchor(self) -> None:

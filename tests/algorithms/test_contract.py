@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo, clipped": ("mezo", {"lr": 1e-2, "clip": 2.0}),
     "mezo, momentum": ("mezo", {"lr": 1e-2, "momentum": Momentum(0.7, 4)}),
     "mezo, as FedKSeed": ("mezo", {"lr": 1e-2, "pool": 10_000, "pull": 1e-3}),
+    "mezo, weight decay": ("mezo", {"lr": 1e-2, "weight_decay": 0.05}),
     "mezo, smaller eps": ("mezo", {"lr": 1e-2, "eps": 0.1, "eps_schedule": Schedule("cosine", final=0.01)}),
     "mezo-svrg": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 1e-2, "q": 2}),
     "mezo-svrg, q = 5": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 5e-3, "q": 5, "anchor_directions": 40}),
@@ -46,6 +47,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo-svrg, stored": (
         "mezo-svrg",
         {"lr": 5e-3, "anchor_lr": 5e-3, "q": 5, "anchor_directions": 40, "anchor": "stored"},
+    ),
+    "mezo-svrg, weight decay": (
+        "mezo-svrg",
+        {"lr": 5e-3, "anchor_lr": 1e-2, "q": 2, "anchor": "auto", "weight_decay": 0.05},
     ),
     "mezo-svrg, stored, per sample": (
         "mezo-svrg",
@@ -91,7 +96,8 @@ class Point:
         return moved(base, variant.shift, *own)
 
     def after(self, update: Update) -> Point:
-        return Point(moved(self.current, update.combination), self.current if update.keep else self.anchor)
+        now = moved(update.scale * self.current, update.combination)
+        return Point(now, self.current if update.keep else self.anchor)
 
 
 def answer(request: Evaluation, w: Point, loss: Loss) -> Losses:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
+from mezo_dist.algorithms.decay import Decay
 from mezo_dist.algorithms.mezo import Mezo, MezoConfig, MezoState
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.schedules import Annealing, Schedule
 from mezo_dist.algorithms.svrg import Svrg, SvrgConfig, SvrgState
 from mezo_dist.algorithms.svrg_released import SvrgReleased, SvrgReleasedConfig, SvrgReleasedState
-from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.combination import ZERO, Combination, to_fp32
 
 PROBLEM = Problem(seed=1, num_steps=10, batch_size=2, full_size=4)
 SEEDS = [PROBLEM.direction_seed(0, k) for k in range(4)]
@@ -139,6 +140,31 @@ def test_svrg_one_sided_probes_both_points_themselves() -> None:
     assert done.metrics["projected_difference"] == 2.0 - 1.0
 
 
+def test_decay_is_saved_up_until_a_factor_can_hold_it() -> None:
+    decay, product, factors = Decay(), 1.0, []
+    for _ in range(10_000):
+        factor, decay = decay.after(1e-6)
+        assert factor == to_fp32(factor)
+        product *= factor
+        factors.append(factor)
+    assert product * decay.owed == pytest.approx((1 - 1e-6) ** 10_000, rel=1e-12)
+    assert len([f for f in factors if f != 1]) == 10_000 // 245  # 245 of them are 2^-12
+    assert Decay().after(0.5) == (0.5, Decay())
+    assert Decay().after(0.0) == (1.0, Decay())
+
+
+def test_decay_follows_the_learning_rate_of_the_step() -> None:
+    planner = Mezo(MezoConfig(lr=0.5, eps=0.5, weight_decay=0.1, schedule=Schedule("linear")), PROBLEM)
+    state = planner.init()
+    done = [planner.update(state, step, [Losses((1.0, 1.0))]) for step in (0, 5, 9)]
+    assert [update.scale for update in done] == [to_fp32(1 - update.metrics["lr"] * 0.1) for update in done]
+    assert 0.94 < done[0].scale < done[1].scale < done[2].scale <= 1.0
+    svrg = Svrg(SvrgConfig(lr=0.25, anchor_lr=0.5, q=2, anchor="auto", weight_decay=0.1), PROBLEM)
+    first = svrg.update(svrg.init(), 0, [Losses((1.0, 1.0))])
+    second = svrg.update(first.state, 1, [Losses((1.0,) * 4)])
+    assert (first.keep, first.scale, second.scale) == (True, to_fp32(1 - 0.05), to_fp32(1 - 0.025))
+
+
 def test_svrg_with_a_stored_anchor_probes_a_copy() -> None:
     planner = Svrg(SvrgConfig(eps=0.5, q=2, anchor="stored"), PROBLEM)
     first = planner.update(planner.init(), 0, [Losses((3.0, 1.0))])
@@ -208,6 +234,9 @@ def test_the_released_annealing_raises_small_rates() -> None:
         ({"pool": 0}, "algorithm.pool: must be above 0"),
         ({"pull": 0.1}, "algorithm.pull: .*needs algorithm.pool"),
         ({"per_sample": True, "one_sided": True}, "algorithm.one_sided: saves nothing with per_sample"),
+        ({"weight_decay": -1.0}, "algorithm.weight_decay: must be at least 0"),
+        ({"lr": 0.5, "weight_decay": 2.0}, "algorithm.weight_decay: .*below 1 / algorithm.lr"),
+        ({"pool": 4, "pull": 0.1, "weight_decay": 0.1}, "algorithm.weight_decay: does not go together with pull"),
         ({"one_sided": True, "scaling": "normalised"}, "algorithm.directions: must be at least 2"),
         ({"eps_schedule": Schedule("linear")}, "algorithm.eps_schedule.final: must be above 0"),
     ],
@@ -215,6 +244,11 @@ def test_the_released_annealing_raises_small_rates() -> None:
 def test_contradictions_name_the_setting(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MezoConfig(**settings)
+
+
+def test_no_way_leads_back_to_an_anchor_from_weights_that_decayed() -> None:
+    with pytest.raises(ValueError, match=r"algorithm.anchor: must be stored \(or auto\) with weight_decay"):
+        SvrgConfig(weight_decay=0.1)
 
 
 @pytest.mark.parametrize("settings", [{"decay": 1.0}, {"decay": -0.1}, {"window": 0}])

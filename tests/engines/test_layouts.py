@@ -37,9 +37,8 @@ pytestmark = pytest.mark.distributed
 
 WORLDS = (1, 2, 3)
 # A minibatch of 5 makes micro-batches of 3 and 2, the full batch of 30 makes ten of unequal cost:
-# with three ranks one has nothing to do in an inner step, and none of them has as much as another in an anchor step.
+# with three ranks one has nothing to do in a step of mezo, and none of them has as much as another in an anchor step.
 SIZES = {"steps": 6, "batch_size": 5, "micro_batch": 3}
-VARIANT_GROUPS = "distributed.variant_groups=4"
 RUNS: dict[str, tuple[str, str, list[str]]] = {
     "mezo": ("opt", "mezo", ["algorithm.lr=1e-3"]),
     "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
@@ -48,7 +47,14 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
         "gpt2",
         "mezo-svrg",
         # Its four variants are shared out, too; those of other runs where that leaves the busiest process less to do.
-        ["algorithm.lr=1e-3", "algorithm.q=4", "algorithm.anchor=stored", "model.weights=bfloat16", VARIANT_GROUPS],
+        [
+            "algorithm.lr=1e-3",
+            "algorithm.q=4",
+            "algorithm.anchor=stored",
+            "model.weights=bfloat16",
+            "algorithm.weight_decay=0.9",
+            "distributed.variant_groups=4",
+        ],
     ),
     "two rounds": ("opt", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
 }

@@ -53,6 +53,11 @@ RUNS = {
         "mezo-svrg",
         ["algorithm.lr=1e-3", "algorithm.q=5", "algorithm.anchor=stored", "model.weights=bfloat16"],
     ),
+    "decay": (
+        "gpt2",
+        "mezo-svrg",
+        ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.anchor=auto", "algorithm.weight_decay=0.2"],
+    ),
     "two rounds": ("gpt2", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
 }
 STEPS = 7
