@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import torch
@@ -36,7 +36,14 @@ _TASK_TYPES: Mapping[Kind, str | None] = {"causal": "CAUSAL_LM", "masked": None,
 
 
 def attach(
-    model: Any, settings: PeftConfig, kind: Kind, source: WeightSource | None, seed: int, revision: str | None = None
+    model: Any,
+    settings: PeftConfig,
+    kind: Kind,
+    source: WeightSource | None,
+    seed: int,
+    *,
+    fresh: Iterable[str] = (),
+    revision: str | None = None,
 ) -> tuple[Any, WeightSource | None]:
     """``model`` with adapters, which are all that has ``requires_grad``, but for a fresh classification head.
 
@@ -46,6 +53,7 @@ def attach(
         kind: of model.
         source: what fills the weights, if they come without data.
         seed: run seed.
+        fresh: names of weights of a classifier that are not from the checkpoint: they are trained, and saved.
         revision: of the model, to be named in what is saved.
 
     Returns:
@@ -59,7 +67,7 @@ def attach(
     except ImportError as error:
         raise UserError(f"model.peft: needs peft: pip install 'mezo_dist[peft]' ({error})") from error
     own = list(model.named_parameters())
-    config = _peft_config(model, settings, kind)
+    config = _peft_config(model, settings, kind, fresh)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in ways of the past
@@ -74,7 +82,7 @@ def attach(
     return adapted, _filled(adapted, own, source, seed)
 
 
-def _peft_config(model: Any, settings: PeftConfig, kind: Kind) -> Any:
+def _peft_config(model: Any, settings: PeftConfig, kind: Kind, fresh: Iterable[str]) -> Any:
     import peft
     from transformers.pytorch_utils import Conv1D
 
@@ -82,11 +90,14 @@ def _peft_config(model: Any, settings: PeftConfig, kind: Kind) -> Any:
         if kind != "causal":
             raise UserError(f"model.peft.method: prefix needs a causal language model, and this one is {kind}")
         return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=settings.num_virtual_tokens)
+    modules = {name.rpartition(".")[0] for name in fresh}
     return peft.LoraConfig(
         task_type=_TASK_TYPES[kind],
         r=settings.r,
         lora_alpha=settings.alpha,
         target_modules=list(settings.target_modules) or None,
+        # peft adds those that it knows itself, with all that is inside
+        modules_to_save=sorted(m for m in modules if not {"classifier", "score"} & set(m.split("."))) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
 

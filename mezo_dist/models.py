@@ -94,7 +94,8 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     model.config.use_cache = False
     window = _window(tokenizer, hf_config)
     if config.peft.method is not None:
-        model, weights = adapters.attach(model, config.peft, kind, weights, seed, config.revision)
+        fresh = report["missing_keys"]
+        model, weights = adapters.attach(model, config.peft, kind, weights, seed, fresh=fresh, revision=config.revision)
     if config.peft.method == "prefix":
         window -= config.peft.num_virtual_tokens
         if window < 1:
