@@ -36,6 +36,30 @@ def test_estimator_quality(tmp_path: Path) -> None:
     assert (tmp_path / "estimator_quality-small-1.25.png").stat().st_size > 1000
 
 
+def test_learning_curves(tmp_path: Path) -> None:
+    labels = ["AdamW", "MeZO, batch 4", "MeZO-SVRG, per sample"]
+    command = ["examples/studies/learning_curves.py", "--preset", "smoke", "--out", str(tmp_path), "--only", *labels]
+    run(*command)
+    files = {setting: tmp_path / f"learning_curves-smoke-{setting}-tiny.jsonl" for setting in ("prompts", "head")}
+    for path in files.values():
+        about, *runs = map(json.loads, path.read_text().splitlines())
+        assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+        for label in labels:
+            tried = {r["lr"]: r for r in runs if r["label"] == label and r["seed"] == 0}
+            (final,) = (r for r in runs if r["label"] == label and r["seed"] == 1)
+            accuracy = {lr: r["points"][-1][3] for lr, r in tried.items()}
+            assert accuracy[final["lr"]] == max(accuracy.values()), "validation chooses the rate"
+            assert abs(final["points"][-1][0] - 384) < 64, "all spend the same"
+            assert final["points"][0][0] == 0
+            assert final["points"][-1][2] != final["points"][0][2], "it moved"
+        adamw = [r["points"] for r in runs if r["label"] == "AdamW"]
+        assert min(points[-1][4] for points in adamw) < adamw[0][0][4], "it learns"
+    before = {path: path.read_text() for path in files.values()}
+    assert "| AdamW |" in run(*command, "--settings", "head")
+    assert before == {path: path.read_text() for path in files.values()}, "nothing is run twice"
+    assert (tmp_path / "learning_curves-smoke-head.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["in one process", "in two more"])
 def test_minimize(options: list[str]) -> None:
     output = run("examples/minimize.py", "--steps", "12", *options)

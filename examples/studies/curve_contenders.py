@@ -1,0 +1,166 @@
+"""What `learning_curves.py` compares: presets (settings, data sets, how much of everything) and contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mezo_dist.algorithms.mezo import MezoConfig
+from mezo_dist.algorithms.schedules import Annealing, Schedule
+from mezo_dist.algorithms.svrg import SvrgConfig
+from mezo_dist.algorithms.svrg_released import SvrgReleasedConfig
+
+STEP_OF_RATES = 10**0.5
+"""Ratio of neighbouring learning rates."""
+EXTENSIONS = 2
+"""So many rates may be added to a grid whose best one lies at its edge."""
+FIRST_ORDER = ("sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, and which of its weights are trained."""
+
+    overrides: tuple[str, ...]
+    """Of configs/quickstart.yaml."""
+    zeroth_scale: float = 1.0
+    """Of the learning rates of zeroth-order contenders, against those below."""
+    first_scale: float = 1.0
+    """Of those of first-order contenders."""
+
+
+@dataclass(frozen=True)
+class CurvePreset:
+    """Settings, data sets, how much of everything."""
+
+    settings: Mapping[str, Setting]
+    tasks: Mapping[str, str]
+    """Task files, relative to the repository; ``tiny``: made-up sentences, and a tiny random model with them."""
+    budget: int
+    """Forward passes of one sample in a run."""
+    eps: float
+    rates: int = 4
+    """Learning rates to begin with, the same number for every contender."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Of the runs with the rate that was chosen; seed 0 is the one that it was chosen on."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Samples of splits; those of the task file if left out."""
+    full_size: int = 256
+    """Samples of the anchors of the per-sample MeZO-SVRG."""
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A contender: an algorithm, and what it costs."""
+
+    label: str
+    algorithm: str | Callable[[float, int, float], Any]
+    """``sgd`` or ``adamw``; or from learning rate, number of steps and eps to the settings of an algorithm."""
+    passes: float
+    """Forward passes of one sample that a step takes, on average. A backward pass counts as two."""
+    rate: Mapping[str, float]
+    """Smallest learning rate of the grid, by setting."""
+    batch_size: int
+    law: str = "gaussian"
+    full_size: int | None = None
+    """Samples of an anchor; all if None."""
+    share: float = 1.0
+    """Of the preset's budget."""
+
+    def steps(self, budget: int) -> int:
+        """That the budget allows."""
+        return max(1, round(self.share * budget / self.passes))
+
+    def rates(self, setting: str, preset: CurvePreset) -> list[float]:
+        """The grid to begin with."""
+        about = preset.settings[setting]
+        scale = about.first_scale if self.algorithm in FIRST_ORDER else about.zeroth_scale
+        return [rounded(self.rate[setting] * scale * STEP_OF_RATES**k) for k in range(preset.rates)]
+
+
+def rounded(rate: float) -> float:
+    """To two digits, so that it is the same number wherever it was computed or read."""
+    return float(f"{rate:.2g}")
+
+
+def schedule(num_steps: int) -> Schedule:
+    """Of everybody: the rate rises over a twentieth of the steps, then falls to a fiftieth along a line."""
+    return Schedule("linear", warmup_steps=max(1, num_steps // 20), final=0.02)
+
+
+def learners(preset: CurvePreset, num_train: int) -> list[Learner]:
+    """All contenders."""
+    batch, few, off = preset.batch_size, preset.batch_size // 4, Annealing(divisor=1)
+    full = min(preset.full_size, num_train)
+
+    def mezo(label: str, size: int, passes: int, rates: tuple[float, float], **more: Any) -> Learner:
+        share, law = more.pop("share", 1.0), more.pop("law", "gaussian")
+
+        def make(lr: float, steps: int, eps: float) -> MezoConfig:
+            return MezoConfig(lr=lr, eps=eps, schedule=schedule(steps), **more)
+
+        return Learner(label, make, passes * size, _by_setting(*rates), size, law, share=share)
+
+    def svrg(lr: float, steps: int, eps: float) -> SvrgConfig:
+        return SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=2, schedule=schedule(steps), annealing=off)
+
+    def svrg_per_sample(lr: float, steps: int, eps: float) -> SvrgConfig:
+        rule = schedule(steps)
+        return SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=2, per_sample=True, schedule=rule, annealing=off)
+
+    def released(lr: float, steps: int, eps: float) -> SvrgReleasedConfig:
+        # Its own ratio of rates and its own plateau rule; it has no schedule.
+        return SvrgReleasedConfig(lr=lr / 50, anchor_lr=lr, eps=eps, q=2)
+
+    fzoo: dict[str, Any] = {"directions": 15, "one_sided": True, "scaling": "normalised", "law": "rademacher"}
+    per_sample: dict[str, Any] = {"per_sample": True, "law": "lowrank"}
+    cycle, small_cycle = (2 * num_train + 4 * batch) / 2, (2 * full + 4 * batch) / 2
+    return [
+        Learner("AdamW", "adamw", 3 * batch, _by_setting(1e-3, 1e-3), batch),
+        mezo(f"MeZO, batch {few}", few, 2, (3e-4, 3e-4)),
+        mezo("MeZO, per sample", batch, 2, (1e-2, 1e-2), **per_sample),
+        Learner("MeZO-SVRG", svrg, cycle, _by_setting(3e-4, 3e-4), batch),
+        Learner("MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 1e-2), batch, "lowrank", full),
+        Learner("MeZO-SVRG, released", released, cycle, _by_setting(3e-4, 3e-4), batch),
+        mezo(f"MeZO, batch {batch}", batch, 2, (3e-4, 3e-4)),
+        mezo("MeZO, per sample, a quarter of the passes", batch, 2, (1e-2, 1e-2), share=0.25, **per_sample),
+        mezo("normalised, 15 one-sided", few, 16, (3e-3, 3e-3), **fzoo),
+        mezo("MeZO, 16 directions", few, 32, (3e-3, 3e-3), directions=16),
+        Learner("SGD", "sgd", 3 * batch, _by_setting(3e-3, 1e-2), batch),
+    ]
+
+
+def _by_setting(prompts: float, head: float) -> dict[str, float]:
+    return {"prompts": prompts, "head": head}
+
+
+TASKS = {
+    "movie-sentences": "configs/tasks/movie-sentences.yaml",
+    "tweets": "examples/studies/tasks/tweets.yaml",
+    "bbc-news": "examples/studies/tasks/bbc-news.yaml",
+}
+MINILM = ("model.name=demo:minilm-l6", "model.head=classifier")
+PRESETS = {
+    # Norms alone, or the pooler and the head: what comes before is computed once per sample, and a run takes seconds.
+    "cpu": CurvePreset(
+        {
+            "prompts": Setting(("train.max_tokens=48",)),
+            "head": Setting((*MINILM, "train.max_tokens=48", 'model.trainable=["bert.pooler.*", "classifier.*"]')),
+        },
+        TASKS, budget=32768, eps=1e-2, sizes={"test": 512},
+    ),
+    # Never run: no GPU was there.
+    "gpu": CurvePreset(
+        {
+            "prompts": Setting(('model.trainable=["*"]', "train.micro_batch=64"), 1e-3, 3e-3),
+            "head": Setting((*MINILM, 'model.trainable=["*"]', "train.micro_batch=64"), 1e-2, 1e-2),
+        },
+        TASKS, budget=1 << 20, eps=1e-3, full_size=512,
+    ),
+    "smoke": CurvePreset(
+        {"prompts": Setting(()), "head": Setting(("model.head=classifier",))},
+        {"tiny": "tiny"}, budget=384, eps=1e-2, rates=2, seeds=(1,), full_size=32, batch_size=16,
+    ),
+}  # fmt: skip

@@ -1,0 +1,118 @@
+"""Sums up what `learning_curves.py` has found: plots, and a table in Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from curve_contenders import PRESETS
+
+Curves = dict[str, list[list[list[float]]]]
+"""Label -> points of each seed that was not tuned on."""
+PASSES, SECONDS, _, VALIDATION, _, TEST = range(6)
+
+
+def report(folder: Path, preset: str) -> str:
+    """Write plots and table of everything that is there; the table."""
+    found: dict[str, dict[str, Curves]] = {}
+    rates: dict[tuple[str, str, str], float] = {}
+    for setting in PRESETS[preset].settings:
+        for task in PRESETS[preset].tasks:
+            path = folder / f"learning_curves-{preset}-{setting}-{task}.jsonl"
+            for record in _runs(path):
+                if record["seed"]:
+                    curves = found.setdefault(setting, {}).setdefault(task, {})
+                    curves.setdefault(record["label"], []).append(record["points"])
+                    rates[setting, task, record["label"]] = record["lr"]
+    for setting, tasks in found.items():
+        plot(tasks, setting, folder / f"learning_curves-{preset}-{setting}.png")
+    lines = [line for setting, tasks in found.items() for line in table(setting, tasks, rates)]
+    text = "\n".join(lines) + "\n"
+    (folder / f"learning_curves-{preset}.md").write_text(text)
+    return text
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["kind"] == "run"]
+
+
+def table(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, str], float]) -> list[str]:
+    """Per data set: accuracy at a quarter of the passes and at the end, seconds, and passes to MeZO's best."""
+    lines = [f"### {setting}", ""]
+    for task, curves in tasks.items():
+        seeds = max(len(all_points) for all_points in curves.values())
+        before = statistics.mean(points[0][TEST] for all_points in curves.values() for points in all_points)
+        lines += [f"{task}: test accuracy in % ({before:.1%} before), mean and standard deviation of {seeds} seeds", ""]
+        lines += ["| | lr | a quarter of the passes | all | seconds | passes to MeZO's best | to AdamW's best - 1 |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        goals = goal(curves, "MeZO, batch"), goal(curves, "AdamW") - 0.01
+        order = sorted(curves, key=lambda label: -statistics.mean(points[-1][TEST] for points in curves[label]))
+        for label in order:
+            ends = [points[-1] for points in curves[label]]
+            total = max(points[-1][PASSES] for all_points in curves.values() for points in all_points)
+            early = [_at(points, total / 4)[TEST] for points in curves[label]]
+            seconds = statistics.mean(end[SECONDS] for end in ends)
+            cells = [label, f"{rates[setting, task, label]:g}", _spread(early), _spread([end[TEST] for end in ends])]
+            lines.append(f"| {' | '.join([*cells, f'{seconds:.1f}', *(_needs(curves[label], g) for g in goals)])} |")
+        lines.append("")
+    return lines
+
+
+def goal(curves: Curves, labels: str) -> float:
+    """Best validation accuracy, averaged over the seeds, on the curves whose labels begin so."""
+    means = [row[VALIDATION] for label, points in curves.items() if label.startswith(labels) for row in mean(points)]
+    return max(means, default=1.0)
+
+
+def mean(seeds: list[list[list[float]]]) -> list[list[float]]:
+    """Over seeds, point by point; runs that diverged have fewer points."""
+    return [[statistics.mean(column) for column in zip(*rows, strict=True)] for rows in zip(*seeds, strict=False)]
+
+
+def _needs(seeds: list[list[list[float]]], wanted: float) -> str:
+    """Passes until the mean curve reaches this validation accuracy."""
+    for row in mean(seeds):
+        if row[VALIDATION] >= wanted:
+            return f"{row[PASSES]:,.0f}"
+    return "-"
+
+
+def _at(points: list[list[float]], passes: float) -> list[float]:
+    """The last point that took no more passes (but for the last step, which may end a little later)."""
+    return [point for point in points if point[PASSES] <= 1.1 * passes][-1]
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+
+
+def plot(tasks: dict[str, Curves], setting: str, path: Path) -> None:
+    """Test accuracy over forward passes, and over seconds: means over seeds, with a band from the worst to the best."""
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for curves in tasks.values() for label in curves))
+    figure = Figure(figsize=(4.2 * len(tasks), 7.5), layout="constrained")
+    panels = figure.subplots(2, len(tasks), squeeze=False)
+    for (task, curves), column in zip(tasks.items(), panels.T, strict=True):
+        for axes, over in zip(column, (PASSES, SECONDS), strict=True):
+            for label, seeds in curves.items():
+                rows = list(zip(*seeds, strict=False))[1:]
+                x = [statistics.mean(row[over] for row in points) for points in rows]
+                y = [[row[TEST] for row in points] for points in rows]
+                number = labels.index(label)
+                style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+                axes.plot(x, [statistics.mean(values) for values in y], label=label, linewidth=1.2, **style)
+                axes.fill_between(x, list(map(min, y)), list(map(max, y)), alpha=0.1, linewidth=0, color=style["color"])
+            axes.set_xscale("log")
+            axes.set_xlabel("forward passes of one sample" if over == PASSES else "seconds of training")
+        column[0].set_title(task)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("test accuracy")
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize="small")
+    figure.suptitle(f"{setting}: mean over seeds, from the worst to the best")
+    figure.savefig(path, dpi=75)

@@ -1,0 +1,181 @@
+"""One run of `learning_curves.py`: a contender learns with one rate from one seed, and is looked at on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from curve_contenders import FIRST_ORDER, CurvePreset, Learner, schedule
+from estimator_quality import ROOT, Vector, put, trainable
+
+from mezo_dist import algorithms, config_reader
+from mezo_dist.algorithms.base import Problem
+from mezo_dist.data import BatchOrder, MicroBatch
+from mezo_dist.directions.field import Field
+from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.engines.engine import Engine
+from mezo_dist.runs import Run, prepare
+from mezo_dist.testing import write_tiny_config
+from mezo_dist.training import plan_step
+from mezo_dist.wire import Wire
+
+LOOKS = 9
+"""A run is looked at when budget / 2^k of its passes are done, k = LOOKS .. 0."""
+Step = Callable[[int], tuple[int, bool]]
+"""Takes a step; its forward passes, and whether all was finite."""
+
+
+@dataclass
+class Bench:
+    """A model with its data, on which run after run begins from the same weights."""
+
+    run: Run
+    preset: CurvePreset
+    start: Vector
+    fresh: tuple[str, ...]
+    """Trainable weights that the checkpoint does not have, to be drawn from each run's own seed."""
+    splits: dict[str, list[MicroBatch]]
+    engines: dict[str, Engine] = field(default_factory=dict)
+    """By law."""
+
+    @staticmethod
+    def open(preset: CurvePreset, setting: str, task: str, folder: Path, device: str) -> Bench:
+        """Model, data and engine; the frozen prefix is computed for all samples."""
+        overrides = [*preset.settings[setting].overrides, f"output.dir={folder / 'run'}", "train.full_size=null"]
+        overrides += [f"train.batch_size={preset.batch_size}"]
+        overrides += [f"task.splits.{name}.size={size}" for name, size in preset.sizes.items()]
+        if preset.tasks[task] == "tiny":
+            config = config_reader.load(write_tiny_config(folder), [*overrides, "task.splits.train.size=48"])
+        else:
+            source = f"task={ROOT / preset.tasks[task]}"
+            config = config_reader.load(ROOT / "configs/quickstart.yaml", [source, *overrides])
+        with torch.device(device):
+            run = prepare(config, Wire())
+        start = {name: p.detach().clone() for name, p in trainable(run)}
+        heads = ("classifier.", "score.")
+        fresh = tuple(name for name in start if config.model.head == "classifier" and name.startswith(heads))
+        bench = Bench(run, preset, start, fresh, {name: run.split(name) for name in ("validation", "test")})
+        for split in ("train", "validation", "test"):
+            bench.score(run.split(split))
+        return bench
+
+    @property
+    def num_train(self) -> int:
+        """Training samples."""
+        return len(self.run.splits["train"])
+
+    def reset(self, seed: int) -> None:
+        """Back to the weights that a run from ``seed`` begins with."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {
+            name: torch.normal(0.0, 0.02 if t.dim() > 1 else 0.0, t.shape, generator=generator)
+            for name, t in self.start.items()
+            if name in self.fresh
+        }
+        put(self.run, self.start | drawn)
+
+    def under(self, law: str) -> Run:
+        """The run with an engine whose directions have this law."""
+        if law not in self.engines:
+            self.engines[law] = Engine(self.run.loaded.model, Field(law))
+        engine = self.engines[law]
+        return dataclasses.replace(
+            self.run,
+            weights=dataclasses.replace(self.run.weights, engine=engine),
+            evaluator=dataclasses.replace(self.run.evaluator, engine=engine),
+        )
+
+    def score(self, split: list[MicroBatch]) -> tuple[float, float]:
+        """Loss and metric of the current weights."""
+        task = self.run.config.task
+        found = self.run.evaluator.score(split, task.metric, len(task.labels), lambda _: None)
+        return found["loss"], found[task.metric]
+
+
+def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any]:
+    """One run.
+
+    Returns:
+        ``points``: forward passes, seconds (of training alone), validation loss and metric, test loss and metric.
+        ``diverged``: whether it ended early because losses were not finite.
+    """
+    bench.reset(seed)
+    num_steps, budget = learner.steps(bench.preset.budget), learner.share * bench.preset.budget
+    take = (_first_order if learner.algorithm in FIRST_ORDER else _zeroth_order)(bench, learner, lr, seed, num_steps)
+    marks = [budget / 2**k for k in range(LOOKS, -1, -1)]
+    points = [_point(bench, 0, 0.0)]
+    done, seconds, skipped, step = 0, 0.0, 0, 0
+    while step < num_steps and skipped < bench.run.config.train.max_skipped:
+        began = time.perf_counter()
+        passes, sound = take(step)
+        seconds += time.perf_counter() - began
+        done, step, skipped = done + passes, step + 1, 0 if sound else skipped + 1
+        if done >= marks[0] or step == num_steps:
+            points.append(_point(bench, done, seconds))
+            marks = [mark for mark in marks if mark > done] or [math.inf]
+    return {"steps": step, "diverged": step < num_steps, "points": points}
+
+
+def _point(bench: Bench, done: int, seconds: float) -> list[float]:
+    scores = itertools.chain(*(bench.score(split) for split in bench.splits.values()))
+    return [done, round(seconds, 2), *(round(score, 4) if math.isfinite(score) else 1e9 for score in scores)]
+
+
+def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: int) -> Step:
+    """Steps as `mezo_dist.training` takes them."""
+    n, full = bench.num_train, learner.full_size or bench.num_train
+    assert not isinstance(learner.algorithm, str)
+    config = learner.algorithm(lr, num_steps, bench.preset.eps)
+    run = dataclasses.replace(
+        bench.under(learner.law),
+        algorithm=algorithms.build(config.name, config, Problem(seed, num_steps, learner.batch_size, full)),
+        order=BatchOrder(n, learner.batch_size, seed),
+        full_order=BatchOrder(n, full, derive_seed(seed, "full")),
+    )
+    state = run.algorithm.init()
+
+    def take(step: int) -> tuple[int, bool]:
+        nonlocal state
+        planned = plan_step(run, state, step)
+        run.apply(step, planned.combination, keep=planned.keep)
+        if not planned.step.skipped:
+            state = planned.state
+        return planned.forwards, not planned.step.skipped
+
+    return take
+
+
+def _first_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: int) -> Step:
+    """Back-propagation, on the same batches in the same order."""
+    run = dataclasses.replace(bench.run, order=BatchOrder(bench.num_train, learner.batch_size, seed))
+    parameters = [p for _, p in trainable(run)]
+    kinds: dict[Any, Callable[[], torch.optim.Optimizer]] = {
+        "sgd": lambda: torch.optim.SGD(parameters, lr=lr),
+        "adamw": lambda: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+    }
+    optimiser, rule = kinds[learner.algorithm](), schedule(num_steps)
+
+    def losses(step: int) -> Iterator[torch.Tensor]:
+        for item in run.batch("minibatch", step):
+            yield run.evaluator.objective(run.loaded.model, item).loss.sum() / learner.batch_size
+
+    def take(step: int) -> tuple[int, bool]:
+        for group in optimiser.param_groups:
+            group["lr"] = lr * rule.factor(step, num_steps)
+        optimiser.zero_grad()
+        total = 0.0
+        for loss in losses(step):
+            loss.backward()
+            total += loss.item()
+        if sound := math.isfinite(total):
+            optimiser.step()
+        return 3 * learner.batch_size, sound
+
+    return take
