@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mezo_dist
+from mezo_dist.engines.heap import ask_for_huge_pages
 from mezo_dist.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known.arguments = extra
     elif extra:
         parser.error(f"unknown arguments: {' '.join(extra)}")
+    ask_for_huge_pages()
     try:
         known.command(known)
     except Stopped as stop:

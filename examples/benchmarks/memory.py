@@ -32,6 +32,7 @@ from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
 from mezo_dist.data import MicroBatch
 from mezo_dist.directions.field import Field
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.heap import ask_for_huge_pages
 from mezo_dist.objectives import LabelWords, Objective
 
 METHODS = ("forward", "mezo", "svrg", "sgd", "adamw")
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    ask_for_huge_pages()  # as the command line does
     if arguments.case:
         method, shape, dtype, num_samples, length = arguments.case
         print(json.dumps(run_case(method, shape, getattr(torch, dtype), int(num_samples), int(length))))

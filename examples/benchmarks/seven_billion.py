@@ -31,6 +31,7 @@ from mezo_dist.data import MicroBatch, cut
 from mezo_dist.directions.field import Field
 from mezo_dist.engines.base import Layout
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.heap import ask_for_huge_pages
 from mezo_dist.engines.units import Unit
 from mezo_dist.evaluation import Evaluator
 from mezo_dist.objectives import LabelWords
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--text", choices=["demo", "random"], default="demo")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    ask_for_huge_pages()  # as the command line does
     if arguments.rank_of:
         run_rank(arguments.rank_of, arguments.shape, arguments.text, arguments.threads)
         return

@@ -28,6 +28,7 @@ from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
 from mezo_dist.data import MicroBatch
 from mezo_dist.directions.field import Field
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.heap import ask_for_huge_pages
 from mezo_dist.objectives import LabelWords, Objective
 
 EPS, LR = 1e-3, 1e-6
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    ask_for_huge_pages()  # as the command line does
     torch.set_num_threads(arguments.threads)
     found = {f"16x{n}": measure(arguments.shape, n, arguments.repeats) for n in (32, 128)}
     print(

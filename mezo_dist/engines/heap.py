@@ -1,6 +1,11 @@
-"""What glibc's malloc does with freed memory: keeps it for the next layer, or gives it back to the system.
+"""Host memory: the size of its pages, and what glibc's malloc does with freed blocks.
 
-By default it decides from what it has seen, and is wrong twice. Both figures are from two cores, OPT shapes.
+Weights stream through the CPU several times a step, and on pages of 4 KB much of that is waiting for their addresses,
+on virtual machines above all. Where the system gives pages of 2 MB to those who ask (``transparent_hugepage`` is
+``madvise``, a common default), torch asks if it is told to.
+
+Freed blocks malloc keeps for the next layer, or gives back to the system. By default it decides from what it has seen,
+and is wrong twice. Both figures are from two cores, OPT shapes.
 
 * On whole weights, the blocks that come and go are the activations of all passes of a fan-out, the same sizes layer
   after layer. Given back, every page of them comes with a fault the next time: a quarter of a forward pass per
@@ -26,6 +31,11 @@ LARGEST_KEPT = 2**30
 """Bytes; larger blocks go back at once."""
 LARGEST_KEPT_IF_SHARDED = 2**20
 """Bytes; a value that is set, malloc no longer raises by itself."""
+
+
+def ask_for_huge_pages() -> None:
+    """Have torch ask for large pages for its tensors; before it makes the first one, or it is too late."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @functools.cache

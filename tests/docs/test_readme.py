@@ -24,6 +24,7 @@ SMALL = [
     "--train.steps=3",
     "--train.batch_size=4",
     "--train.full_size=8",
+    "--train.micro_batch=4",
     "--task.splits.train.size=16",
     "--task.splits.validation.size=8",
     "--task.splits.test.size=8",

@@ -59,7 +59,7 @@ LAYERS = {
     "keeper": "errors trajectory journal checkpoint folder runs replay",
     "training": "errors directions algorithms wire trajectory export config folder monitor runs summary replay keeper",
     "report": "errors files trajectory folder",
-    "cli": "errors ranks wire doctor export config_reader monitor runs replay training report",
+    "cli": "errors engines ranks wire doctor export config_reader monitor runs replay training report",
     "__main__": "cli",
 }
 
