@@ -119,16 +119,16 @@ def learners(preset: CurvePreset, num_train: int) -> list[Learner]:
     cycle, small_cycle = (2 * num_train + 4 * batch) / 2, (2 * full + 4 * batch) / 2
     return [
         Learner("AdamW", "adamw", 3 * batch, _by_setting(1e-3, 1e-3), batch),
-        mezo(f"MeZO, batch {few}", few, 2, (3e-4, 3e-4)),
-        mezo("MeZO, per sample", batch, 2, (1e-2, 1e-2), **per_sample),
-        Learner("MeZO-SVRG", svrg, cycle, _by_setting(3e-4, 3e-4), batch),
-        Learner("MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 1e-2), batch, "lowrank", full),
-        Learner("MeZO-SVRG, released", released, cycle, _by_setting(3e-4, 3e-4), batch),
-        mezo(f"MeZO, batch {batch}", batch, 2, (3e-4, 3e-4)),
-        mezo("MeZO, per sample, a quarter of the passes", batch, 2, (1e-2, 1e-2), share=0.25, **per_sample),
-        mezo("normalised, 15 one-sided", few, 16, (3e-3, 3e-3), **fzoo),
-        mezo("MeZO, 16 directions", few, 32, (3e-3, 3e-3), directions=16),
-        Learner("SGD", "sgd", 3 * batch, _by_setting(3e-3, 1e-2), batch),
+        mezo(f"MeZO, batch {few}", few, 2, (3e-4, 1e-3)),
+        mezo("MeZO, per sample", batch, 2, (1e-2, 3e-3), **per_sample),
+        mezo("MeZO, per sample, a quarter of the passes", batch, 2, (1e-2, 3e-3), share=0.25, **per_sample),
+        Learner("MeZO-SVRG", svrg, cycle, _by_setting(3e-4, 3e-3), batch),
+        Learner("MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 3e-3), batch, "lowrank", full),
+        Learner("MeZO-SVRG, released", released, cycle, _by_setting(3e-4, 3e-3), batch),
+        Learner("SGD", "sgd", 3 * batch, _by_setting(3e-3, 3e-2), batch),
+        mezo("normalised, 15 one-sided", few, 16, (3e-3, 1e-2), **fzoo),
+        mezo(f"MeZO, batch {batch}", batch, 2, (3e-4, 1e-3)),
+        mezo("MeZO, 16 directions", few, 32, (1e-3, 3e-3), directions=16),
     ]
 
 
