@@ -2,8 +2,10 @@
 #
 #   PYTHON=python3.12         the Python that .venv is made with
 #   ARGS="--seed 1"           passed on to the run, to pytest: make test ARGS="-k wire"
+#   WORKERS=1                 test files that run at a time
 #   TORCH=torch==2.13.0+cu126, TORCH_INDEX=URL    another build of torch, another index to take it from
 PYTHON ?= python3
+WORKERS ?= 2
 
 # torch is installed first and alone: the default Linux wheel brings gigabytes of CUDA libraries, so a machine without
 # nvidia-smi takes the CPU build, which has an index of its own. The version is the one in constraints.txt.
@@ -15,7 +17,7 @@ endif
 
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long check lint format clean
+.PHONY: help quickstart test check lint format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -25,13 +27,10 @@ quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on
 	PATH="$(CURDIR)/$(BIN):$$PATH" launcher/torchrun_local.sh 2 configs/quickstart.yaml $(ARGS)
 
 test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
-	$(BIN)/python -m pytest $(ARGS)
-
-test-long: .venv/installed-dev ## real launches on virtual hosts: what `make test` leaves out
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 check: lint ## lint and the quick unit tests: for before a commit
-	$(BIN)/python -m pytest tests/unit -m "not assets and not distributed and not slow and not long" $(ARGS)
+	$(BIN)/python -m pytest tests/unit -m "not assets and not distributed and not slow" $(ARGS)
 
 lint: .venv/installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

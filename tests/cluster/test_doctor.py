@@ -11,7 +11,7 @@ from launcher.hosts import Cluster
 
 from .conftest import Workplace, command, need
 
-pytestmark = [pytest.mark.distributed, pytest.mark.long]
+pytestmark = pytest.mark.distributed
 
 # As a rank of a job that somebody started by hand on one of the hosts only.
 ALONE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host1", "MASTER_PORT": "29500"}

@@ -20,8 +20,6 @@ from launcher.slurm import SLURM_TOOLS, start_slurm
 from .conftest import PATIENCE_S, STEPS, Workplace, command, commands, need
 
 pytestmark = pytest.mark.distributed
-long = pytest.mark.long
-"""The five minutes that this file takes are more than `make test` has."""
 
 EARLY = 5
 LOST = "stopped, or did not answer"
@@ -35,7 +33,6 @@ def into(run: str) -> str:
     return f"--output.dir={run}"
 
 
-@long
 def test_torchrun_goes_on_without_a_host_that_was_killed(workplace: Workplace, three_hosts: Cluster) -> None:
     line = [*command("launcher/torchrun.sh 2:3"), SOON, into("elastic")]
     started = [workplace.start(three_hosts, host, line, **RENDEZVOUS) for host in three_hosts.hosts]
@@ -49,7 +46,6 @@ def test_torchrun_goes_on_without_a_host_that_was_killed(workplace: Workplace, t
     assert workplace.same_as_alone("elastic")
 
 
-@long
 def test_torchrun_survives_a_link_that_is_cut_for_10_s(workplace: Workplace, two_hosts: Cluster) -> None:
     line = [*command("launcher/torchrun.sh 2 "), into("cut")]
     started = [workplace.start(two_hosts, host, line) for host in two_hosts.hosts]
@@ -66,7 +62,6 @@ def test_torchrun_survives_a_link_that_is_cut_for_10_s(workplace: Workplace, two
     assert workplace.same_as_alone("cut")
 
 
-@long
 def test_deepspeed_over_ssh_ends_clearly_and_resumes_without_the_host(
     workplace: Workplace, three_hosts: Cluster
 ) -> None:
@@ -90,7 +85,7 @@ def test_deepspeed_over_ssh_ends_clearly_and_resumes_without_the_host(
     assert workplace.same_as_alone("deepspeed")
 
 
-@pytest.mark.parametrize("engine", [pytest.param("replicated", marks=long), "zero"])
+@pytest.mark.parametrize("engine", ["replicated", "zero"])
 def test_deepspeed_without_ssh(workplace: Workplace, two_hosts: Cluster, engine: str) -> None:
     shutil.copy(f"/proc/{two_hosts.pid('host1')}/root{HOSTFILE}", workplace.folder / "hostfile")
     started = []
@@ -103,7 +98,6 @@ def test_deepspeed_without_ssh(workplace: Workplace, two_hosts: Cluster, engine:
     assert workplace.same_as_alone(engine)
 
 
-@long
 def test_mpirun_over_ssh_ends_clearly_and_resumes_on_what_is_left(workplace: Workplace, two_hosts: Cluster) -> None:
     need({"mpirun": "openmpi-bin"})
     pytest.importorskip("mpi4py")
@@ -169,7 +163,6 @@ def nodes(made: Cluster, number: str) -> list[str]:
     return made.run("host1", ["scontrol", "show", "hostnames", listed[1]]).split()
 
 
-@long
 def test_slurm_starts_a_job_per_seed_and_takes_it_up_again_after_a_warning(
     workplace: Workplace, slurm: Cluster
 ) -> None:
@@ -186,7 +179,6 @@ def test_slurm_starts_a_job_per_seed_and_takes_it_up_again_after_a_warning(
     assert workplace.weights(runs[1]) != workplace.weights(runs[0])
 
 
-@long
 def test_slurm_takes_a_job_to_another_node_when_one_fails(workplace: Workplace, slurm: Cluster) -> None:
     line = [*command("sbatch launcher/slurm.sbatch"), SOON, into("slurm")]
     number = job(workplace, slurm, line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -73,21 +74,32 @@ def test_a_host_can_be_killed(two_hosts: Cluster) -> None:
     assert two_hosts.run("host1", KNOCK).endswith("closed\n")
 
 
-def namespaces() -> set[str]:
-    """Of all processes; those of a cluster that is gone are none."""
+def networks_of(*words: str) -> set[str]:
+    """The network namespaces of processes whose command line has one of these words."""
     found = set()
-    for link in Path("/proc").glob("[0-9]*/ns/net"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            found.add(os.readlink(link))
-        except OSError:
+            if set(words) & set((process / "cmdline").read_bytes().decode(errors="replace").split("\0")):
+                found.add(os.readlink(process / "ns/net"))
+        except OSError:  # gone meanwhile
             continue
+    return found
+
+
+def processes_in(networks: set[str]) -> list[str]:
+    """Process ids."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/ns/net"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) in networks:
+                found.append(link.parts[2])
     return found
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_behind_by_a_cluster_that_was_killed(how: int, tmp_path: Path) -> None:
     need({})
-    before = namespaces()
+    mine = f"{time.time_ns() // 1000}.5"  # seconds to sleep, as no other process does: other tests have clusters, too
     line = [
         *COMMAND,
         "--hosts",
@@ -96,17 +108,18 @@ def test_nothing_is_left_behind_by_a_cluster_that_was_killed(how: int, tmp_path:
         "--",
         "sh",
         "-c",
-        f"setsid sleep 99 & touch {tmp_path}/$(hostname); wait",
+        f"setsid sleep {mine} & touch {tmp_path}/$(hostname); wait",
     ]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 30
         while len(list(tmp_path.iterdir())) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert namespaces() - before, "this test sees the cluster"
+        networks = networks_of(mine)
+        assert len(networks) == 2, "this test sees the cluster"
         process.send_signal(how)
         assert process.wait(30) != 0
-    while left := namespaces() - before:
+    while left := processes_in(networks):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
     assert "cluster" not in Path("/proc/mounts").read_text()

@@ -12,7 +12,7 @@ import pytest
 
 from .conftest import ROOT, need
 
-pytestmark = [pytest.mark.distributed, pytest.mark.long]
+pytestmark = pytest.mark.distributed
 
 
 def test_a_step_sends_a_few_hundred_bytes_whatever_the_link(tmp_path: Path) -> None:
