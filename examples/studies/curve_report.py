@@ -1,4 +1,4 @@
-"""Sums up what `learning_curves.py` has found: plots, and a table in Markdown."""
+"""Sums up what `learning_curves.py` has found: plots, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PASSES, SECONDS, _, VALIDATION, _, TEST = range(6)
 
 
 def report(folder: Path, preset: str) -> str:
-    """Write plots and table of everything that is there; the table."""
+    """Write plots and tables of everything that is there; the tables."""
     found: dict[str, dict[str, Curves]] = {}
     rates: dict[tuple[str, str, str], float] = {}
     for setting in PRESETS[preset].settings:
@@ -28,7 +28,7 @@ def report(folder: Path, preset: str) -> str:
                     rates[setting, task, record["label"]] = record["lr"]
     for setting, tasks in found.items():
         plot(tasks, setting, folder / f"learning_curves-{preset}-{setting}.png")
-    lines = [line for setting, tasks in found.items() for line in table(setting, tasks, rates)]
+    lines = [line for setting, tasks in found.items() for line in tables(setting, tasks, rates)]
     text = "\n".join(lines) + "\n"
     (folder / f"learning_curves-{preset}.md").write_text(text)
     return text
@@ -39,26 +39,52 @@ def _runs(path: Path) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == "run"]
 
 
-def table(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, str], float]) -> list[str]:
-    """Per data set: accuracy at a quarter of the passes and at the end, seconds, and passes to MeZO's best."""
-    lines = [f"### {setting}", ""]
-    for task, curves in tasks.items():
-        seeds = max(len(all_points) for all_points in curves.values())
-        before = statistics.mean(points[0][TEST] for all_points in curves.values() for points in all_points)
-        lines += [f"{task}: test accuracy in % ({before:.1%} before), mean and standard deviation of {seeds} seeds", ""]
-        lines += ["| | lr | a quarter of the passes | all | seconds | passes to MeZO's best | to AdamW's best - 1 |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        goals = goal(curves, "MeZO, batch"), goal(curves, "AdamW") - 0.01
-        order = sorted(curves, key=lambda label: -statistics.mean(points[-1][TEST] for points in curves[label]))
-        for label in order:
-            ends = [points[-1] for points in curves[label]]
-            total = max(points[-1][PASSES] for all_points in curves.values() for points in all_points)
-            early = [_at(points, total / 4)[TEST] for points in curves[label]]
-            seconds = statistics.mean(end[SECONDS] for end in ends)
-            cells = [label, f"{rates[setting, task, label]:g}", _spread(early), _spread([end[TEST] for end in ends])]
-            lines.append(f"| {' | '.join([*cells, f'{seconds:.1f}', *(_needs(curves[label], g) for g in goals)])} |")
-        lines.append("")
-    return lines
+def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, str], float]) -> list[str]:
+    """Test accuracy at a quarter of the passes and at the end; passes to two goals; rates and seconds."""
+    labels = list(dict.fromkeys(label for curves in tasks.values() for label in curves))
+    seeds = sorted({len(points) for curves in tasks.values() for points in curves.values()})
+    lines = [f"### {setting}", "", f"Test accuracy in % after a quarter of the passes and after all; {seeds} seeds", ""]
+    lines += _row("", *(cell for task in tasks for cell in (f"{task}: a quarter", "all")))
+    lines += _row(*["---"] * (1 + 2 * len(tasks)))
+    lines += _row("before", *(cell for curves in tasks.values() for cell in ("", _spread(_firsts(curves)))))
+    for label in labels:
+        lines += _row(label, *(cell for curves in tasks.values() for cell in _accuracies(curves, label)))
+    lines += ["", "Passes until validation accuracy is MeZO's best, and AdamW's best less a point", ""]
+    goals = {task: (goal(curves, "MeZO, batch"), goal(curves, "AdamW") - 0.01) for task, curves in tasks.items()}
+    lines += _row("", *(f"{task}: {100 * wanted:.1f}" for task in tasks for wanted in goals[task]))
+    lines += _row(*["---"] * (1 + 2 * len(tasks)))
+    for label in labels:
+        lines += _row(label, *(_needs(tasks[task].get(label), wanted) for task in tasks for wanted in goals[task]))
+    lines += ["", "Learning rate, and seconds of training", ""]
+    lines += [
+        *_row("", *(cell for task in tasks for cell in (f"{task}: lr", "s"))),
+        *_row(*["---"] * (1 + 2 * len(tasks))),
+    ]
+    for label in labels:
+        found = [(f"{rates.get((setting, task, label), 0):g}", _seconds(tasks[task].get(label))) for task in tasks]
+        lines += _row(label, *(cell for cells in found for cell in cells))
+    return [*lines, ""]
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
+
+
+def _firsts(curves: Curves) -> list[float]:
+    return [points[0][TEST] for seeds in curves.values() for points in seeds]
+
+
+def _accuracies(curves: Curves, label: str) -> tuple[str, str]:
+    """At a quarter of the budget of all and at the end, "-" where there is nothing."""
+    if label not in curves:
+        return "-", "-"
+    total = max(points[-1][PASSES] for seeds in curves.values() for points in seeds)
+    early = [_at(points, total / 4)[TEST] for points in curves[label]]
+    return _spread(early), _spread([points[-1][TEST] for points in curves[label]])
+
+
+def _seconds(seeds: list[list[list[float]]] | None) -> str:
+    return f"{statistics.mean(points[-1][SECONDS] for points in seeds):.1f}" if seeds else "-"
 
 
 def goal(curves: Curves, labels: str) -> float:
@@ -72,9 +98,9 @@ def mean(seeds: list[list[list[float]]]) -> list[list[float]]:
     return [[statistics.mean(column) for column in zip(*rows, strict=True)] for rows in zip(*seeds, strict=False)]
 
 
-def _needs(seeds: list[list[list[float]]], wanted: float) -> str:
+def _needs(seeds: list[list[list[float]]] | None, wanted: float) -> str:
     """Passes until the mean curve reaches this validation accuracy."""
-    for row in mean(seeds):
+    for row in mean(seeds or []):
         if row[VALIDATION] >= wanted:
             return f"{row[PASSES]:,.0f}"
     return "-"
@@ -115,4 +141,4 @@ def plot(tasks: dict[str, Curves], setting: str, path: Path) -> None:
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(f"{setting}: mean over seeds, from the worst to the best")
-    figure.savefig(path, dpi=75)
+    figure.savefig(path, dpi=90)
