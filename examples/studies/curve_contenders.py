@@ -28,6 +28,8 @@ class Setting:
     """Of the learning rates of zeroth-order contenders, against those below."""
     first_scale: float = 1.0
     """Of those of first-order contenders."""
+    share: float = 1.0
+    """Of the preset's budget."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ class Learner:
     full_size: int | None = None
     """Samples of an anchor; all if None."""
     share: float = 1.0
-    """Of the preset's budget."""
+    """Of the budget."""
 
-    def steps(self, budget: int) -> int:
+    def steps(self, budget: float) -> int:
         """That the budget allows."""
         return max(1, round(self.share * budget / self.passes))
 
@@ -147,7 +149,7 @@ PRESETS = {
     "cpu": CurvePreset(
         {
             "prompts": Setting(("train.max_tokens=48",)),
-            "head": Setting((*MINILM, "train.max_tokens=48", 'model.trainable=["bert.pooler.*", "classifier.*"]')),
+            "head": Setting((*MINILM, "train.max_tokens=48", 'model.trainable=["bert.pooler.*", "classifier.*"]'), share=0.5),
         },
         TASKS, budget=32768, eps=1e-2, sizes={"test": 512},
     ),

@@ -42,6 +42,8 @@ class Bench:
     fresh: tuple[str, ...]
     """Trainable weights that the checkpoint does not have, to be drawn from each run's own seed."""
     splits: dict[str, list[MicroBatch]]
+    budget: float
+    """Forward passes of a run."""
     engines: dict[str, Engine] = field(default_factory=dict)
     """By law."""
 
@@ -61,7 +63,8 @@ class Bench:
         start = {name: p.detach().clone() for name, p in trainable(run)}
         heads = ("classifier.", "score.")
         fresh = tuple(name for name in start if config.model.head == "classifier" and name.startswith(heads))
-        bench = Bench(run, preset, start, fresh, {name: run.split(name) for name in ("validation", "test")})
+        splits = {name: run.split(name) for name in ("validation", "test")}
+        bench = Bench(run, preset, start, fresh, splits, preset.settings[setting].share * preset.budget)
         for split in ("train", "validation", "test"):
             bench.score(run.split(split))
         return bench
@@ -107,7 +110,7 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
         ``diverged``: whether it ended early because losses were not finite.
     """
     bench.reset(seed)
-    num_steps, budget = learner.steps(bench.preset.budget), learner.share * bench.preset.budget
+    num_steps, budget = learner.steps(bench.budget), learner.share * bench.budget
     take = (_first_order if learner.algorithm in FIRST_ORDER else _zeroth_order)(bench, learner, lr, seed, num_steps)
     marks = [budget / 2**k for k in range(LOOKS, -1, -1)]
     points = [_point(bench, 0, 0.0)]
