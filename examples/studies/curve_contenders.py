@@ -149,7 +149,9 @@ PRESETS = {
     "cpu": CurvePreset(
         {
             "prompts": Setting(("train.max_tokens=48",)),
-            "head": Setting((*MINILM, "train.max_tokens=48", 'model.trainable=["bert.pooler.*", "classifier.*"]'), share=0.5),
+            "head": Setting(
+                (*MINILM, "train.max_tokens=48", 'model.trainable=["bert.pooler.*", "classifier.*"]'), share=0.5
+            ),
         },
         TASKS, budget=32768, eps=1e-2, sizes={"test": 512},
     ),
