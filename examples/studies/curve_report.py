@@ -1,4 +1,7 @@
-"""Sums up what `learning_curves.py` has found: plots, and tables in Markdown."""
+"""Sums up what `learning_curves.py` has found: plots, and tables in Markdown.
+
+All runs of a contender do the same work, so the seconds shown are those of its fastest run: machines are shared.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ def report(folder: Path, preset: str) -> str:
     for setting in PRESETS[preset].settings:
         for task in PRESETS[preset].tasks:
             path = folder / f"learning_curves-{preset}-{setting}-{task}.jsonl"
-            for record in _runs(path):
+            records = _runs(path)
+            for record in records:
                 if record["seed"]:
                     curves = found.setdefault(setting, {}).setdefault(task, {})
-                    curves.setdefault(record["label"], []).append(record["points"])
+                    curves.setdefault(record["label"], []).append(_timed(record, records))
                     rates[setting, task, record["label"]] = record["lr"]
     for setting, tasks in found.items():
         plot(tasks, setting, folder / f"learning_curves-{preset}-{setting}.png")
@@ -37,6 +41,13 @@ def report(folder: Path, preset: str) -> str:
 def _runs(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if path.exists() else []
     return [record for record in map(json.loads, lines) if record["kind"] == "run"]
+
+
+def _timed(record: dict[str, Any], records: list[dict[str, Any]]) -> list[list[float]]:
+    """The points of a run, at the pace of the fastest run of its contender."""
+    ends = [r["points"][-1] for r in records if r["label"] == record["label"]]
+    pace = min(end[SECONDS] / end[PASSES] for end in ends)
+    return [[point[PASSES], point[PASSES] * pace, *point[2:]] for point in record["points"]]
 
 
 def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, str], float]) -> list[str]:

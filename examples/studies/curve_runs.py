@@ -106,19 +106,21 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
     """One run.
 
     Returns:
-        ``points``: forward passes, seconds (of training alone), validation loss and metric, test loss and metric.
+        ``points``: forward passes, seconds, validation loss and metric, test loss and metric. Seconds are those of
+        training alone; on a CPU, those that it worked (for one thread: what a run takes on a core of its own).
         ``diverged``: whether it ended early because losses were not finite.
     """
     bench.reset(seed)
     num_steps, budget = learner.steps(bench.budget), learner.share * bench.budget
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     take = (_first_order if learner.algorithm in FIRST_ORDER else _zeroth_order)(bench, learner, lr, seed, num_steps)
     marks = [budget / 2**k for k in range(LOOKS, -1, -1)]
     points = [_point(bench, 0, 0.0)]
     done, seconds, skipped, step = 0, 0.0, 0, 0
     while step < num_steps and skipped < bench.run.config.train.max_skipped:
-        began = time.perf_counter()
+        began = clock()
         passes, sound = take(step)
-        seconds += time.perf_counter() - began
+        seconds += clock() - began
         done, step, skipped = done + passes, step + 1, 0 if sound else skipped + 1
         if done >= marks[0] or step == num_steps:
             points.append(_point(bench, done, seconds))
