@@ -124,6 +124,7 @@ def learners(preset: CurvePreset, num_train: int) -> list[Learner]:
         mezo(f"MeZO, batch {few}", few, 2, (3e-4, 1e-3)),
         mezo("MeZO, per sample", batch, 2, (1e-2, 3e-3), **per_sample),
         mezo("MeZO, per sample, a quarter of the passes", batch, 2, (1e-2, 3e-3), share=0.25, **per_sample),
+        mezo("MeZO, per sample, sign", batch, 2, (1e-2, 3e-3), scaling="sign", **per_sample),
         Learner("MeZO-SVRG", svrg, cycle, _by_setting(3e-4, 3e-3), batch),
         Learner("MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 3e-3), batch, "lowrank", full),
         Learner("MeZO-SVRG, released", released, cycle, _by_setting(3e-4, 3e-3), batch),
