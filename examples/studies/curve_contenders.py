@@ -48,6 +48,8 @@ class CurvePreset:
     """Of the runs with the rate that was chosen; seed 0 is the one that it was chosen on."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Samples of splits; those of the task file if left out."""
+    max_tokens: Mapping[str, int] = field(default_factory=dict)
+    """By data set; the setting's if left out."""
     full_size: int = 256
     """Samples of the anchors of the per-sample MeZO-SVRG."""
     batch_size: int = 64
@@ -149,12 +151,11 @@ PRESETS = {
     # Norms alone, or the pooler and the head: what comes before is computed once per sample, and a run takes seconds.
     "cpu": CurvePreset(
         {
-            "prompts": Setting(("train.max_tokens=48",)),
-            "head": Setting(
-                (*MINILM, "train.max_tokens=48", 'model.trainable=["bert.pooler.*", "classifier.*"]'), share=0.5
-            ),
+            "prompts": Setting(()),
+            "head": Setting((*MINILM, 'model.trainable=["bert.pooler.*", "classifier.*"]'), share=0.5),
         },
         TASKS, budget=32768, eps=1e-2, sizes={"test": 512},
+        max_tokens={"movie-sentences": 48, "tweets": 48, "bbc-news": 24},
     ),
     # Never run: no GPU was there.
     "gpu": CurvePreset(

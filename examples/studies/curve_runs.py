@@ -53,6 +53,7 @@ class Bench:
         overrides = [*preset.settings[setting].overrides, f"output.dir={folder / 'run'}", "train.full_size=null"]
         overrides += [f"train.batch_size={preset.batch_size}"]
         overrides += [f"task.splits.{name}.size={size}" for name, size in preset.sizes.items()]
+        overrides += [f"train.max_tokens={preset.max_tokens[task]}"] if task in preset.max_tokens else []
         if preset.tasks[task] == "tiny":
             config = config_reader.load(write_tiny_config(folder), [*overrides, "task.splits.train.size=48"])
         else:
