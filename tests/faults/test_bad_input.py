@@ -226,7 +226,7 @@ def test_under_torchrun_rank_0_finds_the_fault_and_all_ranks_leave(tiny: Path, t
     assert re.search(r"^mezo-dist \(rank \d\): error: output\.dir: .* already holds a run; go on ", done.stderr, re.M)
     codes = set(re.findall(r"exitcode *: (-?\d+)", done.stderr))
     assert "2" in codes
-    assert codes <= {"2", "-15"}  # torchrun stops a rank that has not stopped yet
+    assert codes <= {"2", "75", "-15"}  # of a rank that misses the other, and of one that torchrun had to stop
     assert not ours(done.stderr)
     assert list(tmp_path.iterdir()) == [tmp_path / "trajectory.jsonl"]
 
