@@ -26,8 +26,9 @@ quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on
 	$(BIN)/python -m mezo_dist.assets demo:smollm2-135m demo:movie-sentences
 	PATH="$(CURDIR)/$(BIN):$$PATH" launcher/torchrun_local.sh 2 configs/quickstart.yaml $(ARGS)
 
+# In the order of the folders, for launches and faults take longest and must not come last.
 test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint ## lint and the quick unit tests: for before a commit
 	$(BIN)/python -m pytest tests/unit -m "not assets and not distributed and not slow" $(ARGS)
