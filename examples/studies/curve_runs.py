@@ -65,7 +65,8 @@ class Bench:
         heads = ("classifier.", "score.")
         fresh = tuple(name for name in start if config.model.head == "classifier" and name.startswith(heads))
         splits = {name: run.split(name) for name in ("validation", "test")}
-        bench = Bench(run, preset, start, fresh, splits, preset.settings[setting].share * preset.budget)
+        budget = preset.budget * preset.shares.get((setting, task), 1.0)
+        bench = Bench(run, preset, start, fresh, splits, budget)
         for split in ("train", "validation", "test"):
             bench.score(run.split(split))
         return bench
