@@ -1,11 +1,13 @@
 """Sums up what `learning_curves.py` has found: plots, and tables in Markdown.
 
-All runs of a contender do the same work, so the seconds shown are those of its fastest run: machines are shared.
+All runs of a contender do the same work per forward pass in one setting, on any data set, as the prefix is frozen: the
+seconds shown are at the pace of the fastest of them, for machines are shared.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,13 @@ def report(folder: Path, preset: str) -> str:
     found: dict[str, dict[str, Curves]] = {}
     rates: dict[tuple[str, str, str], float] = {}
     for setting in PRESETS[preset].settings:
+        pace = _pace(folder, f"learning_curves-{preset}-{setting}-*.jsonl")
         for task in PRESETS[preset].tasks:
             path = folder / f"learning_curves-{preset}-{setting}-{task}.jsonl"
-            records = _runs(path)
-            for record in records:
+            for record in _runs(path):
                 if record["seed"]:
                     curves = found.setdefault(setting, {}).setdefault(task, {})
-                    curves.setdefault(record["label"], []).append(_timed(record, records))
+                    curves.setdefault(record["label"], []).append(_timed(record, pace))
                     rates[setting, task, record["label"]] = record["lr"]
     for setting, tasks in found.items():
         plot(tasks, setting, folder / f"learning_curves-{preset}-{setting}.png")
@@ -43,11 +45,18 @@ def _runs(path: Path) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == "run"]
 
 
-def _timed(record: dict[str, Any], records: list[dict[str, Any]]) -> list[list[float]]:
-    """The points of a run, at the pace of the fastest run of its contender."""
-    ends = [r["points"][-1] for r in records if r["label"] == record["label"]]
-    pace = min(end[SECONDS] / end[PASSES] for end in ends)
-    return [[point[PASSES], point[PASSES] * pace, *point[2:]] for point in record["points"]]
+def _pace(folder: Path, files: str) -> dict[str, float]:
+    """Seconds per forward pass of every contender, at best."""
+    pace: dict[str, float] = {}
+    for record in (record for path in folder.glob(files) for record in _runs(path)):
+        end = record["points"][-1]
+        pace[record["label"]] = min(end[SECONDS] / end[PASSES], pace.get(record["label"], math.inf))
+    return pace
+
+
+def _timed(record: dict[str, Any], pace: dict[str, float]) -> list[list[float]]:
+    """The points of a run, at that pace."""
+    return [[point[PASSES], point[PASSES] * pace[record["label"]], *point[2:]] for point in record["points"]]
 
 
 def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, str], float]) -> list[str]:
@@ -152,4 +161,4 @@ def plot(tasks: dict[str, Curves], setting: str, path: Path) -> None:
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(f"{setting}: mean over seeds, from the worst to the best")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=70)
