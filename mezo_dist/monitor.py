@@ -7,26 +7,20 @@ So a number means the same on the console and in the files, and after a resume n
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import sys
 import time
-import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, final
+from typing import final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from mezo_dist.files import cut_torn_line
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from mezo_dist.curves import Curves
 
 Clock = Callable[[], float]
 """Seconds from any origin."""
@@ -42,7 +36,7 @@ HEADLINE = {"loss/train": "loss {:.4f}", "projected_gradient": "proj.grad {:+.1e
 class Monitor:
     """The console and the files of one run. `open` makes one; on ranks other than 0 it does nothing."""
 
-    def __init__(self, console: Console, files: _Files | None, num_steps: int, first_step: int, clock: Clock) -> None:
+    def __init__(self, console: Console, files: Curves | None, num_steps: int, first_step: int, clock: Clock) -> None:
         self._console, self._files, self._clock = console, files, clock
         self._num_steps, self._first_step = num_steps, first_step
         self._began_s = self._last_line_s = clock()
@@ -77,7 +71,7 @@ class Monitor:
                 folder, console = None, Console(quiet=True)
             elif console is None:  # rich alone would believe FORCE_COLOR and draw bars into a log file
                 console = Console(force_terminal=sys.stdout.isatty())
-            files = stack.enter_context(_Files.open(folder, first_step)) if folder is not None else None
+            files = stack.enter_context(Curves.open(folder, first_step)) if folder is not None else None
             monitor = Monitor(console, files, num_steps, first_step, clock)
             stack.callback(monitor._bars.stop)
             yield monitor
@@ -96,7 +90,7 @@ class Monitor:
     def text(self, tag: str, markdown: str) -> None:
         """Put a text, such as the resolved config, under ``tag`` in TensorBoard."""
         if self._files is not None:
-            self._files.tensorboard.add_text(tag, markdown, self._first_step)
+            self._files.text(tag, markdown, self._first_step)
 
     def step(self, step: int, scalars: Mapping[str, float], *, samples: int) -> None:
         """Report a training step.
@@ -256,42 +250,3 @@ def _make_bars(console: Console) -> Progress:
         redirect_stderr=sys.stderr.isatty(),  # a log file that standard error goes to keeps its lines
         disable=console.quiet or not console.is_interactive,
     )
-
-
-@final
-class _Files:
-    """``metrics.jsonl`` and TensorBoard's event files: the same scalars in both."""
-
-    def __init__(self, jsonl: TextIO, tensorboard: SummaryWriter) -> None:
-        self._jsonl = jsonl
-        self.tensorboard = tensorboard
-
-    @staticmethod
-    @contextmanager
-    def open(folder: Path, first_step: int) -> Iterator[_Files]:
-        # TensorBoard's own switch; without it, it imports TensorFlow wherever that is installed: seconds, and
-        # memory that would be reported as ours.
-        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-        # Imported here, because it takes a second and the command line imports this module.
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        resumed = first_step > 0
-        if resumed and path.exists():
-            cut_torn_line(path)
-        # An evaluation after first_step steps was done before the break: only later steps are purged.
-        purge_step = first_step + 1 if resumed else 0
-        with (
-            path.open("a" if resumed else "w", encoding="utf-8") as jsonl,
-            SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10) as tensorboard,
-        ):
-            yield _Files(jsonl, tensorboard)
-
-    def write(self, step: int, scalars: Mapping[str, float], **facts: float | str) -> None:
-        """One line, on its way to disk when this returns; TensorBoard follows within seconds."""
-        finite = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
-        self._jsonl.write(json.dumps({"step": step, **facts, "scalars": finite}, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        for tag, value in scalars.items():
-            self.tensorboard.add_scalar(tag, value, step)

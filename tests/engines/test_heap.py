@@ -45,12 +45,18 @@ print(resident() - before)
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these settings")
 
 
+def run(script: str) -> list[int]:
+    """The numbers that it prints, in a process without the settings that the command line has made in this one."""
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, env=env, check=True)
+    return [int(word) for word in done.stdout.split()]
+
+
 @glibc
 def test_page_faults_are_gone() -> None:
     faults = {}
     for keep in (False, True):
-        done = subprocess.run([sys.executable, "-c", SCRIPT.format(keep=keep)], stdout=subprocess.PIPE, check=True)
-        faults[keep] = [int(count) for count in done.stdout.split()]
+        faults[keep] = run(SCRIPT.format(keep=keep))
     # Of several rounds, for malloc learns a little by itself, and some systems reclaim memory now and then.
     assert max(faults[False]) > 2_000, "malloc has become wiser: mezo_dist/engines/heap.py can go"
     assert min(faults[True]) * 2 < max(faults[False])
@@ -60,8 +66,7 @@ def test_page_faults_are_gone() -> None:
 def test_what_is_freed_goes_back() -> None:
     grown = {}
     for give_back in (False, True):
-        command = [sys.executable, "-c", HOLES.format(give_back=give_back)]
-        grown[give_back] = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        (grown[give_back],) = run(HOLES.format(give_back=give_back))
     assert grown[False] > 48e6, "malloc has become wiser: give_back_freed_memory can go"
     assert grown[True] < 10e6
 
@@ -84,9 +89,7 @@ ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     not ENABLED.exists() or "[madvise]" not in ENABLED.read_text(), reason="large pages are not for those who ask"
 )
 def test_weights_are_on_large_pages() -> None:
-    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     kilobytes = {}
     for command_line in (False, True):
-        command = [sys.executable, "-c", PAGES.format(command_line=command_line)]
-        kilobytes[command_line] = int(subprocess.run(command, stdout=subprocess.PIPE, env=env, check=True).stdout)
+        (kilobytes[command_line],) = run(PAGES.format(command_line=command_line))
     assert kilobytes[False] + 10_000 < kilobytes[True]  # of 64,000; a system short of large pages gives fewer

@@ -47,7 +47,8 @@ LAYERS = {
     "adapters": "errors directions checkpoint_reader tasks config",
     "export": "errors engines wire tensorfile adapters",
     "models": "errors directions checkpoint_reader adapters random_weights assets tasks config",
-    "monitor": "errors files",
+    "curves": "files",
+    "monitor": "errors curves",
     "testing": "errors wire",
     # what brings them together
     "shares": "algorithms data",

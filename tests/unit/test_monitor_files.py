@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -136,3 +137,29 @@ with Monitor.open(Path({str(tmp_path / "run")!r}), is_main=True, num_steps=1) as
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=Path(__file__).parents[2])
     assert points(tmp_path / "run", "loss/train") == [(1, 0.5)]
+
+
+def test_a_full_disk_is_an_error_of_the_run_and_not_of_a_thread(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(pytest fails a test for a thread that ends with a traceback.)"""
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run() -> None:
+        with Monitor.open(tmp_path, is_main=True, num_steps=9, console=plain(), clock=clock) as monitor:
+            files = monitor._files
+            assert files is not None
+            thread = files._tensorboard._get_file_writer().event_writer._async_writer._worker
+            monkeypatch.setattr(thread._record_writer, "write", full)
+            monkeypatch.setattr(thread._record_writer, "flush", full)
+            monitor.step(1, scalars(0.5), samples=16)
+            thread.join(60)  # its error comes in its own time
+            assert not thread.is_alive()
+            monitor.step(2, scalars(0.5), samples=16)
+
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "lack their end ([Errno 28] No space left on device)" in line
