@@ -81,7 +81,7 @@ def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, s
         *_row(*["---"] * (1 + 2 * len(tasks))),
     ]
     for label in labels:
-        found = [(f"{rates.get((setting, task, label), 0):g}", _seconds(tasks[task].get(label))) for task in tasks]
+        found = [(f"{rates.get((setting, task, label), '-')}", _seconds(tasks[task].get(label))) for task in tasks]
         lines += _row(label, *(cell for cells in found for cell in cells))
     return [*lines, ""]
 
