@@ -67,7 +67,7 @@ def test_what_is_freed_goes_back() -> None:
     grown = {}
     for give_back in (False, True):
         (grown[give_back],) = run(HOLES.format(give_back=give_back))
-    assert grown[False] > 48e6, "malloc has become wiser: give_back_freed_memory can go"
+    assert grown[False] > 10e6, "malloc has become wiser: give_back_freed_memory can go"  # 24 to 384 MB seen
     assert grown[True] < 10e6
 
 
