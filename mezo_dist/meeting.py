@@ -1,4 +1,4 @@
-"""How ranks that start together find each other in a store where ranks of an earlier start have left their keys.
+"""How ranks that start together find each other, in a store where ranks of an earlier start have left their keys.
 
 torchrun keeps one store for all its restarts, and torch's own start-up writes the same keys every time. A rank that is
 quicker than its peer then reads the address of a process that is dead: it fails to connect, or waits for a connection
@@ -10,10 +10,14 @@ with a random word, and finds the answer under that word, which no earlier start
 from __future__ import annotations
 
 import datetime
+import os
 import time
 import uuid
 
+import torch
 import torch.distributed as dist
+
+from mezo_dist import ranks
 
 POLL_S = 0.01
 
@@ -48,3 +52,33 @@ def _answer(store: dist.Store, start: str, missing: set[int], timeout_s: float) 
         if missing and time.monotonic() > deadline:
             raise dist.DistStoreError(f"no sign of rank(s) {sorted(missing)}")
         time.sleep(POLL_S)
+
+
+def meeting_point(found: ranks.Ranks) -> str:
+    """A URL for `init_process_group`. torch knows by itself where torchrun has a store there already."""
+    address, port = (found.address, found.port) if found.address else ranks.meet_through_mpi(found)
+    if not found.on_one_host:
+        choose_interface(address)
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def choose_interface(address: str) -> str:
+    """Have gloo talk through the network card that leads to ``address``, unless GLOO_SOCKET_IFNAME names one already.
+
+    By itself gloo takes the card of this host's own name, which on many systems is the loopback: nobody else's.
+    """
+    if not os.environ.get("GLOO_SOCKET_IFNAME") and (interface := ranks.interface_towards(address)):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    return os.environ.get("GLOO_SOCKET_IFNAME", "")
+
+
+def share_cores(ranks_here: int) -> None:
+    """Give each of several ranks on this host its part of the cores, unless OMP_NUM_THREADS says how many it takes.
+
+    torchrun does so, after its fashion (one thread each); other launchers leave every rank to take all cores, and two
+    ranks that do are 20 times slower than two that share them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // max(1, ranks_here))
+    if ranks_here > 1 and "OMP_NUM_THREADS" not in os.environ and threads < torch.get_num_threads():
+        torch.set_num_threads(threads)

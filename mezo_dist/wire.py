@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mezo_dist import ranks
 from mezo_dist.errors import UserError
-from mezo_dist.meeting import meet
+from mezo_dist.meeting import meet, meeting_point, share_cores
 from mezo_dist.watch import Watch
 
 FRACTION_BITS = 32
@@ -268,7 +268,7 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
     if found.world_size == 1:
         return Wire()
     share_cores(found.local_world_size)
-    where = init_method or _meeting_point(found)
+    where = init_method or meeting_point(found)
     place: dict[str, Any] = {"rank": found.rank, "world_size": found.world_size}
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
@@ -287,33 +287,3 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
 
 def _backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-
-
-def _meeting_point(found: ranks.Ranks) -> str:
-    """A URL for `init_process_group`. torch knows by itself where torchrun has a store there already."""
-    address, port = (found.address, found.port) if found.address else ranks.meet_through_mpi(found)
-    if not found.on_one_host:
-        choose_interface(address)
-    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
-
-
-def share_cores(ranks_here: int) -> None:
-    """Give each of several ranks on this host its part of the cores, unless OMP_NUM_THREADS says how many it takes.
-
-    torchrun does so, after its fashion (one thread each); other launchers leave every rank to take all cores, and two
-    ranks that do are 20 times slower than two that share them.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // max(1, ranks_here))
-    if ranks_here > 1 and "OMP_NUM_THREADS" not in os.environ and threads < torch.get_num_threads():
-        torch.set_num_threads(threads)
-
-
-def choose_interface(address: str) -> str:
-    """Have gloo talk through the network card that leads to ``address``, unless GLOO_SOCKET_IFNAME names one already.
-
-    By itself gloo takes the card of this host's own name, which on many systems is the loopback: nobody else's.
-    """
-    if not os.environ.get("GLOO_SOCKET_IFNAME") and (interface := ranks.interface_towards(address)):
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-    return os.environ.get("GLOO_SOCKET_IFNAME", "")

@@ -22,7 +22,7 @@ LAYERS = {
     "minimize": "errors directions algorithms",
     "watch": "",
     "ranks": "errors",
-    "meeting": "",
+    "meeting": "ranks",
     "wire": "errors watch ranks meeting",
     "doctor": "errors watch ranks wire",
     "engines": "errors readout directions algorithms wire",

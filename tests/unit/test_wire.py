@@ -21,9 +21,10 @@ from mezo_dist.data import MicroBatch, cut
 from mezo_dist.directions.combination import Combination
 from mezo_dist.errors import UserError
 from mezo_dist.evaluation import Evaluator
+from mezo_dist.meeting import share_cores
 from mezo_dist.objectives import Scores
 from mezo_dist.tasks.prompts import Sample
-from mezo_dist.wire import PAYLOAD_WORDS, OutOfStepError, Wire, connect, fingerprint, mean, share_cores, to_fixed
+from mezo_dist.wire import PAYLOAD_WORDS, OutOfStepError, Wire, connect, fingerprint, mean, to_fixed
 
 fp32 = st.floats(min_value=-1e6, max_value=1e6, width=32)
 
