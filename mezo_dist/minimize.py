@@ -85,10 +85,7 @@ def minimize(
     Raises:
         UserError: settings or tensors that cannot be used; too many steps in a row without a finite value.
     """
-    weights = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
-    for name, tensor in weights.items():
-        if tensor.dtype not in DTYPES:
-            raise UserError(f"start: {name!r} is {tensor.dtype}; use float32, bfloat16 or float16")
+    weights = _copies(start)
     if getattr(algorithm, "per_sample", False):
         raise UserError("algorithm.per_sample: a function has no samples that could be told apart; leave it out")
     at = _Arithmetic(weights, Field(law, rank), param_ids(weights), {})
@@ -112,15 +109,27 @@ def minimize(
                 at.scale(update.scale, derive_seed(seed, "decay rounding", step))
             at.add(update.combination, derive_seed(seed, "rounding", step))
         in_a_row = 0 if update else in_a_row + 1
-        if in_a_row >= max_skipped:
-            raise UserError(
-                f"max_skipped: {max_skipped} steps in a row had no finite value, the last one step {step + 1}; "
-                "the learning rate or eps is probably too large"
-            )
+        _check_skips(in_a_row, max_skipped, step)
         losses.append(update.metrics["loss"] if update else math.nan)
         if after_step is not None:
             after_step(step + 1, weights, update.metrics if update else {})
     return Minimum(weights, tuple(losses), calls)
+
+
+def _copies(start: Mapping[str, Tensor]) -> Weights:
+    weights = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
+    for name, tensor in weights.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"start: {name!r} is {tensor.dtype}; use float32, bfloat16 or float16")
+    return weights
+
+
+def _check_skips(in_a_row: int, most: int, step: int) -> None:
+    if in_a_row >= most:
+        raise UserError(
+            f"max_skipped: {most} steps in a row had no finite value, the last one step {step + 1}; "
+            "the learning rate or eps is probably too large"
+        )
 
 
 def _step(planner: Algorithm, state: Any, step: int, evaluate: Callable[[Evaluation, int], Losses]) -> Update | None:
