@@ -4,7 +4,7 @@
     w  <- w - lr * mean_k p_k z_k
 
 With ``per_sample`` the loss of sample i is probed along a direction z_i of its own: p_i = (L_i(w + eps z_i) -
-L_i(w - eps z_i)) / (2 eps), and k runs over the samples.
+L_i(w - eps z_i)) / (2 eps), and k runs over the samples (and over the directions of each, if they have several).
 
 Its settings make a family of it, and they go together:
 
@@ -50,11 +50,12 @@ class MezoConfig:
     eps: float = 1e-3
     """Size of the perturbation."""
     directions: int = 1
-    """Directions per step; each costs two forward passes of the minibatch (one, if ``one_sided``)."""
+    """Directions per step (with ``per_sample``, per sample); each costs two forward passes of the minibatch (one, if
+    ``one_sided``)."""
     one_sided: bool = False
     """Probe w + eps z and, once for all directions, w: cheaper for several of them, with an error of order eps."""
     per_sample: bool = False
-    """Give every sample of the batch a direction of its own, at the price of one (needs ``law: lowrank``)."""
+    """Give every sample of the batch directions of its own, at the price of one sample's (needs ``law: lowrank``)."""
     scaling: Scaling = "plain"
     """How far to go along a direction: by the projected gradient, by its sign, or by it over the standard deviation of
     those of the step. With the last two, the learning rate is the length of a step."""
@@ -81,10 +82,6 @@ class MezoConfig:
     def __post_init__(self) -> None:
         check_positive(self, "lr", "eps", "directions", "clip", "pool")
         self.eps_schedule.check_never_zero("eps_schedule")
-        if self.per_sample and self.directions > 1:
-            raise ValueError("algorithm.directions: must be 1 with per_sample, which has one direction per sample")
-        if self.per_sample and self.one_sided:
-            raise ValueError("algorithm.one_sided: saves nothing with per_sample; leave it out")
         if self.one_sided and self.scaling == "normalised" and self.directions < 2:
             raise ValueError("algorithm.directions: must be at least 2 for scaling: normalised with one_sided")
         if not 0 <= self.pull < math.inf or (self.pull and self.pool is None):
@@ -118,10 +115,11 @@ class Mezo:
 
     def _probe(self, step: int) -> Probe:
         config, problem = self.config, self.problem
-        number = problem.batch_size if config.per_sample else config.directions
+        samples = problem.batch_size if config.per_sample else 0
+        number = config.directions * max(samples, 1)
         seeds = tuple(problem.direction_seed(step, k, config.pool) for k in range(number))
         eps = config.eps * config.eps_schedule.factor(step, problem.num_steps)
-        return Probe(seeds, eps, per_sample=config.per_sample, one_sided=config.one_sided)
+        return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided)
 
     def plan(self, state: MezoState, step: int) -> Evaluation:
         return self._probe(step).evaluation()

@@ -16,10 +16,12 @@ class Probe:
     """Estimates of the slope of one batch's loss along ``seeds``: at the current weights, and at other ``bases``.
 
     Args:
-        seeds: one direction after another for the whole batch; or, with ``per_sample``, one for each sample.
+        seeds: one direction after another for the whole batch; or, with ``per_sample``, one for each sample, then
+            perhaps a second one for each sample, and so on.
         eps: size of the perturbation.
         batch: which batch.
-        per_sample: every sample has a direction of its own, at no more forward passes than one direction.
+        per_sample: if not 0, each of so many samples has directions of its own; for all of them together that takes no
+            more forward passes than for one.
         one_sided: n directions take n + 1 forward passes, (L(w + eps z) - L(w)) / eps, instead of 2 n.
         bases: points to probe at.
     """
@@ -27,7 +29,7 @@ class Probe:
     seeds: tuple[int, ...]
     eps: float
     batch: Batch = "minibatch"
-    per_sample: bool = False
+    per_sample: int = 0
     one_sided: bool = False
     bases: tuple[Variant, ...] = (Variant(),)
 
@@ -35,33 +37,33 @@ class Probe:
         """The round of forward passes: for every base and direction the variants + and -; one-sided, all + and then
         the base itself."""
         return Evaluation(
-            tuple(v for base in self.bases for v in self._variants(base)), self.batch, each_sample=self.per_sample
+            tuple(v for base in self.bases for v in self._variants(base)), self.batch, each_sample=self.per_sample > 0
         )
 
     def _variants(self, base: Variant) -> list[Variant]:
-        steps = (self.eps, -self.eps)
+        steps = (self.eps,) if self.one_sided else (self.eps, -self.eps)
         if self.per_sample:
-            own = [tuple(Combination.single(seed, step) for seed in self.seeds) for step in steps]
-            return [replace(base, per_sample=directions) for directions in own]
-        if self.one_sided:
-            return [*(base.moved(Combination.single(seed, self.eps)) for seed in self.seeds), base]
-        return [base.moved(Combination.single(seed, step)) for seed in self.seeds for step in steps]
+            rows = [self.seeds[i : i + self.per_sample] for i in range(0, len(self.seeds), self.per_sample)]
+            own = [tuple(Combination.single(seed, step) for seed in row) for row in rows for step in steps]
+            moved = [replace(base, per_sample=directions) for directions in own]
+        else:
+            moved = [base.moved(Combination.single(seed, step)) for seed in self.seeds for step in steps]
+        return [*moved, base] if self.one_sided else moved
 
     def projected(self, losses: Losses) -> list[list[float]]:
         """The projected gradients: for each base, one per direction."""
-        values: Sequence[Any] = losses.each if self.per_sample else losses.mean
-        per_base = len(values) // len(self.bases)
-        return [self._slopes(values[i : i + per_base]) for i in range(0, len(values), per_base)]
+        rows = losses.each if self.per_sample else tuple((mean,) for mean in losses.mean)
+        per_base = len(rows) // len(self.bases)
+        return [self._slopes(rows[i : i + per_base]) for i in range(0, len(rows), per_base)]
 
-    def _slopes(self, values: Sequence[Any]) -> list[float]:
+    def _slopes(self, rows: Sequence[Sequence[float]]) -> list[float]:
+        """Of the losses at one base: a row per variant, and in it one per sample, or one for all of them."""
         if self.one_sided:
-            *moved, here = values
-            return [(loss - here) / self.eps for loss in moved]
-        if self.per_sample:
-            pairs = list(zip(*values, strict=True))
+            *moved, here = rows
+            pairs, distance = [(row, here) for row in moved], self.eps
         else:
-            pairs = list(zip(values[0::2], values[1::2], strict=True))
-        return [(plus - minus) / (2 * self.eps) for plus, minus in pairs]
+            pairs, distance = list(zip(rows[0::2], rows[1::2], strict=True)), 2 * self.eps
+        return [(plus - minus) / distance for ahead, behind in pairs for plus, minus in zip(ahead, behind, strict=True)]
 
     def gradient(self, projected: Sequence[float]) -> Combination:
         """The estimate mean_k p_k z_k."""

@@ -49,14 +49,16 @@ class SvrgConfig:
     q: int = 2
     """Every q-th step is an anchor step; 1 means full-batch steps only."""
     directions: int = 1
-    """Directions of an inner step; each costs four forward passes of the minibatch (two, if ``one_sided``)."""
+    """Directions of an inner step (with ``per_sample``, per sample); each costs four forward passes of the minibatch (two,
+    if ``one_sided``)."""
     anchor_directions: int = 1
-    """Directions of an anchor step; each costs two forward passes of the full batch (one, if ``one_sided``)."""
+    """Directions of an anchor step (with ``per_sample``, per sample); each costs two forward passes of the full batch (one,
+    if ``one_sided``)."""
     one_sided: bool = False
     """Probe w + eps z and, once for all directions, w: cheaper for several of them, with an error of order eps."""
     per_sample: bool = False
-    """Give every sample of a batch a direction of its own, at the price of one (needs ``law: lowrank``): an anchor
-    then averages as many directions as there are training samples."""
+    """Give every sample of a batch directions of its own, at the price of one sample's (needs ``law: lowrank``): an
+    anchor then averages as many directions as there are training samples."""
     clip: Union[float, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
     """Largest size of a projected gradient of an anchor, and of the difference of two in an inner step; what is beyond
     is cut off. Null: no limit."""
@@ -80,11 +82,6 @@ class SvrgConfig:
     def __post_init__(self) -> None:
         check_positive(self, "lr", "anchor_lr", "eps", "q", "directions", "anchor_directions", "clip")
         self.eps_schedule.check_never_zero("eps_schedule")
-        for name in ("directions", "anchor_directions"):
-            if self.per_sample and getattr(self, name) > 1:
-                raise ValueError(f"algorithm.{name}: must be 1 with per_sample, which has one per sample")
-        if self.per_sample and self.one_sided:
-            raise ValueError("algorithm.one_sided: saves nothing with per_sample; leave it out")
         check_decay(self.weight_decay, self.lr, self.anchor_lr)
         if self.weight_decay and self.anchor == "replay":
             raise ValueError("algorithm.anchor: must be stored (or auto) with weight_decay: there is no way back to it")
@@ -125,26 +122,29 @@ class Svrg:
         config, problem = self.config, self.problem
         if config.anchor != "auto" or config.q == 1:
             return config.anchor == "stored" and config.q > 1  # there is no way back from an anchor step to the last
-        if config.per_sample:
-            first, others = problem.full_size, problem.batch_size
-        else:
-            first, others = config.anchor_directions, config.directions
+        first, others = (self._number_of_seeds(is_anchor) for is_anchor in (True, False))
         remembered = config.momentum.window - 1 if config.momentum.decay else 0
         is_inexact = problem.rounds or bool(config.weight_decay)
         return is_inexact or first + (config.q - 2 + remembered) * others > DIRECTIONS_TO_REPLAY
 
+    def _samples(self, is_anchor: bool) -> int:
+        """How many samples have directions of their own."""
+        if not self.config.per_sample:
+            return 0
+        return self.problem.full_size if is_anchor else self.problem.batch_size
+
+    def _number_of_seeds(self, is_anchor: bool) -> int:
+        directions = self.config.anchor_directions if is_anchor else self.config.directions
+        return directions * max(self._samples(is_anchor), 1)
+
     def _probe(self, state: SvrgState, step: int) -> Probe:
         config, problem, is_anchor = self.config, self.problem, self._is_anchor(state, step)
-        if config.per_sample:
-            number = problem.full_size if is_anchor else problem.batch_size
-        else:
-            number = config.anchor_directions if is_anchor else config.directions
         anchor = Variant(base="anchor") if self._is_stored() else Variant(-state.displacement)
         return Probe(
-            tuple(problem.direction_seed(step, k) for k in range(number)),
+            tuple(problem.direction_seed(step, k) for k in range(self._number_of_seeds(is_anchor))),
             config.eps * config.eps_schedule.factor(step, problem.num_steps),
             "full" if is_anchor else "minibatch",
-            config.per_sample,
+            self._samples(is_anchor),
             config.one_sided,
             bases=(Variant(),) if is_anchor else (Variant(), anchor),
         )

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo, 4 directions": ("mezo", {"lr": 2e-2, "directions": 4}),
     "mezo, one-sided": ("mezo", {"lr": 2e-2, "directions": 4, "one_sided": True}),
     "mezo, per sample": ("mezo", {"lr": 2e-2, "per_sample": True}),
+    "mezo, several per sample": ("mezo", {"lr": 2e-2, "per_sample": True, "directions": 3, "one_sided": True}),
     "mezo, sign": ("mezo", {"lr": 3e-2, "scaling": "sign"}),
     "mezo, as FZOO": ("mezo", {"lr": 3e-2, "directions": 8, "one_sided": True, "scaling": "normalised"}),
     "mezo, clipped": ("mezo", {"lr": 1e-2, "clip": 2.0}),
@@ -44,6 +45,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo-svrg, directions": ("mezo-svrg", {"lr": 1e-2, "anchor_lr": 2e-2, "directions": 3, "anchor_directions": 4}),
     "mezo-svrg, one-sided": ("mezo-svrg", {"lr": 1e-2, "anchor_lr": 1e-2, "directions": 3, "one_sided": True}),
     "mezo-svrg, per sample": ("mezo-svrg", {"lr": 1e-2, "anchor_lr": 2e-2, "per_sample": True}),
+    "mezo-svrg, several per sample": (
+        "mezo-svrg",
+        {"lr": 1e-2, "anchor_lr": 2e-2, "per_sample": True, "directions": 3, "anchor_directions": 2},
+    ),
     "mezo-svrg, stored": (
         "mezo-svrg",
         {"lr": 5e-3, "anchor_lr": 5e-3, "q": 5, "anchor_directions": 40, "anchor": "stored"},
@@ -104,7 +109,8 @@ def answer(request: Evaluation, w: Point, loss: Loss) -> Losses:
     """What the training loop would find, if all samples had the same loss."""
     if not request.each_sample:
         return Losses(tuple(loss(w.at(v), request.batch) for v in request.variants))
-    each = tuple(tuple(loss(w.at(v, own), request.batch) for own in v.per_sample) for v in request.variants)
+    own = {"minibatch": (ZERO,) * BATCH_SIZE, "full": (ZERO,) * FULL_SIZE}[request.batch]
+    each = tuple(tuple(loss(w.at(v, o), request.batch) for o in v.per_sample or own) for v in request.variants)
     return Losses(tuple(sum(row) / len(row) for row in each), each)
 
 

@@ -38,6 +38,43 @@ def test_one_sided_estimates_share_one_evaluation_of_the_weights() -> None:
     assert done.metrics["loss"] == 2.0
 
 
+def test_several_directions_per_sample_average_over_samples_and_directions() -> None:
+    planner = Mezo(MezoConfig(lr=1.0, eps=0.5, per_sample=True, directions=2), replace(PROBLEM, batch_size=2))
+    rows = (SEEDS[:2], SEEDS[2:4])  # a first direction of both samples, then a second one
+    plan = planner.plan(planner.init(), 0)
+    assert plan.each_sample
+    assert [v.per_sample for v in plan.variants] == [
+        tuple(Combination.single(seed, eps) for seed in row) for row in rows for eps in (0.5, -0.5)
+    ]
+    each = ((3.0, 0.0), (1.0, 1.0), (1.0, 5.0), (1.0, 1.0))  # slopes 2 and -1 along the first, 0 and 4 along the second
+    done = planner.update(planner.init(), 0, [Losses((1.5, 1.0, 3.0, 1.0), each)])
+    assert isinstance(done, Update)
+    assert done.combination == Combination.of([(SEEDS[0], -0.5), (SEEDS[1], 0.25), (SEEDS[3], -1.0)])
+
+
+def test_one_sided_per_sample_compares_each_sample_with_itself() -> None:
+    config = MezoConfig(lr=1.0, eps=0.5, per_sample=True, directions=2, one_sided=True)
+    planner = Mezo(config, replace(PROBLEM, batch_size=2))
+    plan = planner.plan(planner.init(), 0)
+    assert len(plan.variants) == 3
+    assert plan.variants[-1] == Variant()
+    done = planner.update(planner.init(), 0, [Losses((2.0, 2.0, 1.5), ((3.0, 1.0), (2.0, 2.0), (2.0, 1.0)))])
+    assert isinstance(done, Update)
+    assert done.combination == Combination.of([(SEEDS[0], -0.5), (SEEDS[3], -0.5)])
+    assert done.metrics["loss"] == 1.5
+
+
+def test_svrg_has_several_directions_per_sample_in_both_kinds_of_step() -> None:
+    config = SvrgConfig(eps=0.5, q=2, per_sample=True, directions=3, anchor_directions=2)
+    planner = Svrg(config, replace(PROBLEM, batch_size=2, full_size=5))
+    shapes = []
+    for state in (SvrgState(), SvrgState(0, Combination.single(9, 1.0), Combination.single(9, -3.0))):
+        plan = planner.plan(state, 1)
+        shapes.append((len(plan.variants), {len(v.per_sample) for v in plan.variants}))
+        assert len({s for v in plan.variants for s in v.per_sample}) == 2 * 2 * (5 if state.anchor_step < 0 else 3)
+    assert shapes == [(2 * 2, {5}), (2 * 2 * 3, {2})]
+
+
 def test_sign() -> None:
     done = update(mezo(directions=3, scaling="sign"), 3.0, 1.0, 1.0, 1.5, 2.0, 2.0)
     assert done.combination == Combination.of([(SEEDS[0], -1 / 3), (SEEDS[1], 1 / 3)])
@@ -188,6 +225,7 @@ def test_svrg_with_a_stored_anchor_probes_a_copy() -> None:
         ({"q": 3, "directions": 4, "anchor_directions": 5}, {}, True),
         ({"q": 2, "per_sample": True}, {"full_size": 8}, False),
         ({"q": 3, "per_sample": True}, {"full_size": 8}, True),
+        ({"q": 2, "per_sample": True, "anchor_directions": 2}, {"full_size": 8}, True),
         ({"q": 2}, {"rounds": True}, True),
         ({"q": 1}, {"rounds": True}, False),
         ({"q": 5, "momentum": Momentum(0.5, 10)}, {}, True),
@@ -233,7 +271,6 @@ def test_the_released_annealing_raises_small_rates() -> None:
         ({"clip": 0.0}, "algorithm.clip: must be above 0"),
         ({"pool": 0}, "algorithm.pool: must be above 0"),
         ({"pull": 0.1}, "algorithm.pull: .*needs algorithm.pool"),
-        ({"per_sample": True, "one_sided": True}, "algorithm.one_sided: saves nothing with per_sample"),
         ({"weight_decay": -1.0}, "algorithm.weight_decay: must be at least 0"),
         ({"lr": 0.5, "weight_decay": 2.0}, "algorithm.weight_decay: .*below 1 / algorithm.lr"),
         ({"pool": 4, "pull": 0.1, "weight_decay": 0.1}, "algorithm.weight_decay: does not go together with pull"),
