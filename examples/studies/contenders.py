@@ -94,6 +94,8 @@ def contenders(preset: Preset, budget: float) -> list[Contender]:
         Contender("MeZO, momentum 0.9 over 10", momentum, int(budget * n / 2), cycle=10, before=9),
         mezo("MeZO, low-rank", 2, "lowrank"),
         mezo("MeZO, per sample", 2, "lowrank", per_sample=True),
+        mezo("MeZO, 4 per sample", 8, "lowrank", per_sample=True, directions=4),
+        mezo("MeZO, 7 one-sided per sample", 8, "lowrank", per_sample=True, directions=7, one_sided=True),
         Contender("MeZO-SVRG, released, q = 2", released, inner_batch(2), 2),
         svrg("MeZO-SVRG, q = 2", 2),
         svrg("MeZO-SVRG, q = 5", 5),
