@@ -49,11 +49,11 @@ class SvrgConfig:
     q: int = 2
     """Every q-th step is an anchor step; 1 means full-batch steps only."""
     directions: int = 1
-    """Directions of an inner step (with ``per_sample``, per sample); each costs four forward passes of the minibatch, two
-    if ``one_sided``."""
+    """Directions of an inner step (with ``per_sample``, per sample); each costs four forward passes of the minibatch,
+    two if ``one_sided``."""
     anchor_directions: int = 1
-    """Directions of an anchor step (with ``per_sample``, per sample); each costs two forward passes of the full batch, one
-    if ``one_sided``."""
+    """Directions of an anchor step (with ``per_sample``, per sample); each costs two forward passes of the full batch,
+    one if ``one_sided``."""
     one_sided: bool = False
     """Probe w + eps z and, once for all directions, w: cheaper for several of them, with an error of order eps."""
     per_sample: bool = False
