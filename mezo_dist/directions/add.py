@@ -56,11 +56,10 @@ def add(
     _check(weight, combinations, outputs, offsets, rounding_seed)
     if weight.numel() == 0:
         return
-    shape = (len(offsets), weight.numel() // len(offsets))
     implementation(weight.device.type)(
-        weight.detach().view(shape),
+        weight,
         combinations,
-        [output.detach().view(shape) for output in outputs],
+        outputs,
         param_id=param_id,
         offsets=offsets,
         law=law,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
-from numba import uint64
+from numba import njit
+from numpy import int64, uint64
 from torch import Tensor
 
-from mezo_dist.directions import cpu_kernel, laws, philox
+from mezo_dist.directions import cpu_jobs, cpu_kernel, laws, philox
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.cpu import CHUNKS_PER_THREAD, KINDS, in_threads
+from mezo_dist.directions.cpu import CHUNKS_PER_THREAD, KINDS, table_of_values
+from mezo_dist.directions.cpu_jobs import JOB, Array, claim, job_of, view
 from mezo_dist.directions.cpu_kernel import (
     BLOCKS,
     BLOCKS_OF_BITS,
@@ -27,12 +28,14 @@ from mezo_dist.directions.cpu_kernel import (
     _store,
     _total,
 )
-from mezo_dist.directions.laws import CHUNK, GAUSSIAN, Law, gaussian_table
+from mezo_dist.directions.laws import CHUNK, GAUSSIAN, Law
 from mezo_dist.directions.numba_cache import compiled
+from mezo_dist.directions.threads import in_threads
 
 # mypy: disable-error-code="no-untyped-def"
 
 
+@njit
 def _advance_chunks(
     address, kind, length, offset, seeds, coefficients, ends, rounding_seeds,
     param_id, stream, gaussian, stochastic, table, first, stop,
@@ -75,12 +78,35 @@ def _advance_chunks(
                 _store(address, kind, start, total, stochastic, noise[low:high])
 
 
-SIGNATURE = (
-    "void(uint64, int64, int64, int64, uint64[::1], float32[::1], int64[::1], uint64[::1],"
-    " uint64, uint64, boolean, boolean, Array(float32, 1, 'C', readonly=True), int64, int64)"
-)
-kernel = compiled(_advance_chunks, SIGNATURE, uses=[cpu_kernel, laws, philox])
-"""`_advance_chunks`, compiled."""
+def _advance(job):
+    """What a thread does: the words of the job are written by `advance`."""
+    words = view(job, np.uint64, 3, 18)
+    num_updates, num_terms = int64(words[0]), int64(words[1])
+    while True:
+        first, stop = claim(job)
+        if first >= stop:
+            return
+        _advance_chunks(
+            words[2],
+            int64(words[3]),
+            int64(words[4]),
+            int64(words[5]),
+            view(words[6], np.uint64, 0, num_terms),
+            view(words[7], np.float32, 0, num_terms),
+            view(words[8], np.int64, 0, num_updates),
+            view(words[9], np.uint64, 0, num_updates),  # if there is none, nobody looks
+            words[10],
+            words[11],
+            words[12] != 0,
+            words[13] != 0,
+            view(words[14], np.float32, 0, 1 << 16),
+            first,
+            stop,
+        )
+
+
+kernel = compiled(_advance, JOB, uses=[cpu_jobs, cpu_kernel, laws, philox])
+"""`_advance`, compiled."""
 
 
 def advance(
@@ -91,21 +117,26 @@ def advance(
     rounding = [seed for _, seed in updates if seed is not None]
     if rounding and len(rounding) < len(updates):
         raise ValueError("either all updates are rounded stochastically or none")
-    work = functools.partial(
-        kernel,
+    seeds = Array(np.array([seed for seed, _ in terms], dtype=np.uint64))
+    coefficients = Array(np.array([c for _, c in terms], dtype=np.float32))
+    ends = Array(np.cumsum([len(combination) for combination, _ in updates], dtype=np.int64))
+    rounding_seeds = Array(np.array(rounding, dtype=np.uint64))
+    job = job_of(
+        len(updates),
+        len(terms),
         weight.data_ptr(),
         KINDS[weight.dtype],
         len(weight),
         offset,
-        np.array([seed for seed, _ in terms], dtype=np.uint64),
-        np.array([c for _, c in terms], dtype=np.float32),
-        np.cumsum([len(combination) for combination, _ in updates], dtype=np.int64),
-        np.array(rounding, dtype=np.uint64),
+        seeds.address,
+        coefficients.address,
+        ends.address,
+        rounding_seeds.address,
         param_id,
         law.stream,
         law.values is GAUSSIAN.values,
         bool(rounding),
-        gaussian_table(),
+        table_of_values().address,
     )
     chunks = (offset % CHUNK + len(weight) + CHUNK - 1) // CHUNK
-    in_threads(work, chunks, max(1, CHUNKS_PER_THREAD // max(1, len(terms))))
+    in_threads(kernel.address, job, chunks, max(1, CHUNKS_PER_THREAD // max(1, len(terms))))

@@ -12,12 +12,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import carray
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-from numpy import float32, uint16, uint32, uint64
+from numpy import float32, int64, uint16, uint32, uint64
 
-from mezo_dist.directions import laws, philox
+from mezo_dist.directions import cpu_jobs, laws, philox
+from mezo_dist.directions.cpu_jobs import JOB, claim, view
 from mezo_dist.directions.laws import CHUNK, RADEMACHER
 from mezo_dist.directions.numba_cache import compiled
 
@@ -133,16 +133,6 @@ def _to_bf16(bits, noise):
 
 
 @intrinsic
-def _pointer(typing_context, address):
-    """An integer as a pointer, for `carray`: so one compiled kernel serves every mix of dtypes."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.uint64), generate
-
-
-@intrinsic
 def _prefetch_line(typing_context, address):
     """Ask for the cache line at ``address`` (any number: prefetching never faults), to L2."""
 
@@ -169,21 +159,15 @@ def _prefetch(address, kind, start):
 
 
 @numba.njit
-def _view(address, dtype, start, stop):
-    """Elements [start, stop) of the tensor at ``address``."""
-    return carray(_pointer(address), stop, dtype)[start:]
-
-
-@numba.njit
 def _load(address, kind, start, out):
     """out[:] = elements ``start ..`` of the tensor at ``address``, as fp32."""
     stop = start + len(out)
     if kind == FP32:
-        floats = _view(address, np.float32, start, stop)
+        floats = view(address, np.float32, start, stop)
         for i in range(len(out)):
             out[i] = floats[i]
         return
-    words, bits = _view(address, np.uint16, start, stop), out.view(np.uint32)
+    words, bits = view(address, np.uint16, start, stop), out.view(np.uint32)
     if kind == BF16:
         for i in range(len(out)):
             bits[i] = uint32(words[i]) << uint32(16)
@@ -195,7 +179,7 @@ def _load(address, kind, start, out):
 @numba.njit
 def _store(address, kind, start, values, stochastic, noise):
     """Cast ``values`` to a 16-bit kind and write them to elements ``start ..`` of the tensor at ``address``."""
-    words, bits = _view(address, np.uint16, start, start + len(values)), values.view(np.uint32)
+    words, bits = view(address, np.uint16, start, start + len(values)), values.view(np.uint32)
     if kind == FP16:
         for i in range(len(words)):
             words[i] = _to_fp16(bits[i])
@@ -210,9 +194,10 @@ def _store(address, kind, start, values, stochastic, noise):
 @numba.njit
 def _total(address, kind, start, scratch):
     """Where an output is summed up: fp32 where it belongs, a 16-bit one in ``scratch`` until it is cast."""
-    return _view(address, np.float32, start, start + len(scratch)) if kind == FP32 else scratch
+    return view(address, np.float32, start, start + len(scratch)) if kind == FP32 else scratch
 
 
+@numba.njit
 def _add_chunks(
     addresses, kinds, length, chunks_per_row, offsets, seeds, coefficients,
     param_id, stream, gaussian, stochastic, rounding_seed, table, first, stop,
@@ -260,13 +245,35 @@ def _add_chunks(
                 _store(addresses[v + 1], kinds[v + 1], start, scratch[v, low:high], stochastic, noise[low:high])
 
 
-SIGNATURE = (
-    "void(uint64[::1], int64[::1], int64, int64, int64[::1], uint64[::1], float32[:, ::1],"
-    " uint64, uint64, boolean, boolean, uint64, Array(float32, 1, 'C', readonly=True), int64, int64)"
-)
+def _add(job):
+    """What a thread does. The words are those that `mezo_dist.directions.cpu.add` writes, in that order."""
+    words = view(job, np.uint64, 3, 16)
+    num_outputs, num_rows, num_seeds = int64(words[0]), int64(words[1]), int64(words[2])
+    tensors, end = 16 + 1 + num_outputs, 16 + 2 * (1 + num_outputs)
+    while True:
+        first, stop = claim(job)
+        if first >= stop:
+            return
+        _add_chunks(
+            view(job, np.uint64, 16, tensors),
+            view(job, np.int64, tensors, end),
+            int64(words[3]),
+            int64(words[4]),
+            view(job, np.int64, end, end + num_rows),
+            view(words[5], np.uint64, 0, num_seeds),
+            view(words[6], np.float32, 0, num_seeds * num_outputs).reshape(num_seeds, num_outputs),
+            words[7],
+            words[8],
+            words[9] != 0,
+            words[10] != 0,
+            words[11],
+            view(words[12], np.float32, 0, 1 << 16),
+            first,
+            stop,
+        )
 
 
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
-kernel = compiled(_add_chunks, SIGNATURE, uses=[laws, philox])
-"""`_add_chunks`, compiled."""
+kernel = compiled(_add, JOB, uses=[cpu_jobs, laws, philox])
+"""`_add`, compiled."""

@@ -54,10 +54,10 @@ def add(
     law: Law,
     rounding_seed: int | None,
 ) -> None:
-    """See `mezo_dist.directions.add`. ``weight`` and ``outputs`` are 2-D here: [len(offsets), length]."""
+    """See `mezo_dist.directions.add`."""
     if law.values not in (GAUSSIAN.values, RADEMACHER.values):
         raise ValueError(f"the GPU kernel does not know the law {law.name!r}")
-    rows, length = weight.shape
+    rows, length = len(offsets), weight.numel() // len(offsets)
     # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
     chunks = 2 if law.values is RADEMACHER.values and length >= 2 * CHUNK and len(outputs) <= 2 else 1
     tiles_per_row = triton.cdiv(length + CHUNK - 1, chunks * CHUNK)  # of the row that lies worst
@@ -65,8 +65,8 @@ def add(
         place = _place(weight)
         seeds, coefficients = _table_of_terms(tuple(combinations), *place)
         _kernel[(rows * tiles_per_row,)](
-            _as_bits(weight),
-            tuple(_as_bits(output) for output in outputs),
+            _as_bits(weight.detach()),
+            tuple(_as_bits(output.detach()) for output in outputs),
             _half_table(*place),
             seeds,
             coefficients,

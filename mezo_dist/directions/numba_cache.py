@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def compiled(function: Callable[..., None], signature: str, uses: list[ModuleType]) -> Any:
-    """Machine code for ``function``, which runs without the GIL.
+    """``function`` as a C function (numba's `CFunc`: keep it as long as its ``address`` is in use).
 
     numba keeps it in NUMBA_CACHE_DIR, beside the function's file or in the user's cache directory, whichever can be
     written. With none of them, with a full disk or a damaged entry: compiled for this process alone.
@@ -32,14 +32,14 @@ def compiled(function: Callable[..., None], signature: str, uses: list[ModuleTyp
         # ever, a process that starts in between, after an update or on another processor, could load foreign code.
         sources = [function.__code__.co_filename, *(str(module.__file__) for module in uses)]
         function.__qualname__ = f"{function.__name__}_{_fingerprint(sources)}"
-        return numba.njit(signature, nogil=True, cache=True)(function)
+        return numba.cfunc(signature, cache=True)(function)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         log.warning(
             "numba's cache cannot be used (%s): the CPU kernels are compiled at every start, which takes seconds; "
             "NUMBA_CACHE_DIR can name another directory",
             error,
         )
-        return numba.njit(signature, nogil=True)(function)
+        return numba.cfunc(signature)(function)
 
 
 def _fingerprint(sources: list[str]) -> str:

@@ -29,7 +29,8 @@ def add(
     law: Law,
     rounding_seed: int | None,
 ) -> None:
-    """See `mezo_dist.directions.add`. ``weight`` and ``outputs`` are 2-D here: [len(offsets), length]."""
+    """See `mezo_dist.directions.add`."""
+    weight, *outputs = (tensor.detach().view(len(offsets), -1) for tensor in (weight, *outputs))
     length = weight.shape[1]
     for row, offset in enumerate(offsets):
         start = offset

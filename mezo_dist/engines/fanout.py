@@ -9,7 +9,7 @@ its own variant swapped in. Then all go on. Knows nothing about the model's clas
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -144,8 +144,8 @@ class FanOut:
             while waiting:
                 # The earliest site first, so that jobs that lag behind (other experts, other branches) catch up.
                 site = min(waiting, key=lambda s: s.order)
-                calls = waiting.pop(site)
-                for call, outcome in zip(calls, self._serve(site, calls, forwards[site]), strict=True):
+                # Who came last goes first: what it has just computed is in the cache still.
+                for call, outcome in self._serve(site, waiting.pop(site)[::-1], forwards[site]):
                     resume(call.job, outcome)
         finally:
             for job in coroutines:
@@ -153,20 +153,21 @@ class FanOut:
                     job.throw(greenlet.GreenletExit())
         return results
 
-    def _serve(self, site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> list[Any]:
+    def _serve(self, site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Iterator[tuple[Call, Any]]:
+        """Each call with its outcome, which is computed when it is asked for: its job can go on while it is hot."""
         self.sites_served.add(site.name)
         served = self._materialise(site, calls, real)
-        if site.spans_blocks:  # its forward will call other sites, so it must run inside the coroutine
-            return [served.tensors[call.job.variant] for call in calls]
-        outcomes: list[Any] = []
         for call in calls:
             tensors = served.tensors[call.job.variant]
+            if site.spans_blocks:  # its forward will call other sites, so it must run inside the coroutine
+                yield call, tensors
+                continue
             try:
                 forward = served.forward or functools.partial(on_tensors, site, real)
-                outcomes.append(_unshared(call.context.run(forward, call, tensors), tensors))
+                outcome = _unshared(call.context.run(forward, call, tensors), tensors)
             except Exception as error:  # noqa: BLE001 (raised again inside the job, where its traceback belongs)
-                outcomes.append(_Raised(error))
-        return outcomes
+                outcome = _Raised(error)
+            yield call, outcome
 
 
 def _autocast() -> tuple[bool, ...]:
