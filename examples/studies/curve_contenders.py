@@ -133,6 +133,7 @@ def learners(preset: CurvePreset, num_train: int) -> list[Learner]:
         mezo("normalised, 15 one-sided", few, 16, (3e-3, 1e-2), **fzoo),
         mezo(f"MeZO, batch {batch}", batch, 2, (3e-4, 1e-3)),
         mezo("MeZO, 16 directions", few, 32, (1e-3, 3e-3), directions=16),
+        mezo("MeZO, 7 one-sided per sample", few, 8, (1e-2, 3e-3), directions=7, one_sided=True, **per_sample),
     ]
 
 
