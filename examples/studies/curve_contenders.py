@@ -53,6 +53,8 @@ class CurvePreset:
     full_size: int = 256
     """Samples of the anchors of the per-sample MeZO-SVRG."""
     batch_size: int = 64
+    contenders: str = "all"
+    """``all``, or ``per sample``: what a direction per sample is worth with other settings."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Learner:
     """Smallest learning rate of the grid, by setting."""
     batch_size: int
     law: str = "gaussian"
+    rank: int = 1
+    """Of low-rank directions."""
     full_size: int | None = None
     """Samples of an anchor; all if None."""
     share: float = 1.0
@@ -95,7 +99,11 @@ def schedule(num_steps: int) -> Schedule:
 
 
 def learners(preset: CurvePreset, num_train: int) -> list[Learner]:
-    """All contenders."""
+    """The contenders of a preset."""
+    return _all(preset, num_train) if preset.contenders == "all" else _per_sample(preset)
+
+
+def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
     batch, few, off = preset.batch_size, preset.batch_size // 4, Annealing(divisor=1)
     full = min(preset.full_size, num_train)
 
@@ -127,13 +135,49 @@ def learners(preset: CurvePreset, num_train: int) -> list[Learner]:
         mezo("MeZO, per sample", batch, 2, (1e-2, 3e-3), **per_sample),
         mezo("MeZO, per sample, a quarter of the passes", batch, 2, (1e-2, 3e-3), share=0.25, **per_sample),
         Learner("MeZO-SVRG", svrg, cycle, _by_setting(3e-4, 3e-3), batch),
-        Learner("MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 3e-3), batch, "lowrank", full),
+        Learner(
+            "MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 3e-3), batch, "lowrank", 1, full
+        ),
         Learner("MeZO-SVRG, released", released, cycle, _by_setting(3e-4, 3e-3), batch),
         Learner("SGD", "sgd", 3 * batch, _by_setting(3e-3, 3e-2), batch),
         mezo("normalised, 15 one-sided", few, 16, (3e-3, 1e-2), **fzoo),
         mezo(f"MeZO, batch {batch}", batch, 2, (3e-4, 1e-3)),
         mezo("MeZO, 16 directions", few, 32, (1e-3, 3e-3), directions=16),
         mezo("MeZO, 7 one-sided per sample", few, 8, (1e-2, 3e-3), directions=7, one_sided=True, **per_sample),
+    ]
+
+
+def _per_sample(preset: CurvePreset) -> list[Learner]:
+    """Settings of a direction per sample, one changed at a time."""
+
+    def mezo(what: str, size: int = preset.batch_size, eps: float = preset.eps, rank: int = 1) -> Learner:
+        def make(lr: float, steps: int, _: float) -> MezoConfig:
+            return MezoConfig(lr=lr, eps=eps, per_sample=True, schedule=schedule(steps))
+
+        return Learner(f"MeZO, {what}", make, 2 * size, _by_setting(1e-2, 3e-3), size, "lowrank", rank)
+
+    def svrg(what: str, q: int = 2, full: int = preset.full_size) -> Learner:
+        def make(lr: float, steps: int, eps: float) -> SvrgConfig:
+            rule, off = schedule(steps), Annealing(divisor=1)
+            return SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=q, per_sample=True, schedule=rule, annealing=off)
+
+        size = preset.batch_size
+        cost = (2 * full + 4 * (q - 1) * size) / q
+        return Learner(f"MeZO-SVRG, {what}", make, cost, _by_setting(1e-2, 3e-3), size, "lowrank", 1, full)
+
+    batch, full, eps = preset.batch_size, preset.full_size, preset.eps
+    return [
+        mezo(f"batch {batch}, eps {eps:g}, rank 1"),
+        mezo("rank 4", rank=4),
+        mezo(f"eps {eps / 10:g}", eps=eps / 10),
+        mezo(f"eps {eps * 10:g}", eps=eps * 10),
+        mezo(f"batch {batch // 4}", batch // 4),
+        mezo(f"batch {batch * 4}", batch * 4),
+        svrg(f"q = 2, anchors of {full}"),
+        svrg(f"anchors of {full // 4}", full=full // 4),
+        svrg(f"anchors of {full * 2}", full=full * 2),
+        svrg("q = 5", q=5),
+        svrg("q = 10", q=10),
     ]
 
 
@@ -157,6 +201,12 @@ PRESETS = {
         TASKS, budget=32768, eps=1e-2, sizes={"test": 512},
         max_tokens={"movie-sentences": 48, "tweets": 48, "bbc-news": 24},
         shares={("prompts", "bbc-news"): 0.25} | {("head", task): 0.25 for task in TASKS},
+    ),
+    "cpu-per-sample": CurvePreset(
+        {"prompts": Setting(())},
+        {task: TASKS[task] for task in ("movie-sentences", "tweets")},
+        budget=32768, eps=1e-2, sizes={"test": 512}, contenders="per sample",
+        max_tokens={"movie-sentences": 48, "tweets": 48},
     ),
     # Never run: no GPU was there.
     "gpu": CurvePreset(
