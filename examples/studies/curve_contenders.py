@@ -70,8 +70,6 @@ class Learner:
     """Smallest learning rate of the grid, by setting."""
     batch_size: int
     law: str = "gaussian"
-    rank: int = 1
-    """Of low-rank directions."""
     full_size: int | None = None
     """Samples of an anchor; all if None."""
     share: float = 1.0
@@ -135,9 +133,7 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
         mezo("MeZO, per sample", batch, 2, (1e-2, 3e-3), **per_sample),
         mezo("MeZO, per sample, a quarter of the passes", batch, 2, (1e-2, 3e-3), share=0.25, **per_sample),
         Learner("MeZO-SVRG", svrg, cycle, _by_setting(3e-4, 3e-3), batch),
-        Learner(
-            "MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 3e-3), batch, "lowrank", 1, full
-        ),
+        Learner("MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 3e-3), batch, "lowrank", full),
         Learner("MeZO-SVRG, released", released, cycle, _by_setting(3e-4, 3e-3), batch),
         Learner("SGD", "sgd", 3 * batch, _by_setting(3e-3, 3e-2), batch),
         mezo("normalised, 15 one-sided", few, 16, (3e-3, 1e-2), **fzoo),
@@ -148,13 +144,13 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
 
 
 def _per_sample(preset: CurvePreset) -> list[Learner]:
-    """Settings of a direction per sample, one changed at a time."""
+    """Settings of a direction per sample, one changed at a time. (The rank is none: norms' directions have none.)"""
 
-    def mezo(what: str, size: int = preset.batch_size, eps: float = preset.eps, rank: int = 1) -> Learner:
+    def mezo(what: str, size: int = preset.batch_size, eps: float = preset.eps) -> Learner:
         def make(lr: float, steps: int, _: float) -> MezoConfig:
             return MezoConfig(lr=lr, eps=eps, per_sample=True, schedule=schedule(steps))
 
-        return Learner(f"MeZO, {what}", make, 2 * size, _by_setting(1e-2, 3e-3), size, "lowrank", rank)
+        return Learner(f"MeZO, {what}", make, 2 * size, _by_setting(1e-2, 3e-3), size, "lowrank")
 
     def svrg(what: str, q: int = 2, full: int = preset.full_size) -> Learner:
         def make(lr: float, steps: int, eps: float) -> SvrgConfig:
@@ -163,12 +159,11 @@ def _per_sample(preset: CurvePreset) -> list[Learner]:
 
         size = preset.batch_size
         cost = (2 * full + 4 * (q - 1) * size) / q
-        return Learner(f"MeZO-SVRG, {what}", make, cost, _by_setting(1e-2, 3e-3), size, "lowrank", 1, full)
+        return Learner(f"MeZO-SVRG, {what}", make, cost, _by_setting(1e-2, 3e-3), size, "lowrank", full)
 
     batch, full, eps = preset.batch_size, preset.full_size, preset.eps
     return [
-        mezo(f"batch {batch}, eps {eps:g}, rank 1"),
-        mezo("rank 4", rank=4),
+        mezo(f"batch {batch}, eps {eps:g}"),
         mezo(f"eps {eps / 10:g}", eps=eps / 10),
         mezo(f"eps {eps * 10:g}", eps=eps * 10),
         mezo(f"batch {batch // 4}", batch // 4),
