@@ -36,13 +36,14 @@ class Preset:
 
 PRESETS = {
     "small": Preset("tiny", ("train.micro_batch=64",), 128, 64, 1e-3, (6,), 1e-5),
-    "smollm2-norms": Preset("configs/quickstart.yaml", (), 256, 64, 1e-2, (0, 20), 1e-3, 1e-2),
+    "smollm2-norms": Preset("configs/quickstart.yaml", ("train.micro_batch=32",), 256, 64, 1e-2, (0, 20), 1e-3, 1e-2),
     "minilm": Preset(
         "configs/quickstart.yaml",
-        ("model.name=demo:minilm-l6", "model.head=classifier", 'model.trainable=["*"]', "train.max_tokens=64"),
+        ("model.name=demo:minilm-l6", "model.head=classifier", 'model.trainable=["*"]', "train.max_tokens=64",
+         "train.micro_batch=32"),
         128, 64, 2e-5, (0, 8, 24), 1e-5,
     ),
-    "smollm2": Preset("configs/quickstart.yaml", ('model.trainable=["*"]',), 512, 128, 1e-5, (0, 8, 24), 1e-6),
+    "smollm2": Preset("configs/quickstart.yaml", ('model.trainable=["*"]', "train.micro_batch=32"), 512, 128, 1e-5, (0, 8, 24), 1e-6),
 }  # fmt: skip
 
 

@@ -50,7 +50,12 @@ class Bench:
     @staticmethod
     def open(preset: CurvePreset, setting: str, task: str, folder: Path, device: str) -> Bench:
         """Model, data and engine; the frozen prefix is computed for all samples."""
-        overrides = [*preset.settings[setting].overrides, f"output.dir={folder / 'run'}", "train.full_size=null"]
+        overrides = [
+            "train.micro_batch=32",
+            *preset.settings[setting].overrides,
+            f"output.dir={folder / 'run'}",
+            "train.full_size=null",
+        ]
         overrides += [f"train.batch_size={preset.batch_size}"]
         overrides += [f"task.splits.{name}.size={size}" for name, size in preset.sizes.items()]
         overrides += [f"train.max_tokens={preset.max_tokens[task]}"] if task in preset.max_tokens else []
