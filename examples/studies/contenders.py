@@ -43,7 +43,10 @@ PRESETS = {
          "train.micro_batch=32"),
         128, 64, 2e-5, (0, 8, 24), 1e-5,
     ),
-    "smollm2": Preset("configs/quickstart.yaml", ('model.trainable=["*"]', "train.micro_batch=32"), 512, 128, 1e-5, (0, 8, 24), 1e-6),
+    "smollm2": Preset(
+        "configs/quickstart.yaml", ('model.trainable=["*"]', "train.micro_batch=32"),
+        512, 128, 1e-5, (0, 8, 24), 1e-6,
+    ),
 }  # fmt: skip
 
 
