@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The Debian packages that the virtual cluster, ZeRO-3 on NVMe and their tests need, and nothing else of mezo_dist does:
+# The Debian packages that the virtual cluster and its tests need, and nothing else of mezo_dist does:
 #
 #   launcher/system_packages.sh            name those that are missing here
 #   launcher/system_packages.sh install    install them, if this is root on a system with apt; else name them
@@ -11,7 +11,6 @@ packages=(
     pdsh                          # DeepSpeed's way of running something on many hosts
     openmpi-bin mpich             # two kinds of mpirun
     slurm-wlm munge               # slurmctld, slurmd, srun, sbatch
-    g++ libaio-dev                # DeepSpeed compiles its I/O with them, for parameters on NVMe
 )
 
 missing=()
@@ -21,7 +20,7 @@ done
 if [[ ${#missing[@]} -eq 0 ]]; then
     exit 0
 fi
-echo "system packages that some tests need, on the virtual cluster above all: ${missing[*]}"
+echo "system packages that the tests on the virtual cluster need: ${missing[*]}"
 if [[ ${1:-} == install && $(id -u) -eq 0 ]] && command -v apt-get >/dev/null; then
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
