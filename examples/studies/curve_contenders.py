@@ -197,6 +197,7 @@ PRESETS = {
         max_tokens={"movie-sentences": 48, "tweets": 48, "bbc-news": 24},
         shares={("prompts", "bbc-news"): 0.25} | {("head", task): 0.25 for task in TASKS},
     ),
+    # Not run to the end yet.
     "cpu-per-sample": CurvePreset(
         {"prompts": Setting(())},
         {task: TASKS[task] for task in ("movie-sentences", "tweets")},
