@@ -201,7 +201,7 @@ PRESETS = {
     "cpu-per-sample": CurvePreset(
         {"prompts": Setting(())},
         {task: TASKS[task] for task in ("movie-sentences", "tweets")},
-        budget=32768, eps=1e-2, sizes={"test": 512}, contenders="per sample",
+        budget=8192, eps=1e-2, sizes={"test": 512}, contenders="per sample",
         max_tokens={"movie-sentences": 48, "tweets": 48},
     ),
     # Never run: no GPU was there.
