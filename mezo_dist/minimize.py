@@ -103,11 +103,7 @@ def minimize(
         update = _step(planner, state, step, evaluate)
         if update is not None:
             state = update.state
-            if update.keep:
-                at.keep_anchor()
-            if update.scale != 1:
-                at.scale(update.scale, derive_seed(seed, "decay rounding", step))
-            at.add(update.combination, derive_seed(seed, "rounding", step))
+            at.apply(update, seed, step)
         in_a_row = 0 if update else in_a_row + 1
         _check_skips(in_a_row, max_skipped, step)
         losses.append(update.metrics["loss"] if update else math.nan)
@@ -169,17 +165,21 @@ class _Arithmetic:
                     made[v][name] = output
         return made
 
-    def keep_anchor(self) -> None:
-        """Keep a copy of the weights as they are now."""
-        self.anchor.update({name: tensor.clone() for name, tensor in self.weights.items()})
+    def apply(self, update: Update, seed: int, step: int) -> None:
+        """The end of a step of a run from ``seed``."""
+        if update.keep:
+            self.anchor.update({name: tensor.clone() for name, tensor in self.weights.items()})
+        if update.scale != 1:
+            self._scale(update.scale, derive_seed(seed, "decay rounding", step))
+        self._add(update.combination, derive_seed(seed, "rounding", step))
 
-    def scale(self, factor: float, rounding_seed: int) -> None:
+    def _scale(self, factor: float, rounding_seed: int) -> None:
         """Multiply in place."""
         for name, tensor in self.weights.items():
             rounding = rounding_seed if tensor.dtype == torch.bfloat16 else None
             self.field.scale(tensor, factor, param_id=self.ids[name], rounding_seed=rounding)
 
-    def add(self, combination: Combination, rounding_seed: int) -> None:
+    def _add(self, combination: Combination, rounding_seed: int) -> None:
         """Add ``combination`` in place."""
         for name, tensor in self.weights.items():
             rounding = rounding_seed if tensor.dtype == torch.bfloat16 else None

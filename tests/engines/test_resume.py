@@ -26,19 +26,13 @@ from mezo_dist.trajectory import Header, Step
 from mezo_dist.wire import Wire
 from tests.run_folders import results
 
+PER_SAMPLE = ["law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3"]
 RUNS = {
     "mezo": ("gpt2", "mezo", ["algorithm.lr=1e-3"]),
     "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
     "bf16": ("llama", "mezo-svrg", ["algorithm.lr=1e-3", "model.weights=bfloat16", "law=rademacher"]),
-    "per-sample": ("opt", "mezo-svrg", ["law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3"]),
-    "several per sample": (
-        "opt",
-        "mezo",
-        [
-            "law=lowrank",
-            *(f"algorithm.{o}" for o in ("lr=1e-3", "per_sample=true", "directions=2", "one_sided=true")),
-        ],
-    ),
+    "per-sample": ("opt", "mezo-svrg", PER_SAMPLE),
+    "several per sample": ("opt", "mezo", [*PER_SAMPLE, "algorithm.directions=2", "algorithm.one_sided=true"]),
     "every option": (
         "opt",
         "mezo",
