@@ -18,6 +18,7 @@ from mezo_dist.engines.heap import ask_for_huge_pages
 from mezo_dist.errors import Stopped, UserError
 
 if TYPE_CHECKING:
+    from mezo_dist.calibration import Calibration
     from mezo_dist.runs import Weights
     from mezo_dist.wire import Wire
 
@@ -143,7 +144,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code
         )
         with Monitor.open(None, is_main=wire.rank == 0, num_steps=num_steps) as monitor:
-            training.score(run, arguments.split, monitor, num_steps)
+            training.score(run, arguments.split, monitor, num_steps, run.calibration())
 
     _with_wire(600.0, job)
 
@@ -155,7 +156,7 @@ def _export(arguments: argparse.Namespace) -> None:
         from mezo_dist import training
 
         run, _ = training.rebuild(arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code)
-        _write_model(run.weights, arguments.folder, wire)
+        _write_model(run.weights, arguments.folder, wire, run.calibration())
 
     _with_wire(600.0, job)
 
@@ -179,6 +180,8 @@ def _replay(arguments: argparse.Namespace) -> None:
         if wire.rank == 0:
             print(about)
         if arguments.export is not None:
+            if weights.config.train.calibrate:
+                log.warning("%s: without data there are no offsets (train.calibrate); `export` has them", arguments.run)
             _write_model(weights, arguments.export, wire)
 
     _with_wire(600.0, job)
@@ -197,10 +200,10 @@ def _check_new(folder: Path) -> None:
         raise UserError(f"{folder} exists; name a folder that does not")
 
 
-def _write_model(weights: Weights, folder: Path, wire: Wire) -> None:
+def _write_model(weights: Weights, folder: Path, wire: Wire, calibration: Calibration | None = None) -> None:
     from mezo_dist.export import export_model
 
-    export_model(weights.engine, weights.loaded.tokenizer, folder, wire)
+    export_model(weights.engine, weights.loaded.tokenizer, folder, wire, calibration=calibration)
     if wire.rank == 0:
         print(f"wrote {folder}")
 

@@ -136,6 +136,11 @@ class TrainConfig:
     """Longest sequence; the model's window if null."""
     evaluate_every: int = 0
     """Steps between evaluations on the validation split; 0: only at the end."""
+    calibrate: bool = False
+    """Take what the model says about a class in general out of the losses, which makes estimates far less noisy:
+    every batch is scored with the offsets of the classes' logits that suit it best, and predictions with those that
+    suit (up to 1,024) training samples best. Whoever uses the exported model must add them, too: they are in its
+    ``calibration.json``, unless its head has a bias, which then holds them."""
     max_skipped: int = 10
     """Steps in a row that may be skipped for a loss that is not finite before the run gives up."""
 
@@ -244,6 +249,10 @@ class RunConfig:
             raise ValueError(f"rank: must be at least 1, not {self.rank}")
         if getattr(self.algorithm, "per_sample", False) and self.law != "lowrank":
             raise ValueError(f"algorithm.per_sample: a direction per sample needs law: lowrank, not {self.law}")
+        if getattr(self.algorithm, "per_sample", False) and self.train.calibrate:
+            raise ValueError(
+                "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false"
+            )
         if self.model.head == "classifier" and not self.task.plain:
             raise ValueError("task.plain: missing; model.head: classifier needs a text without prompt")
 

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezo_dist import adapters, tensorfile
+from mezo_dist.calibration import FILE as CALIBRATION_FILE
+from mezo_dist.calibration import Calibration
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.wire import Wire
@@ -40,7 +42,15 @@ class _Part:
     """One weight becomes one tensor, unchanged."""
 
 
-def export_model(engine: Engine, tokenizer: Any, folder: Path, wire: Wire, *, file_bytes: int = FILE_BYTES) -> None:
+def export_model(
+    engine: Engine,
+    tokenizer: Any,
+    folder: Path,
+    wire: Wire,
+    *,
+    file_bytes: int = FILE_BYTES,
+    calibration: Calibration | None = None,
+) -> None:
     """Write a folder that ``AutoModel*.from_pretrained`` loads; it appears under its name only when it is complete.
 
     Collective: all ranks must call it; rank 0 writes.
@@ -51,6 +61,8 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path, wire: Wire, *, fi
         folder: is replaced if it exists.
         wire: between the ranks.
         file_bytes: weights are split into files of at most this size.
+        calibration: what predictions need beside the weights, if they were trained so. The bias of a classification
+            head takes it up; otherwise it stands in ``calibration.json``.
 
     Raises:
         UserError: on all ranks, if the folder cannot be written (full disk, no permission).
@@ -60,7 +72,7 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path, wire: Wire, *, fi
         weights = engine.named_weights()
         try:
             if wire.rank == 0:
-                _write(engine, weights, tokenizer, folder, file_bytes)
+                _write(engine, weights, tokenizer, folder, file_bytes, calibration)
         except SafetensorError as error:  # of the tokeniser's or the model's own code
             raise UserError(str(error)) from error
         finally:
@@ -74,12 +86,21 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path, wire: Wire, *, fi
 
 
 def _write(
-    engine: Engine, weights: Iterator[tuple[str, Tensor]], tokenizer: Any, folder: Path, file_bytes: int
+    engine: Engine,
+    weights: Iterator[tuple[str, Tensor]],
+    tokenizer: Any,
+    folder: Path,
+    file_bytes: int,
+    calibration: Calibration | None,
 ) -> None:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
+        if calibration is not None:
+            bias = None if calibration.tokens else _head_bias(engine.model, len(calibration.words))
+            (part / CALIBRATION_FILE).write_text(calibration.to_json(bias), encoding="utf-8")
+            weights = _with_added(weights, bias, calibration.offsets)
         if adapters.is_adapted(engine.model):
             _write_adapters(engine.model, weights, part)
         else:
@@ -90,6 +111,22 @@ def _write(
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _head_bias(model: nn.Module, num_classes: int) -> str | None:
+    """Name of the bias that is added to the classes' logits; None if the head has none, or is not exported."""
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
+    bias = heads[-1].bias if heads else None
+    names = adapters.names_to_save(model) if adapters.is_adapted(model) else None
+    found = [n for n, p in model.named_parameters() if p is bias and (names is None or n in names)]
+    return found[0] if found else None
+
+
+def _with_added(
+    weights: Iterator[tuple[str, Tensor]], bias: str | None, offsets: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        yield name, (tensor + offsets.to(tensor.device, tensor.dtype) if name == bias else tensor)
 
 
 def _write_adapters(model: Any, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:

@@ -30,6 +30,8 @@ class Scores:
     """int64 [n]: what the loss is averaged over, 1 per sample (or the number of target tokens)."""
     prediction: Tensor
     """int64 [n]: predicted class."""
+    logits: Tensor
+    """fp32 [n, classes], on the CPU: of what ``prediction`` was chosen from."""
 
 
 Objective = Callable[[nn.Module, MicroBatch], Scores]
@@ -38,7 +40,7 @@ Objective = Callable[[nn.Module, MicroBatch], Scores]
 
 def classifier(model: nn.Module, batch: MicroBatch, run: RunModel = run_whole) -> Scores:
     """Cross-entropy of a classification head."""
-    return _cross_entropy(run(model, _on_device(model, batch), None), batch.labels)
+    return cross_entropy(run(model, _on_device(model, batch), None), batch.labels)
 
 
 class LabelWords:
@@ -78,9 +80,14 @@ class LabelWords:
                 self._readout.detach()
                 self._readout = None
 
+    @property
+    def label_ids(self) -> list[int]:
+        """Token of each class."""
+        return [int(token) for token in self._label_ids]
+
     def __call__(self, model: nn.Module, batch: MicroBatch) -> Scores:
         """See `Objective`."""
-        return _cross_entropy(self._logits(model, batch), batch.labels)
+        return cross_entropy(self._logits(model, batch), batch.labels)
 
     def _agrees(self, on_probe: Callable[[Callable[[nn.Module, MicroBatch], Tensor]], Tensor], whole: Tensor) -> bool:
         try:
@@ -96,10 +103,11 @@ class LabelWords:
         return logits[:, self._label_ids] if self._readout is None else logits
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Scores:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Scores:
+    """Scores of one label per sample, given logits [n, classes] and labels int64 [n]."""
     logits = logits.float().cpu()
     loss = F.cross_entropy(logits, labels, reduction="none")
-    return Scores(loss, torch.ones_like(labels), logits.argmax(dim=-1))
+    return Scores(loss, torch.ones_like(labels), logits.argmax(dim=-1), logits)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import mezo_dist
 from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Algorithm, Batch, Problem, Variant
+from mezo_dist.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.checkpoint_reader import fill
 from mezo_dist.config import RunConfig
 from mezo_dist.data import BatchOrder, MicroBatch, cut
@@ -109,6 +110,15 @@ class Run:
     def _cut(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return cut(samples, self.config.train.micro_batch, self.loaded.pad_id)
 
+    def calibration(self) -> Calibration | None:
+        """With ``train.calibrate``, what predictions by the current weights need; otherwise None. Collective."""
+        if not self.config.train.calibrate:
+            return None
+        offsets = self.evaluator.offsets(self._cut(self.splits["train"][:MOST_SAMPLES]))
+        objective = self.evaluator.objective
+        tokens = objective.label_ids if isinstance(objective, LabelWords) else []
+        return Calibration(self.config.task.words, tokens, offsets)
+
     def apply(self, step: int, combination: Combination, *, keep: bool = False, scale: float = 1.0) -> None:
         """Do to the weights what ``step`` found; see `Update`."""
         if keep:
@@ -140,7 +150,8 @@ def prepare(config: RunConfig, wire: Wire) -> Run:
     agree(weights, wire, data=hashlib.sha256(repr(splits).encode()).hexdigest())
     objective = _objective(weights, encoder, rows, splits)
     capacity, sharing = _capacity(weights, wire), _sharing(config, wire)
-    evaluator = Evaluator(weights.engine, objective, wire, config.train.width, capacity, sharing)
+    classes = len(config.task.labels) if config.train.calibrate else 0
+    evaluator = Evaluator(weights.engine, objective, wire, config.train.width, capacity, sharing, classes)
     full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
     return Run(config, wire, weights, splits, order, full_order, evaluator, build_algorithm(config, full_size))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mezo_dist import trajectory
 from mezo_dist.algorithms.base import Evaluation, Losses, Update
+from mezo_dist.calibration import Calibration
 from mezo_dist.config import RunConfig, TrainConfig
 from mezo_dist.directions.combination import ZERO, CoefficientError, Combination
 from mezo_dist.errors import Stopped, UserError
@@ -82,7 +83,7 @@ def _train(run: Run, claim: Claim, progress: Progress, monitor: Monitor) -> None
     if claim.log is not None:
         before = read_results(claim.folder).get("before", {}) if is_main else {}
     else:
-        before = score(run, "test", monitor, 0) if config.output.test else {}
+        before = score(run, "test", monitor, 0, run.calibration()) if config.output.test else {}
         if is_main:
             save_config(config, claim.folder)
             write_results(claim.folder, {"before": before})
@@ -168,7 +169,7 @@ def _loop(run: Run, progress: Progress, keeper: Keeper, monitor: Monitor) -> Non
         if every and progress.step % every == 0 and progress.step < config.steps:
             keeper.snapshot(progress.step)
         if config.evaluate_every and progress.step % config.evaluate_every == 0 and progress.step < config.steps:
-            score(run, "validation", monitor, progress.step)
+            score(run, "validation", monitor, progress.step, run.calibration())
 
 
 def _stop(run: Run, progress: Progress, keeper: Keeper) -> None:
@@ -219,11 +220,14 @@ def _check_skips(progress: Progress, step: Step, config: TrainConfig, monitor: M
         )
 
 
-def score(run: Run, split: str, monitor: Monitor, step: int) -> dict[str, float]:
+def score(
+    run: Run, split: str, monitor: Monitor, step: int, calibration: Calibration | None = None
+) -> dict[str, float]:
     """Loss and metric of the current weights on a split, shown and logged."""
-    samples = run.splits[split]
+    samples, task = run.splits[split], run.config.task
+    offsets = calibration.offsets if calibration else None
     with monitor.evaluation(split, len(samples)) as advance:
-        result = run.evaluator.score(run.split(split), run.config.task.metric, len(run.config.task.labels), advance)
+        result = run.evaluator.score(run.split(split), task.metric, len(task.labels), advance, offsets)
     monitor.result(split, step, result)
     return result
 
@@ -233,15 +237,18 @@ def _finish(
 ) -> None:
     is_main = run.wire.rank == 0
     results: dict[str, Any] = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
-    results["validation"] = score(run, "validation", monitor, progress.step)
+    calibration = run.calibration()
+    results["validation"] = score(run, "validation", monitor, progress.step, calibration)
     if run.config.output.test:
-        results["after"] = score(run, "test", monitor, progress.step)
+        results["after"] = score(run, "test", monitor, progress.step, calibration)
+    if calibration:
+        results["offsets"] = calibration.by_word()
     results |= {"training_s": round(seconds, 1), "weights": run.engine.fingerprint()}
     if is_main:
         write_results(folder, results)
         note(folder, "finished", progress.step)
     if run.config.output.export:
-        export_model(run.engine, run.loaded.tokenizer, folder / "model", run.wire)
+        export_model(run.engine, run.loaded.tokenizer, folder / "model", run.wire, calibration=calibration)
     for name in run.engine.never_used():
         log.warning("no forward pass ever used %s; its updates were noise (freeze it)", name)
     monitor.say(summary(run, folder, results))

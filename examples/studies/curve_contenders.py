@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,8 @@ class Learner:
     """Samples of an anchor; all if None."""
     share: float = 1.0
     """Of the budget."""
+    calibrated: bool = False
+    """Losses and predictions; see `mezo_dist.calibration`."""
 
     def steps(self, budget: float) -> int:
         """That the budget allows."""
@@ -107,11 +110,13 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
 
     def mezo(label: str, size: int, passes: int, rates: tuple[float, float], **more: Any) -> Learner:
         share, law = more.pop("share", 1.0), more.pop("law", "gaussian")
+        calibrated = more.pop("calibrated", False)
 
         def make(lr: float, steps: int, eps: float) -> MezoConfig:
             return MezoConfig(lr=lr, eps=eps, schedule=schedule(steps), **more)
 
-        return Learner(label, make, passes * size, _by_setting(*rates), size, law, share=share)
+        about = {"share": share, "calibrated": calibrated}
+        return Learner(label, make, passes * size, _by_setting(*rates), size, law, **about)
 
     def svrg(lr: float, steps: int, eps: float) -> SvrgConfig:
         return SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=2, schedule=schedule(steps), annealing=off)
@@ -120,13 +125,20 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
         rule = schedule(steps)
         return SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=2, per_sample=True, schedule=rule, annealing=off)
 
+    def svrg_several(lr: float, steps: int, eps: float) -> SvrgConfig:
+        several: dict[str, Any] = {"directions": 7, "anchor_directions": 7, "one_sided": True}
+        return dataclasses.replace(svrg_per_sample(lr, steps, eps), **several)
+
     def released(lr: float, steps: int, eps: float) -> SvrgReleasedConfig:
         # Its own ratio of rates and its own plateau rule; it has no schedule.
         return SvrgReleasedConfig(lr=lr / 50, anchor_lr=lr, eps=eps, q=2)
 
     fzoo: dict[str, Any] = {"directions": 15, "one_sided": True, "scaling": "normalised", "law": "rademacher"}
     per_sample: dict[str, Any] = {"per_sample": True, "law": "lowrank"}
+    seven: dict[str, Any] = {"directions": 7, "one_sided": True}
+    calibrated: dict[str, Any] = {"calibrated": True}
     cycle, small_cycle = (2 * num_train + 4 * batch) / 2, (2 * full + 4 * batch) / 2
+    seven_cycle = (8 * batch + 2 * 8 * few) / 2
     return [
         Learner("AdamW", "adamw", 3 * batch, _by_setting(1e-3, 1e-3), batch),
         mezo(f"MeZO, batch {few}", few, 2, (3e-4, 1e-3)),
@@ -139,7 +151,24 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
         mezo("normalised, 15 one-sided", few, 16, (3e-3, 1e-2), **fzoo),
         mezo(f"MeZO, batch {batch}", batch, 2, (3e-4, 1e-3)),
         mezo("MeZO, 16 directions", few, 32, (1e-3, 3e-3), directions=16),
-        mezo("MeZO, 7 one-sided per sample", few, 8, (1e-2, 3e-3), directions=7, one_sided=True, **per_sample),
+        mezo("MeZO, 7 one-sided per sample", few, 8, (1e-2, 3e-3), **seven, **per_sample),
+        mezo("MeZO, 7 one-sided", few, 8, (1e-2, 3e-3), **seven),
+        Learner(
+            "MeZO-SVRG, 7 one-sided per sample",
+            svrg_several,
+            seven_cycle,
+            _by_setting(1e-2, 3e-3),
+            few,
+            "lowrank",
+            batch,
+        ),
+        Learner("AdamW, calibrated", "adamw", 3 * batch, _by_setting(1e-3, 1e-3), batch, **calibrated),
+        Learner("SGD, calibrated", "sgd", 3 * batch, _by_setting(3e-2, 3e-2), batch, **calibrated),
+        mezo(f"MeZO, batch {few}, calibrated", few, 2, (1e-2, 1e-3), **calibrated),
+        mezo("MeZO, 7 one-sided, calibrated", few, 8, (3e-2, 3e-3), **seven, **calibrated),
+        mezo("MeZO, 7 one-sided, calibrated, a quarter", few, 8, (3e-2, 3e-3), share=0.25, **seven, **calibrated),
+        mezo("normalised, 15 one-sided, calibrated", few, 16, (3e-2, 1e-2), **fzoo, **calibrated),
+        Learner("MeZO-SVRG, calibrated", svrg, cycle, _by_setting(1e-2, 3e-3), batch, **calibrated),
     ]
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,16 @@ from typing import Any
 import torch
 from curve_contenders import FIRST_ORDER, CurvePreset, Learner, schedule
 from estimator_quality import ROOT, Vector, put, trainable
+from torch.nn.functional import cross_entropy
 
 from mezo_dist import algorithms, config_reader
 from mezo_dist.algorithms.base import Problem
+from mezo_dist.calibration import best_offsets
 from mezo_dist.data import BatchOrder, MicroBatch
 from mezo_dist.directions.field import Field
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.engines.engine import Engine
+from mezo_dist.evaluation import Evaluator
 from mezo_dist.runs import Run, prepare
 from mezo_dist.testing import write_tiny_config
 from mezo_dist.training import plan_step
@@ -72,8 +74,7 @@ class Bench:
         splits = {name: run.split(name) for name in ("validation", "test")}
         budget = preset.budget * preset.shares.get((setting, task), 1.0)
         bench = Bench(run, preset, start, fresh, splits, budget)
-        for split in ("train", "validation", "test"):
-            bench.score(run.split(split))
+        bench.scores(calibrated=True)  # sees all samples once
         return bench
 
     @property
@@ -91,22 +92,30 @@ class Bench:
         }
         put(self.run, self.start | drawn)
 
-    def under(self, law: str) -> Run:
-        """The run with an engine whose directions have this law."""
+    def under(self, law: str, *, calibrated: bool) -> Run:
+        """The run with an engine whose directions have this law, and with such losses."""
         if law not in self.engines:
             self.engines[law] = Engine(self.run.loaded.model, Field(law))
         engine = self.engines[law]
         return dataclasses.replace(
             self.run,
             weights=dataclasses.replace(self.run.weights, engine=engine),
-            evaluator=dataclasses.replace(self.run.evaluator, engine=engine),
+            evaluator=self._evaluator(engine, calibrated=calibrated),
         )
 
-    def score(self, split: list[MicroBatch]) -> tuple[float, float]:
-        """Loss and metric of the current weights."""
-        task = self.run.config.task
-        found = self.run.evaluator.score(split, task.metric, len(task.labels), lambda _: None)
-        return found["loss"], found[task.metric]
+    def _evaluator(self, engine: Engine, *, calibrated: bool) -> Evaluator:
+        classes = len(self.run.config.task.labels) if calibrated else 0
+        return dataclasses.replace(self.run.evaluator, engine=engine, calibrated_classes=classes)
+
+    def scores(self, *, calibrated: bool) -> list[float]:
+        """Loss and metric of the current weights on validation and test samples."""
+        task, evaluator = self.run.config.task, self._evaluator(self.run.engine, calibrated=calibrated)
+        offsets = evaluator.offsets(self.run.split("train")) if calibrated else None
+        found = []
+        for split in self.splits.values():
+            result = evaluator.score(split, task.metric, len(task.labels), lambda _: None, offsets)
+            found += [result["loss"], result[task.metric]]
+        return found
 
 
 def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any]:
@@ -122,7 +131,7 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     take = (_first_order if learner.algorithm in FIRST_ORDER else _zeroth_order)(bench, learner, lr, seed, num_steps)
     marks = [budget / 2**k for k in range(LOOKS, -1, -1)]
-    points = [_point(bench, 0, 0.0)]
+    points = [_point(bench, learner, 0, 0.0)]
     done, seconds, skipped, step = 0, 0.0, 0, 0
     while step < num_steps and skipped < bench.run.config.train.max_skipped:
         began = clock()
@@ -130,13 +139,13 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
         seconds += clock() - began
         done, step, skipped = done + passes, step + 1, 0 if sound else skipped + 1
         if done >= marks[0] or step == num_steps:
-            points.append(_point(bench, done, seconds))
+            points.append(_point(bench, learner, done, seconds))
             marks = [mark for mark in marks if mark > done] or [math.inf]
     return {"steps": step, "diverged": step < num_steps, "points": points}
 
 
-def _point(bench: Bench, done: int, seconds: float) -> list[float]:
-    scores = itertools.chain(*(bench.score(split) for split in bench.splits.values()))
+def _point(bench: Bench, learner: Learner, done: int, seconds: float) -> list[float]:
+    scores = bench.scores(calibrated=learner.calibrated)
     return [done, round(seconds, 2), *(round(score, 4) if math.isfinite(score) else 1e9 for score in scores)]
 
 
@@ -146,7 +155,7 @@ def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_step
     assert not isinstance(learner.algorithm, str)
     config = learner.algorithm(lr, num_steps, bench.preset.eps)
     run = dataclasses.replace(
-        bench.under(learner.law),
+        bench.under(learner.law, calibrated=learner.calibrated),
         algorithm=algorithms.build(config.name, config, Problem(seed, num_steps, learner.batch_size, full)),
         order=BatchOrder(n, learner.batch_size, seed),
         full_order=BatchOrder(n, full, derive_seed(seed, "full")),
@@ -174,19 +183,21 @@ def _first_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps
     }
     optimiser, rule = kinds[learner.algorithm](), schedule(num_steps)
 
-    def losses(step: int) -> Iterator[torch.Tensor]:
-        for item in run.batch("minibatch", step):
-            yield run.evaluator.objective(run.loaded.model, item).loss.sum() / learner.batch_size
+    def loss_of(step: int) -> torch.Tensor:
+        batch = run.batch("minibatch", step)
+        logits = torch.cat([run.evaluator.objective(run.loaded.model, item).logits for item in batch])
+        labels = torch.cat([item.labels for item in batch])
+        # By the envelope theorem, the gradient of a calibrated loss is that at its offsets.
+        offsets = best_offsets(logits.detach().double(), labels).float() if learner.calibrated else 0.0
+        return cross_entropy(logits + offsets, labels)
 
     def take(step: int) -> tuple[int, bool]:
         for group in optimiser.param_groups:
             group["lr"] = lr * rule.factor(step, num_steps)
         optimiser.zero_grad()
-        total = 0.0
-        for loss in losses(step):
+        loss = loss_of(step)
+        if sound := math.isfinite(loss.item()):
             loss.backward()
-            total += loss.item()
-        if sound := math.isfinite(total):
             optimiser.step()
         return 3 * learner.batch_size, sound
 

@@ -1,0 +1,115 @@
+"""Calibrated classification: what a model says about a class in general is taken out of the loss.
+
+A language model favours some answers whatever the text (Zhao et al. 2021, arXiv 2102.09690). That bias is one number
+per class, and one direction in the space of weights moves it for all samples alike. Along that direction the loss is
+steep and curved, and single samples pull far apart. So it makes most of the noise of a zeroth-order estimate, and
+limits the learning rate. Here the loss of a batch is the least that any offsets of the classes can make it,
+
+    L(w) = min_b  1/n sum_i CE(z_i(w) + b, y_i)  +  RIDGE / (2 n) |b|^2
+
+with logits z_i, and labels y_i. Its gradient is that of the cross-entropy at the best b (the envelope theorem), where
+residuals of every class sum to zero (but for the ridge): the common part of the samples' gradients cancels out.
+Evidence is in examples/studies/README.md. Offsets for predictions are fitted to training samples in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+RIDGE = 0.1
+"""Weight of the penalty |b|^2 / 2, against one sample's loss. It keeps the offset finite of a class that is missing."""
+MOST_SAMPLES = 1024
+"""Training samples to which the offsets for predictions are fitted, at most: they are few numbers."""
+FILE = "calibration.json"
+_MOST_STEPS = 100
+_LONGEST_STEP = 4.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The offsets that predictions by a model need."""
+
+    words: Sequence[str]
+    """Of the classes."""
+    tokens: Sequence[int]
+    """Whose logits are the classes' (label words); empty if a classification head gives one logit per class."""
+    offsets: Tensor
+    """fp32 [classes]"""
+
+    def by_word(self) -> dict[str, float]:
+        """Offsets by class."""
+        return dict(zip(self.words, self.offsets.tolist(), strict=True))
+
+    def to_json(self, bias: str | None) -> str:
+        """Contents of `FILE`, for people and programs that use an exported model.
+
+        Args:
+            bias: the weight of the exported model that holds the offsets already, if one does.
+        """
+        tokens = dict(zip(self.words, self.tokens, strict=True)) if self.tokens else None
+        how = f"nothing to do: they are in {bias}" if bias else "add them to the classes' logits before comparing these"
+        facts = {"offsets": self.by_word(), "tokens": tokens, "added_to": bias, "how_to_use": how}
+        return json.dumps(facts, indent=2) + "\n"
+
+
+def best_offsets(logits: Tensor, labels: Tensor) -> Tensor:
+    """The offsets b above, by Newton's method (the problem is smooth and strictly convex).
+
+    Args:
+        logits: fp64 [..., n, classes], finite.
+        labels: int64 [n].
+
+    Returns:
+        fp64 [..., classes]; they sum to zero.
+    """
+    counts = F.one_hot(labels, logits.shape[-1]).sum(0)
+    ridge = RIDGE * torch.eye(logits.shape[-1], dtype=logits.dtype)
+    offsets = -logits.mean(-2)  # of the right order, so that few steps remain
+    offsets = offsets - offsets.mean(-1, keepdim=True)
+    for _ in range(_MOST_STEPS):
+        p = torch.softmax(logits + offsets.unsqueeze(-2), -1)
+        gradient = p.sum(-2) - counts + RIDGE * offsets
+        if float(gradient.abs().max()) < 1e-10 * len(labels):
+            break
+        hessian = torch.diag_embed(p.sum(-2)) - p.mT @ p + ridge
+        step = torch.linalg.solve(hessian, gradient)
+        step = step * (_LONGEST_STEP / step.abs().amax(-1, keepdim=True)).clamp(max=1.0)
+        offsets = _descend(logits, labels, offsets, step)
+    return offsets - offsets.mean(-1, keepdim=True)
+
+
+def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """L above.
+
+    Args:
+        logits: fp64 [..., n, classes], finite.
+        labels: int64 [n].
+
+    Returns:
+        fp64 [...].
+    """
+    return _total(logits, labels, best_offsets(logits, labels)) / len(labels)
+
+
+def _total(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
+    """n L, at given offsets."""
+    moved = logits + offsets.unsqueeze(-2)
+    of_label = moved.gather(-1, labels.expand(moved.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+    return (moved.logsumexp(-1) - of_label).sum(-1) + RIDGE / 2 * offsets.square().sum(-1)
+
+
+def _descend(logits: Tensor, labels: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
+    """``offsets`` - ``step``, which is halved until that is no worse."""
+    before = _total(logits, labels, offsets)
+    for _ in range(10):
+        worse = _total(logits, labels, offsets - step) > before
+        if not worse.any():
+            break
+        step = torch.where(worse.unsqueeze(-1), step / 2, step)
+    return offsets - step
