@@ -28,7 +28,6 @@ MOST_SAMPLES = 1024
 """Training samples to which the offsets for predictions are fitted, at most: they are few numbers."""
 FILE = "calibration.json"
 _MOST_STEPS = 100
-_LONGEST_STEP = 4.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Calibration:
 
 
 def best_offsets(logits: Tensor, labels: Tensor) -> Tensor:
-    """The offsets b above, by Newton's method (the problem is smooth and strictly convex).
+    """The offsets b above, by Newton's method with halved steps (the problem is smooth and strictly convex).
 
     Args:
         logits: fp64 [..., n, classes], finite.
@@ -78,9 +77,7 @@ def best_offsets(logits: Tensor, labels: Tensor) -> Tensor:
         if float(gradient.abs().max()) < 1e-10 * len(labels):
             break
         hessian = torch.diag_embed(p.sum(-2)) - p.mT @ p + ridge
-        step = torch.linalg.solve(hessian, gradient)
-        step = step * (_LONGEST_STEP / step.abs().amax(-1, keepdim=True)).clamp(max=1.0)
-        offsets = _descend(logits, labels, offsets, step)
+        offsets = _descend(logits, labels, offsets, torch.linalg.solve(hessian, gradient))
     return offsets - offsets.mean(-1, keepdim=True)
 
 
@@ -107,7 +104,7 @@ def _total(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
 def _descend(logits: Tensor, labels: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
     """``offsets`` - ``step``, which is halved until that is no worse."""
     before = _total(logits, labels, offsets)
-    for _ in range(10):
+    for _ in range(40):
         worse = _total(logits, labels, offsets - step) > before
         if not worse.any():
             break

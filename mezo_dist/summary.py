@@ -21,6 +21,7 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
         ("task", f"{config.task.name}: {sizes} samples"),
         ("algorithm", f"{config.algorithm.name}: {algorithm}"),
         ("directions", f"{config.law}, run seed {config.seed}"),
+        ("losses", "calibrated" if config.train.calibrate else "plain"),
         ("engine", f"{config.engine.name}, {run.wire.world_size} process(es)"),
         ("steps", f"{config.train.steps} of {config.train.batch_size} samples"),
         ("run folder", str(folder)),

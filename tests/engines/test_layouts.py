@@ -56,6 +56,7 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
             "distributed.variant_groups=4",
         ],
     ),
+    "calibrated": ("distilbert", "mezo-svrg", ["algorithm.lr=1e-2", "algorithm.directions=2", "train.calibrate=true"]),
     "two rounds": ("opt", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
 }
 BAD_SAMPLE = 7

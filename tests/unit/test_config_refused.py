@@ -133,6 +133,10 @@ def test_a_value_where_a_section_should_be(write_config: Write, value: str) -> N
         (["algorithm.schedule.final=2"], "algorithm.schedule: warmup_steps must be at least 0, and final must lie"),
         (["algorithm.annealing.divisor=0"], "algorithm.annealing: divisor and window must be at least 1"),
         (["algorithm.per_sample=true"], "algorithm.per_sample: a direction per sample needs law: lowrank"),
+        (
+            ["algorithm.per_sample=true", "law=lowrank", "train.calibrate=true"],
+            "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false",
+        ),
         (["model.head=classifier"], "task.plain: missing; model.head: classifier needs a text without prompt"),
         (["model.head=classifier", "task.plain=['{{ text }}']", "model.kind=masked"], "model.kind: masked is for"),
         (["task.splits.test.size=0"], "task.splits: size must be at least 1 or null, not 0"),

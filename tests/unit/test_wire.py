@@ -160,15 +160,19 @@ class FakeEngine:
 
     def _scores(self, item: MicroBatch) -> Scores:
         ones = torch.ones(len(item.slots), dtype=torch.int64)
-        return Scores(torch.tensor([self.losses[slot] for slot in item.slots]), ones, ones)
+        losses = torch.tensor([self.losses[slot] for slot in item.slots])
+        return Scores(losses, ones, ones, losses.unsqueeze(1))
 
 
-def evaluate(losses: list[float], wire: Wire, num_variants: int = 4, *, each_sample: bool = False) -> Losses | None:
+def evaluate(
+    losses: list[float], wire: Wire, num_variants: int = 4, *, each_sample: bool = False, calibrated_classes: int = 0
+) -> Losses | None:
     batch = cut([Sample((1, 2, 3), 0, 2)] * len(losses), 2, 0)
     variants = tuple(Variant(Combination.single(v, 1.0)) for v in range(num_variants))
     engine: Any = FakeEngine(losses)
     objective: Any = None
-    return Evaluator(engine, objective, wire).losses(Evaluation(variants, each_sample=each_sample), batch, ("step", 0))
+    evaluator = Evaluator(engine, objective, wire, calibrated_classes=calibrated_classes)
+    return evaluator.losses(Evaluation(variants, each_sample=each_sample), batch, ("step", 0))
 
 
 @pytest.mark.parametrize("num_samples", [1, 512])
@@ -185,6 +189,30 @@ def test_four_variants_take_256_bytes_whatever_the_batch(num_samples: int, monke
 def test_one_bad_loss_anywhere_spoils_the_round(bad: float, each_sample: bool) -> None:
     assert evaluate([0.5, 0.25, 1.0], Wire(), each_sample=each_sample) is not None
     assert evaluate([0.5, bad, 1.0], Wire(), each_sample=each_sample) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**31])
+def test_one_bad_logit_spoils_a_calibrated_round(bad: float) -> None:
+    assert evaluate([0.5, 0.25, 1.0], Wire(), calibrated_classes=1) is not None
+    assert evaluate([0.5, bad, 1.0], Wire(), calibrated_classes=1) is None
+
+
+def test_a_calibrated_loss_is_the_one_that_rank_0_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine's exp may have other last bits, and all ranks must take the same step."""
+
+    rounds: list[Tensor] = []
+
+    def all_reduce(words: Tensor) -> None:
+        rounds.append(words.clone())
+        words[0] *= 2
+        if len(rounds) == 2:
+            words[2:6] += 7 << 32
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    assert evaluate([0.5, 0.5], Wire(rank=1, world_size=2), calibrated_classes=1) == Losses((7.0,) * 4)
+    logits, nothing = (words[2:] for words in rounds)
+    assert logits.any()
+    assert not nothing.any()
 
 
 def test_a_bad_loss_on_another_rank_spoils_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
