@@ -209,7 +209,7 @@ def test_a_calibrated_loss_is_the_one_that_rank_0_computed(monkeypatch: pytest.M
             words[2:6] += 7 << 32
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    assert evaluate([0.5, 0.5], Wire(rank=1, world_size=2), calibrated_classes=1) == Losses((7.0,) * 4)
+    assert evaluate([0.5] * 4, Wire(rank=1, world_size=2), calibrated_classes=1) == Losses((7.0,) * 4)
     logits, nothing = (words[2:] for words in rounds)
     assert logits.any()
     assert not nothing.any()
