@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,8 @@ class Contender:
     before: int = 0
     """Steps before them."""
     law: str = "gaussian"
+    calibrated: bool = False
+    """Losses, and the gradient that they are held against; see `mezo_dist.calibration`."""
 
     def draws(self, estimates: int) -> int:
         """How many times a cycle is run."""
@@ -73,8 +76,9 @@ def contenders(preset: Preset, budget: float) -> list[Contender]:
     n, lr, eps = preset.num_samples, preset.lr, preset.eps
     off = Annealing(divisor=1)
 
-    def mezo(label: str, passes: int, law: str = "gaussian", **settings: Any) -> Contender:
-        return Contender(label, MezoConfig(lr=lr, eps=eps, **settings), int(budget * n / passes), law=law)
+    def mezo(label: str, passes: int, law: str = "gaussian", *, calibrated: bool = False, **settings: Any) -> Contender:
+        config = MezoConfig(lr=lr, eps=eps, **settings)
+        return Contender(label, config, int(budget * n / passes), law=law, calibrated=calibrated)
 
     def svrg(label: str, q: int, law: str = "gaussian", anchors: int = 1, **settings: Any) -> Contender:
         config = SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=q, anchor_directions=anchors, annealing=off, **settings)
@@ -100,6 +104,10 @@ def contenders(preset: Preset, budget: float) -> list[Contender]:
         mezo("MeZO, per sample", 2, "lowrank", per_sample=True),
         mezo("MeZO, 4 per sample", 8, "lowrank", per_sample=True, directions=4),
         mezo("MeZO, 7 one-sided per sample", 8, "lowrank", per_sample=True, directions=7, one_sided=True),
+        mezo("MeZO, calibrated", 2, calibrated=True),
+        mezo("MeZO, 7 one-sided, calibrated", 8, directions=7, one_sided=True, calibrated=True),
+        mezo("MeZO, 16 directions, calibrated", 32, directions=16, calibrated=True),
+        dataclasses.replace(svrg("MeZO-SVRG, q = 2, calibrated", 2), calibrated=True),
         Contender("MeZO-SVRG, released, q = 2", released, inner_batch(2), 2),
         svrg("MeZO-SVRG, q = 2", 2),
         svrg("MeZO-SVRG, q = 5", 5),

@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from contenders import PRESETS, Contender, Preset, contenders
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import mezo_dist
 from mezo_dist import algorithms, config_reader
@@ -55,8 +56,8 @@ ROOT = Path(__file__).parents[2]
 Vector = dict[str, Tensor]
 
 
-def open_run(preset: Preset, law: str, folder: Path) -> Run:
-    """Model, data and engine of a preset, under one law."""
+def open_run(preset: Preset, law: str, folder: Path, *, calibrated: bool) -> Run:
+    """Model, data and engine of a preset, under one law, with such losses."""
     sizes = [f"task.splits.train.size={preset.num_samples}", "task.splits.validation.size=8", "task.splits.test.size=8"]
     overrides = [*preset.overrides, *sizes, f"law={law}", f"output.dir={folder / 'run'}", "train.full_size=null"]
     if preset.config == "tiny":
@@ -66,6 +67,7 @@ def open_run(preset: Preset, law: str, folder: Path) -> Run:
         path = ROOT / preset.config
         # Settings of the config's own algorithm must not stand in the way; ours are made below.
         overrides += ["algorithm.per_sample=false"]
+    overrides += [f"train.calibrate={str(calibrated).lower()}"]
     config: RunConfig = config_reader.load(path, overrides)
     return prepare(config, Wire())
 
@@ -83,12 +85,15 @@ def put(run: Run, weights: Vector) -> None:
 
 
 def gradient(run: Run) -> Vector:
-    """Of the mean loss of all training samples, by back-propagation."""
+    """Of the loss of all training samples, by back-propagation."""
     names, parameters = zip(*trainable(run), strict=True)
     total = [torch.zeros_like(p) for p in parameters]
     batch = run.split("train")
+    # By the envelope theorem, the gradient of a calibrated loss is that at its offsets.
+    offsets = run.evaluator.offsets(batch) if run.config.train.calibrate else 0.0
     for item in batch:
-        loss = run.evaluator.objective(run.loaded.model, item).loss.sum()
+        logits = run.evaluator.objective(run.loaded.model, item).logits
+        loss = cross_entropy(logits + offsets, item.labels, reduction="sum")
         for sum_, part in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if part is not None:
                 sum_ += part
@@ -96,14 +101,14 @@ def gradient(run: Run) -> Vector:
     return {name: part / num_samples for name, part in zip(names, total, strict=True)}
 
 
-def way_of_adamw(run: Run, lr: float, points: tuple[int, ...]) -> dict[int, tuple[Vector, float]]:
-    """Weights, and the norm of the gradient, after so many full-batch steps."""
+def way_of_adamw(run: Run, lr: float, points: tuple[int, ...]) -> dict[int, Vector]:
+    """Weights after so many full-batch steps."""
     optimiser = torch.optim.AdamW([p for _, p in trainable(run)], lr=lr, weight_decay=0.0)
     found = {}
     for step in range(max(points) + 1):
         g = gradient(run)
         if step in points:
-            found[step] = ({name: p.detach().clone() for name, p in trainable(run)}, dot(g, g) ** 0.5)
+            found[step] = {name: p.detach().clone() for name, p in trainable(run)}
         for name, parameter in trainable(run):
             parameter.grad = g[name]
         optimiser.step()
@@ -187,14 +192,16 @@ def measure(run: Run, contender: Contender, start: Vector, draws: int) -> dict[s
 def study(preset: Preset, chosen: list[Contender], estimates: int, folder: Path) -> tuple[list[dict[str, Any]], int]:
     """All contenders at all points, and the number of weights."""
     rows: list[dict[str, Any]] = []
-    points: dict[int, tuple[Vector, float]] = {}
+    points: dict[int, Vector] = {}
     size = 0
-    for law in dict.fromkeys(c.law for c in chosen):
-        run = open_run(preset, law, folder)
+    for law, calibrated in dict.fromkeys((c.law, c.calibrated) for c in chosen):
+        run = open_run(preset, law, folder, calibrated=calibrated)
         size = sum(p.numel() for _, p in trainable(run))
         points = points or way_of_adamw(run, preset.adamw_lr, preset.points)
-        for point, (weights, norm) in points.items():
-            for contender in (c for c in chosen if c.law == law):
+        for point, weights in points.items():
+            put(run, weights)
+            norm = dot(g := gradient(run), g) ** 0.5
+            for contender in (c for c in chosen if (c.law, c.calibrated) == (law, calibrated)):
                 found = measure(run, contender, weights, contender.draws(estimates))
                 rows.append({"label": contender.label, "law": law, "point": point, "gradient_norm": norm, **found})
                 figures = "  ".join(f"{name} {found[name]:9.4g}" for name in ("error", "best_error", "run_error"))
