@@ -66,7 +66,9 @@ def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, s
     lines = [f"### {setting}", "", f"Test accuracy in % after a quarter of the passes and after all; {seeds} seeds", ""]
     lines += _row("", *(cell for task in tasks for cell in (f"{task}: a quarter", "all")))
     lines += _row(*["---"] * (1 + 2 * len(tasks)))
-    lines += _row("before", *(cell for curves in tasks.values() for cell in ("", _spread(_firsts(curves)))))
+    for name, calibrated in {"before": False, "before, calibrated": True}.items():
+        firsts = [_firsts(curves, calibrated=calibrated) for curves in tasks.values()]
+        lines += _row(name, *(cell for found in firsts for cell in ("", _spread(found) if found else "-")))
     for label in labels:
         lines += _row(label, *(cell for curves in tasks.values() for cell in _accuracies(curves, label)))
     lines += ["", "Passes until validation accuracy is MeZO's best, and AdamW's best less a point", ""]
@@ -90,8 +92,13 @@ def _row(*cells: str) -> list[str]:
     return [f"| {' | '.join(cells)} |"]
 
 
-def _firsts(curves: Curves) -> list[float]:
-    return [points[0][TEST] for seeds in curves.values() for points in seeds]
+def _firsts(curves: Curves, *, calibrated: bool) -> list[float]:
+    chosen = [seeds for label, seeds in curves.items() if _is_calibrated(label) == calibrated]
+    return [points[0][TEST] for seeds in chosen for points in seeds]
+
+
+def _is_calibrated(label: str) -> bool:
+    return "calibrated" in label
 
 
 def _accuracies(curves: Curves, label: str) -> tuple[str, str]:
@@ -108,8 +115,9 @@ def _seconds(seeds: list[list[list[float]]] | None) -> str:
 
 
 def goal(curves: Curves, labels: str) -> float:
-    """Best validation accuracy, averaged over the seeds, on the curves whose labels begin so."""
-    means = [row[VALIDATION] for label, points in curves.items() if label.startswith(labels) for row in mean(points)]
+    """Best validation accuracy, averaged over the seeds, on the curves with plain losses whose labels begin so."""
+    chosen = [points for label, points in curves.items() if label.startswith(labels) and not _is_calibrated(label)]
+    means = [row[VALIDATION] for points in chosen for row in mean(points)]
     return max(means, default=1.0)
 
 
@@ -151,7 +159,7 @@ def plot(tasks: dict[str, Curves], setting: str, path: Path) -> None:
                 x = [statistics.mean(row[over] for row in points) for points in rows]
                 y = [[row[TEST] for row in points] for points in rows]
                 number = labels.index(label)
-                style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+                style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
                 axes.plot(x, [statistics.mean(values) for values in y], label=label, linewidth=1.2, **style)
                 axes.fill_between(x, list(map(min, y)), list(map(max, y)), alpha=0.1, linewidth=0, color=style["color"])
             axes.set_xscale("log")
