@@ -36,8 +36,17 @@ def test_estimator_quality(tmp_path: Path) -> None:
     assert (tmp_path / "estimator_quality-small-1.25.png").stat().st_size > 1000
 
 
+def test_class_bias(tmp_path: Path) -> None:
+    run("examples/studies/class_bias.py", "--preset", "small", "--out", str(tmp_path))
+    plain, calibrated = json.loads((tmp_path / "class_bias.json").read_text())["rows"]
+    assert (plain["calibrated"], calibrated["calibrated"]) == (False, True)
+    assert plain["spread"] / 16 * 0.5 < plain["batch"] < plain["spread"] / 16 * 1.5, "batches average it out"
+    assert calibrated["batch"] < plain["batch"]
+    assert calibrated["curvature"] < plain["curvature"]
+
+
 def test_learning_curves(tmp_path: Path) -> None:
-    labels = ["AdamW", "MeZO, batch 4", "MeZO-SVRG, per sample"]
+    labels = ["AdamW", "MeZO, batch 4", "MeZO-SVRG, per sample", "SGD, calibrated", "MeZO, batch 4, calibrated"]
     command = ["examples/studies/learning_curves.py", "--preset", "smoke", "--out", str(tmp_path), "--only", *labels]
     run(*command)
     files = {setting: tmp_path / f"learning_curves-smoke-{setting}-tiny.jsonl" for setting in ("prompts", "head")}

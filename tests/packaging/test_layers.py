@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "mezo_dist"
 LAYERS = {
     "errors": "",
     "readout": "",
+    "calibration": "",
     "directions": "errors",
     "algorithms": "errors directions",
     "minimize": "errors directions algorithms",
@@ -45,22 +46,22 @@ LAYERS = {
     "config_reader": "errors algorithms config",
     "folder": "errors files wire trajectory config",
     "adapters": "errors directions checkpoint_reader tasks config",
-    "export": "errors engines wire tensorfile adapters",
+    "export": "errors calibration engines wire tensorfile adapters",
     "models": "errors directions checkpoint_reader adapters random_weights assets tasks config",
     "curves": "files",
     "monitor": "errors curves",
     "testing": "errors wire",
     # what brings them together
     "shares": "algorithms data",
-    "evaluation": "errors algorithms engines wire tasks data objectives shares",
-    "runs": "errors directions algorithms engines wire trajectory checkpoint_reader prefix tasks data objectives "
+    "evaluation": "errors calibration algorithms engines wire tasks data objectives shares",
+    "runs": "errors calibration directions algorithms engines wire trajectory checkpoint_reader prefix tasks data objectives "
     "shares config models evaluation",
     "summary": "trajectory runs",
     "replay": "errors directions algorithms wire trajectory checkpoint config config_reader folder runs",
     "keeper": "errors trajectory journal checkpoint folder runs replay",
-    "training": "errors directions algorithms wire trajectory export config folder monitor runs summary replay keeper",
+    "training": "errors calibration directions algorithms wire trajectory export config folder monitor runs summary replay keeper",
     "report": "errors files trajectory folder",
-    "cli": "errors engines ranks wire doctor export config_reader monitor runs replay training report",
+    "cli": "errors calibration engines ranks wire doctor export config_reader monitor runs replay training report",
     "__main__": "cli",
 }
 
