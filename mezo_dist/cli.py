@@ -144,7 +144,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code
         )
         with Monitor.open(None, is_main=wire.rank == 0, num_steps=num_steps) as monitor:
-            training.score(run, arguments.split, monitor, num_steps, run.calibration())
+            calibration = training.calibrate(run, monitor)
+            training.score(run, arguments.split, monitor, num_steps, calibration)
 
     _with_wire(600.0, job)
 

@@ -67,13 +67,13 @@ class Evaluator:
         each = tuple(tuple(mean(loss, weight) for loss, weight in row) for row in sums)
         return Losses(means, each if request.each_sample else ())
 
-    def offsets(self, batch: Sequence[MicroBatch]) -> torch.Tensor:
+    def offsets(self, batch: Sequence[MicroBatch], advance: Callable[[int], None] = lambda _: None) -> torch.Tensor:
         """The best offset of every class for ``batch``, under the current weights; fp32 [classes], on all ranks.
 
-        Zero where a logit is not finite. See `mezo_dist.calibration`.
+        Zero if a logit is not finite. See `mezo_dist.calibration`; for ``advance``, `score`.
         """
         mark = ("offsets", len(batch))
-        logits = self._logits([Variant()], batch, mark)
+        logits = self._logits([Variant()], batch, mark, advance)
         if logits is None:
             return torch.zeros(self.calibrated_classes)
         return self._from_main(lambda: best_offsets(logits[0], _labels(batch)), logits.shape[-1:], mark).float()
@@ -124,7 +124,11 @@ class Evaluator:
         return Losses(tuple(found.tolist()))
 
     def _logits(
-        self, variants: Sequence[Variant], batch: Sequence[MicroBatch], mark: tuple[object, ...]
+        self,
+        variants: Sequence[Variant],
+        batch: Sequence[MicroBatch],
+        mark: tuple[object, ...],
+        advance: Callable[[int], None] = lambda _: None,
     ) -> torch.Tensor | None:
         """fp64 [variants, samples, classes], the same on all ranks; None if any, anywhere, is not finite."""
         num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
@@ -135,6 +139,7 @@ class Evaluator:
                 logits, finite = to_fixed(score.logits)
                 sound = sound and bool(finite.all())
                 table[variant, list(micro_batch.slots)] = logits
+            advance(len(micro_batch.slots) * self.wire.world_size)
         message = torch.cat([torch.tensor([0 if sound else 1]), table.flatten()])
         total = self.wire.round(message, fingerprint("logits", *mark))
         return None if int(total[0]) else total[1:].view(table.shape).double() / ONE

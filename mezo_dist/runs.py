@@ -110,11 +110,14 @@ class Run:
     def _cut(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return cut(samples, self.config.train.micro_batch, self.loaded.pad_id)
 
-    def calibration(self) -> Calibration | None:
-        """With ``train.calibrate``, what predictions by the current weights need; otherwise None. Collective."""
+    def calibration(self, advance: Callable[[int], None] = lambda _: None) -> Calibration | None:
+        """With ``train.calibrate``, what predictions by the current weights need; otherwise None. Collective.
+
+        ``advance`` is called with the numbers of samples that were looked at, up to `MOST_SAMPLES` in all.
+        """
         if not self.config.train.calibrate:
             return None
-        offsets = self.evaluator.offsets(self._cut(self.splits["train"][:MOST_SAMPLES]))
+        offsets = self.evaluator.offsets(self._cut(self.splits["train"][:MOST_SAMPLES]), advance)
         objective = self.evaluator.objective
         tokens = objective.label_ids if isinstance(objective, LabelWords) else []
         return Calibration(self.config.task.words, tokens, offsets)

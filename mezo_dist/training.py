@@ -17,7 +17,7 @@ from typing import Any
 
 from mezo_dist import trajectory
 from mezo_dist.algorithms.base import Evaluation, Losses, Update
-from mezo_dist.calibration import Calibration
+from mezo_dist.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.config import RunConfig, TrainConfig
 from mezo_dist.directions.combination import ZERO, CoefficientError, Combination
 from mezo_dist.errors import Stopped, UserError
@@ -83,7 +83,7 @@ def _train(run: Run, claim: Claim, progress: Progress, monitor: Monitor) -> None
     if claim.log is not None:
         before = read_results(claim.folder).get("before", {}) if is_main else {}
     else:
-        before = score(run, "test", monitor, 0, run.calibration()) if config.output.test else {}
+        before = score(run, "test", monitor, 0, calibrate(run, monitor)) if config.output.test else {}
         if is_main:
             save_config(config, claim.folder)
             write_results(claim.folder, {"before": before})
@@ -169,7 +169,7 @@ def _loop(run: Run, progress: Progress, keeper: Keeper, monitor: Monitor) -> Non
         if every and progress.step % every == 0 and progress.step < config.steps:
             keeper.snapshot(progress.step)
         if config.evaluate_every and progress.step % config.evaluate_every == 0 and progress.step < config.steps:
-            score(run, "validation", monitor, progress.step, run.calibration())
+            score(run, "validation", monitor, progress.step, calibrate(run, monitor))
 
 
 def _stop(run: Run, progress: Progress, keeper: Keeper) -> None:
@@ -220,6 +220,14 @@ def _check_skips(progress: Progress, step: Step, config: TrainConfig, monitor: M
         )
 
 
+def calibrate(run: Run, monitor: Monitor) -> Calibration | None:
+    """`Run.calibration` of the current weights, shown as it goes on."""
+    if not run.config.train.calibrate:
+        return None
+    with monitor.evaluation("train", min(len(run.splits["train"]), MOST_SAMPLES)) as advance:
+        return run.calibration(advance)
+
+
 def score(
     run: Run, split: str, monitor: Monitor, step: int, calibration: Calibration | None = None
 ) -> dict[str, float]:
@@ -237,7 +245,7 @@ def _finish(
 ) -> None:
     is_main = run.wire.rank == 0
     results: dict[str, Any] = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
-    calibration = run.calibration()
+    calibration = calibrate(run, monitor)
     results["validation"] = score(run, "validation", monitor, progress.step, calibration)
     if run.config.output.test:
         results["after"] = score(run, "test", monitor, progress.step, calibration)

@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     preset, rows = PRESETS[options.preset], []
     with tempfile.TemporaryDirectory() as folder:
-        run = open_run(preset, "gaussian", Path(folder), calibrated=False)
+        run = open_run(preset, "gaussian", Path(folder))
         for point, weights in way_of_adamw(run, preset.adamw_lr, preset.points).items():
             for calibrated in (False, True):
                 put(run, weights)

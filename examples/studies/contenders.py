@@ -33,10 +33,12 @@ class Preset:
     lr: float
     """Of the steps within a cycle; as large as in training, for an anchor is as good as it is near."""
     eps: float = 1e-3
+    ranks: tuple[int, ...] = ()
+    """Of low-rank directions, beside 1; for presets that train matrices."""
 
 
 PRESETS = {
-    "small": Preset("tiny", ("train.micro_batch=64",), 128, 64, 1e-3, (6,), 1e-5),
+    "small": Preset("tiny", ("train.micro_batch=64",), 128, 64, 1e-3, (6,), 1e-5, ranks=(4, 16)),
     "smollm2-norms": Preset("configs/quickstart.yaml", ("train.micro_batch=32",), 256, 64, 1e-2, (0, 20), 1e-3, 1e-2),
     "minilm": Preset(
         "configs/quickstart.yaml",
@@ -63,6 +65,8 @@ class Contender:
     before: int = 0
     """Steps before them."""
     law: str = "gaussian"
+    rank: int = 1
+    """Of low-rank directions."""
     calibrated: bool = False
     """Losses, and the gradient that they are held against; see `mezo_dist.calibration`."""
 
@@ -102,6 +106,10 @@ def contenders(preset: Preset, budget: float) -> list[Contender]:
         Contender("MeZO, momentum 0.9 over 10", momentum, int(budget * n / 2), cycle=10, before=9),
         mezo("MeZO, low-rank", 2, "lowrank"),
         mezo("MeZO, per sample", 2, "lowrank", per_sample=True),
+        *(
+            dataclasses.replace(mezo(f"MeZO, per sample, rank {rank}", 2, "lowrank", per_sample=True), rank=rank)
+            for rank in preset.ranks
+        ),
         mezo("MeZO, 4 per sample", 8, "lowrank", per_sample=True, directions=4),
         mezo("MeZO, 7 one-sided per sample", 8, "lowrank", per_sample=True, directions=7, one_sided=True),
         mezo("MeZO, calibrated", 2, calibrated=True),

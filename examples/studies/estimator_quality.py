@@ -56,7 +56,7 @@ ROOT = Path(__file__).parents[2]
 Vector = dict[str, Tensor]
 
 
-def open_run(preset: Preset, law: str, folder: Path, *, calibrated: bool) -> Run:
+def open_run(preset: Preset, law: str, folder: Path, *, rank: int = 1, calibrated: bool = False) -> Run:
     """Model, data and engine of a preset, under one law, with such losses."""
     sizes = [f"task.splits.train.size={preset.num_samples}", "task.splits.validation.size=8", "task.splits.test.size=8"]
     overrides = [*preset.overrides, *sizes, f"law={law}", f"output.dir={folder / 'run'}", "train.full_size=null"]
@@ -67,7 +67,7 @@ def open_run(preset: Preset, law: str, folder: Path, *, calibrated: bool) -> Run
         path = ROOT / preset.config
         # Settings of the config's own algorithm must not stand in the way; ours are made below.
         overrides += ["algorithm.per_sample=false"]
-    overrides += [f"train.calibrate={str(calibrated).lower()}"]
+    overrides += [f"train.calibrate={str(calibrated).lower()}", f"rank={rank}"]
     config: RunConfig = config_reader.load(path, overrides)
     return prepare(config, Wire())
 
@@ -194,14 +194,14 @@ def study(preset: Preset, chosen: list[Contender], estimates: int, folder: Path)
     rows: list[dict[str, Any]] = []
     points: dict[int, Vector] = {}
     size = 0
-    for law, calibrated in dict.fromkeys((c.law, c.calibrated) for c in chosen):
-        run = open_run(preset, law, folder, calibrated=calibrated)
+    for law, rank, calibrated in dict.fromkeys((c.law, c.rank, c.calibrated) for c in chosen):
+        run = open_run(preset, law, folder, rank=rank, calibrated=calibrated)
         size = sum(p.numel() for _, p in trainable(run))
         points = points or way_of_adamw(run, preset.adamw_lr, preset.points)
         for point, weights in points.items():
             put(run, weights)
             norm = dot(g := gradient(run), g) ** 0.5
-            for contender in (c for c in chosen if (c.law, c.calibrated) == (law, calibrated)):
+            for contender in (c for c in chosen if (c.law, c.rank, c.calibrated) == (law, rank, calibrated)):
                 found = measure(run, contender, weights, contender.draws(estimates))
                 rows.append({"label": contender.label, "law": law, "point": point, "gradient_norm": norm, **found})
                 figures = "  ".join(f"{name} {found[name]:9.4g}" for name in ("error", "best_error", "run_error"))

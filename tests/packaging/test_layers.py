@@ -54,12 +54,13 @@ LAYERS = {
     # what brings them together
     "shares": "algorithms data",
     "evaluation": "errors calibration algorithms engines wire tasks data objectives shares",
-    "runs": "errors calibration directions algorithms engines wire trajectory checkpoint_reader prefix tasks data objectives "
-    "shares config models evaluation",
+    "runs": "errors calibration directions algorithms engines wire trajectory checkpoint_reader prefix tasks "
+    "data objectives shares config models evaluation",
     "summary": "trajectory runs",
     "replay": "errors directions algorithms wire trajectory checkpoint config config_reader folder runs",
     "keeper": "errors trajectory journal checkpoint folder runs replay",
-    "training": "errors calibration directions algorithms wire trajectory export config folder monitor runs summary replay keeper",
+    "training": "errors calibration directions algorithms wire trajectory export config folder monitor runs summary "
+    "replay keeper",
     "report": "errors files trajectory folder",
     "cli": "errors calibration engines ranks wire doctor export config_reader monitor runs replay training report",
     "__main__": "cli",
