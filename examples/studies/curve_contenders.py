@@ -55,7 +55,7 @@ class CurvePreset:
     """Samples of the anchors of the per-sample MeZO-SVRG."""
     batch_size: int = 64
     contenders: str = "all"
-    """``all``; ``recipe``: the product's and plain MeZO; or ``per sample``: what a direction per sample is worth with
+    """``all``; ``recipe``: the product's, plain MeZO and AdamW; or ``per sample``: what a direction per sample is worth with
     other settings."""
 
 
@@ -105,7 +105,7 @@ def learners(preset: CurvePreset, num_train: int) -> list[Learner]:
     if preset.contenders == "per sample":
         return _per_sample(preset)
     every = _all(preset, num_train)
-    recipe = (f"MeZO, batch {preset.batch_size}", "MeZO, 7 one-sided, calibrated")
+    recipe = ("AdamW", f"MeZO, batch {preset.batch_size}", "MeZO, 7 one-sided, calibrated")
     return every if preset.contenders == "all" else [c for c in every if c.label in recipe]
 
 
@@ -234,6 +234,12 @@ PRESETS = {
     # How far the recipe gets with more passes.
     "cpu-long": CurvePreset(
         {"prompts": Setting(())}, TASKS, budget=131072, eps=1e-2, rates=3, sizes={"test": 512}, contenders="recipe",
+        max_tokens={"movie-sentences": 48, "tweets": 48, "bbc-news": 24},
+    ),
+    # A fresh head again, with fewer weights: the last norm and the head (1,540 to 2,700), no pooler.
+    "cpu-few": CurvePreset(
+        {"head": Setting((*MINILM, 'model.trainable=["bert.encoder.layer.5.output.LayerNorm.*", "classifier.*"]'))},
+        TASKS, budget=32768, eps=1e-2, sizes={"test": 512}, contenders="recipe",
         max_tokens={"movie-sentences": 48, "tweets": 48, "bbc-news": 24},
     ),
     "cpu-per-sample": CurvePreset(
