@@ -55,8 +55,8 @@ class CurvePreset:
     """Samples of the anchors of the per-sample MeZO-SVRG."""
     batch_size: int = 64
     contenders: str = "all"
-    """``all``; ``recipe``: the product's, plain MeZO and AdamW; or ``per sample``: what a direction per sample is worth with
-    other settings."""
+    """``all``; ``recipe``: the product's, plain MeZO and AdamW; or ``per sample``: what a direction per sample is
+    worth with other settings."""
 
 
 @dataclass(frozen=True)
