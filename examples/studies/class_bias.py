@@ -8,7 +8,9 @@ back-propagation. For plain losses and for calibrated ones (`mezo_dist.calibrati
     spread      E|g_i - g|^2 / |g|^2 of the gradients g_i of single samples around that of all, g
     one way     the share of that spread which lies along a single direction
     batch       E|g_B - g|^2 / |g|^2 of the exact gradients of batches of 16
-    curvature   largest eigenvalue of the Hessian of the loss of all samples: rates beyond 2 / curvature diverge
+    curvature   eigenvalue of largest size of the Hessian of the loss of all samples: rates beyond 2 / curvature diverge
+
+Samples of a calibrated loss are here at the offsets of all; batches of it are at their own, as in training.
 
 Writes class_bias.json.
 """
@@ -54,7 +56,7 @@ def gradients(run: Run, rows: list[int] | None = None, *, calibrated: bool) -> T
 
 
 def curvature(run: Run, *, calibrated: bool) -> float:
-    """Largest eigenvalue of the Hessian, by power iteration on differences of gradients."""
+    """The Hessian's eigenvalue of largest size, by power iteration on differences of gradients."""
     start = {name: p.detach().clone() for name, p in trainable(run)}
     direction = torch.randn(sum(p.numel() for p in start.values()), generator=torch.Generator().manual_seed(0))
     everything = list(range(len(run.splits["train"])))
