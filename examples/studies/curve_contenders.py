@@ -239,7 +239,7 @@ PRESETS = {
     # A fresh head again, with fewer weights: the last norm and the head (1,540 to 2,700), no pooler.
     "cpu-few": CurvePreset(
         {"head": Setting((*MINILM, 'model.trainable=["bert.encoder.layer.5.output.LayerNorm.*", "classifier.*"]'))},
-        TASKS, budget=32768, eps=1e-2, sizes={"test": 512}, contenders="recipe",
+        TASKS, budget=8192, eps=1e-2, sizes={"test": 512}, contenders="recipe",
         max_tokens={"movie-sentences": 48, "tweets": 48, "bbc-news": 24},
     ),
     "cpu-per-sample": CurvePreset(
