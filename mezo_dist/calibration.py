@@ -1,9 +1,10 @@
 """Calibrated classification: what a model says about a class in general is taken out of the loss.
 
 A language model favours some answers whatever the text (Zhao et al. 2021, arXiv 2102.09690). That bias is one number
-per class, and one direction in the space of weights moves it for all samples alike. Along that direction the loss is
-steep and curved, and single samples pull far apart. So it makes most of the noise of a zeroth-order estimate, and
-limits the learning rate. Here the loss of a batch is the least that any offsets of the classes can make it,
+per class, and few directions in the space of weights (one, if there are two classes) move it for all samples alike.
+Along them the loss is steep and curved, and single samples pull far apart. So they make most of the noise of a
+zeroth-order estimate, and limit the learning rate. Here the loss of a batch is the least that any offsets of the
+classes can make it,
 
     L(w) = min_b  1/n sum_i CE(z_i(w) + b, y_i)  +  RIDGE / (2 n) |b|^2
 
