@@ -40,6 +40,20 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dis
     return dist.PrefixStore(start, store)
 
 
+def wait_until_connected(store: dist.Store, world_size: int, timeout_s: float) -> None:
+    """Wait until all ranks are here, in a store that `meet` gave. To be called once they are connected to each other.
+
+    gloo says that it is as soon as a rank's own ends are. If that rank then stopped at once (for a bad setting, say),
+    those that still connect would now and then be aborted, without a word about why.
+
+    Raises:
+        torch.distributed.DistError: not all came within ``timeout_s`` seconds.
+    """
+    if store.add("connected", 1) == world_size:
+        store.set("all connected", "")
+    store.wait(["all connected"], datetime.timedelta(seconds=timeout_s))
+
+
 def _answer(store: dist.Store, start: str, missing: set[int], timeout_s: float) -> None:
     """Answer until all have heard. What an earlier start's rank has asked is answered too, and does no harm."""
     deadline = time.monotonic() + timeout_s

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mezo_dist import ranks
 from mezo_dist.errors import UserError
-from mezo_dist.meeting import meet, meeting_point, share_cores
+from mezo_dist.meeting import meet, meeting_point, share_cores, wait_until_connected
 from mezo_dist.watch import Watch
 
 FRACTION_BITS = 32
@@ -274,6 +274,7 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
     try:
         met = meet(next(dist.rendezvous(where, timeout=timeout, **place))[0], timeout_s=timeout_s, **place)
         dist.init_process_group(_backend(), store=met, timeout=timeout, **place)
+        wait_until_connected(met, found.world_size, timeout_s)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {found.rank} of {found.world_size} (from {found.launcher}) could not join the others at {where} "

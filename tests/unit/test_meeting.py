@@ -71,3 +71,39 @@ def test_a_rank_that_is_quicker_than_rank_0_after_a_restart_does_not_look_for_th
             for rank in ranks:
                 rank.kill()
                 rank.communicate()
+
+
+CONNECT_SLOWLY = """
+import sys, time
+import torch.distributed as dist
+from mezo_dist.wire import connect
+connected, seconds = dist.init_process_group, float(sys.argv[1])
+def slowly(*args, **kwargs):
+    connected(*args, **kwargs)
+    time.sleep(seconds)
+    print(time.monotonic())
+dist.init_process_group = slowly
+wire = connect(timeout_s=60)
+print(time.monotonic())
+wire.barrier()
+wire.close()
+"""
+
+
+@pytest.mark.distributed
+def test_no_rank_goes_on_while_another_still_connects() -> None:
+    """One that stopped at once, for a bad setting, would abort the other now and then: gloo's connections are not made
+    at both ends at once."""
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONNECT_SLOWLY, seconds],
+            env={**os.environ, **meeting, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, seconds in enumerate(["1.5", "0"])
+    ]
+    (connected, _), (_, went_on) = ([float(line) for line in r.communicate(timeout=60)[0].split()] for r in ranks)
+    assert went_on >= connected
