@@ -119,3 +119,20 @@ def test_reading_a_config_needs_no_heavy_library() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_connected_rank_that_fails_ends_at_once(tmp_path: Path) -> None:
+    """Taking down the threads of its connections would abort it now and then, and its status would be lost."""
+    program = (
+        "import atexit, sys\n"
+        "import torch.distributed as dist\n"
+        "from mezo_dist import __main__\n"
+        "atexit.register(print, 'taken down')\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        f"sys.argv = ['mezo-dist', 'report', {str(tmp_path / 'nowhere')!r}]\n"
+        "__main__.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "taken down" not in done.stdout
