@@ -31,7 +31,7 @@ test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint ## lint and the quick unit tests: for before a commit
-	$(BIN)/python -m pytest tests/unit -m "not assets and not distributed and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not assets and not distributed and not slow" $(ARGS)
 
 lint: .venv/installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

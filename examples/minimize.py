@@ -21,7 +21,7 @@ import torch
 
 from mezo_dist.algorithms.mezo import MezoConfig
 from mezo_dist.algorithms.svrg import SvrgConfig
-from mezo_dist.minimize import Draw, minimize
+from mezo_dist.optim.minimize import Draw, minimize
 
 TICK, TICKS = 0.02, 500
 GRAVITY, CART, POLE, HALF_LENGTH, PUSH = 9.8, 1.0, 0.1, 0.5, 10.0

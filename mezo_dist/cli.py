@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mezo_dist
-from mezo_dist.engines.heap import ask_for_huge_pages
+from mezo_dist.engines.memory import ask_for_huge_pages
 from mezo_dist.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    from mezo_dist.calibration import Calibration
-    from mezo_dist.runs import Weights
-    from mezo_dist.wire import Wire
+    from mezo_dist.distributed.communicator import Wire
+    from mezo_dist.objectives.calibration import Calibration
+    from mezo_dist.runs.build import Weights
 
 log = logging.getLogger("mezo_dist")
 
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rank_in_words() -> str:
     """`` (rank 1)``; empty without a launcher."""
-    from mezo_dist import ranks
+    from mezo_dist.distributed import environment
 
     try:
-        found = ranks.discover(os.environ)
+        found = environment.discover(os.environ)
         rank = str(found.rank) if found.launcher else ""
     except UserError:  # what the launcher said is what is wrong
         rank = os.environ.get("RANK", "")
@@ -116,19 +116,19 @@ def _add_run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namesp
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from mezo_dist import config_reader
+    from mezo_dist.config import reader
 
     given = ["--output.if_exists=replace" if item == "--force-new" else item for item in arguments.arguments]
     if "-h" in given or "--help" in given:
         names = [item.partition("=")[2] for item in given if item.removeprefix("--").startswith("algorithm.name=")]
-        print(config_reader.help_text(*names[-1:]))
+        print(reader.help_text(*names[-1:]))
         return
     if not given or given[0].startswith("-"):
         raise UserError("name a config file first, as in `mezo-dist train configs/quickstart.yaml --seed=1`")
-    run_config = config_reader.load(given[0], given[1:])
+    run_config = reader.load(given[0], given[1:])
 
     def job(wire: Wire) -> None:
-        from mezo_dist import training
+        from mezo_dist.runs import training
 
         training.train(run_config, wire)
 
@@ -137,8 +137,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     def job(wire: Wire) -> None:
-        from mezo_dist import training
-        from mezo_dist.monitor import Monitor
+        from mezo_dist.monitoring.console import Monitor
+        from mezo_dist.runs import training
 
         run, num_steps = training.rebuild(
             arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code
@@ -154,7 +154,7 @@ def _export(arguments: argparse.Namespace) -> None:
     _check_new(arguments.folder)
 
     def job(wire: Wire) -> None:
-        from mezo_dist import training
+        from mezo_dist.runs import training
 
         run, _ = training.rebuild(arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code)
         _write_model(run.weights, arguments.folder, wire, run.calibration())
@@ -163,7 +163,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from mezo_dist import doctor
+    from mezo_dist.distributed import doctor
 
     doctor.report(doctor.examine(arguments.files, arguments.folder.resolve(), arguments.timeout))
 
@@ -173,7 +173,7 @@ def _replay(arguments: argparse.Namespace) -> None:
         _check_new(arguments.export)
 
     def job(wire: Wire) -> None:
-        from mezo_dist import replay
+        from mezo_dist.runs import replay
 
         weights, about = replay.audit(
             arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code
@@ -189,10 +189,10 @@ def _replay(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from mezo_dist import report
+    from mezo_dist.monitoring import html_report
 
     path = arguments.to or arguments.run / "report.html"
-    report.write(arguments.run, path)
+    html_report.write(arguments.run, path)
     print(f"wrote {path}")
 
 
@@ -202,7 +202,7 @@ def _check_new(folder: Path) -> None:
 
 
 def _write_model(weights: Weights, folder: Path, wire: Wire, calibration: Calibration | None = None) -> None:
-    from mezo_dist.export import export_model
+    from mezo_dist.runs.export import export_model
 
     export_model(weights.engine, weights.loaded.tokenizer, folder, wire, calibration=calibration)
     if wire.rank == 0:
@@ -210,10 +210,10 @@ def _write_model(weights: Weights, folder: Path, wire: Wire, calibration: Calibr
 
 
 def _with_wire(timeout_s: float, job: Callable[[Wire], None], patience_s: float = 30.0) -> None:
-    from mezo_dist import wire
-    from mezo_dist.monitor import configure_logging
+    from mezo_dist.distributed import communicator
+    from mezo_dist.monitoring.console import configure_logging
 
-    connection = wire.connect(timeout_s, patience_s=patience_s)
+    connection = communicator.connect(timeout_s, patience_s=patience_s)
     configure_logging(connection.rank, sys.stderr.isatty())
     job(connection)
     connection.close()  # not after an error: other ranks may not be there to leave together

@@ -127,9 +127,9 @@ _SIZES = {"train": 30, "validation": 20, "test": 20}
 
 
 PRELOAD = [
-    "mezo_dist.config_reader",
-    "mezo_dist.directions.cpu_advance",
-    "mezo_dist.training",
+    "mezo_dist.config.reader",
+    "mezo_dist.directions.kernels.cpu_advance",
+    "mezo_dist.runs.training",
     "datasets",
     "torch.utils.tensorboard",
     "torchmetrics.functional.classification",
@@ -191,13 +191,13 @@ def _work(
 ) -> None:
     import torch
 
-    from mezo_dist import wire
+    from mezo_dist.distributed import communicator
 
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        connection = wire.connect(timeout_s, init_method)
+        connection = communicator.connect(timeout_s, init_method)
         results.put((rank, function(connection, *args), None))
         connection.close()
     except BaseException:  # noqa: BLE001 (sent to the parent, whatever it is)

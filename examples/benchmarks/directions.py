@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from mezo_dist.directions.add import add
+from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, Law
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.laws import GAUSSIAN, RADEMACHER, Law
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MINUS, PLUS = Combination.single(1, -1e-3), Combination.single(1, 1e-3)

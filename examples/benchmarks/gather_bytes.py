@@ -26,11 +26,11 @@ from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Varia
 from mezo_dist.algorithms.mezo import Mezo, MezoConfig
 from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.field import Field
-from mezo_dist.engines.base import Layout
+from mezo_dist.directions.law import Field
+from mezo_dist.distributed.communicator import Wire
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.testing import spawn
-from mezo_dist.wire import Wire
 
 EPS, LR = 1e-3, 1e-6
 
@@ -52,10 +52,10 @@ class Counter(TorchDispatchMode):
 def make_layout(name: str, model: nn.Module, wire: Wire) -> Layout:
     """Shard ``model``."""
     if name == "fsdp":
-        from mezo_dist.engines.fsdp import Fsdp
+        from mezo_dist.engines.layouts.fsdp import Fsdp
 
         return Fsdp(model, wire)
-    from mezo_dist.engines.zero import Zero
+    from mezo_dist.engines.layouts.zero import Zero
 
     return Zero(model, wire, {})
 

@@ -23,18 +23,19 @@ from typing import Any
 import torch
 from shapes import SHAPES, make_batch, without_data
 
-from mezo_dist import assets, wire
 from mezo_dist.algorithms.base import Evaluation, Problem, Variant
 from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
-from mezo_dist.checkpoint_reader import fill
-from mezo_dist.data import MicroBatch, cut
-from mezo_dist.directions.field import Field
-from mezo_dist.engines.base import Layout
+from mezo_dist.assets import registry
+from mezo_dist.directions.law import Field
+from mezo_dist.distributed import communicator
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.heap import ask_for_huge_pages
+from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.memory import ask_for_huge_pages
 from mezo_dist.engines.units import Unit
-from mezo_dist.evaluation import Evaluator
-from mezo_dist.objectives import LabelWords
+from mezo_dist.models.sliced_checkpoint import fill
+from mezo_dist.objectives.classification import LabelWords
+from mezo_dist.runs.evaluation import Evaluator
+from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.prompts import Sample
 
 GIB = 2**30
@@ -106,8 +107,8 @@ def real_texts(count: int) -> list[Sample]:
     """Movie sentences, the answer to be read at their end."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(assets.resolve_model("demo:smollm2-135m"))
-    lines = assets.resolve_data("demo:movie-sentences")["all"].read_text(encoding="utf-8").splitlines()[:count]
+    tokenizer = AutoTokenizer.from_pretrained(registry.resolve_model("demo:smollm2-135m"))
+    lines = registry.resolve_data("demo:movie-sentences")["all"].read_text(encoding="utf-8").splitlines()[:count]
     rows = [json.loads(line) for line in lines]
     ids = [tuple(tokenizer(f"{row['text']} It was")["input_ids"]) for row in rows]
     return [Sample(text, number % 2, len(text) - 1) for number, text in enumerate(ids)]
@@ -121,13 +122,13 @@ def batches(text: str) -> tuple[list[MicroBatch], list[MicroBatch]]:
     return cut(samples, MICRO, 2), cut(samples[:MINI], MICRO, 2)
 
 
-def make_layout(name: str, model: torch.nn.Module, connection: wire.Wire) -> Layout:
+def make_layout(name: str, model: torch.nn.Module, connection: communicator.Wire) -> Layout:
     """Shard the model, which has no data yet."""
     if name == "fsdp":
-        from mezo_dist.engines.fsdp import Fsdp
+        from mezo_dist.engines.layouts.fsdp import Fsdp
 
         return Fsdp(model, connection)
-    from mezo_dist.engines.zero import Zero
+    from mezo_dist.engines.layouts.zero import Zero
 
     return Zero(model, connection, {})
 
@@ -135,7 +136,7 @@ def make_layout(name: str, model: torch.nn.Module, connection: wire.Wire) -> Lay
 def run_rank(name: str, shape: str, text: str, threads: int) -> None:
     """One rank: load, take a cycle, and let rank 0 print what all of them found."""
     torch.set_num_threads(threads)
-    connection = wire.connect(timeout_s=900.0)
+    connection = communicator.connect(timeout_s=900.0)
     clock = Clock()
     with clock("load"):
         model, source = without_data(shape, torch.bfloat16)

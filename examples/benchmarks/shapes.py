@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from mezo_dist.checkpoint_reader import WeightSource, materialise
-from mezo_dist.data import MicroBatch
-from mezo_dist.random_weights import open_random
+from mezo_dist.models.random_weights import open_random
+from mezo_dist.models.sliced_checkpoint import WeightSource, materialise
+from mezo_dist.tasks.batches import MicroBatch
 
 VOCABULARY = 50272
 SHAPES = {  # layers, hidden size, heads

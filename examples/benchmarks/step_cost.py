@@ -25,11 +25,11 @@ from transformers import OPTConfig, OPTForCausalLM
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.mezo import Mezo, MezoConfig
 from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
-from mezo_dist.data import MicroBatch
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.heap import ask_for_huge_pages
-from mezo_dist.objectives import LabelWords, Objective
+from mezo_dist.engines.memory import ask_for_huge_pages
+from mezo_dist.objectives.classification import LabelWords, Objective
+from mezo_dist.tasks.batches import MicroBatch
 
 EPS, LR = 1e-3, 1e-6
 SHAPES = {

@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from launcher.hosts import Cluster, Counters, cluster
 from mezo_dist.algorithms.base import Evaluation, Problem, Update
 from mezo_dist.algorithms.mezo import Mezo, MezoConfig
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
+from mezo_dist.distributed.communicator import Wire, connect
 from mezo_dist.engines.engine import Engine
-from mezo_dist.evaluation import Evaluator
-from mezo_dist.objectives import LabelWords
-from mezo_dist.wire import Wire, connect
+from mezo_dist.objectives.classification import LabelWords
+from mezo_dist.runs.evaluation import Evaluator
 
 RATES = {"1gbit": 1e9, "100mbit": 1e8, "10mbit": 1e7, "1mbit": 1e6}
 """Bits per second."""
@@ -51,7 +51,7 @@ LOOPBACK = "loopback"
 
 
 def mezo_step(shape: str, wire: Wire) -> Callable[[], None]:
-    """A training step as `mezo_dist.training` takes it: plan, evaluate with one all-reduce, update, apply."""
+    """A training step as `mezo_dist.runs.training` takes it: plan, evaluate with one all-reduce, update, apply."""
     model = make_model(shape)
     first = make_batch(SAMPLES, TOKENS)
     batch = [first, dataclasses.replace(first, slots=tuple(range(SAMPLES, 2 * SAMPLES)))]

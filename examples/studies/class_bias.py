@@ -3,7 +3,7 @@
     python examples/studies/class_bias.py
 
 Two norms of SmolLM2-135M, 256 movie sentences, at the start and on the way of AdamW (as in `estimator_quality.py`), by
-back-propagation. For plain losses and for calibrated ones (`mezo_dist.calibration`):
+back-propagation. For plain losses and for calibrated ones (`mezo_dist.objectives.calibration`):
 
     spread      E|g_i - g|^2 / |g|^2 of the gradients g_i of single samples around that of all, g
     one way     the share of that spread which lies along a single direction
@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mezo_dist
-from mezo_dist.calibration import best_offsets
-from mezo_dist.runs import Run
+from mezo_dist.objectives.calibration import best_offsets
+from mezo_dist.runs.build import Run
 
 BATCH, BATCHES, POWER_STEPS, FAR = 16, 100, 20, 1e-3
 

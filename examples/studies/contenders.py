@@ -68,7 +68,7 @@ class Contender:
     rank: int = 1
     """Of low-rank directions."""
     calibrated: bool = False
-    """Losses, and the gradient that they are held against; see `mezo_dist.calibration`."""
+    """Losses, and the gradient that they are held against; see `mezo_dist.objectives.calibration`."""
 
     def draws(self, estimates: int) -> int:
         """How many times a cycle is run."""

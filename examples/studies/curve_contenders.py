@@ -77,7 +77,7 @@ class Learner:
     share: float = 1.0
     """Of the budget."""
     calibrated: bool = False
-    """Losses and predictions; see `mezo_dist.calibration`."""
+    """Losses and predictions; see `mezo_dist.objectives.calibration`."""
 
     def steps(self, budget: float) -> int:
         """That the budget allows."""

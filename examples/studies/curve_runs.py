@@ -15,18 +15,19 @@ from curve_contenders import FIRST_ORDER, CurvePreset, Learner, schedule
 from estimator_quality import ROOT, Vector, put, trainable
 from torch.nn.functional import cross_entropy
 
-from mezo_dist import algorithms, config_reader
+from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Problem
-from mezo_dist.calibration import best_offsets
-from mezo_dist.data import BatchOrder, MicroBatch
-from mezo_dist.directions.field import Field
+from mezo_dist.config import reader
+from mezo_dist.directions.law import Field
 from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.distributed.communicator import Wire
 from mezo_dist.engines.engine import Engine
-from mezo_dist.evaluation import Evaluator
-from mezo_dist.runs import Run, prepare
+from mezo_dist.objectives.calibration import best_offsets
+from mezo_dist.runs.build import Run, prepare
+from mezo_dist.runs.evaluation import Evaluator
+from mezo_dist.runs.training import plan_step
+from mezo_dist.tasks.batches import BatchOrder, MicroBatch
 from mezo_dist.testing import write_tiny_config
-from mezo_dist.training import plan_step
-from mezo_dist.wire import Wire
 
 LOOKS = 9
 """A run is looked at when budget / 2^k of its passes are done, k = LOOKS .. 0."""
@@ -62,10 +63,10 @@ class Bench:
         overrides += [f"task.splits.{name}.size={size}" for name, size in preset.sizes.items()]
         overrides += [f"train.max_tokens={preset.max_tokens[task]}"] if task in preset.max_tokens else []
         if preset.tasks[task] == "tiny":
-            config = config_reader.load(write_tiny_config(folder), [*overrides, "task.splits.train.size=48"])
+            config = reader.load(write_tiny_config(folder), [*overrides, "task.splits.train.size=48"])
         else:
             source = f"task={ROOT / preset.tasks[task]}"
-            config = config_reader.load(ROOT / "configs/quickstart.yaml", [source, *overrides])
+            config = reader.load(ROOT / "configs/quickstart.yaml", [source, *overrides])
         with torch.device(device):
             run = prepare(config, Wire())
         start = {name: p.detach().clone() for name, p in trainable(run)}
@@ -150,7 +151,7 @@ def _point(bench: Bench, learner: Learner, done: int, seconds: float) -> list[fl
 
 
 def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: int) -> Step:
-    """Steps as `mezo_dist.training` takes them."""
+    """Steps as `mezo_dist.runs.training` takes them."""
     n, full = bench.num_train, learner.full_size or bench.num_train
     assert not isinstance(learner.algorithm, str)
     config = learner.algorithm(lr, num_steps, bench.preset.eps)

@@ -41,16 +41,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import mezo_dist
-from mezo_dist import algorithms, config_reader
+from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Problem
-from mezo_dist.config import RunConfig
-from mezo_dist.data import BatchOrder
+from mezo_dist.config import reader
+from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.seeds import param_id
-from mezo_dist.runs import Run, prepare
+from mezo_dist.distributed.communicator import Wire
+from mezo_dist.runs.build import Run, prepare
+from mezo_dist.runs.training import plan_step
+from mezo_dist.tasks.batches import BatchOrder
 from mezo_dist.testing import write_tiny_config, write_tiny_data
-from mezo_dist.training import plan_step
-from mezo_dist.wire import Wire
 
 ROOT = Path(__file__).parents[2]
 Vector = dict[str, Tensor]
@@ -68,7 +69,7 @@ def open_run(preset: Preset, law: str, folder: Path, *, rank: int = 1, calibrate
         # Settings of the config's own algorithm must not stand in the way; ours are made below.
         overrides += ["algorithm.per_sample=false"]
     overrides += [f"train.calibrate={str(calibrated).lower()}", f"rank={rank}"]
-    config: RunConfig = config_reader.load(path, overrides)
+    config: RunConfig = reader.load(path, overrides)
     return prepare(config, Wire())
 
 

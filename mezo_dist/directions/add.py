@@ -15,9 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mezo_dist.directions import reference
+from mezo_dist.directions.bits import Law
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.laws import Law
+from mezo_dist.directions.kernels import reference
 
 log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +75,7 @@ def implementation(device_type: str) -> Callable[..., None]:
         log.warning("no fused kernel for device %r: directions are made by the (slow) torch reference", device_type)
         return reference.add
     try:
-        module: ModuleType = importlib.import_module(f"mezo_dist.directions.{name}")
+        module: ModuleType = importlib.import_module(f"mezo_dist.directions.kernels.{name}")
     except ImportError as error:
         log.warning("fused %s kernels are off (%s): directions are made by the (slow) torch reference", name, error)
         return reference.add

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mezo_dist.directions.add import add
+from mezo_dist.directions.bits import Law
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.laws import Law
 
 Updates = Sequence[tuple[Combination, int | None]]
 """(combination, seed of stochastic rounding or None), one after another."""
@@ -29,7 +29,7 @@ def advance(weight: Tensor, updates: Updates, *, param_id: int, law: Law, offset
         offset: index of the first element in the flattened full parameter.
     """
     if weight.device.type == "cpu" and weight.numel() and weight.is_contiguous() and _kernel_is_there():
-        from mezo_dist.directions import cpu_advance
+        from mezo_dist.directions.kernels import cpu_advance
 
         cpu_advance.advance(weight.detach().view(-1), updates, param_id=param_id, law=law, offset=offset)
         return

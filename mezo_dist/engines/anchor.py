@@ -14,7 +14,7 @@ from typing import final
 
 from torch import Tensor
 
-from mezo_dist.engines.base import Layout, Shard
+from mezo_dist.engines.layouts.base import Layout, Shard
 
 PREFIX = "anchor:"
 """Of the names under which the copy is saved; no parameter's name has a colon."""

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
 from mezo_dist.engines.anchor import Anchor
-from mezo_dist.engines.base import Layout, Shard
-from mezo_dist.engines.fanout import Call, FanOut, Job, Served
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
-from mezo_dist.engines.gathers import Gathers
-from mezo_dist.engines.heap import give_back_freed_memory, keep_freed_memory
-from mezo_dist.engines.materialise import Materialiser
-from mezo_dist.engines.replicated import Replicated
-from mezo_dist.engines.sites import Site
+from mezo_dist.engines.hooked import Site
+from mezo_dist.engines.layouts.base import Layout, Shard
+from mezo_dist.engines.layouts.replicated import Replicated
+from mezo_dist.engines.lockstep.fanout import Call, FanOut, Job, Served
+from mezo_dist.engines.lockstep.materialise import Materialiser
+from mezo_dist.engines.lockstep.unshard import Gathers
+from mezo_dist.engines.memory import give_back_freed_memory, keep_freed_memory
 
 ItemT = TypeVar("ItemT")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mezo_dist.engines.sites import Site, find_sites
+from mezo_dist.engines.hooked import Site, find_sites
 from mezo_dist.errors import UserError
 
 

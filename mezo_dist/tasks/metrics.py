@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mezo_dist.tasks.task import Metric
+from mezo_dist.config.task import Metric
 
 
 def measure(metric: Metric, prediction: Tensor, label: Tensor, num_classes: int) -> float:

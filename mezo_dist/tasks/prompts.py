@@ -5,14 +5,13 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from mezo_dist.config.schema import ModelKind
+from mezo_dist.config.task import ANSWER, Task
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.load import Row
-from mezo_dist.tasks.task import ANSWER, Task
+from mezo_dist.tasks.rows import Row
 from mezo_dist.tasks.templates import render
-
-Kind = Literal["causal", "masked", "classifier"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Encoder:
 
     task: Task
     tokenizer: Any
-    kind: Kind
+    kind: ModelKind
     max_tokens: int
     """Longest sequence, special tokens included."""
 

@@ -12,8 +12,8 @@ from mezo_dist.algorithms.mezo import Mezo, MezoConfig
 from mezo_dist.algorithms.schedules import Annealing, Plateau
 from mezo_dist.algorithms.svrg import Svrg, SvrgConfig, SvrgState
 from mezo_dist.algorithms.svrg_released import SvrgReleased, SvrgReleasedConfig
+from mezo_dist.directions.bits import GAUSSIAN
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.laws import GAUSSIAN
 
 PROBLEM = Problem(seed=1, num_steps=10, batch_size=4, full_size=16)
 SVRG = Svrg(SvrgConfig(lr=0.01, anchor_lr=0.1, eps=0.5, q=3), PROBLEM)

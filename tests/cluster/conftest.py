@@ -21,9 +21,9 @@ import pytest
 import yaml
 
 from launcher.hosts import TOOLS, Cluster, cluster, missing
-from mezo_dist import trajectory
+from mezo_dist.storage import trajectory
+from mezo_dist.storage.trajectory import Step
 from mezo_dist.testing import write_tiny_config
-from mezo_dist.trajectory import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "launcher" / "README.md"

@@ -8,7 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from mezo_dist.ranks import Ranks, discover
+from mezo_dist.distributed.environment import Ranks, discover
 
 from .conftest import ROOT
 

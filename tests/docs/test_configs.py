@@ -19,11 +19,12 @@ import pytest
 import tokenizers
 import yaml
 
-from mezo_dist import cli, trajectory
-from mezo_dist.config import RunConfig
-from mezo_dist.config_reader import load
+from mezo_dist import cli
+from mezo_dist.config.reader import load
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.config.task import ANSWER, Task
 from mezo_dist.directions.combination import ZERO
-from mezo_dist.tasks.task import ANSWER, Task
+from mezo_dist.storage import trajectory
 from mezo_dist.testing import WORDS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mezo_dist import config_reader
+from mezo_dist.config import reader
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def test_the_settings_of_commands_that_need_a_hub_are_right() -> None:
     for command in commands():
         if HOW[command] == SAME_WITHOUT_HUB:
             _, _, path, *overrides = shlex.split(command)
-            assert config_reader.load(ROOT / path, overrides).model.name in command
+            assert reader.load(ROOT / path, overrides).model.name in command
 
 
 def test_make_targets_exist_and_start_what_the_readme_says() -> None:

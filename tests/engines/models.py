@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.directions import reference
+from mezo_dist.directions.bits import GAUSSIAN, Law
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.laws import GAUSSIAN, Law
+from mezo_dist.directions.kernels import reference
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.testing import tiny_model
 

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mezo_dist import config_reader, training, trajectory
 from mezo_dist.algorithms.base import Variant
+from mezo_dist.config import reader
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
+from mezo_dist.distributed.communicator import Wire
 from mezo_dist.engines.engine import Engine
-from mezo_dist.objectives import LabelWords
+from mezo_dist.objectives.classification import LabelWords
+from mezo_dist.runs import training
+from mezo_dist.storage import trajectory
 from mezo_dist.testing import tiny_model, write_tiny_config
-from mezo_dist.wire import Wire
 from tests.engines.models import AROUND, Broken, assert_same, assert_untouched, attributes, explode, make, state
 from tests.engines.test_persample import PER_SAMPLE, losses, micro_batches
 
@@ -97,7 +99,7 @@ def test_in_32_bits_a_run_is_that_of_a_replayed_anchor_up_to_rounding(tmp_path: 
     for anchor in ("replay", "stored"):
         options = ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=4", "output.export=false"]
         options += [f"algorithm.anchor={anchor}", f"output.dir={tmp_path / anchor}", "output.test=false"]
-        training.train(config_reader.load(config, options), Wire())
+        training.train(reader.load(config, options), Wire())
         steps = trajectory.read(tmp_path / anchor / "trajectory.jsonl").steps
         found.append([loss for step in steps for loss in step.rounds[0].mean])
     assert len(found[0]) == 2 * 2 + 5 * 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
 from mezo_dist.engines.engine import Engine
 from tests.engines.models import VARIANTS, Broken, assert_same, assert_untouched, attributes, explode, make, state
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from mezo_dist.algorithms.base import Evaluation, Variant
-from mezo_dist.data import cut
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
+from mezo_dist.distributed.communicator import Wire
 from mezo_dist.engines import capacity
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.units import find_units
-from mezo_dist.evaluation import Evaluator
-from mezo_dist.objectives import LabelWords
+from mezo_dist.objectives.classification import LabelWords
+from mezo_dist.runs.evaluation import Evaluator
+from mezo_dist.tasks.batches import cut
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model
-from mezo_dist.wire import Wire
 
 
 def test_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

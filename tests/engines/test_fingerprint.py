@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
 from tests.engines.models import make

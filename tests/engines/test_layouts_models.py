@@ -16,15 +16,15 @@ from torch import nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.field import Field
-from mezo_dist.engines.base import Layout
+from mezo_dist.directions.law import Field
+from mezo_dist.distributed.communicator import OutOfStepError, Wire
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.fsdp import Fsdp
+from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.layouts.fsdp import Fsdp
+from mezo_dist.engines.layouts.zero import Zero
 from mezo_dist.engines.units import find_units
-from mezo_dist.engines.zero import Zero
 from mezo_dist.errors import UserError
 from mezo_dist.testing import spawn, tiny_model
-from mezo_dist.wire import OutOfStepError, Wire
 from tests.engines.models import KINDS, TOYS, VARIANTS, Broken, explode, make
 
 pytestmark = pytest.mark.distributed

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from mezo_dist import config_reader, training
+from mezo_dist.config import reader
+from mezo_dist.distributed.communicator import Wire
+from mezo_dist.runs import training
 from mezo_dist.testing import spawn, write_tiny_config
-from mezo_dist.wire import Wire
-from tests.engines.test_layouts import RUNS, SIZES
 from tests.run_folders import results
+from tests.runs.test_world_sizes import RUNS, SIZES
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +38,7 @@ def folder_of(root: Path, name: str, layout: str, world: int) -> Path:
 def train(wire: Wire, root: Path, name: str, layout: str, *more: str) -> None:
     folder = folder_of(root, name, layout, wire.world_size)
     options = [*RUNS[name][2], *SETTINGS[layout], f"output.dir={folder}", *more]
-    training.train(config_reader.load(root / name / "config.yaml", options), wire)
+    training.train(reader.load(root / name / "config.yaml", options), wire)
 
 
 def everything(wire: Wire, root: Path) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mezo_dist import cli
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.data import MicroBatch, cut
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
-from mezo_dist.objectives import LabelWords, Objective, classifier
+from mezo_dist.objectives.classification import LabelWords, Objective, classifier
+from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model, write_tiny_config
 from tests.engines.models import sequence_classifier

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.directions import reference
+from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, Law
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.field import Field
-from mezo_dist.directions.laws import GAUSSIAN, RADEMACHER, Law
+from mezo_dist.directions.kernels import reference
+from mezo_dist.directions.law import Field
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.engines.engine import Engine
 from tests.engines.models import (

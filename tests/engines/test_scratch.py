@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.sites import find_sites
-from mezo_dist.readout import Readout
+from mezo_dist.engines.hooked import find_sites
+from mezo_dist.engines.lockstep.head_slice import Readout
 from mezo_dist.testing import tiny_model
 from tests.engines.models import AROUND, SHIFTS, TOYS, VARIANTS, changed, every_model, make
 

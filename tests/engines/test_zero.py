@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.field import Field
+from mezo_dist.directions.law import Field
+from mezo_dist.distributed.communicator import Wire
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.zero import Zero, read_config
+from mezo_dist.engines.layouts.zero import Zero, read_config
 from mezo_dist.errors import UserError
 from mezo_dist.testing import spawn
-from mezo_dist.wire import Wire
 
 
 def write(folder: Path, config: Any) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mezo_dist import config_reader, training
+from mezo_dist.config import reader
+from mezo_dist.distributed.communicator import Wire
+from mezo_dist.runs import training
 from mezo_dist.testing import write_tiny_config
-from mezo_dist.wire import Wire
 from tests.faults.jobs import OPTIONS, STEPS
 
 
@@ -17,6 +18,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config, and the undisturbed run of it in undisturbed/, on one process; a test that damages it mends it."""
     root = tmp_path_factory.mktemp("faults")
     write_tiny_config(root, "llama-tied", "mezo-svrg", steps=STEPS)
-    config = config_reader.load(root / "config.yaml", [*OPTIONS, f"--output.dir={root / 'undisturbed'}"])
+    config = reader.load(root / "config.yaml", [*OPTIONS, f"--output.dir={root / 'undisturbed'}"])
     training.train(config, Wire())
     return root

@@ -22,11 +22,13 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 with atheris.instrument_imports(include=["mezo_dist"]):
-    from mezo_dist import config_reader, tensorfile, training, trajectory
+    from mezo_dist.config import reader
+    from mezo_dist.distributed.communicator import Wire
     from mezo_dist.errors import UserError
+    from mezo_dist.runs import training
+    from mezo_dist.storage import safetensors_io, trajectory
     from mezo_dist.tasks.templates import render
     from mezo_dist.testing import write_tiny_config
-    from mezo_dist.wire import Wire
 
 FOLDER = Path(tempfile.mkdtemp(prefix="mezo-fuzz-"))
 
@@ -43,9 +45,9 @@ def from_file(read: Callable[[Path], object], name: str) -> Callable[[bytes], ob
 
 READERS: list[Callable[[bytes], object]] = [
     from_file(trajectory.read, "trajectory.jsonl"),
-    from_file(tensorfile.read_header, "model.safetensors"),
+    from_file(safetensors_io.read_header, "model.safetensors"),
     lambda data: render(data.decode("utf-8", "replace"), {"text": "a dull film"}, ["text"]),
-    from_file(config_reader.load, "config.yaml"),
+    from_file(reader.load, "config.yaml"),
 ]
 """The first byte of an input says which."""
 
@@ -60,7 +62,7 @@ def one(data: bytes) -> None:
 def seeds() -> list[bytes]:
     """One sound file for each reader."""
     config = write_tiny_config(FOLDER / "job", steps=2)
-    run = training.train(config_reader.load(config), Wire())
+    run = training.train(reader.load(config), Wire())
     header = json.dumps({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
     return [
         (run / "trajectory.jsonl").read_bytes(),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mezo_dist import checkpoint, cli
+from mezo_dist import cli
+from mezo_dist.storage import snapshots
 from tests.faults.jobs import arguments
 from tests.faults.outcomes import finish
 
@@ -22,7 +23,7 @@ def unfinished(root: Path, tmp_path: Path, steps: int = 10) -> Path:
     lines = (folder / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
     last = next(i for i, line in enumerate(lines) if line.startswith(b'{"step":%d,' % (steps - 1)))
     (folder / "trajectory.jsonl").write_bytes(b"".join(lines[: last + 1]))
-    assert [path.name for path in checkpoint.snapshots(folder / "snapshots")] == ["step-00000004", "step-00000008"]
+    assert [path.name for path in snapshots.snapshots(folder / "snapshots")] == ["step-00000004", "step-00000008"]
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mezo_dist import checkpoint
+from mezo_dist.storage import snapshots
 from mezo_dist.testing import write_tiny_data
 from tests.faults.jobs import arguments, run, steps_of
 from tests.faults.outcomes import finish
@@ -37,9 +37,9 @@ class OtherCode:
     rank: int
 
     def install(self) -> None:
-        from mezo_dist import runs
+        from mezo_dist.runs import build
 
-        runs._code_digest = lambda: "another checkout"
+        build._code_digest = lambda: "another checkout"
 
 
 def test_a_rank_with_other_code(root: Path, tmp_path: Path) -> None:
@@ -101,4 +101,4 @@ def test_weights_that_differ_are_found_before_they_are_saved(
     codes, output = run(tmp_path, 2, arguments(root, tmp_path / "run"), FlippedBit(1))
     assert codes == [2, 2]
     assert "error: weights after step 8 of rank(s) [1] differs from rank 0's" in output
-    assert [p.name for p in checkpoint.snapshots(tmp_path / "run" / "snapshots")] == ["step-00000004"]
+    assert [p.name for p in snapshots.snapshots(tmp_path / "run" / "snapshots")] == ["step-00000004"]

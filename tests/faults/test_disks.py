@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from mezo_dist import checkpoint, cli
+from mezo_dist import cli
+from mezo_dist.storage import snapshots
 from tests.faults.jobs import STEPS, arguments, run, steps_of
 from tests.faults.outcomes import events, finish, weights
 
@@ -53,9 +54,9 @@ class FullDisk:
     rank: int = 0
 
     def install(self) -> None:
-        from mezo_dist import keeper
+        from mezo_dist.runs import recorder
 
-        real, calls = getattr(keeper.Keeper, self.function), [0]
+        real, calls = getattr(recorder.Keeper, self.function), [0]
 
         def fill_first(*args: Any) -> Any:
             calls[0] += 1
@@ -63,7 +64,7 @@ class FullDisk:
                 fill(Path(self.disk), self.spare)
             return real(*args)
 
-        setattr(keeper.Keeper, self.function, fill_first)
+        setattr(recorder.Keeper, self.function, fill_first)
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(
@@ -95,7 +96,7 @@ def test_a_snapshot_on_a_full_disk_is_given_up_and_the_run_goes_on(
         assert weights(folder) == weights(root / "undisturbed")
         failed = [event for event in events(folder) if event["event"] == "snapshot failed"]
         assert [event["step"] for event in failed] == [8]
-        assert [path.name for path in checkpoint.snapshots(folder / "snapshots")] == ["step-00000004"]
+        assert [path.name for path in snapshots.snapshots(folder / "snapshots")] == ["step-00000004"]
         assert not list((folder / "snapshots").glob(".*"))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mezo_dist import checkpoint, cli, trajectory
+from mezo_dist import cli
+from mezo_dist.storage import snapshots, trajectory
 from tests.faults.jobs import STEPS, Fault, arguments, run, start, steps_of
 from tests.faults.outcomes import events, finish, weights
 
@@ -24,12 +25,12 @@ def test_sigterm_finishes_the_step_and_saves(
 ) -> None:
     """As SLURM does before it preempts a job. One rank is told; all finish the same step."""
     folder, option = tmp_path / "run", f"--distributed.stop_exit_code={status}"
-    told = Fault("mezo_dist.evaluation:Evaluator.losses", 6, rank, strike="SIGTERM")
+    told = Fault("mezo_dist.runs.evaluation:Evaluator.losses", 6, rank, strike="SIGTERM")
     codes, output = run(tmp_path, 2, arguments(root, folder, option), told)
     assert codes == [status, status], output
     assert output.count("stopped after step 6 of 12; go on with --output.if_exists=resume") == 2
     assert len(steps_of(folder)) == 6
-    assert [path.name for path in checkpoint.snapshots(folder / "snapshots")] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in snapshots.snapshots(folder / "snapshots")] == ["step-00000004", "step-00000006"]
     assert [event["event"] for event in events(folder)] == ["started", "stopped"]
     assert "rebuilt steps 6 to 6" in finish(root, folder, capsys)
 
@@ -37,7 +38,7 @@ def test_sigterm_finishes_the_step_and_saves(
 def test_a_rank_that_hangs_is_named_with_the_step(root: Path, tmp_path: Path) -> None:
     """SIGSTOP: alive, its connections open, but silent."""
     options = ["--distributed.timeout_s=6", "--distributed.patience_s=1"]
-    stopped = Fault("mezo_dist.evaluation:Evaluator.losses", 6, 1, strike="SIGSTOP")
+    stopped = Fault("mezo_dist.runs.evaluation:Evaluator.losses", 6, 1, strike="SIGSTOP")
     with start(tmp_path, 3, arguments(root, tmp_path / "run", *options), stopped) as job:
         for rank in (0, 2):
             job.processes[rank].join(60)
@@ -68,7 +69,7 @@ def test_a_clock_that_jumps_changes_nothing(
 
 def test_two_jobs_do_not_write_to_one_folder(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    paused = Fault("mezo_dist.evaluation:Evaluator.losses", 6, 0, strike="SIGSTOP")
+    paused = Fault("mezo_dist.runs.evaluation:Evaluator.losses", 6, 0, strike="SIGSTOP")
     with start(tmp_path, 1, arguments(root, folder), paused) as job:
         while not (folder / "trajectory.jsonl").exists() or len(steps_of(folder)) < 5:
             time.sleep(0.01)

@@ -18,20 +18,22 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mezo_dist import cli, config_reader, training
-from mezo_dist.config import RunConfig
+from mezo_dist import cli
+from mezo_dist.config import reader
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.distributed.communicator import Wire
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.load import load_rows
+from mezo_dist.runs import training
+from mezo_dist.tasks.rows import load_rows
 from mezo_dist.tasks.templates import render
 from mezo_dist.testing import write_tiny_config
-from mezo_dist.wire import Wire
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config that works, and a run of it."""
     root = tmp_path_factory.mktemp("fuzz")
-    training.train(config_reader.load(write_tiny_config(root, steps=2)), Wire())
+    training.train(reader.load(write_tiny_config(root, steps=2)), Wire())
     return root
 
 
@@ -50,7 +52,7 @@ def little_memory() -> Iterator[None]:
 def read_config(path: Path) -> RunConfig | str:
     with little_memory():
         try:
-            return config_reader.load(path)
+            return reader.load(path)
         except UserError as error:
             return str(error)
 
@@ -86,7 +88,7 @@ values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionari
 @given(st.data())
 def test_any_value_for_any_setting(tiny: Path, data: st.DataObject) -> None:
     config = yaml.safe_load((tiny / "config.yaml").read_text())
-    full = config_reader.load(tiny / "config.yaml").to_dict()
+    full = reader.load(tiny / "config.yaml").to_dict()
     section = data.draw(st.sampled_from(sorted(full)))
     inside = sorted(full[section]) if isinstance(full[section], dict) else []
     value: Any = data.draw(values)
@@ -99,7 +101,7 @@ def test_any_value_for_any_setting(tiny: Path, data: st.DataObject) -> None:
     path.write_text(yaml.safe_dump(config))
     found = read_config(path)
     if isinstance(found, RunConfig):
-        assert config_reader.from_dict(json.loads(json.dumps(found.to_dict())), "again") == found
+        assert reader.from_dict(json.loads(json.dumps(found.to_dict())), "again") == found
 
 
 BOMBS = {
@@ -126,7 +128,7 @@ def test_bombs_in_a_config(tmp_path: Path, name: str) -> None:
 @settings(quick, max_examples=25)
 @given(st.data())
 def test_whatever_is_done_to_the_data(tiny: Path, data: st.DataObject) -> None:
-    config = config_reader.load(tiny / "config.yaml")
+    config = reader.load(tiny / "config.yaml")
     content = bytearray((tiny / "data.jsonl").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(content)))
@@ -188,7 +190,9 @@ def test_no_code_comes_with_a_run_folder(
     for path in run.rglob("*"):
         if path.is_file() and path.name != "trajectory.jsonl":
             path.write_bytes(pickle.dumps({"weights": 1}))
-    importlib.import_module("mezo_dist.directions.cpu_advance")  # numba keeps compiled kernels as pickles, in its cache
+    importlib.import_module(
+        "mezo_dist.directions.kernels.cpu_advance"
+    )  # numba keeps compiled kernels as pickles, in its cache
     with monkeypatch.context() as patch:
         for name in ("load", "loads", "Unpickler"):
             patch.setattr(pickle, name, refuse)
@@ -219,7 +223,7 @@ def test_nobody_listens_in_a_job_of_one_process(tiny: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(socket.socket, "listen", refuse)
     before = listening()
-    training.train(config_reader.load(tiny / "config.yaml", [f"output.dir={tmp_path}"]), Wire())
+    training.train(reader.load(tiny / "config.yaml", [f"output.dir={tmp_path}"]), Wire())
     assert listening() <= before
 
 

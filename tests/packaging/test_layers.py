@@ -12,61 +12,31 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mezo_dist"
 
-# What each module of mezo_dist may import of the others. From the bottom to the top: an entry names only
-# entries above it, so there are no cycles. A new module needs a line: the moment to think where it belongs.
+# What each folder of mezo_dist may import of the others. From the bottom to the top: an entry names only
+# entries above it, so there are no cycles.
 LAYERS = {
     "errors": "",
-    "readout": "",
-    "calibration": "",
     "directions": "errors",
     "algorithms": "errors directions",
-    "minimize": "errors directions algorithms",
-    "watch": "",
-    "ranks": "errors",
-    "meeting": "ranks",
-    "wire": "errors watch ranks meeting",
-    "doctor": "errors watch ranks wire",
-    "engines": "errors readout directions algorithms wire",
-    "prefix_finder": "engines",
-    "prefix": "readout prefix_finder",
-    # beside the engines
-    "files": "",
-    "trajectory": "errors directions algorithms",
-    "journal": "errors files trajectory",
-    "tensorfile": "errors",
-    "checkpoint": "errors engines files wire tensorfile",
-    "checkpoint_reader": "errors engines tensorfile",
-    "random_weights": "directions checkpoint_reader",
-    "demo_assets": "errors",
-    "assets": "errors demo_assets",
-    "tasks": "errors directions assets",
-    "data": "errors directions tasks",
-    "objectives": "errors readout prefix tasks data",
-    "config": "errors algorithms tasks",
-    "config_reader": "errors algorithms config",
-    "folder": "errors files wire trajectory config",
-    "adapters": "errors directions checkpoint_reader tasks config",
-    "export": "errors calibration engines wire tensorfile adapters",
-    "models": "errors directions checkpoint_reader adapters random_weights assets tasks config",
-    "curves": "files",
-    "monitor": "errors curves",
-    "testing": "errors wire",
+    "config": "errors algorithms",
+    "distributed": "errors",
+    "engines": "errors directions algorithms distributed",
+    "assets": "errors",
+    # beside one another
+    "storage": "errors directions algorithms config distributed engines",
+    "tasks": "errors directions config assets",
+    "models": "errors directions config engines assets storage",
+    "objectives": "errors config engines tasks models",
+    "monitoring": "errors storage",
+    "testing": "errors distributed",
     # what brings them together
-    "shares": "algorithms data",
-    "evaluation": "errors calibration algorithms engines wire tasks data objectives shares",
-    "runs": "errors calibration directions algorithms engines wire trajectory checkpoint_reader prefix tasks "
-    "data objectives shares config models evaluation",
-    "summary": "trajectory runs",
-    "replay": "errors directions algorithms wire trajectory checkpoint config config_reader folder runs",
-    "keeper": "errors trajectory journal checkpoint folder runs replay",
-    "training": "errors calibration directions algorithms wire trajectory export config folder monitor runs summary "
-    "replay keeper",
-    "report": "errors files trajectory folder",
-    "cli": "errors calibration engines ranks wire doctor export config_reader monitor runs replay training report",
+    "optim": "errors directions algorithms distributed engines storage",
+    "runs": "errors directions algorithms config distributed engines storage tasks models objectives monitoring",
+    "cli": "errors config distributed engines objectives monitoring runs",
     "__main__": "cli",
 }
 
-NO_TORCH = ["mezo_dist", "mezo_dist.config_reader", "mezo_dist.algorithms", "mezo_dist.directions.combination"]
+NO_TORCH = ["mezo_dist", "mezo_dist.config.reader", "mezo_dist.algorithms", "mezo_dist.directions.combination"]
 
 
 def modules() -> set[str]:

@@ -1,0 +1,1 @@
+"""Implementations of `mezo_dist.directions.add`: the plain-torch reference, compiled CPU code, Triton."""

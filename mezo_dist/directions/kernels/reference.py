@@ -1,0 +1,77 @@
+"""The one primitive in plain torch: the definition that every fast path must equal bit for bit.
+
+``out = cast(w + sum_k c_k z_k)``: in fp32, terms in the combination's order, multiply then add, each rounded, one
+cast at the end. Memory: a few hundred KiB of scratch however large the parameter is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mezo_dist.directions import philox
+from mezo_dist.directions.bits import CHUNK, Law, halves
+from mezo_dist.directions.combination import Combination
+
+CHUNKS_AT_ONCE = 64
+ROUNDING_BLOCKS_PER_CHUNK = 128
+
+
+def add(
+    weight: Tensor,
+    combinations: Sequence[Combination],
+    outputs: Sequence[Tensor],
+    *,
+    param_id: int,
+    offsets: Sequence[int],
+    law: Law,
+    rounding_seed: int | None,
+) -> None:
+    """See `mezo_dist.directions.add`."""
+    weight, *outputs = (tensor.detach().view(len(offsets), -1) for tensor in (weight, *outputs))
+    length = weight.shape[1]
+    for row, offset in enumerate(offsets):
+        start = offset
+        while start < offset + length:
+            first_chunk = start // CHUNK
+            stop = min(offset + length, (first_chunk + CHUNKS_AT_ONCE) * CHUNK)
+            piece = slice(start - offset, stop - offset)
+            in_chunks = slice(start - first_chunk * CHUNK, stop - first_chunk * CHUNK)
+            num_chunks = -(-stop // CHUNK) - first_chunk
+            source = weight[row, piece].to(torch.float32, copy=True)
+            for combination, output in zip(combinations, outputs, strict=True):
+                total = source.clone()
+                for seed, coefficient in combination.terms:
+                    z = law.chunks(seed, param_id, first_chunk, num_chunks).flatten()[in_chunks]
+                    total += coefficient * z.to(total.device)
+                if rounding_seed is not None:
+                    noise = _rounding_bits(rounding_seed, param_id, first_chunk, num_chunks)[in_chunks]
+                    total = round_stochastically(total, noise.to(total.device))
+                output[row, piece] = total.to(output.dtype)
+            start = stop
+
+
+def _rounding_bits(seed: int, param_id: int, first_chunk: int, num_chunks: int) -> Tensor:
+    """16 random bits per element from stream 1, in the ``gaussian`` layout: int64 [num_chunks * 1024]."""
+    per = ROUNDING_BLOCKS_PER_CHUNK
+    words = philox.direction_words(seed, param_id, philox.STREAM_ROUNDING, first_chunk * per, num_chunks * per)
+    return halves(words).flatten()
+
+
+def round_stochastically(value: Tensor, bits: Tensor) -> Tensor:
+    """fp32 values rounded to bf16's grid, up with a probability equal to the discarded fraction.
+
+    Args:
+        value: fp32 [n].
+        bits: int64 [n], uniform in 0..65535. They are added to the 16 bits that bf16 has not, and those are cut off:
+            exact for every finite value, whatever its exponent. Values that are not finite pass unchanged.
+
+    Returns:
+        fp32 [n], exactly representable in bf16.
+    """
+    raw = value.view(torch.int32).to(torch.int64) & philox.MASK32
+    rounded = ((raw + bits) & 0xFFFF0000).to(torch.int64)
+    rounded = torch.where(rounded >= 2**31, rounded - 2**32, rounded).to(torch.int32).view(torch.float32)
+    return torch.where(torch.isfinite(value), rounded, value)

@@ -1,0 +1,290 @@
+"""What crosses between ranks: one all-reduce of a small integer vector per round, and nothing else.
+
+Losses travel as fixed-point 64-bit integers, so their sum is exact and does not depend on who added what first. Every
+round also carries a fingerprint of what the rank believes it is evaluating; a rank that fell out of step is named
+instead of corrupting the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mezo_dist.distributed import environment
+from mezo_dist.distributed.rendezvous import meet, meeting_point, share_cores, wait_until_connected
+from mezo_dist.distributed.watchdog import Watch
+from mezo_dist.errors import UserError
+
+FRACTION_BITS = 32
+ONE = 1 << FRACTION_BITS
+MAX_SUM = 1 << 62
+PAYLOAD_WORDS = 32
+"""The first so many words of a round (256 bytes) travel alone, and a shorter round is padded to them: so ranks in
+different rounds still meet and can be told, where collectives of different lengths would kill the processes."""
+
+
+class OutOfStepError(RuntimeError):
+    """Ranks disagree about the round they are in; going on would corrupt the weights."""
+
+
+class LostRankError(UserError):
+    """Another rank stopped, or did not answer in time. What is wrong is in that rank's own message."""
+
+    exit_status = 75
+    """A temporary failure (sysexits.h): starting again, with output.if_exists=resume, goes on where the run was."""
+
+
+def to_fixed(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 or fp64 losses [n] as int64 [n] multiples of 2**-32, and a bool [n] that is False where that failed.
+
+    It fails where the loss is not finite or so large that it has diverged (2**30 or more); the value is 0 there.
+    """
+    wide = losses.detach().to("cpu", torch.float64)
+    sound = torch.isfinite(wide) & (wide.abs() < 2.0**30)
+    return torch.where(sound, wide * ONE, 0.0).round().to(torch.int64), sound
+
+
+def mean(total: int, weight: int) -> float:
+    """The mean loss from a fixed-point sum and a sum of weights: exact integers, one rounding."""
+    return total / (weight * ONE)
+
+
+def fingerprint(*what: Any) -> int:
+    """A 62-bit hash of JSON-serialisable values."""
+    text = json.dumps(what, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
+
+
+@final
+class Wire:
+    """The processes of a run and the collectives between them. Use `connect` to make one.
+
+    Attributes:
+        rank, world_size: as the launcher gave them; 0 and 1 without a launcher.
+        ranks_here: ranks on this host; all, if the launcher does not say.
+        payload_bytes: bytes that this rank has put into collectives so far.
+        rounds: number of `round` calls so far.
+        place: where the run is ("step 17"), for messages; set it as the run goes on.
+        wants_stop: set it (a signal handler may) to make all ranks stop.
+        stopping: a rank wanted to stop in some round so far; all ranks see this in the same round.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, watch: Watch | None = None, ranks_here: int = 0) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.ranks_here = ranks_here or world_size
+        self.payload_bytes = 0
+        self.rounds = 0
+        self.place = "start"
+        self.wants_stop = False
+        self.stopping = False
+        self._watch = watch or Watch.off()
+
+    def round(self, values: Tensor, mark: int) -> Tensor:
+        """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
+
+        One collective; two if there are more values than fit into `PAYLOAD_WORDS`.
+
+        Args:
+            values: exact contributions of this rank; the sum must fit into 62 bits.
+            mark: `fingerprint` of the step, the variants and the batch.
+
+        Raises:
+            OutOfStepError: a rank came with another ``mark``; the message names it.
+            LostRankError: a rank is gone. So do all other methods that talk.
+        """
+        words = torch.zeros(max(PAYLOAD_WORDS, values.numel() + 2), dtype=torch.int64)
+        words[0] = mark // self.world_size  # the sum of equal marks stays below 2**62
+        words[1] = self.wants_stop
+        words[2 : values.numel() + 2] = values.reshape(-1)
+        own = int(words[0])
+        self._all_reduce(words[:PAYLOAD_WORDS])
+        self.rounds += 1
+        if int(words[0]) != own * self.world_size:
+            self._name_outlier(own)
+        if len(words) > PAYLOAD_WORDS:
+            self._all_reduce(words[PAYLOAD_WORDS:])
+        self.stopping = self.stopping or bool(words[1])
+        return words[2 : values.numel() + 2].view(values.shape)
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Check once, at the start, that all ranks run the same code, settings and data.
+
+        Raises:
+            UserError: a fact differs between ranks; the message names the fact and the ranks.
+        """
+        if self.world_size == 1:
+            return
+        marks = self._gather(torch.tensor([fingerprint(facts[name]) for name in sorted(facts)]))
+        for column, name in enumerate(sorted(facts)):
+            values = [int(row[column]) for row in marks]
+            if len(set(values)) > 1:
+                others = [rank for rank, value in enumerate(values) if value != values[0]]
+                raise UserError(f"{name} of rank(s) {others} differs from rank 0's; all ranks must run the same")
+
+    def total(self, value: int) -> int:
+        """Sum of ``value`` over all ranks, modulo 2**64."""
+        words = torch.tensor([value % 2**64], dtype=torch.uint64).view(torch.int64)  # whose sums wrap
+        self._all_reduce(words)
+        return int(words) % 2**64
+
+    def meet(self, what: str) -> None:
+        """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
+        self.round(torch.zeros(0, dtype=torch.int64), fingerprint(what))
+
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's ``text`` on every rank."""
+        return self.broadcast_bytes(text.encode()).decode()
+
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's ``data`` on every rank."""
+        if self.world_size == 1:
+            return data
+        size = torch.tensor([len(data)])
+        with self._all_present():
+            dist.broadcast(size, 0)
+            payload = torch.empty(int(size), dtype=torch.uint8)
+            if self.rank == 0:
+                payload.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+            dist.broadcast(payload, 0)
+        self.payload_bytes += 8 + len(payload)
+        return payload.numpy().tobytes()
+
+    def gather_text(self, text: str) -> list[str]:
+        """The ``text`` of every rank, by rank, on every rank."""
+        if self.world_size == 1:
+            return [text]
+        data = list(text.encode())
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = torch.tensor(data, dtype=torch.uint8)
+        texts = self._gather(padded)
+        return [bytes(words[:size].tolist()).decode() for words, size in zip(texts, sizes, strict=True)]
+
+    def collect(self, work: Callable[[], Any]) -> list[Any]:
+        """What ``work()`` returned on every rank (JSON types), by rank, on every rank. All ranks must call it.
+
+        Raises:
+            UserError: on all ranks alike, if ``work`` raised OSError or UserError on some: so nobody waits for them.
+        """
+        try:
+            mine = {"value": work()}
+        except (OSError, UserError) as error:
+            mine = {"error": str(error)}
+        found = [json.loads(text) for text in self.gather_text(json.dumps(mine))]
+        if errors := [(rank, answer["error"]) for rank, answer in enumerate(found) if "error" in answer]:
+            at = f"rank(s) {[rank for rank, _ in errors]}: " if self.world_size > 1 else ""
+            raise UserError(f"{at}{errors[0][1]}")
+        return [answer["value"] for answer in found]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Every rank's ``text``, by rank, on every rank."""
+        if self.world_size == 1:
+            return [text]
+        data = text.encode()
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+        found = self._gather(padded)
+        return [bytes(words[:size].tolist()).decode() for words, size in zip(found, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Raises OutOfStepError if one of them is not at a barrier."""
+        self.meet("barrier")
+
+    def ensure_group(self) -> None:
+        """Make a process group even of one rank: sharded layouts cannot do without."""
+        if self.world_size == 1 and not dist.is_initialized():
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _all_reduce(self, words: Tensor) -> None:
+        if self.world_size > 1:
+            with self._all_present():
+                dist.all_reduce(words)
+            self.payload_bytes += words.numel() * words.element_size()
+
+    def _gather(self, words: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(words) for _ in range(self.world_size)]
+        with self._all_present():
+            dist.all_gather(gathered, words)
+        self.payload_bytes += words.numel() * words.element_size()
+        return gathered
+
+    @contextlib.contextmanager
+    def _all_present(self) -> Iterator[None]:
+        try:
+            with self._watch.waiting(self.rounds, self.place):
+                yield
+        except RuntimeError as error:  # how torch tells of a closed connection and of a time-out
+            late = self._watch.late() if "imed out" in str(error) else []
+            who = f"rank(s) {late}" if late else "another rank"
+            raise LostRankError(
+                f"{self.place}: {who} stopped, or did not answer within distributed.timeout_s (seen on rank "
+                f"{self.rank}, round {self.rounds}); the message of that rank, if there is one, says why"
+            ) from error
+
+    def _name_outlier(self, own: int) -> None:
+        """All ranks see the wrong sum, so all come here: one more collective tells who it was."""
+        marks = [int(row[0]) for row in self._gather(torch.tensor([own]))]
+        common = max(marks, key=marks.count)  # rank 0's, if there is no majority
+        wrong = [rank for rank, mark in enumerate(marks) if mark != common]
+        raise OutOfStepError(
+            f"rank(s) {wrong} evaluate another round than the other ranks (seen on rank {self.rank}, round "
+            f"{self.rounds}, {self.place}): step, seeds or settings differ. Nothing was updated; restart the run."
+        )
+
+
+def connect(timeout_s: float, init_method: str | None = None, patience_s: float = 30.0) -> Wire:
+    """Join the process group that the launcher describes in the environment; see `mezo_dist.distributed.environment`.
+
+    In a world of one no process group is made. Scalars always travel through gloo on the CPU; NCCL is set up beside it
+    where there are GPUs, for the engines that gather weights.
+
+    Args:
+        timeout_s: seconds after which a collective gives up on a rank that does not answer.
+        patience_s: seconds after which a rank that waits for another one says so, and for which.
+        init_method: where ranks meet, if not where the environment says (``file:///...`` in tests).
+
+    Raises:
+        UserError: the environment describes a rank only in part, or the other ranks do not answer in time.
+    """
+    defaults = {"MASTER_ADDR": "unused", "MASTER_PORT": "1"} if init_method else {}
+    found = environment.discover({**defaults, **os.environ})
+    if found.world_size == 1:
+        return Wire()
+    share_cores(found.local_world_size)
+    where = init_method or meeting_point(found)
+    place: dict[str, Any] = {"rank": found.rank, "world_size": found.world_size}
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        met = meet(next(dist.rendezvous(where, timeout=timeout, **place))[0], timeout_s=timeout_s, **place)
+        dist.init_process_group(_backend(), store=met, timeout=timeout, **place)
+        wait_until_connected(met, found.world_size, timeout_s)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {found.rank} of {found.world_size} (from {found.launcher}) could not join the others at {where} "
+            f"within distributed.timeout_s = {timeout_s:g} s: {error}\n"
+            "`mezo-dist doctor`, started the same way, says what is wrong"
+        ) from error
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watch(store, found.rank, found.world_size, min(patience_s, timeout_s / 4))
+    return Wire(found.rank, found.world_size, watch, found.local_world_size)
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -1,0 +1,151 @@
+"""Layout `fsdp`: weights are sharded by torch's FSDP2, along their first dimension.
+
+FSDP2 gathers a module when its forward begins and frees it when that ends. Here many forward passes share one gather,
+so units are gathered and freed by its explicit `unshard` and `reshard`, and its own forward hooks are taken off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from mezo_dist.distributed.communicator import Wire
+from mezo_dist.engines.hooked import Weight
+from mezo_dist.engines.layouts.base import Shard, exchange_contents
+from mezo_dist.engines.units import Unit, find_units
+from mezo_dist.errors import UserError
+
+
+@final
+class Fsdp:
+    """See `mezo_dist.engines.layouts.base.Layout`.
+
+    The ranks form a mesh ``replicate`` x ``shard``: every group of ``world_size / replicate`` ranks holds one copy of
+    the weights, sharded. Weights on the meta device get memory for their shards alone, to be filled through `shards`.
+
+    Args:
+        model: is sharded in place; its weights are registered as DTensors from now on.
+        wire: the ranks.
+        replicate: copies of the weights.
+        block_classes: see `find_units`.
+        gather_dtype: floating-point weights are cast to it before they are gathered; as they are if None.
+        offload: shards live in host memory and are copied to the device to be gathered.
+
+    Raises:
+        UserError: ``replicate`` does not divide the number of ranks.
+    """
+
+    is_sharded = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wire: Wire,
+        *,
+        replicate: int = 1,
+        block_classes: Sequence[str] = (),
+        gather_dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> None:
+        if wire.world_size % replicate:
+            raise UserError(f"engine.replicate: {replicate} copies cannot be made on {wire.world_size} process(es)")
+        wire.ensure_group()
+        self.units = find_units(model, block_classes)
+        self._wire = wire
+        self._model = model
+        self._weights = _by_name(model, self.units)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        shape = (replicate, wire.world_size // replicate)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+        self._group = mesh["shard"].get_group()
+        self._place = mesh["shard"].get_local_rank()
+        self._handles: dict[Unit, Any] = {}
+        pinned = offload and device == "cuda"
+        options: dict[str, Any] = {
+            "mesh": mesh if replicate > 1 else mesh["shard"],
+            "mp_policy": MixedPrecisionPolicy(param_dtype=gather_dtype, cast_forward_inputs=False),
+            "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
+            "ignored_params": {p for p in model.parameters() if p.dim() == 0},  # FSDP2 takes no scalars: copies remain
+        }
+        for unit in sorted(self.units, key=lambda unit: -_depth(model, unit)):  # from inside out, as FSDP2 wants it
+            fully_shard(list(unit.modules), **options)
+            _without_hooks(unit)
+        home = torch.device("cpu" if offload else device)
+        if any(p.is_meta for p in model.parameters()):
+            model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
+
+    def meet(self, what: str) -> None:
+        """See `Layout.meet`."""
+        self._wire.meet(what)
+
+    def start(self, unit: Unit) -> None:
+        """See `Layout.start`."""
+        self._handles[unit] = _fsdp(unit).unshard(async_op=True)
+
+    def finish(self, unit: Unit) -> None:
+        """See `Layout.finish`."""
+        self._handles.pop(unit).wait()
+
+    def release(self, unit: Unit) -> None:
+        """See `Layout.release`."""
+        _fsdp(unit).reshard()
+
+    @torch.no_grad()
+    def shards(self) -> Iterator[Shard]:
+        """See `Layout.shards`: some rows of every parameter, in the dtype they are kept in."""
+        ranks = self._group.size()
+        for name, weight in self._weights.items():
+            tensor: Tensor = weight.tensor.detach()
+            offset, is_first = 0, self._wire.rank < ranks  # the first copy is that of the first ranks
+            if isinstance(tensor, DTensor):
+                rows = min(self._place * math.ceil(weight.shape[0] / ranks), weight.shape[0])
+                tensor, offset = tensor.to_local(), rows * math.prod(weight.shape[1:])
+            else:
+                is_first = self._wire.rank == 0
+            yield Shard(name, weight.param_id, weight.shape, offset, tensor, is_first)
+
+    def exchange(self, others: dict[str, Tensor]) -> None:
+        """See `Layout.exchange`."""
+        exchange_contents(self.shards(), others)
+
+    @torch.no_grad()
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Layout.named_weights`."""
+        for name, weight in self._weights.items():
+            tensor = weight.tensor.detach()
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def total(self, value: int) -> int:
+        """See `Layout.total`."""
+        return self._wire.total(value)
+
+
+def _fsdp(unit: Unit) -> FSDPModule:
+    """FSDP2 knows a unit by the first of its modules."""
+    module = unit.modules[0]
+    assert isinstance(module, FSDPModule)
+    return module
+
+
+def _without_hooks(unit: Unit) -> None:
+    """Take FSDP2's own forward hooks off: they would gather for every forward pass alone. There is no public way."""
+    state = _fsdp(unit)._get_fsdp_state()
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+
+
+def _depth(model: nn.Module, unit: Unit) -> int:
+    return min(name.count(".") + bool(name) for name, module in model.named_modules() if module in unit.modules)
+
+
+def _by_name(model: nn.Module, units: Sequence[Unit]) -> dict[str, Weight]:
+    """One `Weight` of every parameter, in the model's order."""
+    found = {weight.name: weight for unit in units for site in unit.sites for weight in reversed(site.weights)}
+    return {name: found[name] for name, _ in model.named_parameters()}

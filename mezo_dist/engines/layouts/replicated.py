@@ -1,0 +1,55 @@
+"""Layout `replicated`: every process has all the weights, and nothing is ever gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from torch import Tensor, nn
+
+from mezo_dist.directions.seeds import param_id
+from mezo_dist.engines.layouts.base import Shard
+from mezo_dist.engines.units import Unit, find_units
+
+
+@final
+class Replicated:
+    """See `mezo_dist.engines.layouts.base.Layout`."""
+
+    is_sharded = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.units = find_units(model)
+
+    def meet(self, what: str) -> None:
+        """Nothing is gathered."""
+
+    def start(self, unit: Unit) -> None:
+        """Nothing is gathered."""
+
+    def finish(self, unit: Unit) -> None:
+        """Nothing is gathered."""
+
+    def release(self, unit: Unit) -> None:
+        """Nothing is gathered."""
+
+    def shards(self) -> Iterator[Shard]:
+        """See `Layout.shards`: every parameter, whole."""
+        for name, tensor in self.named_weights():
+            yield Shard(name, param_id(name), tensor.shape, 0, tensor)
+
+    def exchange(self, others: dict[str, Tensor]) -> None:
+        """See `Layout.exchange`: nothing is copied."""
+        for name, parameter in self._model.named_parameters():
+            if name in others:
+                parameter.data, others[name] = others[name], parameter.data
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Layout.named_weights`."""
+        for name, tensor in self._model.named_parameters():
+            yield name, tensor.detach()
+
+    def total(self, value: int) -> int:
+        """See `Layout.total`: there are no other shards."""
+        return value % 2**64

@@ -1,0 +1,220 @@
+"""Layout `zero`: weights are partitioned by DeepSpeed's ZeRO-3, and may live in host memory or on NVMe.
+
+Only the part of DeepSpeed that owns parameters is used (`deepspeed.zero.Init`): there is no optimiser, and none is
+faked. Its forward hooks would gather for every forward pass alone, so none are set; units are gathered explicitly.
+This is the only file that imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.distributed.communicator import Wire
+from mezo_dist.engines.hooked import Weight, swap
+from mezo_dist.engines.layouts.base import Shard, exchange_contents
+from mezo_dist.engines.units import Unit, find_units
+from mezo_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+HONOURED = ("stage", "offload_param")
+"""Keys of ``zero_optimization`` that matter here."""
+REFUSED = {
+    "zero_hpz_partition_size": "secondary partitions are copies that would miss the updates",
+    "zero_quantized_weights": "weights would be gathered rounded to 8 bits, so that perturbations vanish",
+    "zero_quantized_nontrainable_weights": "frozen weights would be rounded to 8 bits",
+    "mics_shard_size": "use engine.name: fsdp with engine.replicate for several copies of the weights",
+}
+
+
+def read_config(path: str | None, weights: str) -> dict[str, Any]:
+    """The user's DeepSpeed config, checked against the run's settings; a plain ZeRO-3 config if ``path`` is None.
+
+    Args:
+        path: a JSON file.
+        weights: ``model.weights``, the dtype in which weights are kept.
+
+    Raises:
+        UserError: not a JSON object, or it contradicts the run or asks for what cannot hold here.
+    """
+    if path is None:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.ds_config: {path} is no readable JSON file ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"engine.ds_config: {path} must hold a DeepSpeed config, a JSON object")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 3) != 3:
+        raise UserError(f"engine.ds_config: zero_optimization.stage is {zero['stage']}; engine.name: zero is stage 3")
+    for key, reason in REFUSED.items():
+        value = zero.get(key)
+        if value is True or value not in (None, False, 1, -1):  # 1 and -1: DeepSpeed's own defaults
+            raise UserError(f"engine.ds_config: zero_optimization.{key} cannot be used: {reason}")
+    for section, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
+        if _is_on(config, section) and weights != dtype:
+            raise UserError(f"engine.ds_config: {section} is on, but model.weights is {weights}; make them agree")
+    without_effect = [key for key in config if key not in ("zero_optimization", "bf16", "bfloat16", "fp16", "aio")]
+    without_effect += [f"zero_optimization.{key}" for key in zero if key not in (*HONOURED, *REFUSED)]
+    if without_effect:
+        log.warning("engine.ds_config: no effect in a run without gradients: %s", ", ".join(without_effect))
+    return config
+
+
+def _is_on(config: Mapping[str, Any], section: str) -> bool:
+    value = config.get(section, {})
+    return isinstance(value, dict) and value.get("enabled") is True
+
+
+@final
+class Zero:
+    """See `mezo_dist.engines.layouts.base.Layout`.
+
+    Weights on the meta device get memory for their partitions alone, to be filled through `shards`.
+
+    Args:
+        model: is partitioned in place, over all ranks.
+        wire: the ranks.
+        config: a DeepSpeed config; see `read_config`.
+        block_classes: see `find_units`.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or cannot do what ``config`` asks for.
+    """
+
+    is_sharded = True
+
+    def __init__(
+        self, model: nn.Module, wire: Wire, config: Mapping[str, Any], *, block_classes: Sequence[str] = ()
+    ) -> None:
+        self.units = find_units(model, block_classes)
+        self._wire = wire
+        uses: dict[str, list[Weight]] = {name: [] for name, _ in model.named_parameters()}
+        for weight in (weight for unit in self.units for site in unit.sites for weight in site.weights):
+            uses[weight.name].append(weight)
+        self._weights = {name: places[0] for name, places in uses.items()}
+        self._handles: dict[Unit, Any] = {}
+        wire.ensure_group()
+        _partition(uses, _complete(config, next(model.parameters()).dtype))
+
+    def meet(self, what: str) -> None:
+        """See `Layout.meet`."""
+        self._wire.meet(what)
+
+    def start(self, unit: Unit) -> None:
+        """See `Layout.start`."""
+        if parameters := _parameters(unit):
+            self._handles[unit] = parameters[0].all_gather_coalesced(parameters)
+
+    def finish(self, unit: Unit) -> None:
+        """See `Layout.finish`."""
+        if unit in self._handles:
+            self._handles.pop(unit).wait()
+
+    def release(self, unit: Unit) -> None:
+        """See `Layout.release`."""
+        if parameters := _parameters(unit):
+            parameters[0].partition(parameters)
+
+    @torch.no_grad()
+    def shards(self) -> Iterator[Shard]:
+        """See `Layout.shards`: a piece of every flattened parameter. Those on NVMe are read, and written back."""
+        for name, weight in self._weights.items():
+            parameter: Any = weight.tensor
+            if not _is_cut(parameter):
+                yield Shard(name, weight.param_id, weight.shape, 0, parameter.detach(), self._wire.rank == 0)
+                continue
+            piece, total = parameter.ds_tensor, weight.shape.numel()
+            offset = min(parameter.ds_zero_partition_rank * piece.ds_numel, total)
+            is_away = piece.status.name == "NOT_AVAILABLE"  # on NVMe
+            if is_away:
+                parameter.nvme_swapper.swap_in([parameter], async_op=False)
+            unpadded = piece.narrow(0, 0, min(piece.ds_numel, total - offset))
+            try:
+                yield Shard(name, weight.param_id, weight.shape, offset, unpadded)
+            finally:
+                if is_away:
+                    parameter.nvme_swapper.swap_out_and_release([parameter])
+
+    def exchange(self, others: dict[str, Tensor]) -> None:
+        """See `Layout.exchange`."""
+        exchange_contents(self.shards(), others)
+
+    @torch.no_grad()
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Layout.named_weights`."""
+        for name, weight in self._weights.items():
+            parameter: Any = weight.tensor
+            if _is_cut(parameter):
+                parameter.all_gather()
+            yield name, parameter.detach()
+            if _is_cut(parameter):
+                parameter.partition()
+
+    def total(self, value: int) -> int:
+        """See `Layout.total`."""
+        return self._wire.total(value)
+
+
+def _parameters(unit: Unit) -> list[Any]:
+    unique = {id(weight.tensor): weight.tensor for site in unit.sites for weight in site.weights}
+    return [parameter for parameter in unique.values() if _is_cut(parameter)]
+
+
+def _is_cut(parameter: nn.Parameter) -> bool:
+    """DeepSpeed owns it."""
+    return hasattr(parameter, "ds_id")
+
+
+def _complete(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """``config`` with what DeepSpeed insists on."""
+    made = copy.deepcopy(dict(config))
+    for key in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
+        made.pop(key, None)
+    made["train_micro_batch_size_per_gpu"] = 1
+    zero = made.setdefault("zero_optimization", {})
+    zero["stage"] = 3
+    zero["memory_efficient_linear"] = False  # it would replace torch.nn.functional.linear in the whole process
+    if dtype != torch.float32:
+        made["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
+    return made
+
+
+def _partition(uses: Mapping[str, Sequence[Weight]], config: dict[str, Any]) -> None:
+    """Cut every parameter, given by all places where it is used, into equal pieces, one for each rank."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"engine.name: zero needs DeepSpeed: pip install 'mezo_dist[deepspeed]' ({error})") from error
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # DeepSpeed would compile an all-reduce through shared memory for CPUs; unused here, and only right on one host.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    try:
+        context = deepspeed.zero.Init(config_dict_or_path=config)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"engine.ds_config: DeepSpeed refuses it: {error}") from error
+    for places in uses.values():  # one by one, so that no rank ever holds more than one that is only there to be cut
+        parameter: Any = places[0].tensor
+        if parameter.is_meta:
+            empty = nn.Parameter(
+                torch.empty_like(parameter, device=context.local_device), requires_grad=parameter.requires_grad
+            )
+            for place in places:
+                swap((place,), [empty])
+            parameter = empty
+        if parameter.dim():  # ZeRO-3 takes no scalars: every rank keeps a copy
+            parameter.data = parameter.data.to(context.local_device)
+            # Not `_convert_to_zero_parameters`, which sends the whole model from rank 0 to all others.
+            context._convert_to_deepspeed_param(parameter)
+            parameter.partition()

@@ -1,0 +1,54 @@
+"""Tables of which a forward pass needs only some rows: only those are materialised.
+
+An embedding looks up the tokens of the batch; an output head read at the label words computes only those. Directions
+can start at any element, so the rows have the same bits as in the whole table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mezo_dist.engines.hooked import Site
+from mezo_dist.engines.lockstep.fanout import Call
+from mezo_dist.engines.lockstep.head_slice import RowLinear
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows ``indices`` (int64 [k]) of every weight of a site, and the forward that works on those rows alone."""
+
+    indices: Tensor
+    forward: Callable[[Call, list[Tensor]], Any]
+
+
+def plan_rows(site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Rows | None:
+    """The rows that ``calls`` of ``site`` need, or None if its whole weights are needed.
+
+    Only plain ``nn.Embedding`` lookups and heads under a `Readout` qualify: for any other class (scaled embeddings,
+    position tables) and any replaced forward the module's own code decides what it does with its weights.
+    """
+    if isinstance(real, RowLinear):
+        return Rows(real.rows, _linear_rows)
+    is_plain = getattr(real, "__func__", None) is nn.Embedding.forward
+    if not isinstance(site.module, nn.Embedding) or not is_plain or site.module.max_norm is not None:
+        return None
+    if any(len(call.args) != 1 or call.kwargs for call in calls):
+        return None
+    indices = torch.unique(torch.cat([call.args[0].reshape(-1) for call in calls]))
+
+    def look_up(call: Call, tensors: list[Tensor]) -> Tensor:
+        return F.embedding(torch.searchsorted(indices, call.args[0].contiguous()), tensors[0])
+
+    return Rows(indices, look_up)
+
+
+def _linear_rows(call: Call, tensors: list[Tensor]) -> Tensor:
+    (hidden,) = call.args
+    weight, bias = tensors if len(tensors) == 2 else (tensors[0], None)
+    return F.linear(hidden, weight, bias)

@@ -1,0 +1,121 @@
+"""Finding the frozen prefix of a model: which of its modules `mezo_dist.models.frozen_cache` need not run twice.
+
+A model is looked at while it runs on one micro-batch: which modules are called before anything trainable is, and what
+they hand on to one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.engines.units import find_blocks
+
+Inputs = dict[str, Tensor]
+"""``input_ids``, ``attention_mask`` (padding on the right) and maybe more, each [n, length]."""
+
+
+@dataclass(frozen=True)
+class End:
+    """A module whose output is remembered."""
+
+    module: nn.Module
+    nones: int = -1
+    """-1: it gives a tensor; else a tuple of one and so many Nones."""
+
+    @staticmethod
+    def of(module: nn.Module, output: Any, shape: torch.Size) -> End | None:
+        """None if the module gives something else than a vector per token, inputs being of ``shape`` [n, length]."""
+        first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
+        if not isinstance(first, Tensor) or first.shape[:2] != shape or any(item is not None for item in rest):
+            return None
+        return End(module, len(rest) if isinstance(output, tuple) else -1)
+
+    def given(self, tensor: Tensor) -> Any:
+        """The output that ``tensor`` was taken out of."""
+        return tensor if self.nones < 0 else (tensor, *[None] * self.nones)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What need not be computed twice."""
+
+    blocks: tuple[nn.Module, ...] = ()
+    """In order; each block's output is the next one's first argument and goes nowhere else."""
+    ends: tuple[End, ...] = ()
+    """The last block, and the frozen children that the block after it calls first."""
+
+
+def find_prefix(model: nn.Module, probe: Inputs) -> tuple[Prefix, str]:
+    """Leading modules before whose end nothing trainable is used: blocks that hand one tensor on to one another, and
+    children of the block after them.
+
+    Returns:
+        The prefix, and why it has not more blocks, if that is not for their weights.
+    """
+    called = _frozen_calls(model, probe)
+    blocks = set(find_blocks(model))
+    found: list[nn.Module] = []
+    last: tuple[End, ...] = ()
+    handed: Any = None
+    reason = ""
+    rest: Sequence[tuple[nn.Module, Any, Any]] = ()
+    for place, (block, args, output) in enumerate(called):
+        if block not in blocks:
+            continue
+        if not found and not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+            continue  # embeddings count as a block in some models; they are cheap, and may be called as they are
+        if block in found or not isinstance(output, Tensor):
+            reason = f"a {type(block).__name__} is called twice, or gives more than one tensor"
+            break
+        if found and (not args or args[0] is not handed):
+            reason = f"a {type(block).__name__} does not take what the one before it gives"
+            break
+        found.append(block)
+        last, handed, rest = (End(block),), output, called[place + 1 :]
+    if reason or not found:
+        return Prefix(tuple(found), last), reason
+    return Prefix(tuple(found), (*last, *_leading_children(blocks - set(found), rest, probe["input_ids"].shape))), ""
+
+
+def _frozen_calls(model: nn.Module, probe: Inputs) -> list[tuple[nn.Module, Any, Any]]:
+    """Module, arguments and output of all calls that end before anything trainable is used, in order."""
+    called: list[tuple[nn.Module, Any, Any]] = []
+    trainable = {m for m in model.modules() if any(p is not None and p.requires_grad for p in m._parameters.values())}
+    reached = False
+
+    def enter(module: nn.Module, args: Any) -> None:
+        nonlocal reached
+        reached = reached or module in trainable
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if not reached:
+            called.append((module, args, output))
+
+    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    hooks += [module.register_forward_hook(leave) for module in model.modules()]
+    try:
+        model(**probe)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def _leading_children(
+    blocks: set[nn.Module], called: Sequence[tuple[nn.Module, Any, Any]], shape: torch.Size
+) -> list[End]:
+    """Of the one of ``blocks`` that was entered, the children that gave one tensor each before anything trainable."""
+    ends: list[End] = []
+    for block in blocks:
+        children = set(block.children())
+        for child, _, output in (call for call in called if call[0] in children):
+            end = End.of(child, output, shape)
+            if end is None or any(end.module is other.module for other in ends):
+                break
+            ends.append(end)
+    return ends

@@ -1,0 +1,211 @@
+"""The frozen prefix: the leading modules that nothing trainable comes before, run once per sample and remembered.
+
+With only the last weights trainable, most of a forward pass computes what it computed before: hidden states that depend
+on the sample and on nothing that is ever changed. They are kept, and the modules before them skipped: leading blocks,
+and the leading children (attention, say) of the block after them. If all that is left works position by position, only
+the hidden state where the answer is read is kept, and the rest of the model runs on one token per sample.
+
+Hidden states come from forward passes of fixed groups of samples, so they have the same bits on any number of ranks,
+whoever needs them first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.engines.lockstep.head_slice import Readout
+from mezo_dist.models.frozen_blocks import Inputs, Prefix, find_prefix
+
+log = logging.getLogger(__name__)
+RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
+"""Calls a model on inputs; its logits. Given positions (int64 [n]): [n, rows], sample i's at positions[i]."""
+Group = tuple[Inputs, Tensor | None]
+"""A micro-batch: inputs, and the positions that its logits are read at (None: a classifier's, which finds its own)."""
+
+_known: ContextVar[Sequence[Any] | None] = ContextVar("prefix_known", default=None)
+"""What the modules at the prefix's end give in the forward pass of this context."""
+_recorded: ContextVar[list[Any] | None] = ContextVar("prefix_recorded", default=None)
+"""Where they write down what they give; the pass stops behind the last of them."""
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the end of the prefix."""
+
+
+def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
+    """Every module computes; see `RunModel`."""
+    token = Readout.at(positions)
+    try:
+        logits: Tensor = model(**inputs).logits
+    finally:
+        Readout.reset(token)
+    if positions is None:
+        return logits
+    if logits.shape[1] == 1:  # read out already
+        return logits[:, 0]
+    return logits[torch.arange(len(positions), device=positions.device), positions]
+
+
+@final
+class FrozenPrefix:
+    """Runs a model from the end of its frozen prefix on: a `RunModel`.
+
+    Hooks into the prefix's modules until `detach`; the model is to be called through this object only.
+
+    Args:
+        prefix: from `find_prefix`.
+        limit: bytes of hidden states to remember; the samples that were not needed for longest are forgotten first.
+        groups: samples that go through the prefix together; any other sample goes alone.
+        narrow: keep the hidden state at the sample's position only; calls must then name positions.
+    """
+
+    def __init__(self, prefix: Prefix, limit: int, groups: Iterable[Group] = (), *, narrow: bool = False) -> None:
+        self.prefix, self.narrow = prefix, narrow
+        self._limit, self._used = limit, 0
+        self._latest: tuple[Tensor | None, list[Any]] = None, []
+        self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
+        self._forwards = {module: module.forward for module in [*prefix.blocks, *(end.module for end in prefix.ends)]}
+        for block in prefix.blocks[:-1]:
+            block.forward = _skipped(block.forward)
+        for index, end in enumerate(prefix.ends):
+            end.module.forward = _kept(end.module.forward, index, is_last=end is prefix.ends[-1])
+
+    def __call__(self, model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
+        """See `RunModel`. Hidden states of padding are zeros where the prefix ends."""
+        ids, known = self._latest
+        if inputs["input_ids"] is not ids:  # all variants of a micro-batch come one after another
+            hidden = [self._of(model, key, sample) for key, sample in self._samples((inputs, positions))]
+            ends = zip(self.prefix.ends, zip(*hidden, strict=True), strict=True)
+            known = [end.given(nn.utils.rnn.pad_sequence(list(states), batch_first=True)) for end, states in ends]
+            self._latest = inputs["input_ids"], known
+        token = _known.set(known)
+        try:
+            at = torch.zeros_like(positions) if self.narrow and positions is not None else positions
+            return run_whole(model, inputs, at)
+        finally:
+            _known.reset(token)
+
+    def detach(self) -> None:
+        """Give the modules their own forwards back."""
+        for module, forward in self._forwards.items():
+            module.forward = forward
+
+    def _of(self, model: nn.Module, key: bytes, sample: Group) -> list[Tensor]:
+        """Of each end, [length, features] of one sample ([1, features] if narrow), from memory if it is there."""
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        group = self._group_of.get(key, sample)
+        self._remember(found := dict(self._compute(model, group, sample[0]["input_ids"].device)))
+        return found[key]
+
+    def _compute(self, model: nn.Module, group: Group, device: torch.device) -> Iterator[tuple[bytes, list[Tensor]]]:
+        outputs: list[Any] = []
+        token = _recorded.set(outputs)
+        try:
+            model(**{name: tensor.to(device) for name, tensor in group[0].items()})
+            raise RuntimeError("a forward pass did not reach the end of the frozen prefix")
+        except _Reached:
+            pass
+        finally:
+            _recorded.reset(token)
+        tensors = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+        for row, (key, (single, position)) in enumerate(self._samples(group)):
+            length = single["input_ids"].shape[1]
+            wanted = slice(length) if not self.narrow or position is None else slice(int(position), int(position) + 1)
+            yield key, [tensor[row, wanted].clone() for tensor in tensors]
+
+    def _remember(self, found: dict[bytes, list[Tensor]]) -> None:
+        for key, states in found.items():
+            if key not in self._known:
+                self._known[key] = states
+                self._used += sum(state.nbytes for state in states)
+        while self._used > self._limit:
+            _, forgotten = self._known.popitem(last=False)
+            self._used -= sum(state.nbytes for state in forgotten)
+
+    def _samples(self, group: Group) -> Iterator[tuple[bytes, Group]]:
+        """Each sample of a micro-batch by itself, without padding, and a key that tells it from all others."""
+        inputs, positions = group
+        for i, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
+            sample = {name: tensor[i : i + 1, :length] for name, tensor in inputs.items()}
+            key = b"|".join(sample[name].cpu().numpy().tobytes() for name in sorted(sample))
+            position = None if positions is None else positions[i : i + 1]
+            yield key + (b"" if position is None else b"@%d" % int(position)), (sample, position)
+
+
+def _skipped(real: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return real(hidden, *args, **kwargs) if _known.get() is None else hidden
+
+    return forward
+
+
+def _kept(real: Callable[..., Any], index: int, *, is_last: bool) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        known, recorded = _known.get(), _recorded.get()
+        if known is not None:
+            return known[index]
+        output = real(*args, **kwargs)
+        if recorded is not None:
+            recorded.append(output)
+            if is_last:
+                raise _Reached
+        return output
+
+    return forward
+
+
+def attach_prefix(model: nn.Module, groups: Sequence[Group], limit: int) -> RunModel:
+    """How to run ``model`` on inputs: from the end of its frozen prefix on where it has one, else as it is.
+
+    The log says what is done, and why a prefix that is there cannot be used.
+
+    Args:
+        model: weights that must not change have ``requires_grad`` off.
+        groups: all micro-batches of the data, each of which goes through the prefix at once; on the first one the
+            shortcut is compared with the whole way.
+        limit: bytes of hidden states to remember per process.
+    """
+    inputs, positions = probe = groups[0]
+    with torch.no_grad():
+        prefix, reason = find_prefix(model, inputs)
+        if prefix.blocks:
+            whole = run_whole(model, inputs, positions)
+            for narrow in [True, False] if positions is not None else [False]:
+                if _agrees(model, FrozenPrefix(prefix, limit, [probe], narrow=narrow), probe, whole):
+                    inner = len(prefix.ends) - 1
+                    log.info(
+                        "the first %d blocks%s are frozen: each sample goes through them once; from there on, %s",
+                        len(prefix.blocks),
+                        f" and {inner} modules of the next one" * bool(inner),
+                        "only the token at its answer" if narrow else "all its tokens",
+                    )
+                    return FrozenPrefix(prefix, limit, groups, narrow=narrow)
+            reason = "skipping them changes the logits"
+    if reason:
+        log.info("the first blocks are frozen, but every forward pass computes them: %s", reason)
+    return run_whole
+
+
+def _agrees(model: nn.Module, prefix: FrozenPrefix, probe: Group, whole: Tensor) -> bool:
+    inputs, positions = probe
+    try:
+        short = prefix(model, inputs, positions)
+    except (RuntimeError, IndexError) as error:  # one token per sample where the model wants all of them
+        log.debug("the frozen prefix failed: %s", error)
+        return False
+    finally:
+        prefix.detach()
+    if positions is None and whole.dim() == 3 and short.shape == whole.shape:  # padding's logits are nobody's business
+        mask = inputs["attention_mask"].bool()
+        short, whole = short[mask], whole[mask]
+    return short.shape == whole.shape and torch.allclose(short.float(), whole.float(), rtol=1e-2, atol=1e-2)

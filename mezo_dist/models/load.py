@@ -1,0 +1,218 @@
+"""Loading unmodified Hugging Face models and their tokenisers."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from mezo_dist.assets.registry import is_demo, resolve_model
+from mezo_dist.config.schema import ModelConfig, ModelKind
+from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.errors import UserError
+from mezo_dist.models import adapters
+from mezo_dist.models.random_weights import open_random
+from mezo_dist.models.sliced_checkpoint import NotSliceableError, WeightSource, materialise, open_checkpoint
+
+log = logging.getLogger(__name__)
+RANDOM = "random:"
+AUTO_CLASSES: dict[ModelKind, str] = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classifier": "AutoModelForSequenceClassification",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode with its tokeniser."""
+
+    model: nn.Module
+    tokenizer: Any
+    kind: ModelKind
+    window: int
+    """Longest sequence that the model takes, in tokens."""
+    pad_id: int
+    source: WeightSource | None = None
+    """If the parameters have device meta: what fills them (`checkpoint_reader.fill`), once an engine has cut them."""
+
+    @property
+    def loader(self) -> tuple[str, str]:
+        """Package and class that load what is exported of such a model."""
+        if adapters.is_adapted(self.model):
+            return "peft", adapters.LOADERS[self.kind]
+        return "transformers", AUTO_CLASSES[self.kind]
+
+
+def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool = True) -> Loaded:
+    """Load model and tokeniser in ``config.weights``.
+
+    Args:
+        config: which model.
+        num_labels: size of a fresh classification head.
+        seed: run seed; fresh weights are drawn from it, so that all ranks draw the same.
+        whole: with all weights. Without, for engines that shard, `Loaded.source` fills what a rank owns; should the
+            checkpoint have a layout that cannot be read so, it is loaded whole nevertheless, which the log says.
+
+    Raises:
+        UserError: the model cannot be found or loaded, or has no head of the wanted kind.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said below
+    source = _source(config.name.removeprefix(RANDOM))
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        hf_config = transformers.AutoConfig.from_pretrained(source, **options)
+        tokenizer = _tokenizer(source, options)
+        kind = _kind(config, hf_config)
+        if kind == "masked" and tokenizer.mask_token is None:
+            raise UserError(f"model.kind: the tokeniser of {config.name!r} has no mask token, which kind: masked needs")
+        if kind == "classifier":
+            hf_config.num_labels = num_labels
+        model, report, weights = _build(config, source, kind, hf_config, seed, whole=whole)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        where = "its folder" if Path(source).is_dir() else "the hub (no folder has that name)"
+        raise UserError(
+            f"model.name: {config.name!r} could not be loaded from {where} as head: {config.head}, "
+            f"kind: {config.kind}: {_shortened(str(error))}"
+        ) from error
+    _check_complete(report, kind, config.name)
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    model.config.pad_token_id = pad_id
+    model.config.use_cache = False
+    window = _window(tokenizer, hf_config)
+    if config.peft.method is not None:
+        fresh = report["missing_keys"]
+        model, weights = adapters.attach(model, config.peft, kind, weights, seed, fresh=fresh, revision=config.revision)
+    if config.peft.method == "prefix":
+        window -= config.peft.num_virtual_tokens
+        if window < 1:
+            raise UserError(f"model.peft.num_virtual_tokens: {config.peft.num_virtual_tokens} fill the model's window")
+    _freeze(model, config)
+    return Loaded(model.eval(), tokenizer, kind, window, pad_id, weights)
+
+
+def _source(name: str) -> str:
+    """What ``from_pretrained`` takes: a folder or a hub name."""
+    if is_demo(name):
+        return str(resolve_model(name))
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix == ".json":
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name looks like that
+        raise UserError(f"model.name: folder {name} does not exist (relative paths start at {Path.cwd()})")
+    return name
+
+
+def _tokenizer(source: str, options: dict[str, Any]) -> Any:
+    """The model's own; for random weights that come with a config alone, one that takes every byte for a token."""
+    import transformers
+
+    if Path(source).is_file():
+        log.info("%s is a config alone: texts are cut into bytes", source)
+        return transformers.ByT5Tokenizer()
+    return transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def _build(
+    config: ModelConfig, source: str, kind: ModelKind, hf_config: Any, seed: int, *, whole: bool
+) -> tuple[Any, dict[str, Any], WeightSource | None]:
+    """The model; transformers' report of weights that the checkpoint lacks, which were drawn from ``seed``; its source.
+
+    A shape that does not match is reported, not raised: the caller's message can tell names.
+    """
+    import transformers
+
+    auto_class = getattr(transformers, AUTO_CLASSES[kind])
+    dtype = getattr(torch, config.weights)
+    if config.name.startswith(RANDOM):
+        model, report, weights = open_random(auto_class, hf_config, dtype, seed, config.trust_remote_code)
+        if whole:
+            materialise(model, weights)
+        return model, report, None if whole else weights
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "fresh head") % 2**63)
+        if not whole:
+            try:
+                return open_checkpoint(auto_class, source, hf_config, dtype, **options)
+            except NotSliceableError as reason:
+                log.warning("%s is loaded whole on every rank before it is cut: %s", config.name, reason)
+        options |= {"config": hf_config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        if Path(source).is_dir():
+            options["use_safetensors"] = True  # a folder may come from anybody, and a .bin file is a pickle
+        return *auto_class.from_pretrained(source, **options), None
+
+
+def _check_complete(report: dict[str, Any], kind: ModelKind, name: str) -> None:
+    missing = _shortened(", ".join(sorted(report["missing_keys"])))
+    misshapen = _shortened(", ".join(sorted(key for key, *_ in report["mismatched_keys"])))
+    if misshapen:
+        raise UserError(
+            f"model.name: in the checkpoint {name!r} these weights have another shape than needed: {misshapen}"
+        )
+    if missing and kind != "classifier":
+        raise UserError(f"model.kind: the checkpoint {name!r} lacks weights that kind: {kind} needs: {missing}")
+    if missing:
+        log.info("fresh weights, drawn from the run seed: %s", missing)
+
+
+def _freeze(model: nn.Module, config: ModelConfig) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for setting, patterns in (("trainable", config.trainable), ("freeze", config.freeze)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise UserError(f"model.{setting}: {pattern!r} matches no weight; names look like {names[:3]}")
+    for name, tensor in model.named_parameters():
+        is_base = config.peft.method is not None and not tensor.requires_grad
+        tensor.requires_grad_(not is_base and _matches(name, config.trainable) and not _matches(name, config.freeze))
+    if not any(tensor.requires_grad for tensor in model.parameters()):
+        raise UserError(
+            f"model.freeze: {list(config.freeze)} freezes every weight of model.trainable {list(config.trainable)}; "
+            "nothing is left to train"
+        )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _kind(config: ModelConfig, hf_config: Any) -> ModelKind:
+    if config.head == "classifier":
+        return "classifier"
+    if config.kind != "auto":
+        return config.kind
+    architectures = getattr(hf_config, "architectures", None) or []
+    if any("MaskedLM" in name for name in architectures):
+        return "masked"
+    if any("CausalLM" in name or "LMHead" in name for name in architectures):
+        return "causal"
+    raise UserError(
+        f"model.kind: the checkpoint {config.name!r} ({', '.join(architectures) or 'of unknown kind'}) is neither a "
+        "causal nor a masked language model; set model.head: classifier, or model.kind if it is one nevertheless"
+    )
+
+
+def _window(tokenizer: Any, hf_config: Any) -> int:
+    limits = [tokenizer.model_max_length]
+    if hasattr(hf_config, "max_position_embeddings"):
+        # RoBERTa-like models number positions from padding_idx + 1, so two entries of the table are never used.
+        reserved = 2 if hf_config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer") else 0
+        limits.append(hf_config.max_position_embeddings - reserved)
+    return int(min(limits))
+
+
+def _shortened(text: str) -> str:
+    """At most 400 characters: messages of transformers can name every model that it knows."""
+    return textwrap.shorten(text, 400, placeholder=" ...")

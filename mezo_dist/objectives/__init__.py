@@ -1,0 +1,1 @@
+"""What a forward pass says about its samples."""

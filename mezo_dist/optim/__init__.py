@@ -1,0 +1,1 @@
+"""The algorithms for loops of your own, and for any function of tensors."""

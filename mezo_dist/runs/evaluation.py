@@ -1,0 +1,188 @@
+"""Forward passes over a batch, shared out over the ranks and summed exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mezo_dist.algorithms.base import Evaluation, Losses, Variant
+from mezo_dist.objectives.calibration import best_offsets, calibrated_loss
+from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.engines.engine import Engine
+from mezo_dist.objectives.classification import Objective, Scores, cross_entropy
+from mezo_dist.runs.work_split import Sharing
+from mezo_dist.tasks.metrics import measure
+from mezo_dist.config.task import Metric
+from mezo_dist.distributed.communicator import MAX_SUM, ONE, Wire, fingerprint, mean, to_fixed
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """An engine, an objective and the wire: all that a round of forward passes needs."""
+
+    engine: Engine
+    objective: Objective
+    wire: Wire
+    width: int | None = 8
+    """Micro-batches that go through the model together; if None, as many as `capacity` allows."""
+    capacity: int = 1
+    """Tokens, counted once for every pass that they are in, that may be in the model at a time; equal on all ranks."""
+    sharing: Sharing | None = None
+    """How rounds are shared out over the ranks; if None, every rank evaluates all variants."""
+    calibrated_classes: int = 0
+    """If not 0: losses of batches are calibrated ones, over so many classes; see `mezo_dist.objectives.calibration`."""
+
+    def losses(self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]) -> Losses | None:
+        """Evaluate a round. None if any loss, anywhere, is not finite (or has diverged): then no rank may update.
+
+        Args:
+            request: what to evaluate.
+            batch: all micro-batches of the batch; this rank takes its share.
+            mark: what the rank believes it is doing; ranks that differ are told (`Wire.round`).
+        """
+        if self.calibrated_classes:
+            return self._calibrated_losses(request, batch, mark)
+        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
+        columns = num_samples if request.each_sample else 1
+        table = torch.zeros(len(request.variants), columns, 2, dtype=torch.int64)
+        sound = True
+        for micro_batch, found in self._evaluate(request.variants, batch):
+            slots = (
+                torch.tensor(micro_batch.slots)
+                if request.each_sample
+                else torch.zeros(len(micro_batch.slots), dtype=torch.int64)
+            )
+            for variant, score in found:
+                loss, finite = to_fixed(score.loss)
+                sound = sound and bool(finite.all()) and _fits(table[variant], loss, self.wire.world_size)
+                table[variant].index_add_(0, slots, torch.stack([loss, score.weight], dim=1))
+        message = torch.cat([torch.tensor([0 if sound else 1]), table.flatten()])
+        total = self.wire.round(message, fingerprint(*mark, _describe(request)))
+        if int(total[0]):
+            return None
+        sums = total[1:].view(table.shape).tolist()
+        means = tuple(mean(sum(loss for loss, _ in row), sum(weight for _, weight in row)) for row in sums)
+        each = tuple(tuple(mean(loss, weight) for loss, weight in row) for row in sums)
+        return Losses(means, each if request.each_sample else ())
+
+    def offsets(self, batch: Sequence[MicroBatch], advance: Callable[[int], None] = lambda _: None) -> torch.Tensor:
+        """The best offset of every class for ``batch``, under the current weights; fp32 [classes], on all ranks.
+
+        Zero if a logit is not finite. See `mezo_dist.objectives.calibration`; for ``advance``, `score`.
+        """
+        mark = ("offsets", len(batch))
+        logits = self._logits([Variant()], batch, mark, advance)
+        if logits is None:
+            return torch.zeros(self.calibrated_classes)
+        return self._from_main(lambda: best_offsets(logits[0], _labels(batch)), logits.shape[-1:], mark).float()
+
+    def score(
+        self,
+        batch: Sequence[MicroBatch],
+        metric: Metric,
+        num_classes: int,
+        advance: Callable[[int], None],
+        offsets: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        """Mean loss and metric of the current weights on a whole split.
+
+        Args:
+            batch: all micro-batches of the split.
+            metric: name of the figure of merit.
+            num_classes: number of classes.
+            advance: called with the number of samples done (on this rank, times the number of ranks).
+            offsets: fp32 [classes], added to all logits; see `offsets`.
+        """
+        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
+        table = torch.zeros(num_samples, 4, dtype=torch.int64)  # loss, weight, prediction, label
+        failed = 0
+        for micro_batch, ((_, score),) in self._evaluate([Variant()], batch):
+            if offsets is not None:
+                score = cross_entropy(score.logits + offsets, micro_batch.labels)
+            loss, finite = to_fixed(score.loss)
+            failed += int((~finite).sum())
+            rows = torch.stack([loss, score.weight, score.prediction.cpu(), micro_batch.labels], dim=1)
+            table[torch.tensor(micro_batch.slots)] = rows
+            advance(len(micro_batch.slots) * self.wire.world_size)
+        message = torch.cat([torch.tensor([failed]), table.flatten()])
+        total = self.wire.round(message, fingerprint("score", num_samples, metric))
+        loss, weight, prediction, label = total[1:].view(table.shape).unbind(dim=1)
+        value = mean(int(loss.sum()), int(weight.sum())) if not int(total[0]) else float("nan")
+        return {"loss": value, metric: measure(metric, prediction, label, num_classes)}
+
+    def _calibrated_losses(
+        self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]
+    ) -> Losses | None:
+        assert not request.each_sample  # settings that ask for both are refused
+        mark = (*mark, _describe(request))
+        logits = self._logits(request.variants, batch, mark)
+        if logits is None:
+            return None
+        found = self._from_main(lambda: calibrated_loss(logits, _labels(batch)), logits.shape[:1], mark)
+        return Losses(tuple(found.tolist()))
+
+    def _logits(
+        self,
+        variants: Sequence[Variant],
+        batch: Sequence[MicroBatch],
+        mark: tuple[object, ...],
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> torch.Tensor | None:
+        """fp64 [variants, samples, classes], the same on all ranks; None if any, anywhere, is not finite."""
+        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
+        table = torch.zeros(len(variants), num_samples, self.calibrated_classes, dtype=torch.int64)
+        sound = True
+        for micro_batch, found in self._evaluate(variants, batch):
+            for variant, score in found:
+                logits, finite = to_fixed(score.logits)
+                sound = sound and bool(finite.all())
+                table[variant, list(micro_batch.slots)] = logits
+            advance(len(micro_batch.slots) * self.wire.world_size)
+        message = torch.cat([torch.tensor([0 if sound else 1]), table.flatten()])
+        total = self.wire.round(message, fingerprint("logits", *mark))
+        return None if int(total[0]) else total[1:].view(table.shape).double() / ONE
+
+    def _from_main(
+        self, compute: Callable[[], torch.Tensor], shape: torch.Size, mark: tuple[object, ...]
+    ) -> torch.Tensor:
+        """What rank 0 computes, on all ranks: another machine's exp and log may have other last bits."""
+        words = torch.zeros(shape, dtype=torch.int64)
+        if self.wire.rank == 0:
+            words, _ = to_fixed(compute())
+        return self.wire.round(words, fingerprint("from main", *mark)).double() / ONE
+
+    def _evaluate(
+        self, variants: Sequence[Variant], batch: Sequence[MicroBatch]
+    ) -> Iterator[tuple[MicroBatch, list[tuple[int, Scores]]]]:
+        """This rank's share of the round, as many micro-batches at a time as go through the model together.
+
+        Each with the scores of this rank's variants, whose places in ``variants`` come with them.
+        """
+        share = (self.sharing or Sharing(self.wire.world_size)).share(self.wire.rank, variants, batch)
+        width = self.width or max(1, self.capacity // (share.most_variants * max(item.cost for item in batch)))
+        for first in range(0, share.most_micro_batches, width):
+            some = share.micro_batches[first : first + width]
+            # Every rank comes here equally often and takes a pass along, so that all gather the same weights.
+            own = [variants[v] for v in share.variants]
+            found = self.engine.evaluate(own, some, self.objective, most=1, filler=batch[0])
+            for micro_batch, scores in zip(some, found, strict=True):
+                yield micro_batch, list(zip(share.variants, scores, strict=True))
+
+
+def _fits(row: torch.Tensor, loss: torch.Tensor, world_size: int) -> bool:
+    """Whether the sums stay below 62 bits, also after adding those of the other ranks."""
+    magnitude = sum(abs(value) for value in loss.tolist()) + max(abs(value) for value in row[:, 0].tolist())
+    return magnitude < MAX_SUM // world_size
+
+
+def _describe(request: Evaluation) -> object:
+    variants = [[v.base, v.shift.to_json(), [shift.to_json() for shift in v.per_sample]] for v in request.variants]
+    return [variants, request.batch, request.each_sample]
+
+
+def _labels(batch: Sequence[MicroBatch]) -> torch.Tensor:
+    """int64 [n]: of the samples of a batch, by their places in it."""
+    labels = torch.cat([micro_batch.labels for micro_batch in batch])
+    return labels[torch.tensor([slot for micro_batch in batch for slot in micro_batch.slots]).argsort()]

@@ -1,0 +1,95 @@
+"""What a run leaves on disk while it goes on: every step in the trajectory, snapshots, and the diary of events."""
+
+from __future__ import annotations
+
+import logging
+from typing import final
+
+from mezo_dist.storage import snapshots
+from mezo_dist.errors import UserError
+from mezo_dist.storage.run_folder import Claim, note
+from mezo_dist.storage.trajectory_writer import Journal
+from mezo_dist.runs.replay import snapshot_facts
+from mezo_dist.runs.build import Run
+from mezo_dist.storage.trajectory import Mark, Step
+
+log = logging.getLogger(__name__)
+
+
+@final
+class Keeper:
+    """All ranks have one; rank 0's writes the trajectory. `open` makes one."""
+
+    def __init__(self, run: Run, claim: Claim, journal: Journal | None) -> None:
+        self._run, self._claim, self._journal = run, claim, journal
+        self._marked = max(claim.log.marks, default=-1) if claim.log is not None else -1
+        self._saved = -1
+
+    @staticmethod
+    def open(run: Run, claim: Claim) -> Keeper:
+        """Begin the trajectory, or go on with the one that was claimed.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if run.wire.rank != 0:
+            return Keeper(run, claim, None)
+        sync_s = run.config.output.sync_s
+        if claim.log is not None:
+            return Keeper(run, claim, Journal.go_on(claim.trajectory, claim.log, sync_s))
+        journal = Journal.begin(claim.trajectory, run.header(), sync_s)
+        note(claim.folder, "started", 0, ranks=run.wire.world_size)
+        return Keeper(run, claim, journal)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the trajectory; 0 on other ranks than 0."""
+        return self._journal.size if self._journal is not None else 0
+
+    def append(self, step: Step) -> None:
+        """Log a step; it is on disk when this returns. Raises as `Journal.append` does."""
+        if self._journal is not None:
+            self._journal.append(step)
+
+    def mark(self, step: int) -> str:
+        """Log the fingerprint of the weights, which are those after ``step`` steps, and return it. Collective.
+
+        Raises:
+            UserError: the ranks' weights are not the same.
+        """
+        fingerprint = self._run.engine.fingerprint()
+        self._run.wire.agree({f"weights after step {step}": fingerprint})
+        if step > self._marked:
+            self._marked = step
+            if self._journal is not None:
+                self._journal.append(Mark(step, fingerprint))
+        return fingerprint
+
+    def snapshot(self, step: int) -> None:
+        """Save the weights after ``step`` steps. A failure is no reason to stop: the trajectory has all. Collective."""
+        self.mark(step)
+        run, claim = self._run, self._claim
+        try:
+            facts = snapshot_facts(run.header())
+            keep = run.config.output.snapshots_kept
+            snapshots.save_snapshot(claim.snapshots, run.engine, step, run.wire, facts=facts, keep=keep)
+        except UserError as error:
+            self._note("snapshot failed", step, reason=str(error))
+            log.warning("%s; the run goes on, as the trajectory still holds it", error)
+        else:
+            self._saved = step
+
+    def stopped(self, step: int) -> None:
+        """Note that the run was asked to stop, and save the weights if the run keeps snapshots. Collective."""
+        self._note("stopped", step)
+        if self._run.config.output.snapshot_every and self._saved < step:
+            self.snapshot(step)
+
+    def close(self) -> None:
+        """Close the trajectory."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def _note(self, event: str, step: int, **facts: str) -> None:
+        if self._run.wire.rank == 0:
+            note(self._claim.folder, event, step, **facts)

@@ -1,0 +1,295 @@
+"""Snapshots: the weights of a run on disk, written and read shard by shard.
+
+A snapshot is a folder with one safetensors file per rank that wrote something, and an index (JSON) that says which
+piece of which weight lies in which file, with the SHA-256 of every file. It knows nothing of ranks or engines: any
+world size and any engine can read it. `torch.distributed.checkpoint` was turned down: its metadata file is a pickle,
+and nothing in a run folder may ever be un-pickled; also it knows no shards that start at any element (ZeRO-3's do).
+
+All ranks must see the same folder, as for a run folder in general.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mezo_dist.distributed.communicator import Wire
+from mezo_dist.engines.anchor import PREFIX
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.layouts.base import Shard
+from mezo_dist.errors import UserError
+from mezo_dist.storage import safetensors_io
+from mezo_dist.storage.files import sync_folder
+
+FORMAT = "mezo_dist/snapshot/1"
+INDEX = "snapshot.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``offset ..`` of a flattened weight, in a file of the snapshot."""
+
+    file: str
+    offset: int
+    size: int
+    """Number of elements."""
+
+
+@dataclass(frozen=True)
+class SavedWeight:
+    """A weight in a snapshot."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    """In order, without gaps."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The index of a complete snapshot."""
+
+    folder: Path
+    step: int
+    """Number of steps that the weights have seen."""
+    facts: dict[str, Any]
+    """What the caller of `save_snapshot` wanted kept with the weights."""
+    files: dict[str, str]
+    """SHA-256 of every file."""
+    weights: dict[str, SavedWeight]
+
+
+def save_snapshot(
+    folder: Path, engine: Engine, step: int, wire: Wire, *, facts: Mapping[str, Any] | None = None, keep: int = 2
+) -> Path:
+    """Write ``folder/step-NNNNNNNN``; it appears under that name only when all of it is on disk.
+
+    The copy that the engine keeps (`Engine.keep_anchor`) is saved, too, if there is one; buffers are not, as they are
+    no weights. Every piece is written once: ranks that own the same pieces (replicas) share the work. Collective: all
+    ranks must call it.
+
+    Args:
+        folder: of all snapshots of the run; made if need be.
+        engine: whose weights.
+        step: number of steps that they have seen.
+        wire: between the ranks.
+        facts: JSON types, to be found in `Snapshot.facts`; rank 0's count.
+        keep: how many complete snapshots may stay, this one included; older ones are removed once it is there.
+
+    Returns:
+        The snapshot's folder, on all ranks.
+
+    Raises:
+        UserError: on all ranks, if one of them could not write (full disk, no permission).
+    """
+    target = folder / f"step-{step:08d}"
+    part = target.with_name(f".{target.name}.part")
+    try:
+        _on_main(wire, _make_empty, part)
+        own = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
+        replicas = wire.collect(lambda: hashlib.sha256(json.dumps(own).encode()).hexdigest())
+        mine = [rank for rank, digest in enumerate(replicas) if digest == replicas[wire.rank]]
+        share = _share(own, mine.index(wire.rank), len(mine))
+        parts = wire.collect(lambda: _write_part(part, f"rank-{wire.rank:05d}.safetensors", engine, share))
+        _on_main(wire, _publish, part, target, _index(step, dict(facts or {}), parts), keep)
+    except UserError as error:
+        if wire.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"snapshot {target} could not be written: {error}") from error
+    return target
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """Folders of the complete snapshots in ``folder`` (which need not exist), oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{INDEX}"))
+
+
+def read_snapshot(folder: Path) -> Snapshot:
+    """Read a snapshot's index.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = folder / INDEX
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']!r} is not {FORMAT}")
+        files = {str(name): str(digest) for name, digest in data["files"].items()}
+        if any(Path(name).name != name for name in files):
+            raise ValueError("a file name with a folder in it")
+        weights = {name: _weight(name, item, files) for name, item in data["weights"].items()}
+        return Snapshot(folder, int(data["step"]), dict(data["facts"]), files, weights)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); not a complete snapshot") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, or of another version of mezo_dist ({error!r})") from error
+
+
+def load_snapshot(folder: Path, engine: Engine, wire: Wire, *, anchor: bool = False) -> Snapshot:
+    """Overwrite the weights with those of a snapshot, whatever engine and world size it was written by.
+
+    Files are checked against their SHA-256 before any weight is touched; ranks share that work. Collective.
+
+    Args:
+        folder: of the snapshot.
+        engine: whose weights.
+        wire: between the ranks.
+        anchor: also fill the copy that the engine keeps (`Engine.keep_anchor`), if the snapshot has one.
+
+    Raises:
+        UserError: on all ranks: the snapshot is incomplete or damaged, or belongs to another model.
+    """
+    found: list[Snapshot] = []
+
+    def check() -> None:
+        snapshot = read_snapshot(folder)
+        for number, (name, digest) in enumerate(sorted(snapshot.files.items())):
+            if number % wire.world_size == wire.rank and safetensors_io.sha256(folder / name) != digest:
+                raise UserError(f"{folder / name}: damaged (its SHA-256 is not the one in {INDEX})")
+        _check_fits(snapshot, engine.shards())
+        found.append(snapshot)
+
+    def fill() -> None:
+        _fill(engine.shards(), found[0])
+        if anchor and any(name.startswith(PREFIX) for name in found[0].weights):
+            engine.keep_anchor()  # makes room
+            _fill(engine.anchor_shards(), found[0])
+
+    wire.collect(check)
+    wire.collect(fill)
+    return found[0]
+
+
+def _on_main(wire: Wire, work: Callable[..., object], *args: Any) -> None:
+    """``work(*args)`` on rank 0; its error on all ranks."""
+    wire.collect(lambda: str(work(*args)) if wire.rank == 0 else "")
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _shards(engine: Engine) -> Iterator[Shard]:
+    """All that is saved."""
+    yield from engine.shards()
+    yield from engine.anchor_shards()
+
+
+def _piece(shard: Shard) -> dict[str, Any]:
+    """What the index says of a shard; equal on replicas."""
+    code, size = safetensors_io.CODES[shard.tensor.dtype], shard.tensor.numel()
+    return {"name": shard.name, "dtype": code, "shape": list(shard.shape), "offset": shard.offset, "size": size}
+
+
+def _share(own: Sequence[dict[str, Any]], place: int, num_replicas: int) -> dict[str, dict[str, Any]]:
+    """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far."""
+    loads = [0] * num_replicas
+    share = {}
+    for piece in own:
+        least = loads.index(min(loads))
+        loads[least] += piece["size"]
+        if least == place:
+            share[piece["name"]] = piece
+    return share
+
+
+def _key(name: str, offset: int) -> str:
+    return f"{name}@{offset}"
+
+
+def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    layout = {
+        _key(name, piece["offset"]): (safetensors_io.DTYPES[piece["dtype"]], [piece["size"]])
+        for name, piece in share.items()
+    }
+    digest = safetensors_io.write(folder / file, layout, (s.tensor for s in _shards(engine) if s.name in share))
+    return {"file": file, "sha256": digest, "pieces": list(share.values())}
+
+
+def _index(step: int, facts: dict[str, Any], parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The index's contents, from what every rank wrote."""
+    weights: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for piece in part["pieces"]:
+            weight = weights.setdefault(piece["name"], {"dtype": piece["dtype"], "shape": piece["shape"], "pieces": []})
+            weight["pieces"].append([part["file"], piece["offset"], piece["size"]])
+    for weight in weights.values():
+        weight["pieces"].sort(key=lambda piece: piece[1])
+    files = {part["file"]: part["sha256"] for part in parts}
+    return {"format": FORMAT, "step": step, "facts": facts, "files": files, "weights": weights}
+
+
+def _publish(part: Path, target: Path, index: dict[str, Any], keep: int) -> None:
+    with (part / INDEX).open("w", encoding="utf-8") as file:
+        json.dump(index, file, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    read_snapshot(part)
+    sync_folder(part)
+    _remove(target)
+    os.replace(part, target)
+    sync_folder(target.parent)
+    for old in snapshots(target.parent)[:-keep]:
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a snapshot so that a half removed one is never taken for a complete one."""
+    if folder.exists():
+        aside = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        shutil.rmtree(aside)
+
+
+def _fill(shards: Iterable[Shard], snapshot: Snapshot) -> None:
+    entries = {name: safetensors_io.read_header(snapshot.folder / name) for name in snapshot.files}
+    for shard in shards:
+        flat = shard.tensor.detach().view(-1)
+        for piece in snapshot.weights[shard.name].pieces if len(flat) else ():
+            first = max(piece.offset, shard.offset)
+            stop = min(piece.offset + piece.size, shard.offset + len(flat))
+            if first < stop:
+                entry = entries[piece.file][_key(shard.name, piece.offset)]
+                entry.read(flat[first - shard.offset : stop - shard.offset], first - piece.offset)
+
+
+def _weight(name: str, item: Mapping[str, Any], files: Mapping[str, str]) -> SavedWeight:
+    """Read a weight of the index. Raises ValueError if its pieces leave a gap."""
+    weight = SavedWeight(
+        safetensors_io.DTYPES[item["dtype"]], tuple(item["shape"]), tuple(Piece(*piece) for piece in item["pieces"])
+    )
+    end = 0
+    for piece in weight.pieces:
+        if piece.offset != end or piece.file not in files:
+            raise ValueError(f"{name}: its pieces do not fit together")
+        end += piece.size
+    if end != math.prod(weight.shape):
+        raise ValueError(f"{name}: its pieces do not make the whole weight")
+    return weight
+
+
+def _check_fits(snapshot: Snapshot, shards: Iterable[Shard]) -> None:
+    own = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
+    saved_names = {name for name in snapshot.weights if not name.startswith(PREFIX)}
+    if other := sorted(own.keys() ^ saved_names):
+        raise UserError(f"{snapshot.folder}: of another model: {', '.join(other[:3])} is only in one of the two")
+    for name, (shape, dtype) in own.items():
+        saved = snapshot.weights[name]
+        if (saved.shape, saved.dtype) != (shape, dtype):
+            raise UserError(
+                f"{snapshot.folder}: {name} is {saved.dtype} {saved.shape} there, but {dtype} {shape} in this run "
+                "(model.weights, model.name)"
+            )

@@ -1,0 +1,297 @@
+"""The trajectory: an append-only log from which a run can be rebuilt, one JSON line per step.
+
+    {"format":"mezo_dist/trajectory/2","seed":0, ... ,"check":"9b1f0c3e"}             the header
+    {"step":0,"loss":[{"mean":[0.69315,0.69402]}],"add":"1c90a2f4","check":"..."}       a step
+    {"step":1,"loss":[{"each":["f:AACAPw...","f:..."]}],"add":"...","check":"..."}      a direction per sample
+    {"step":2,"skipped":"a loss is not finite","check":"..."}
+    {"done":3,"weights":"0123456789abcdef","check":"..."}       fingerprint of the weights after three steps
+
+What stands here is what was measured: the losses. Everything else follows, and anybody can compute it again: the
+directions from (run seed, step, index), and what was added to the weights from the losses, by the algorithm's planner.
+``add`` is a digest of that combination, so an algorithm that computes anything else is noticed. (Seeds and
+coefficients took 45 bytes a term, and those of an anchor were there again in every step that builds on it.)
+
+Values are exact: decimals keep every bit, and lists of more than `PLAIN` numbers are base64 of little-endian fp32
+where that loses nothing (``f:``), else of fp64 (``d:``). ``check`` covers its line and the check of the step before,
+so a step that was changed, lost, moved or taken from another run is noticed where it stands. (The first step follows
+on the header's `Header.identity`, not on its text: so runs that differ in their folder alone have the same lines.)
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mezo_dist.algorithms.base import Losses
+from mezo_dist.directions.combination import Combination
+from mezo_dist.errors import UserError
+
+FORMAT = "mezo_dist/trajectory/2"
+FILE = "trajectory.jsonl"
+PLAIN = 8
+ONE = 1 << 32
+"""Losses are sums of multiples of 1 / ONE (see `mezo_dist.distributed.communicator`)."""
+_TAIL = re.compile(rb',"check":"([0-9a-f]{8})"}\n')
+_TAIL_BYTES = len(',"check":"01234567"}\n')
+
+
+@dataclass(frozen=True)
+class Header:
+    """What makes the steps reproducible."""
+
+    config: dict[str, Any]
+    """The resolved config."""
+    config_digest: str
+    """SHA-256 of the part of it that changes results."""
+    base_model: str
+    """Name and revision of the model before step 0."""
+    base_fingerprint: str
+    """Fingerprint of its weights."""
+    law_version: str
+    """Version of generator and law."""
+    weights: str
+    """dtype of the weights, and how updates are rounded to it."""
+    seed: int
+    """Run seed; the seed of stochastic rounding at a step is derived from it."""
+    full_size: int
+    """Samples of a full batch."""
+    version: str
+    """Version of mezo_dist that began the run."""
+
+    @property
+    def identity(self) -> str:
+        """What all its lines are chained to: equal for runs that must have the same lines."""
+        facts = (self.config_digest, self.base_fingerprint, self.law_version)
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=4).hexdigest()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its losses, enough to run the planner again."""
+
+    step: int
+    rounds: tuple[Losses, ...]
+    update: str = ""
+    """`digest` of the combination that was added to the weights; empty if the step was skipped."""
+    skipped: str = ""
+    """Why the step was skipped; empty if it was not."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The line without its check."""
+        if self.skipped:
+            return {"step": self.step, "skipped": self.skipped}
+        return {"step": self.step, "loss": [_losses_to_json(r) for r in self.rounds], "add": self.update}
+
+    @staticmethod
+    def from_json(line: dict[str, Any]) -> Step:
+        """Read `to_json` back. Raises KeyError, TypeError or ValueError on anything else."""
+        number = line.pop("step")
+        if type(number) is not int:
+            raise ValueError(f"step {number!r} is no number")
+        if "skipped" in line:
+            return Step(number, (), skipped=str(line["skipped"]))
+        return Step(number, tuple(_losses_from_json(item) for item in line["loss"]), str(line["add"]))
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the weights were after ``done`` steps."""
+
+    done: int
+    weights: str
+    """Fingerprint of all weights, which does not depend on their layout."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """A trajectory that was read."""
+
+    header: Header
+    check: str
+    """What the next line is chained to."""
+    size: int
+    """Bytes up to the end of the last whole line."""
+    torn: int
+    """Bytes after it: of a line whose writing was interrupted."""
+    steps: list[Step] = field(default_factory=list)
+    marks: dict[int, str] = field(default_factory=dict)
+    """Steps done -> fingerprint of the weights."""
+
+
+def digest(combination: Combination, scale: float = 1.0) -> str:
+    """8 hexadecimal digits over the seeds (64 bits each) and coefficients (fp32) of a combination, and over what the
+    weights are multiplied by before (fp32), if that is not 1."""
+    terms = b"".join(struct.pack("<Qf", seed, c) for seed, c in combination.terms)
+    return hashlib.blake2b(terms + (struct.pack("<f", scale) if scale != 1 else b""), digest_size=4).hexdigest()
+
+
+def to_line(content: dict[str, Any], previous: str) -> tuple[bytes, str]:
+    """A line with its end, and its check. ``previous`` is the check of the step before, ``""`` for the header.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)[:-1].encode()
+    check = _check(text, previous)
+    return text + f',"check":"{check}"}}\n'.encode(), check
+
+
+def read(path: Path) -> Log:
+    """Read a trajectory file. A last line without its end (a crash while writing) is left out.
+
+    Raises:
+        UserError: the file is missing, is no trajectory, or is damaged; the message names line and offset.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: not a run folder, or a run that did not get to its first step")
+    log = parse(read_bytes(path), path)
+    if log is None:
+        raise UserError(f"{path} is empty: the run did not get to its first step")
+    return log
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in the file; its start is looked at before the rest is taken into memory. Raises as `read` does."""
+    with path.open("rb") as file:
+        start = file.read(len(_START))
+        _check_start(start, path)
+        return start + file.read()
+
+
+def parse(data: bytes, path: Path) -> Log | None:
+    """The same from memory; ``path`` is for messages. None if not even the header is whole."""
+    _check_start(data[: len(_START)], path)
+    header: Header | None = None
+    steps: list[Step] = []
+    marks: dict[int, str] = {}
+    check, offset = "", 0
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        try:
+            content, own = _content(line + b"\n", check)
+            if header is None:
+                header = _header(content)
+                check = header.identity
+            elif "done" in content:  # no link of the chain: runs that save more often have the same steps
+                marks.update([_mark(content, len(steps))])
+            else:
+                steps.append(_step(content, len(steps)))
+                check = own
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} (offset {offset}): {_reason(error)}") from error
+        offset += len(line) + 1
+    return None if header is None else Log(header, check, offset, len(data) - offset, steps, marks)
+
+
+_START = b'{"format":"mezo_dist/trajectory/'
+
+
+def _check_start(start: bytes, path: Path) -> None:
+    if not _START.startswith(start):
+        raise UserError(f"{path}, line 1 (offset 0): not a trajectory")
+
+
+def _reason(error: Exception) -> str:
+    return f"damaged: {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _check(text: bytes, previous: str) -> str:
+    return hashlib.blake2b(text + previous.encode(), digest_size=4).hexdigest()
+
+
+def _content(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
+    tail = _TAIL.fullmatch(line[-_TAIL_BYTES:])
+    text = line[:-_TAIL_BYTES]
+    if tail is None or _check(text, previous) != tail[1].decode():
+        raise ValueError("damaged: the line does not fit its checksum, or does not follow the step before")
+    content = json.loads(text + b"}", parse_constant=_refuse)
+    if not isinstance(content, dict):
+        raise ValueError("damaged: not a JSON object")
+    return content, tail[1].decode()
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"damaged: {constant} is no JSON")
+
+
+def _header(content: dict[str, Any]) -> Header:
+    found = content.pop("format")
+    if found != FORMAT:
+        raise ValueError(f"a trajectory of format {found!r}; this version of mezo_dist reads {FORMAT!r}")
+    header = Header(**content)
+    kinds = {"config": dict, "seed": int, "full_size": int}
+    for name, value in vars(header).items():
+        if type(value) is not kinds.get(name, str):
+            raise ValueError(f"damaged header: {name} is {value!r}")
+    return header
+
+
+def _step(content: dict[str, Any], expected: int) -> Step:
+    step = Step.from_json(content)
+    if step.step != expected:
+        raise ValueError(f"step {step.step} where step {expected} was expected")
+    return step
+
+
+def _mark(content: dict[str, Any], done: int) -> tuple[int, str]:
+    if content["done"] != done:
+        raise ValueError(f"a fingerprint after {content['done']} steps where there are {done}")
+    return done, str(content["weights"])
+
+
+def _losses_to_json(losses: Losses) -> dict[str, Any]:
+    """The means are left out where they follow from the losses of the samples (all of the same weight)."""
+    each = {"each": [_pack(row) for row in losses.each]} if losses.each else {}
+    return each if _bits(_means(losses.each)) == _bits(losses.mean) else {"mean": _pack(losses.mean)} | each
+
+
+def _losses_from_json(data: Any) -> Losses:
+    if not isinstance(data, dict):
+        raise ValueError(f"damaged: a round must be an object, not {data!r}")
+    each = tuple(_unpack(row) for row in data.get("each", ()))
+    return Losses(_unpack(data["mean"]) if "mean" in data else _means(each), each)
+
+
+def _means(each: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """As the communicator computes them: exact integers, one rounding. Empty where losses are too large for it."""
+    if any(abs(loss) >= ONE for row in each for loss in row):
+        return ()
+    return tuple(sum(int(loss * ONE) for loss in row) / (len(row) * ONE) for row in each)
+
+
+def _bits(values: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(values)}d", *values)  # 0.0 == -0.0
+
+
+def _pack(values: Sequence[float]) -> list[float] | str:
+    wide = np.array(values, dtype="<f8")
+    if not np.isfinite(wide).all():
+        raise ValueError("a loss is not finite")
+    if len(values) <= PLAIN:
+        return list(values)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype("<f4")
+    code, data = ("f", narrow) if np.array_equal(narrow.astype("<f8"), wide) else ("d", wide)
+    return f"{code}:{base64.b64encode(data.tobytes()).decode().rstrip('=')}"
+
+
+def _unpack(packed: Any) -> tuple[float, ...]:
+    if isinstance(packed, list):
+        values = [float(value) for value in packed if type(value) in (int, float)]
+        if len(values) != len(packed):
+            raise ValueError("damaged: losses that are no numbers")
+        return tuple(values)
+    code, _, text = str(packed).partition(":")
+    data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    numbers = np.frombuffer(data, dtype={"f": "<f4", "d": "<f8"}[code]).astype(float)
+    if not np.isfinite(numbers).all():
+        raise ValueError("damaged: losses that are not finite")
+    return tuple(numbers.tolist())

@@ -1,0 +1,138 @@
+"""The command line: its help, its messages and what it does not import."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mezo_dist import cli
+from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.config.reader import help_text
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.config.task import Label
+from tests.config.configs import Write
+
+# Help
+
+
+def settings(section: Any, algorithm: str, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every setting that is not a section: its dotted name, its class and its field name."""
+    for name, kind in typing.get_type_hints(section).items():
+        kind = ALGORITHMS[algorithm][0] if kind is Any else kind
+        if dataclasses.is_dataclass(kind):
+            yield from settings(kind, algorithm, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", section, name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_help_explains_every_setting(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # one line per setting
+    text = help_text(algorithm)
+    explained = dict(re.findall(r"^  --([\w.]+).*?(?:\n {20,}| {2,})(\S.*)$", text, re.MULTILINE))
+    names = [name for name, _, _ in settings(RunConfig, algorithm)]
+    assert set(explained) == {*names, "task"}
+    for name in names:
+        words = explained[name].partition(" (type: ")[0].partition(" (required")[0]
+        assert len(words.split()) >= 2, f"--{name} is not explained: {explained[name]!r}"
+
+
+def test_help_explains_the_parts_of_a_label() -> None:
+    for field in dataclasses.fields(Label):
+        assert f"{field.name}: " in re.search(r"--task\.labels[^\0]*?--task", help_text())[0]  # type: ignore[index]
+
+
+def test_help_is_free_of_markup_and_of_what_cannot_be_used() -> None:
+    text = help_text()
+    assert "``" not in text
+    assert "--config" not in text
+    assert "Path to a configuration file" not in text
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "mezo-dist: error: name a config file first, as in `mezo-dist train "),
+        (["--seed", "1"], "mezo-dist: error: name a config file first"),
+        (["nowhere.yaml"], "mezo-dist: error: config file nowhere.yaml does not exist"),
+        (["CONFIG", "--train.step=1"], "mezo-dist: error: command line: unknown setting 'train.step'; did you mean "),
+        (["CONFIG", "--seed", "x"], "mezo-dist: error: command line: seed: must be a whole number, not x"),
+        (["--help", "algorithm.name=x"], "mezo-dist: error: command line: algorithm.name: 'x' does not exist"),
+    ],
+)
+def test_the_command_line_shows_one_message_and_no_traceback(
+    write_config: Write, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    status = cli.main(["train", *(str(write_config()) if item == "CONFIG" else item for item in arguments)])
+    output = capsys.readouterr()
+    assert status == 2
+    assert output.out == ""
+    assert output.err.startswith(expected)
+    assert "Traceback" not in output.err
+    assert output.err.count("error:") == 1
+
+
+def test_the_rank_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main(["train", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("mezo-dist (rank 3): error: config file nowhere.yaml")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["some.yaml", "--help"]])
+def test_help_of_train(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert cli.main(["train", *arguments]) == 0
+    assert "--algorithm.anchor_lr" in capsys.readouterr().out
+
+
+def test_help_of_train_for_an_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "--algorithm.name=mezo"]) == 0
+    output = capsys.readouterr().out
+    assert "--algorithm.directions" in output
+    assert "--algorithm.anchor_lr" not in output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["evaluate"], ["evaluate", "x", "--foo"], ["frobnicate"]])
+def test_other_commands_are_ordinary_argparse(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == (0 if "--help" in arguments else 2)
+    assert "usage: mezo-dist" in "".join(capsys.readouterr())
+
+
+def test_reading_a_config_needs_no_heavy_library() -> None:
+    code = (
+        "import sys; from mezo_dist.config.reader import load, help_text; help_text();"
+        "load('configs/quickstart.yaml', ['seed=3']);"
+        "sys.exit(' '.join({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_connected_rank_that_fails_ends_at_once(tmp_path: Path) -> None:
+    """Taking down the threads of its connections would abort it now and then, and its status would be lost."""
+    program = (
+        "import atexit, sys\n"
+        "import torch.distributed as dist\n"
+        "from mezo_dist import __main__\n"
+        "atexit.register(print, 'taken down')\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        f"sys.argv = ['mezo-dist', 'report', {str(tmp_path / 'nowhere')!r}]\n"
+        "__main__.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "taken down" not in done.stdout

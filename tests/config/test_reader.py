@@ -1,0 +1,139 @@
+"""Config files and command-line overrides: what is read, and the resolved config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.algorithms.svrg import SvrgConfig
+from mezo_dist.config.reader import from_dict, load
+from mezo_dist.config.task import Label
+from mezo_dist.errors import UserError
+from tests.config.configs import CONFIG, TASK, Write, fault
+
+
+def test_a_good_config_with_a_task_file_relative_to_it(write_config: Write) -> None:
+    config = load(write_config())
+    assert (config.model.name, config.task.name, config.train.steps) == ("some/model", "reviews", 20)
+    assert config.task.labels == (Label(0, "bad"), Label(1, "good"))
+    assert config.train.micro_batch == 8  # not given: the default
+
+
+@pytest.mark.parametrize("overrides", [["--train.steps=7"], ["train.steps=7"], ["--train.steps", "7"]])
+def test_forms_of_an_override(write_config: Write, overrides: list[str]) -> None:
+    config = load(write_config(), overrides)
+    assert config.train == dataclasses.replace(load(write_config()).train, steps=7)
+
+
+def test_the_last_of_several_overrides_counts(write_config: Write) -> None:
+    assert load(write_config(), ["seed=1", "--seed=2", "--output.dir", "a=b"]).seed == 2
+    assert load(write_config(), ["--output.dir", "a=b"]).output.dir == "a=b"
+
+
+@pytest.mark.parametrize("number", ["5e-5", "5.0e-5", "0.00005", ".5e-4", "5E-5"])
+def test_numbers_in_scientific_notation(write_config: Write, number: str) -> None:
+    assert load(write_config(CONFIG.replace("5e-5", number))).algorithm.lr == 5e-5
+    assert load(write_config(CONFIG.replace("5e-5", "1")), [f"algorithm.lr={number}"]).algorithm.lr == 5e-5
+
+
+def test_text_that_looks_like_something_else_stays_text(write_config: Write) -> None:
+    assert load(write_config(), ["--model.revision=12"]).model.revision == "12"
+    assert load(write_config(CONFIG.replace("some/model", '"007"'))).model.name == "007"
+    assert load(write_config(task=TASK.replace("0, word: bad", '"00", word: "no"'))).task.labels[0] == Label("00", "no")
+
+
+def test_an_override_may_name_another_task_file_relative_to_the_current_folder(
+    write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/other.yaml").write_text(TASK.replace("reviews", "other"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = write_config(task=TASK + "subset: only-in-the-first\n")
+    config = load(path, ["task=other.yaml", "task.label=stars"])
+    assert (config.task.name, config.task.subset, config.task.label) == ("other", None, "stars")
+
+
+def test_an_override_may_fill_in_what_the_file_lacks(write_config: Write) -> None:
+    assert load(
+        write_config(CONFIG.replace("some/model", "x").replace("model: {name: x}", "")), ["model.name=y"]
+    ).model.name
+
+
+# The algorithm's settings depend on its name
+
+
+def test_the_name_picks_the_settings(write_config: Write) -> None:
+    assert load(write_config(CONFIG.replace("mezo,", "mezo-svrg, q: 5,"))).algorithm.q == 5
+    assert "algorithm.q is a setting of mezo-svrg and mezo-svrg-released, not of mezo" in fault(
+        write_config(CONFIG.replace("mezo,", "mezo, q: 5,"))
+    )
+
+
+def test_an_override_of_the_name_keeps_settings_that_both_have(write_config: Write) -> None:
+    config = load(write_config(), ["algorithm.name=mezo-svrg", "algorithm.q=3"])
+    assert config.algorithm == SvrgConfig(lr=5e-5, q=3)
+
+
+def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config: Write) -> None:
+    path = write_config(CONFIG.replace("mezo,", "mezo-svrg, anchor_lr: 1e-3,"))
+    expected = "run.yaml: algorithm.anchor_lr is a setting of mezo-svrg and mezo-svrg-released, not of mezo"
+    assert fault(path, "--algorithm.name=mezo").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("algorithm: {lr: 1}", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
+        ("", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
+        ("algorithm: {name: mezzo}", "run.yaml: algorithm.name: 'mezzo' does not exist; choose one of mezo, mezo-svrg"),
+        ("algorithm: {name: [mezo]}", "run.yaml: algorithm.name: ['mezo'] does not exist"),
+        ("algorithm: mezo", "run.yaml: algorithm: must hold settings (name, lr, eps,"),
+    ],
+)
+def test_no_such_algorithm(write_config: Write, section: str, expected: str) -> None:
+    assert fault(write_config(CONFIG.replace("algorithm: {name: mezo, lr: 5e-5}", section))).startswith(expected)
+
+
+# The resolved config
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_resolved_config_reads_back_equal(write_config: Write, algorithm: str) -> None:
+    overrides = ["train.full_size=8", "train.max_tokens=9", "model.compute=bfloat16", "algorithm.annealing.window=4"]
+    labels = "task.labels=[{value: '01', word: 'yes'}, {value: 1, word: '2'}]"
+    config = load(write_config(), [f"algorithm.name={algorithm}", *overrides, labels, "seed=5"])
+    again = load(write_config(yaml.safe_dump(config.to_dict(), sort_keys=False)))
+    assert again == config
+    assert again.digest() == config.digest()
+    assert from_dict(config.to_dict(), "test") == config
+    assert not [name for name, value in leaves(config.to_dict()) if isinstance(value, tuple)]
+
+
+def leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_the_digest_ignores_where_results_go_and_nothing_else(write_config: Write) -> None:
+    path = write_config()
+    config = load(path)
+    same = load(path, ["output.dir=x", "output.export=false", "output.if_exists=new", "distributed.timeout_s=5"])
+    assert same.digest() == config.digest()
+    for change in ("seed=1", "train.steps=21", "task.splits.seed=1", "algorithm.lr=6e-5", "model.name=other", "rank=2"):
+        assert load(path, [change]).digest() != config.digest(), change
+
+
+def test_a_resolved_config_of_another_version_is_refused(write_config: Write) -> None:
+    data = load(write_config()).to_dict()
+    data["train"]["of_the_future"] = 1
+    with pytest.raises(UserError, match=r"runs/run: unknown setting .train\.of_the_future."):
+        from_dict(data, "runs/run")

@@ -1,0 +1,109 @@
+"""Ranks that start again find each other, whatever an earlier start has left in the store."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from mezo_dist.distributed.rendezvous import meet
+
+
+def start(store: dist.Store, delays: list[float]) -> list[dist.Store]:
+    """Meet, each rank (a thread) after a delay in seconds."""
+
+    def come(rank: int) -> dist.Store:
+        time.sleep(delays[rank])
+        return meet(store, rank, len(delays), timeout_s=60)
+
+    with ThreadPoolExecutor(len(delays)) as pool:
+        return list(pool.map(come, range(len(delays))))
+
+
+def test_every_start_has_a_clean_store_of_its_own() -> None:
+    store = dist.HashStore()
+    for delays in ([0.0, 0.0, 0.0], [0.3, 0.0, 0.1], [0.0, 0.2, 0.0], [0.2, 0.0], [0.0]):
+        places = start(store, delays)
+        assert not any(place.check(["mark"]) for place in places)
+        places[0].set("mark", str(delays))
+        assert {place.get("mark") for place in places} == {str(delays).encode()}
+
+
+@pytest.mark.parametrize(("rank", "message"), [(0, r"no sign of rank\(s\) \[1, 2\]"), (2, "timeout")])
+def test_ranks_that_do_not_come(rank: int, message: str) -> None:
+    with pytest.raises(dist.DistStoreError, match=message):
+        meet(dist.HashStore(), rank, 3, timeout_s=0.2)
+
+
+COME = """
+import sys, time
+from mezo_dist.distributed.communicator import connect
+time.sleep(float(sys.argv[1]))
+wire = connect(timeout_s=60)
+print(wire.total(1))
+wire.close()
+"""
+
+
+@pytest.mark.distributed
+def test_a_rank_that_is_quicker_than_rank_0_after_a_restart_does_not_look_for_the_dead() -> None:
+    """As under torchrun, whose store outlives the ranks."""
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for delays in (("0", "0"), ("2", "0")):
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", COME, delay],
+                env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank, delay in enumerate(delays)
+        ]
+        try:
+            assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["2\n", "2\n"]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
+
+
+CONNECT_SLOWLY = """
+import sys, time
+import torch.distributed as dist
+from mezo_dist.distributed.communicator import connect
+connected, seconds = dist.init_process_group, float(sys.argv[1])
+def slowly(*args, **kwargs):
+    connected(*args, **kwargs)
+    time.sleep(seconds)
+    print(time.monotonic())
+dist.init_process_group = slowly
+wire = connect(timeout_s=60)
+print(time.monotonic())
+wire.barrier()
+wire.close()
+"""
+
+
+@pytest.mark.distributed
+def test_no_rank_goes_on_while_another_still_connects() -> None:
+    """One that stopped at once, for a bad setting, would abort the other now and then: gloo's connections are not made
+    at both ends at once."""
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONNECT_SLOWLY, seconds],
+            env={**os.environ, **meeting, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, seconds in enumerate(["1.5", "0"])
+    ]
+    (connected, _), (_, went_on) = ([float(line) for line in r.communicate(timeout=60)[0].split()] for r in ranks)
+    assert went_on >= connected

@@ -1,0 +1,171 @@
+"""The frozen prefix: losses are the same with it, its blocks run once per sample, and it is off where it cannot be."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mezo_dist.algorithms.base import Variant
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.law import Field
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.units import find_blocks
+from mezo_dist.models.frozen_cache import FrozenPrefix, attach_prefix, run_whole
+from mezo_dist.objectives.classification import LabelWords
+from mezo_dist.tasks.batches import MicroBatch, cut
+from mezo_dist.tasks.prompts import Sample
+from mezo_dist.testing import tiny_model
+
+LABELS = [40, 7, 22]
+SAMPLES = [Sample(tuple(range(5 + n, 5 + 2 * n)), n % 3, n - 1) for n in (9, 4, 7, 6, 3, 8)]
+GIB = 2**30
+
+
+def batches(size: int = 2) -> list[MicroBatch]:
+    return cut(SAMPLES, size, pad_id=0)
+
+
+def with_frozen_blocks(kind: str, trainable: int = 1) -> Any:
+    """A model of which only the last ``trainable`` blocks are not frozen."""
+    model = tiny_model(kind).requires_grad_(False)
+    for block in find_blocks(model)[-trainable:]:
+        block.requires_grad_(True)
+    return model
+
+
+def attached(model: nn.Module, limit: int = GIB) -> Any:
+    return attach_prefix(model, [(batch.inputs, batch.positions) for batch in batches()], limit)
+
+
+def losses(model: nn.Module, run: Any, groups: list[MicroBatch], before: Sequence[MicroBatch] = ()) -> torch.Tensor:
+    """Loss of every sample under two variants, after those of ``before``."""
+    engine = Engine(model, Field("gaussian"))
+    objective = LabelWords(model, LABELS, groups[0], run)
+    engine.evaluate([Variant()], before, objective)
+    shifts = [Combination.single(3, 0.05), Combination.single(4, -0.05)]
+    scores = engine.evaluate([Variant(shift) for shift in shifts], groups, objective)
+    found = torch.zeros(len(shifts), len(SAMPLES))
+    for batch, row in zip(groups, scores, strict=True):
+        for v, score in enumerate(row):
+            found[v, list(batch.slots)] = score.loss
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "opt", "bert", "roberta", "distilbert"])
+def test_losses_are_those_of_whole_passes(kind: str) -> None:
+    wanted = losses(with_frozen_blocks(kind), run_whole, batches())
+    model = with_frozen_blocks(kind)
+    run = attached(model)
+    assert isinstance(run, FrozenPrefix)
+    torch.testing.assert_close(losses(model, run, batches()), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainable", "inner", "is_narrow"),
+    [
+        ("llama", "*layers.1.post_attention_layernorm*", 2, True),  # its first norm and its attention are remembered
+        ("llama", "model.norm.*", 0, True),
+        ("llama", "*layers.1.mlp*", 3, True),
+        ("llama", "*layers.1.self_attn.v_proj*", 1, False),  # attention looks at all tokens
+        ("opt", "*layers.1.fc1*", 2, True),  # what comes then has samples and tokens in one dimension
+        ("bert", "*layer.1.output*", 2, True),
+        ("roberta", "*layer.1.intermediate*", 1, True),
+        ("distilbert", "*layer.1.ffn*", 2, True),
+    ],
+)
+def test_what_is_left_to_do_on_one_token_is_done_on_one_token(
+    kind: str, trainable: str, inner: int, is_narrow: bool
+) -> None:
+    def model() -> Any:
+        made = tiny_model(kind).requires_grad_(False)
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(fnmatch.fnmatch(name, trainable))
+        assert any(parameter.requires_grad for parameter in made.parameters())
+        return made
+
+    run = attached(shortened := model())
+    assert isinstance(run, FrozenPrefix)
+    assert (len(run.prefix.ends), run.narrow) == (1 + inner, is_narrow)
+    torch.testing.assert_close(
+        losses(shortened, run, batches()), losses(model(), run_whole, batches()), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_bits_do_not_depend_on_who_came_before_or_on_the_memory() -> None:
+    """Micro-batches of another composition find, and leave, the same hidden states; so does a memory that forgets."""
+    mixed = cut([SAMPLES[i] for i in (5, 1, 3, 0, 2, 4)], 3, pad_id=0)
+    results = []
+    for limit in (GIB, 3000, 1):
+        for before in ([], mixed):
+            model = with_frozen_blocks("llama")
+            results.append(losses(model, attached(model, limit), batches(), before))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_every_group_goes_through_the_prefix_once() -> None:
+    model = with_frozen_blocks("llama")
+    calls: list[int] = []
+    first: Any = find_blocks(model)[0]
+    run = attached(model)
+    first.self_attn.register_forward_hook(lambda *_: calls.append(1))  # inner: the block itself is called, and skipped
+    losses(model, run, batches(), before=batches() + batches())
+    assert len(calls) == len(batches()), "each group once, whatever variants and rounds there are"
+
+
+def test_memory_is_limited() -> None:
+    model = with_frozen_blocks("llama")
+    run = attached(model, 3000)
+    with torch.no_grad():
+        for batch in batches():
+            run(model, batch.inputs, batch.positions)
+    assert 0 < run._used <= 3000
+
+
+def test_detached_model_runs_whole() -> None:
+    model, untouched = with_frozen_blocks("llama"), tiny_model("llama")
+    run = attached(model)
+    run.detach()
+    inputs = batches()[0].inputs
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, untouched(**inputs).logits)
+
+
+@pytest.mark.parametrize("what", ["nothing is frozen", "embeddings are trainable"])
+def test_whole_passes_without_a_frozen_prefix(what: str) -> None:
+    model = with_frozen_blocks("llama")
+    if what == "nothing is frozen":
+        model.requires_grad_(True)
+    elif what == "embeddings are trainable":
+        model.get_input_embeddings().requires_grad_(True)
+    assert attached(model) is run_whole
+
+
+def test_blocks_that_give_several_tensors_are_computed_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = with_frozen_blocks("llama")
+    first, second = find_blocks(model)
+    whole, rest = first.forward, second.forward
+    first.forward = lambda *args, **kwargs: (whole(*args, **kwargs), None)
+    second.forward = lambda hidden, *args, **kwargs: rest(hidden[0], *args, **kwargs)
+    with caplog.at_level(logging.INFO):
+        assert attached(model) is run_whole
+    assert "more than one tensor" in caplog.text
+
+
+def test_a_prefix_that_changes_the_logits_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    """A model that looks at an early block's output later on: skipping the block would change what it sees."""
+    model = with_frozen_blocks("llama", trainable=0)
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    seen: list[Any] = []
+    first: Any = find_blocks(model)[0]
+    first.mlp.register_forward_hook(lambda m, a, output: seen.append(output))
+    model.lm_head.register_forward_pre_hook(lambda m, a: (a[0] + 1000 * len(seen),))
+    with caplog.at_level(logging.INFO):
+        assert attached(model) is run_whole
+    assert "changes the logits" in caplog.text

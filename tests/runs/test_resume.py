@@ -1,0 +1,356 @@
+"""A fine-tuned model is its base model plus the trajectory: a run that was cut short goes on as if nothing had been,
+and any of its models can be made again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from mezo_dist import cli
+from mezo_dist.config import reader
+from mezo_dist.runs import build
+from mezo_dist.runs import replay
+from mezo_dist.runs import training
+from mezo_dist.storage import trajectory
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.errors import UserError
+from mezo_dist.runs.export import export_model
+from mezo_dist.storage.trajectory_writer import Journal
+from mezo_dist.testing import write_tiny_config
+from mezo_dist.storage.trajectory import Header, Step
+from mezo_dist.distributed.communicator import Wire
+from tests.run_folders import results
+
+PER_SAMPLE = ["law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3"]
+RUNS = {
+    "mezo": ("gpt2", "mezo", ["algorithm.lr=1e-3"]),
+    "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
+    "bf16": ("llama", "mezo-svrg", ["algorithm.lr=1e-3", "model.weights=bfloat16", "law=rademacher"]),
+    "per-sample": ("opt", "mezo-svrg", PER_SAMPLE),
+    "several per sample": ("opt", "mezo", [*PER_SAMPLE, "algorithm.directions=2", "algorithm.one_sided=true"]),
+    "every option": (
+        "opt",
+        "mezo",
+        [
+            f"algorithm.{option}"
+            for option in (
+                "lr=1e-3",
+                "directions=3",
+                "one_sided=true",
+                "scaling=normalised",
+                "clip=9",
+                "momentum.decay=0.7",
+                "pool=8",
+                "pull=0.1",
+            )
+        ],
+    ),
+    "stored": (
+        "gpt2",
+        "mezo-svrg",
+        ["algorithm.lr=1e-3", "algorithm.q=5", "algorithm.anchor=stored", "model.weights=bfloat16"],
+    ),
+    "decay": (
+        "gpt2",
+        "mezo-svrg",
+        ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.anchor=auto", "algorithm.weight_decay=0.2"],
+    ),
+    "two rounds": ("gpt2", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
+}
+STEPS = 7
+TORN = b'{"step":3,"loss":[{"mean":[0.69'
+
+
+def load(root: Path, name: str, *options: str) -> RunConfig:
+    return reader.load(root / name / "config.yaml", [*RUNS[name][2], *options])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Undisturbed runs, each in NAME/run."""
+    root = tmp_path_factory.mktemp("resume")
+    for name, (kind, algorithm, _) in RUNS.items():
+        write_tiny_config(root / name, kind, algorithm, steps=STEPS, batch_size=5, micro_batch=3)
+        training.train(load(root, name), Wire())
+    return root
+
+
+def killed(root: Path, name: str, num_steps: int, to: Path, torn: bytes = TORN) -> Path:
+    """A copy of the run as it would be if it had died in the step after the first ``num_steps``."""
+    shutil.copytree(root / name / "run", to)
+    lines = (to / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
+    (to / "trajectory.jsonl").write_bytes(b"".join(lines[: 1 + num_steps]) + torn)
+    before = json.loads((to / "results.json").read_text())["before"]
+    (to / "results.json").write_text(json.dumps({"before": before}))
+    shutil.rmtree(to / "model")
+    return to
+
+
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps", "torn"),
+    [
+        *((name, 4, TORN) for name in RUNS),  # of mezo-svrg: in the middle between two anchors
+        ("mezo-svrg", 3, b""),  # right before an anchor
+        ("mezo-svrg", 0, TORN),
+        ("mezo-svrg", STEPS, b""),  # before the last evaluation
+    ],
+)
+def test_a_run_cut_short_ends_as_the_undisturbed_one(
+    root: Path, tmp_path: Path, name: str, num_steps: int, torn: bytes
+) -> None:
+    folder = killed(root, name, num_steps, tmp_path / "run", torn)
+    training.train(load(root, name, f"output.dir={folder}", "output.if_exists=resume"), Wire())
+    whole = root / name / "run"
+    assert (folder / "trajectory.jsonl").read_bytes() == (whole / "trajectory.jsonl").read_bytes()
+    assert results(folder) == results(whole)
+    for file in ("model/model.safetensors", "model/config.json", "config.yaml"):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("terms_at_once", [replay.TERMS_AT_ONCE, 3])
+def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms_at_once: int
+) -> None:
+    """Of the steps 0 .. 6, 0 and 5 are anchors. The run dies in step 5 or in 6, and goes on from the weights after 4
+    steps, or with anchors left out, from the base."""
+    monkeypatch.setattr(replay, "TERMS_AT_ONCE", terms_at_once)
+    options = [f"output.dir={tmp_path / 'run'}", "output.snapshot_every=4", "output.export=false"]
+    training.train(load(root, "stored", *options), Wire())
+    lines = (tmp_path / "run" / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
+    steps = [line for line in lines if b'"done"' not in line]
+    for done, snapshot in ((5, 4), (6, 4), (5, 0), (6, 0)):
+        (tmp_path / "run" / "trajectory.jsonl").write_bytes(b"".join(steps[: 1 + done]))
+        if not snapshot:
+            shutil.rmtree(tmp_path / "run" / "snapshots", ignore_errors=True)
+        training.train(load(root, "stored", *options, "output.if_exists=resume"), Wire())
+        assert results(tmp_path / "run") == results(root / "stored" / "run")
+        diary = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+        resumed = [event for event in map(json.loads, diary) if event["event"] == "resumed"]
+        assert resumed[-1]["snapshot"] == snapshot
+
+
+def test_a_resumed_run_counts_the_steps_that_were_skipped(root: Path, tmp_path: Path) -> None:
+    """Two were skipped in a row before the run died; one more is too much for it."""
+    folder = killed(root, "mezo", 4, tmp_path / "run", b"")
+    found = trajectory.read(folder / "trajectory.jsonl")
+    journal = Journal.go_on(folder / "trajectory.jsonl", found)
+    for number in (4, 5):
+        journal.append(Step(number, (), skipped="a loss is not finite"))
+    journal.close()
+    run = build.prepare(load(root, "mezo"), Wire())
+    found = trajectory.read(folder / "trajectory.jsonl")
+    progress = replay.rebuild(run.weights, run.algorithm, found, 6)
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (6, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["algorithm.lr=2e-3"], ["algorithm.lr"]),
+        (["seed=5", "train.batch_size=4"], ["seed", "train.batch_size"]),
+        (["task.splits.seed=1", "law=rademacher"], ["law", "task.splits.seed"]),
+    ],
+)
+def test_a_resume_with_other_settings_names_them(
+    root: Path, tmp_path: Path, options: list[str], named: list[str]
+) -> None:
+    folder = killed(root, "mezo", 2, tmp_path / "run")
+    config = load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume", *options)
+    with pytest.raises(UserError, match=f"settings differ from those of the trajectory: {', '.join(named)};"):
+        training.train(config, Wire())
+
+
+def test_what_changes_no_result_may_differ(root: Path, tmp_path: Path) -> None:
+    folder = killed(root, "mezo", STEPS, tmp_path / "run", b"")
+    options = ["output.if_exists=resume", "output.export=false", "distributed.timeout_s=33"]
+    training.train(load(root, "mezo", f"output.dir={folder}", *options), Wire())
+    assert results(folder) == results(root / "mezo" / "run")
+    assert not (folder / "model").exists()
+
+
+def rewritten(folder: Path, change: Callable[[int, dict[str, Any]], None]) -> Path:
+    """The run's trajectory with lines changed by ``change(line number, content)``, their checks right again."""
+    path, check, lines = folder / "trajectory.jsonl", "", []
+    for number, line in enumerate(path.read_bytes().splitlines()):
+        content = json.loads(line)
+        del content["check"]
+        change(number, content)
+        new, own = trajectory.to_line(content, check)
+        check = check if "done" in content else own
+        lines.append(new)
+        if number == 0:
+            check = Header(**{key: value for key, value in content.items() if key != "format"}).identity
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def test_another_base_model_under_the_same_name_is_noticed(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "mezo", tmp_path / "mezo")
+
+    def change(number: int, content: dict[str, Any]) -> None:
+        if number == 0:
+            content["base_fingerprint"] = "f" * 16
+
+    rewritten(tmp_path / "mezo" / "run", change)
+    with pytest.raises(UserError, match="was made from another base model"):
+        training.rebuild(tmp_path / "mezo" / "run", None, Wire())
+
+
+def test_losses_that_do_not_give_the_logged_update_are_noticed(root: Path, tmp_path: Path) -> None:
+    folder = killed(root, "mezo", 3, tmp_path / "run", b"")
+
+    def change(number: int, content: dict[str, Any]) -> None:
+        if number == 2:
+            content["loss"][0]["mean"][0] += 0.125
+
+    rewritten(folder, change)
+    with pytest.raises(UserError, match="step 1 is not what this version of the algorithm makes of its losses"):
+        training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
+
+
+def test_weights_that_are_not_what_they_were_are_noticed(root: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(root / "mezo" / "run", tmp_path / "run"))
+
+    def change(number: int, content: dict[str, Any]) -> None:
+        if "done" in content:
+            content["weights"] = "0" * 16
+
+    rewritten(folder, change)
+    with pytest.raises(
+        UserError, match=f"after step {STEPS} the weights have the fingerprint .*, but had 0000000000000000"
+    ):
+        training.rebuild(folder, None, Wire())
+
+
+def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path) -> None:
+    """Headers appear whole or not at all, but a copy of a run folder may have been cut short."""
+    folder = killed(root, "mezo", 0, tmp_path / "run", b"")
+    path = folder / "trajectory.jsonl"
+    path.write_bytes(path.read_bytes()[:100])
+    training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
+    assert results(folder) == results(root / "mezo" / "run")
+
+
+def test_force_new_moves_the_old_run_aside(root: Path, tmp_path: Path) -> None:
+    folder = killed(root, "mezo", 2, tmp_path / "run")
+    train = ["train", str(root / "mezo" / "config.yaml"), f"--output.dir={folder}", "--train.steps=1", "--force-new"]
+    for aside in ("run.old", "run.old-2"):
+        before = (folder / "trajectory.jsonl").read_bytes()
+        assert cli.main([*train, "--output.test=false", "--output.export=false"]) == 0
+        assert (tmp_path / aside / "trajectory.jsonl").read_bytes() == before
+        assert len(trajectory.read(folder / "trajectory.jsonl").steps) == 1
+
+
+# Evaluate and export
+
+
+@every_run
+def test_base_and_trajectory_give_the_trained_weights(root: Path, name: str) -> None:
+    run, num_steps = training.rebuild(root / name / "run", None, Wire())
+    assert num_steps == STEPS
+    assert run.engine.fingerprint() == results(root / name / "run")["weights"] != run.weights.base_fingerprint
+    exported = _load(root / name / "run" / "model")
+    for key, weight in run.loaded.model.named_parameters():
+        assert torch.equal(exported.get_parameter(key), weight), key
+
+
+@every_run
+def test_replay_verifies_a_run_and_makes_its_model(
+    root: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From base and trajectory alone: the data is gone."""
+    data, away = root / name / "data.jsonl", tmp_path / "away"
+    data.rename(away)
+    try:
+        assert cli.main(["replay", str(root / name / "run"), "--export", str(tmp_path / "model")]) == 0
+        assert cli.main(["replay", str(root / name / "run"), "--step", "3"]) == 0
+    finally:
+        away.rename(data)
+    whole, part = capsys.readouterr().out.split(f"wrote {tmp_path / 'model'}\n")
+    assert f"+ {STEPS} steps (0 skipped) in " in whole
+    assert f"fingerprint {results(root / name / 'run')['weights']}\n" in whole
+    assert f"verified 1 recorded fingerprint(s), after steps [{STEPS}]" in whole
+    assert "+ 3 steps" in part
+    assert "verified 0 recorded" in part
+    again, first = tmp_path / "model" / "model.safetensors", root / name / "run" / "model" / "model.safetensors"
+    assert again.read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+def test_any_step_can_be_made_again(root: Path, num_steps: int) -> None:
+    run, _ = training.rebuild(root / "bf16" / "run", num_steps, Wire())
+    live = build.prepare(load(root, "bf16"), Wire())
+    state = live.algorithm.init()
+    for number in range(num_steps):
+        planned = training.plan_step(live, state, number)
+        live.apply(planned.step.step, planned.combination)
+        state = planned.state
+    assert run.engine.fingerprint() == live.engine.fingerprint()
+    assert (run.engine.fingerprint() == run.weights.base_fingerprint) == (num_steps == 0)
+
+
+def test_step_0_is_the_base_model(root: Path, tmp_path: Path) -> None:
+    run, _ = training.rebuild(root / "mezo-svrg" / "run", 0, Wire())
+    export_model(run.engine, run.loaded.tokenizer, tmp_path / "base", Wire())
+    base, exported = _load(root / "mezo-svrg" / "model"), _load(tmp_path / "base")
+    for key, weight in base.named_parameters():
+        assert torch.equal(exported.get_parameter(key), weight), key
+
+
+@pytest.mark.parametrize("number", [-1, STEPS + 1])
+def test_a_step_that_there_is_not_is_an_error(root: Path, number: int) -> None:
+    with pytest.raises(UserError, match=f"--step {number}: .* has {STEPS} steps"):
+        training.rebuild(root / "mezo" / "run", number, Wire())
+
+
+def _load(folder: Path) -> nn.Module:
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", ["mezo-svrg", "bf16"])
+def test_an_exported_folder_loads_with_equal_logits(root: Path, tmp_path: Path, name: str) -> None:
+    """As people will use it: through transformers alone, with the tokeniser that lies beside it."""
+    run, _ = training.rebuild(root / name / "run", None, Wire())
+    export_model(run.engine, run.loaded.tokenizer, tmp_path / "model", Wire())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = tokenizer("a dull slow film . It was", return_tensors="pt")
+    run.evaluator.objective._readout.detach()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        live = run.loaded.model(input_ids=text["input_ids"]).logits
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+        assert torch.equal(loaded(input_ids=text["input_ids"]).logits, live)
+
+
+def test_an_export_that_fails_leaves_no_folder(root: Path, tmp_path: Path) -> None:
+    run, _ = training.rebuild(root / "mezo" / "run", 0, Wire())
+    with (
+        full_disk(),
+        pytest.raises(UserError, match=r"export to .*model failed: .*; the trajectory still holds the run"),
+    ):
+        export_model(run.engine, run.loaded.tokenizer, tmp_path / "model", Wire())
+    assert not (tmp_path / "model").exists()
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 16 KiB. No longer than needed: the log that pytest writes to may be a file too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

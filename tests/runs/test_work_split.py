@@ -1,0 +1,76 @@
+"""Rounds are shared out over the ranks: everything is evaluated once, and ranks that gather together gather alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mezo_dist.algorithms.base import Variant
+from mezo_dist.config.schema import DistributedConfig
+from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.runs.work_split import Share, Sharing
+
+
+def batch(*costs: int) -> list[MicroBatch]:
+    """Micro-batches of so many tokens."""
+    none = torch.zeros(1, dtype=torch.int64)
+    return [
+        MicroBatch((slot,), {"input_ids": torch.zeros(1, c, dtype=torch.int64)}, none, none)
+        for slot, c in enumerate(costs)
+    ]
+
+
+def shares(sharing: Sharing, num_variants: int, items: list[MicroBatch], num_anchor: int = 0) -> list[Share]:
+    variants = [Variant()] * num_variants + [Variant(base="anchor")] * num_anchor
+    return [sharing.share(rank, variants, items) for rank in range(sharing.world_size)]
+
+
+@given(
+    per_copy=st.integers(1, 3),
+    copies=st.integers(1, 4),
+    groups=st.none() | st.integers(1, 5),
+    num_variants=st.integers(1, 5),
+    num_anchor=st.integers(0, 5),
+    costs=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+)
+def test_everything_is_evaluated_once_and_alike(
+    per_copy: int, copies: int, groups: int | None, num_variants: int, num_anchor: int, costs: list[int]
+) -> None:
+    sharing = Sharing(per_copy * copies, copies, groups, by_base=per_copy > 1)
+    found = shares(sharing, num_variants, batch(*costs), num_anchor)
+    done = Counter((v, item.slots) for share in found for v in share.variants for item in share.micro_batches)
+    assert done == {(v, (slot,)): 1 for v in range(num_variants + num_anchor) for slot in range(len(costs))}
+    for what in ("most_variants", "most_micro_batches"):
+        assert len({getattr(share, what) for share in found}) == 1
+    assert max(len(share.micro_batches) for share in found) == found[0].most_micro_batches
+    assert max(len(share.variants) for share in found) <= found[0].most_variants
+    if sharing.by_base and num_anchor:  # every rank gathers both
+        assert all(min(s.variants) < num_variants <= max(s.variants) for s in found)
+    by_copy = [found[first : first + per_copy] for first in range(0, len(found), per_copy)]
+    assert all(len({share.variants for share in copy}) == 1 for copy in by_copy)
+
+
+def test_variants_are_split_where_there_are_too_few_micro_batches() -> None:
+    alone = shares(Sharing(4, copies=4), 4, batch(10, 10))
+    assert [(s.variants, len(s.micro_batches)) for s in alone] == [((0, 1), 1), ((0, 1), 1), ((2, 3), 1), ((2, 3), 1)]
+    assert [s.variants for s in shares(Sharing(2, copies=2), 2, batch(10))] == [(0,), (1,)]
+
+
+def test_otherwise_every_rank_evaluates_all() -> None:
+    assert {s.variants for s in shares(Sharing(2, copies=2), 4, batch(10, 10, 10, 10))} == {(0, 1, 2, 3)}
+    assert {s.variants for s in shares(Sharing(4), 4, batch(10))} == {(0, 1, 2, 3)}, "there is one copy"
+
+
+@pytest.mark.parametrize(("groups", "wanted"), [(1, 4), (2, 2), (3, 2), (4, 1), (99, 1)])
+def test_groups_that_were_asked_for(groups: int, wanted: int) -> None:
+    found = shares(Sharing(4, copies=4, groups=groups), 4, batch(10, 10, 10, 10))
+    assert {len(s.variants) for s in found} == {wanted}
+
+
+def test_no_groups_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"distributed.variant_groups: must be at least 1"):
+        DistributedConfig(variant_groups=0)

@@ -1,0 +1,355 @@
+"""One, two and three processes do the same, bit for bit; and when they cannot, they say so and nobody hangs.
+
+Starting a process takes longer than all that is asked of it here, so every world is started once, does everything,
+and the tests look at what it found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from mezo_dist.config import reader
+from mezo_dist.runs import build
+from mezo_dist.runs import replay
+from mezo_dist.runs import training
+from mezo_dist.storage import trajectory
+from mezo_dist.algorithms.base import Evaluation, Losses, Variant
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.directions.combination import Combination
+from mezo_dist.errors import UserError
+from mezo_dist.objectives.classification import Scores
+from mezo_dist.testing import spawn, write_tiny_config, write_tiny_data, write_tiny_model
+from mezo_dist.storage.trajectory import Step
+from mezo_dist.distributed.communicator import OutOfStepError, Wire
+
+pytestmark = pytest.mark.distributed
+
+WORLDS = (1, 2, 3)
+# A minibatch of 5 makes micro-batches of 3 and 2, the full batch of 30 makes ten of unequal cost:
+# with three ranks one has nothing to do in a step of mezo, and none of them has as much as another in an anchor step.
+SIZES = {"steps": 6, "batch_size": 5, "micro_batch": 3}
+RUNS: dict[str, tuple[str, str, list[str]]] = {
+    "mezo": ("opt", "mezo", ["algorithm.lr=1e-3"]),
+    "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
+    "per-sample": ("bert", "mezo-svrg", ["algorithm.lr=1e-3", "law=lowrank", "algorithm.per_sample=true"]),
+    "stored": (
+        "gpt2",
+        "mezo-svrg",
+        # Its four variants are shared out, too; those of other runs where that leaves the busiest process less to do.
+        [
+            "algorithm.lr=1e-3",
+            "algorithm.q=4",
+            "algorithm.anchor=stored",
+            "model.weights=bfloat16",
+            "algorithm.weight_decay=0.9",
+            "distributed.variant_groups=4",
+        ],
+    ),
+    "calibrated": ("distilbert", "mezo-svrg", ["algorithm.lr=1e-2", "algorithm.directions=2", "train.calibrate=true"]),
+    "two rounds": ("opt", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
+}
+BAD_SAMPLE = 7
+MAX_SKIPPED = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank of a world found."""
+
+    fingerprints: dict[str, str]
+    """Of the weights at the end of each run."""
+    out_of_step: list[str]
+    """Messages of rounds in which the last rank was elsewhere, and the weights' fingerprint before and after."""
+    disagreements: dict[str, str]
+    """What the last rank had different -> the message."""
+    each_sample: Losses | None
+    given_up: str
+    """Message of the run that had no finite loss."""
+
+
+# What every rank does (this part runs in processes of its own)
+
+
+def everything(wire: Wire, root: Path) -> Found:
+    return Found(
+        {name: train(wire, root, name) for name in [*RUNS, "one bad sample"]},
+        get_out_of_step(wire, load(wire, root, "mezo")),
+        disagree(wire, root) if wire.world_size > 1 else {},
+        losses_of_samples(wire, load(wire, root, "mezo")),
+        give_up(wire, root),
+    )
+
+
+def load(wire: Wire, root: Path, name: str) -> RunConfig:
+    folder, options = ("mezo", RUNS["mezo"][2]) if name == "one bad sample" else (name, RUNS[name][2])
+    output = f"output.dir={root / f'{name} on {wire.world_size}'}"
+    return reader.load(root / folder / "config.yaml", [*options, output])
+
+
+def train(wire: Wire, root: Path, name: str) -> str:
+    poison = one_bad_sample() if name == "one bad sample" else contextlib.nullcontext()
+    with poison:
+        folder = training.train(load(wire, root, name), wire)
+    return str(json.loads((folder / "results.json").read_text())["weights"])
+
+
+@contextlib.contextmanager
+def one_bad_sample() -> Iterator[None]:
+    """The loss of one training sample is not a number, so that of a step is so on one rank alone."""
+    make = build._objective
+
+    def poisoned(*made_of: Any) -> Callable[[nn.Module, MicroBatch], Scores]:
+        objective, bad = make(*made_of), list(made_of[-1]["train"][BAD_SAMPLE].ids)
+
+        def evaluate(model: nn.Module, batch: MicroBatch) -> Scores:
+            scores = objective(model, batch)
+            texts = zip(batch.inputs["input_ids"].tolist(), batch.inputs["attention_mask"].sum(1).tolist(), strict=True)
+            is_bad = torch.tensor([ids[:length] == bad for ids, length in texts])
+            return dataclasses.replace(scores, loss=torch.where(is_bad, torch.nan, scores.loss))
+
+        return evaluate
+
+    with mock.patch.object(build, "_objective", poisoned):
+        yield
+
+
+def get_out_of_step(wire: Wire, config: RunConfig) -> list[str]:
+    run = build.prepare(config, wire)
+    is_lost = wire.rank == wire.world_size - 1
+    request = Evaluation((Variant(), Variant(Combination.single(1, 1e-3))))
+    longer = dataclasses.replace(request, each_sample=True)  # a longer message than the others'
+    attempts: list[Callable[[], object]] = [
+        lambda: training.plan_step(run, run.algorithm.init(), 1 if is_lost else 0),
+        lambda: run.evaluator.losses(longer if is_lost else request, run.batch("full", 0), ("step", 0)),
+        lambda: run.evaluator.losses(request if is_lost else longer, run.batch("full", 0), ("step", 0)),
+        lambda: wire.barrier() if is_lost else run.evaluator.losses(longer, run.batch("full", 0), ("step", 0)),
+    ]
+    messages = [run.engine.fingerprint()]
+    for attempt in attempts:
+        try:
+            attempt()
+        except OutOfStepError as error:
+            messages.append(str(error))
+    return [*messages, run.engine.fingerprint()]
+
+
+def disagree(wire: Wire, root: Path) -> dict[str, str]:
+    """The last rank starts with something else under the same name."""
+    is_last, home = wire.rank == wire.world_size - 1, Path.cwd()
+    found = {}
+    for what in ("config", "data", "base model"):
+        os.chdir(root / ("agree" if what == "config" or not is_last else f"agree, other {what}"))
+        options = ["model.name=model", "task.data=data.jsonl"] + ["seed=1"] * (what == "config" and is_last)
+        try:
+            build.prepare(reader.load(root / "agree" / "config.yaml", options), wire)
+        except UserError as error:
+            found[what] = str(error)
+    os.chdir(home)
+    return found
+
+
+def losses_of_samples(wire: Wire, config: RunConfig) -> Losses | None:
+    run = build.prepare(config, wire)
+    request = Evaluation((Variant(), Variant(Combination.single(1, 0.1))), each_sample=True)
+    return run.evaluator.losses(request, run.batch("full", 0), ("step", 0))
+
+
+def give_up(wire: Wire, root: Path) -> str:
+    options = [f"output.dir={root / f'given up on {wire.world_size}'}", f"train.max_skipped={MAX_SKIPPED}"]
+    try:
+        training.train(reader.load(root / "broken" / "config.yaml", options), wire)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+# What is made of it
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("layouts")
+    for name, (kind, algorithm, _) in RUNS.items():
+        write_tiny_config(root / name, kind, algorithm, **SIZES)
+    for name in ("agree", "agree, other data", "agree, other base model"):
+        write_tiny_config(root / name, "llama", "mezo", **SIZES)
+    write_tiny_data(root / "agree, other data" / "data.jsonl", seed=1)
+    write_tiny_model(root / "agree, other base model" / "model", "llama", seed=1)
+    write_tiny_config(root / "broken", "gpt2", "mezo-svrg", **SIZES)
+    weights = root / "broken" / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["transformer.ln_f.weight"][3] = torch.nan
+    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(root: Path) -> dict[int, list[Found]]:
+    worlds = {n: spawn(everything, n, root, timeout_s=200) for n in WORLDS if n > 1}
+    return {1: [everything(Wire(), root)], **worlds}
+
+
+def steps_of(root: Path, name: str, world: int) -> list[Step]:
+    return trajectory.read(root / f"{name} on {world}" / "trajectory.jsonl").steps
+
+
+def lines_of(root: Path, name: str, world: int) -> list[bytes]:
+    return (root / f"{name} on {world}" / "trajectory.jsonl").read_bytes().splitlines()[1:]
+
+
+every_run = pytest.mark.parametrize("name", [*RUNS, "one bad sample"])
+
+
+@every_run
+def test_any_number_of_processes_takes_the_same_steps(found: dict[int, list[Found]], root: Path, name: str) -> None:
+    alone = lines_of(root, name, 1)
+    assert len(alone) == SIZES["steps"] + 1, "the last line is the fingerprint of the weights"
+    for world in WORLDS[1:]:
+        assert lines_of(root, name, world) == alone
+    headers = [trajectory.read(root / f"{name} on {world}" / "trajectory.jsonl").header for world in WORLDS]
+    assert len({(h.config_digest, h.base_fingerprint, h.law_version, h.seed) for h in headers}) == 1
+
+
+@every_run
+def test_all_ranks_end_at_the_same_weights(found: dict[int, list[Found]], root: Path, name: str) -> None:
+    ends = {rank.fingerprints[name] for ranks in found.values() for rank in ranks}
+    base = trajectory.read(root / f"{name} on 1" / "trajectory.jsonl").header.base_fingerprint
+    assert len(ends) == 1
+    assert ends != {base}
+
+
+@every_run
+def test_results_and_exported_models_are_the_same(found: dict[int, list[Found]], root: Path, name: str) -> None:
+    results = [json.loads((root / f"{name} on {world}" / "results.json").read_text()) for world in WORLDS]
+    for result in results:
+        del result["training_s"]
+    assert results[0] == results[1] == results[2]
+    files = [root / f"{name} on {world}" / "model" / "model.safetensors" for world in WORLDS]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_directions_of_all_steps_differ(found: dict[int, list[Found]], root: Path) -> None:
+    """That runs are equal says little if their steps are all the same."""
+    updates = updates_of(root, "mezo")
+    assert len({seed for update in updates for seed, _ in update.terms}) == len(updates) == SIZES["steps"]
+    assert [len(update) for update in updates_of(root, "per-sample")] == [30, 35] * 3
+
+
+def updates_of(root: Path, name: str) -> list[Combination]:
+    run = build.prepare(load(Wire(), root, name), Wire())
+    steps = steps_of(root, name, 1)
+    return [u.combination for u in replay.plan_again(run.algorithm, steps, replay.Progress(run.algorithm.init()))]
+
+
+@pytest.mark.parametrize("name", ["mezo", "mezo-svrg"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_step_sends_at_most_256_bytes(found: dict[int, list[Found]], root: Path, name: str, world: int) -> None:
+    lines = (root / f"{name} on {world}" / "metrics.jsonl").read_text().splitlines()
+    scalars = [json.loads(line)["scalars"] for line in lines]
+    sent = [line["wire/payload_bytes_per_step"] for line in scalars if "loss/train" in line]
+    assert sent == [0 if world == 1 else 256] * SIZES["steps"]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_rank_out_of_step_is_named_on_all_ranks(found: dict[int, list[Found]], world: int) -> None:
+    for rank, result in enumerate(found[world]):
+        before, *messages, after = result.out_of_step
+        assert len(messages) == 4
+        for message in messages:
+            assert f"rank(s) [{world - 1}] evaluate another round" in message
+            assert f"seen on rank {rank}" in message
+        assert before == after
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("what", ["config", "data", "base model"])
+def test_ranks_that_start_from_something_else_are_named(found: dict[int, list[Found]], world: int, what: str) -> None:
+    for result in found[world]:
+        assert result.disagreements[what].startswith(f"{what} of rank(s) [{world - 1}] differs")
+
+
+def test_losses_of_samples_come_in_batch_order_on_any_rank(found: dict[int, list[Found]], root: Path) -> None:
+    losses = found[1][0].each_sample
+    assert losses is not None
+    assert all(rank.each_sample == losses for ranks in found.values() for rank in ranks)
+    run = build.prepare(load(Wire(), root, "mezo"), Wire())
+    alone = []
+    for sample in [run.splits["train"][i] for i in run.full_order.batch(0)]:
+        scores = run.engine.evaluate([Variant()], run._cut([sample]), run.evaluator.objective)
+        alone.append(float(scores[0][0].loss))
+    assert len(alone) == 30
+    assert len(set(alone)) > 20
+    assert losses.each[0] == pytest.approx(alone, rel=1e-5)
+    assert losses.each[1] != pytest.approx(alone, rel=1e-3)
+    assert losses.mean[0] == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_loss_that_is_not_finite_skips_the_step(found: dict[int, list[Found]], root: Path, world: int) -> None:
+    run = build.prepare(load(Wire(), root, "mezo"), Wire())
+    bad = [step for step in range(SIZES["steps"]) if BAD_SAMPLE in run.order.batch(step)]
+    steps = steps_of(root, "one bad sample", world)
+    assert len(bad) == 1
+    assert [step.step for step in steps if step.skipped] == bad
+    assert steps[bad[0]] == Step(bad[0], (), skipped="a loss is not finite")
+    assert all(step.update and step.rounds for step in steps if step.step not in bad)
+    results = json.loads((root / f"one bad sample on {world}" / "results.json").read_text())
+    assert results["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_run_without_finite_losses_gives_up_on_all_ranks(
+    found: dict[int, list[Found]], root: Path, world: int
+) -> None:
+    for result in found[world]:
+        assert f"train.max_skipped: {MAX_SKIPPED} steps in a row had no finite loss" in result.given_up
+    steps = steps_of(root, "given up", world)
+    assert [bool(step.skipped) for step in steps] == [True] * MAX_SKIPPED
+
+
+# The helper that starts the processes
+
+
+def fail(wire: Wire, how: str) -> str:
+    if wire.rank == 1 and how == "raises":
+        raise ValueError("no such thing")
+    if wire.rank == 1 and how == "dies":
+        os._exit(9)
+    if wire.rank == 1 and how == "hangs":
+        time.sleep(60)
+    wire.barrier()
+    return f"{how} {os.environ['MEZO_DIST_GREETING']} {torch.get_num_threads()}"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", r"rank 1 failed:(.|\n)*ValueError: no such thing|rank 0 failed"),
+        ("dies", r"rank\(s\) \[1\] died without a word|rank 0 failed"),
+        ("hangs", r"ranks \[0, 1\] did not finish|rank 0 failed"),
+    ],
+)
+def test_spawn_tells_what_went_wrong(how: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        spawn(fail, 2, how, timeout_s=4)
+
+
+def test_spawn_gives_results_by_rank_and_the_environment_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for greeting in ("hello", "again"):
+        monkeypatch.setenv("MEZO_DIST_GREETING", greeting)
+        assert spawn(fail, 2, "works") == [f"works {greeting} 1"] * 2

@@ -1,0 +1,26 @@
+"""A short trajectory with everything in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mezo_dist.algorithms.base import Losses
+from mezo_dist.storage.trajectory import Header, Mark, Step
+from mezo_dist.storage.trajectory_writer import Journal
+
+CONFIG = {"seed": 3, "train": {"steps": 2}}
+HEADER = Header(CONFIG, "d" * 64, "a/model@main", "0123456789abcdef", "law/v1", "float32, to nearest", 3, 30, "0.1")
+STEPS = [
+    Step(0, (Losses((0.1, 1 / 3)),), "00000000"),
+    Step(1, (), skipped="a loss is not finite"),
+    Step(2, (Losses((0.5, 0.25), ((0.1, 0.9), (1e-300, 2.0**29))), Losses((5e-324, 7.0))), "12345678"),
+]
+FINGERPRINT = "fedcba9876543210"
+
+
+def write(path: Path, entries: list[Step | Mark]) -> Path:
+    journal = Journal.begin(path, HEADER)
+    for entry in entries:
+        journal.append(entry)
+    journal.close()
+    return path

@@ -1,0 +1,189 @@
+"""Rows become prompts, prompts become tokens; the tokens of the label words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from mezo_dist.config.schema import ModelKind
+from mezo_dist.config.task import Label
+from mezo_dist.errors import UserError
+from mezo_dist.tasks.prompts import Encoder, Sample
+from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_causal_prompt_stops_where_the_answer_goes(tokenizer: str) -> None:
+    sample = one(encoder(tokenizer=tokenizer), text="the film", label=1)
+    ids = TOKENIZERS[tokenizer]("the film It was")["input_ids"]
+    assert sample == Sample(tuple(ids), label=1, position=len(ids) - 1)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_masked_prompt_has_its_mask_anywhere(tokenizer: str) -> None:
+    made = encoder("masked", tokenizer, prompt="{{ text }} It was {{ answer }} .")
+    sample = one(made, text="the film", label=1)
+    mask = TOKENIZERS[tokenizer].mask_token_id
+    assert sample.ids == tuple(TOKENIZERS[tokenizer]("the film It was<mask> .")["input_ids"])
+    assert [i for i, token in enumerate(sample.ids) if token == mask] == [sample.position]
+
+
+def test_a_classifier_reads_text_without_prompt() -> None:
+    made = encoder("classifier", plain=("{{ text }}",))
+    assert one(made, text="the film").ids == tuple(TOKENIZERS["word-level"]("the film")["input_ids"])
+    assert one(made, text="the film").position == -1
+
+
+def bert_like() -> Any:
+    """Marks the two texts of a pair, as BERT's tokeniser does."""
+    core = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "b": 4}, "[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="[UNK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def test_a_classifier_reads_a_pair_of_texts() -> None:
+    made = Encoder(task(plain=("{{ premise }}", "{{ hypothesis }}")), bert_like(), "classifier", 8)
+    sample = one(made, premise="a a", hypothesis="b")
+    assert sample.ids == (1, 3, 3, 2, 4, 2)
+    assert sample.types == (0, 0, 0, 0, 1, 1)
+    long = one(made, premise="a a a a a a a", hypothesis="b b b")
+    assert len(long.ids) == 8
+    assert {3, 4} <= set(long.ids)  # neither text is lost
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_template_filters_and_conditions_work(kind: ModelKind) -> None:
+    prompt = "{% if title %}{{ title | lower }} : {% endif %}{{ text }} It was {{ answer }}"
+    made = encoder(kind, prompt=prompt)
+    words = TOKENIZERS["word-level"].convert_ids_to_tokens(one(made, text="a film", title="THE PLOT").ids)
+    assert words[:2] == ["the", "plot"]
+    assert one(made, text="a film", title="") == one(encoder(kind), text="a film")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "expected"),
+    [
+        ({"prompt": "{{ txet }} {{ answer }}"}, {}, "'txet' is undefined (the fields are ['label', 'text'])"),
+        ({"prompt": "{{ text {{ answer }}"}, {}, "task template '{{ text {{ answer }}': "),
+        ({"prompt": "{{ text + 1 }} {{ answer }}"}, {}, "task template "),
+        ({"prompt": "{{ 1 // 0 }} {{ answer }}"}, {}, "division"),
+        ({"prompt": "{{ text }} {{ answer }} {{ answer }}"}, {}, "{{ answer }} must occur exactly once"),
+        ({"prompt": "the answer to {{ text }}"}, {}, "{{ answer }} must occur exactly once"),
+        (
+            {"prompt": "{{ text }} {{ answer }} ."},
+            {},
+            "{{ answer }} must come last for a causal model, not before ' .'",
+        ),
+        ({}, {"text": None}, "a field that it prints is null"),
+        ({}, {"label": 2}, "task.labels: the label is '2', the task knows ['0', '1']; add it or leave the row out"),
+        ({}, {"label": None}, "task.labels: the label is 'None', the task knows"),
+        ({"label": "stars"}, {}, "task.label: there is no field 'stars', only ['label', 'text']"),
+    ],
+)
+def test_bad_rows_and_templates(changes: dict[str, Any], fields: dict[str, Any], expected: str) -> None:
+    message = fault(encoder(**changes), **{"text": "a film", **fields})
+    assert message.startswith("train sample 0, {'label': ")
+    assert expected in message
+
+
+def test_a_bad_row_is_told_apart_from_the_good_ones() -> None:
+    rows: list[dict[str, Any]] = [{"text": "a film", "label": 0}, {"text": "a plot", "label": "?"}]
+    with pytest.raises(UserError, match=r"^test sample 1, \{'label': '\?', 'text': 'a plot'\}: task\.labels: "):
+        encoder().encode(rows, "test")
+
+
+def test_masks_and_placeholders_in_the_text() -> None:
+    assert "2 mask tokens where one is needed (is one in the text?)" in fault(encoder("masked"), text="a <mask> film")
+    assert one(encoder(), text="a \ufffc film").label == 0  # the web is full of object replacement characters
+
+
+def test_an_empty_text_for_a_classifier() -> None:
+    assert "task.plain: the text is empty; leave the row out" in fault(
+        encoder("classifier", plain=("{{ text }}",)), text=""
+    )
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ text.__init__.__globals__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ text.format.__self__.__class__ }}",
+        "{{ '{0.__class__}'.format(text) }}",
+        "{{ tags.append('x') }}",
+        "{% include '/etc/passwd' %}",
+        "{{ range(999999999) | list }}",
+    ],
+)
+def test_templates_are_boxed_in(attack: str) -> None:
+    made = encoder(prompt=attack + "{{ text }} {{ answer }}")
+    row = {"text": "a film", "tags": ["y"]}
+    message = fault(made, **row)
+    assert "task template" in message
+    assert row["tags"] == ["y"]
+
+
+# Label words
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.parametrize("prompt", ["{{ text }} It was {{ answer }}", "{{ text }} {{ answer }}"])
+def test_label_words_are_found_as_they_stand_in_the_prompt(tokenizer: str, kind: ModelKind, prompt: str) -> None:
+    made = encoder(kind, tokenizer, prompt=prompt)
+    ids = made.label_ids({"text": "the film", "label": 0})
+    expected = [SPACE[tokenizer] + "terrible", SPACE[tokenizer] + "great"]
+    assert made.tokenizer.convert_ids_to_tokens(ids) == expected
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_the_label_token_continues_the_prompt_as_the_filled_in_text_does(tokenizer: str) -> None:
+    made = encoder(tokenizer=tokenizer)
+    row = {"text": "the film", "label": 1}
+    for word, token in zip(("terrible", "great"), made.label_ids(row), strict=True):
+        assert [*one(made, **row).ids, token] == made.tokenizer(f"the film It was {word}")["input_ids"]
+
+
+def test_a_label_word_without_space_before_it_is_another_token() -> None:
+    made = encoder(
+        tokenizer="byte-level", prompt="{{ text }} It was:{{ answer }}", labels=(Label(0, "t"), Label(1, "g"))
+    )
+    assert made.tokenizer.convert_ids_to_tokens(made.label_ids({"text": "a", "label": 0})) == ["t", "g"]
+
+
+def test_label_words_are_found_even_if_the_text_fills_the_window() -> None:
+    made = encoder(tokenizer="byte-level", window=8)
+    assert made.label_ids({"text": "the film was great " * 9, "label": 0}) == encoder(tokenizer="byte-level").label_ids(
+        {"text": "the film", "label": 0}
+    )
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.parametrize(
+    ("tokenizer", "words", "expected"),
+    [
+        ("byte-level", ("terrible", "magnificent"), "task.labels: 'magnificent' is not one token after this prompt"),
+        ("metaspace", ("terrible", "great film"), "task.labels: 'great film' is not one token after this prompt"),
+        ("word-level", ("terrible", "magnificent"), "task.labels: 'magnificent' is not one token after this prompt"),
+        ("word-level", ("terrible", "terrible "), "task.labels: 'terrible' and 'terrible ' are the same token"),
+        ("word-level", ("terrible", ""), "task.labels: '' is not one token after this prompt"),
+    ],
+)
+def test_bad_label_words(kind: ModelKind, tokenizer: str, words: tuple[str, str], expected: str) -> None:
+    labels = tuple(Label(value, word) for value, word in enumerate(words))
+    with pytest.raises(UserError) as caught:
+        encoder(kind, tokenizer, labels=labels).label_ids({"text": "the film", "label": 0})
+    assert str(caught.value).startswith(expected)

@@ -1,0 +1,208 @@
+"""Data sets: files and folders become rows, rows become splits."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from mezo_dist.config.task import Split, Splits
+from mezo_dist.errors import UserError
+from mezo_dist.tasks.rows import load_rows
+from tests.tasks.encoders import task
+
+ROWS = [{"text": f'review "{i}", with a comma', "label": i % 2, "stars": str(i)} for i in range(12)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+# Files
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows))
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_csv(path, rows, "\t")
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+def write_arrow(path: Path, rows: list[dict[str, Any]]) -> None:
+    folder = path.with_suffix(".saved")
+    datasets.Dataset.from_list(rows).save_to_disk(folder)
+    next(folder.glob("*.arrow")).rename(path)
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    "jsonl": write_jsonl,
+    "json": write_json,
+    "csv": write_csv,
+    "tsv": write_tsv,
+    "parquet": write_parquet,
+    "arrow": write_arrow,
+}
+
+
+def texts(rows: list[Any]) -> list[str]:
+    return [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_one_file_of_each_type(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"some [odd] name*.{suffix}"
+    WRITERS[suffix](path, ROWS)
+    rows = load_rows(task(data=str(path)))
+    assert [len(rows.train), len(rows.validation), len(rows.test)] == [5, 3, 4]
+    every = [*rows.train, *rows.validation, *rows.test]
+    assert sorted(texts(every)) == sorted(texts(ROWS))
+    assert all(row["label"] == ROWS[int(row["stars"])]["label"] for row in every)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_folder_of_files_named_after_their_splits(tmp_path: Path, suffix: str) -> None:
+    WRITERS[suffix](tmp_path / f"train.{suffix}", ROWS[:6])
+    WRITERS[suffix](tmp_path / f"held-out.{suffix}", ROWS[6:])
+    (tmp_path / "README.md").write_text("not data")
+    splits = Splits(Split("train"), Split("held-out", 2), Split("held-out"))
+    rows = load_rows(task(data=str(tmp_path), splits=splits))
+    assert sorted(texts(rows.train)) == sorted(texts(ROWS[:6]))
+    assert sorted(texts([*rows.validation, *rows.test])) == sorted(texts(ROWS[6:]))
+    assert len(rows.validation) == 2
+
+
+@pytest.mark.parametrize("with_splits", [False, True])
+def test_a_data_set_saved_by_datasets(tmp_path: Path, with_splits: bool) -> None:
+    data = datasets.Dataset.from_list(ROWS)
+    (datasets.DatasetDict({"all": data}) if with_splits else data).save_to_disk(tmp_path / "saved")
+    source = "all" if with_splits else "train"
+    rows = load_rows(
+        task(data=str(tmp_path / "saved"), splits=Splits(Split(source, 5), Split(source, 3), Split(source)))
+    )
+    assert sorted(texts([*rows.train, *rows.validation, *rows.test])) == sorted(texts(ROWS))
+
+
+def test_csv_keeps_words_that_pandas_takes_for_missing(tmp_path: Path) -> None:
+    words = ["NA", "null", "nan", "None", ""]
+    write_csv(tmp_path / "a.csv", [{"text": word, "label": i} for i, word in enumerate(words)])
+    splits = Splits(Split("train", 3), Split("train", 1), Split("train"))
+    rows = load_rows(task(data=str(tmp_path / "a.csv"), splits=splits))
+    assert {row["label"]: row["text"] for row in (*rows.train, *rows.validation, *rows.test)} == dict(enumerate(words))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("gone.jsonl", None, "file {path} does not exist (relative paths start at "),
+        ("empty.jsonl", b"", "{path} is empty"),
+        ("blank.jsonl", b"\n\n", "cannot read {path} as json: it has no rows"),
+        ("header.csv", b"text,label\n", "cannot read {path} as csv: it has no rows"),
+        ("torn.jsonl", b'{"a": 1}\n{"a": \n', "cannot read {path} as json: "),
+        ("text.parquet", b"hello", "cannot read {path} as parquet: "),
+        ("latin.csv", b"text,label\n\xff\xfe,1\n", "cannot read {path} as csv: "),
+        ("notes.txt", b"hello", "{path} is no file ending in .jsonl, .json, "),
+        ("folder/notes.txt", b"hello", "folder {folder} has no file ending in .jsonl, .json, "),
+        ("saved/state.json", b"{}", "cannot read the data set saved in {folder}: "),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if content is not None:
+        path.write_bytes(content)
+    data = path if path.parent == tmp_path else path.parent
+    with pytest.raises(UserError) as caught:
+        load_rows(task(data=str(data)))
+    assert str(caught.value).startswith("task.data: " + expected.format(path=path, folder=path.parent))
+
+
+def test_text_that_is_not_utf8_and_that_the_reader_lets_pass(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"text": "\x80", "label": 0}\n' * 20)
+    with pytest.raises(UserError, match=r"task\.data: .*latin\.jsonl.*(UTF-8|Invalid)"):
+        load_rows(task(data=str(path)))
+
+
+def test_a_folder_of_mixed_types(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_csv(tmp_path / "train.csv", ROWS)
+    with pytest.raises(UserError, match=r"task\.data: folder .* mixes file types \['\.csv', '\.jsonl'\]; keep one"):
+        load_rows(task(data=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["some/never-published-data-set", "no such name!", "a/b/c"])
+def test_a_hub_name_that_does_not_load(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=rf"task\.data: '{name}' is no local file, no demo data set, and the hub did"):
+        load_rows(task(data=name))
+
+
+# Splits
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    write_jsonl(tmp_path / "data.jsonl", ROWS)
+    return str(tmp_path / "data.jsonl")
+
+
+def test_splits_are_a_function_of_their_seed(data: str) -> None:
+    first = load_rows(task(data=data))
+    assert load_rows(task(data=data)) == first
+    splits = dataclasses.replace(task().splits, seed=1)
+    assert texts(load_rows(task(data=data, splits=splits)).train) != texts(first.train)
+
+
+def test_splits_of_one_source_are_cut_one_after_another_from_one_permutation(data: str) -> None:
+    rows = load_rows(task(data=data))
+    order = texts([*rows.train, *rows.validation, *rows.test])
+    assert len(set(order)) == 12
+    assert order != texts(ROWS)  # shuffled
+    for sizes in ((1, 1, 10), (9, 2, 1), (3, 3, None)):
+        train, validation, test = (Split("train", size) for size in sizes)
+        cut = load_rows(task(data=data, splits=Splits(train, validation, test)))
+        assert texts([*cut.train, *cut.validation, *cut.test]) == order
+        assert [len(cut.train), len(cut.validation)] == list(sizes[:2])
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        ((Split("train", 5), Split("train", 3), Split("train", 5)), "task.splits.test.size: 5 samples wanted, but "),
+        ((Split("train", 13), Split("train", 3), Split("train", 4)), "task.splits.train.size: 13 samples wanted, but "),
+        ((Split("train"), Split("train", 1), Split("train", 1)), "which 12 are taken by the splits before; make a"),
+        ((Split("train", 5), Split("train", 7), Split("train")), "task.splits.test.size: some samples wanted, but "),
+        ((Split("train", 5), Split("dev"), Split("test")), "task.splits.validation.source: "),
+        ((Split("train", 5), Split("dev"), Split("test")), "has no split 'dev', only ['train']"),
+    ],
+)
+def test_too_few_rows(data: str, splits: tuple[Split, Split, Split], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_rows(task(data=data, splits=Splits(*splits)))
+    assert expected in str(caught.value)

@@ -1,0 +1,111 @@
+"""A text too long for the model is cut, and the rest of the prompt stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from mezo_dist.config.schema import ModelKind
+from mezo_dist.tasks.prompts import Encoder
+from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.parametrize("window", [12, 17, 30])
+def test_a_long_text_is_cut_and_the_rest_of_the_prompt_stays(tokenizer: str, kind: ModelKind, window: int) -> None:
+    prompt = "{{ text }} Is the {{ what }} good ? {{ answer }}"
+    made = encoder(kind, tokenizer, window, prompt=prompt)
+    rest = {"what": "film"}
+    long, short = one(made, text="the plot  was great and " * 20, **rest), one(made, text="x", **rest)
+    question = made.tokenizer(" Is the film good ?" + ("<mask>" if kind == "masked" else ""), add_special_tokens=False)
+    tail = tuple(question["input_ids"])
+    if tokenizer == "metaspace":  # puts a mark before a first space too
+        tail = tail[1:] if made.tokenizer.convert_ids_to_tokens(tail[0]) == SPACE[tokenizer] else tail
+    assert short.ids[-len(tail) :] == tail
+    assert long.ids[-len(tail) :] == tail
+    assert window - 3 <= len(long.ids) <= window
+    head = made.tokenizer("the plot  was great and " * 20)["input_ids"][: len(long.ids) - len(tail) - 1]
+    assert list(long.ids[: len(head)]) == head
+
+
+def space_runs() -> Any:
+    """As of the first Llamas: characters and spaces alike, and two spaces in a row are one token."""
+    letters = {letter: number for number, letter in enumerate(["<unk>", "\u2581\u2581", "\u2581", *"abcIt"])}
+    core = tokenizers.Tokenizer(models.BPE(letters, [("\u2581", "\u2581")], unk_token="<unk>"))
+    core.normalizer = normalizers.Replace(" ", "\u2581")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("window", range(5, 12))
+def test_a_cut_text_leaves_no_space_that_would_join_what_follows(window: int) -> None:
+    made = Encoder(task(prompt="{{ text }} It {{ answer }}"), space_runs(), "causal", window)
+    words = made.tokenizer.convert_ids_to_tokens(one(made, text="ab c ab c ab c ab c").ids)
+    assert words[-3:] == ["\u2581", "I", "t"]
+    assert words[:2] == ["a", "b"]
+
+
+def test_of_several_fields_the_longest_is_cut() -> None:
+    made = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=20)
+    sample = one(made, a="film " * 40, b="plot " * 3)
+    words = made.tokenizer.convert_ids_to_tokens(sample.ids)
+    assert words == ["film"] * 13 + ["."] + ["plot"] * 3 + [".", "It", "was"]
+
+
+def test_both_of_two_long_fields_are_cut() -> None:
+    made = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=12)
+    words = made.tokenizer.convert_ids_to_tokens(one(made, a="film " * 30, b="plot " * 31).ids)
+    assert len(words) <= 12
+    assert words[-3:] == [".", "It", "was"]
+
+
+def test_what_fits_exactly_is_left_alone() -> None:
+    text = "film " * 30
+    whole = one(encoder(window=64), text=text)
+    assert one(encoder(window=len(whole.ids)), text=text) == whole
+    assert len(one(encoder(window=len(whole.ids) - 1), text=text).ids) == len(whole.ids) - 1
+
+
+@pytest.mark.parametrize("character", ["\U0001f600", "\u00e9", "\u4e2d"])
+def test_characters_of_several_tokens_are_cut_whole(character: str) -> None:
+    made = encoder(tokenizer="byte-level", window=16)
+    sample = one(made, text=character * 40)
+    text = made.tokenizer.decode(sample.ids)
+    assert "\ufffd" not in text
+    assert text.startswith(character)
+    assert text.endswith(" It was")
+
+
+def test_a_prompt_too_long_even_without_its_text() -> None:
+    message = fault(encoder(window=4, prompt="{{ text }} Is the film good ? {{ answer }}"), text="a film")
+    assert "task.prompt: it needs 5 tokens even without the text of ['text'] (task.truncate), but " in message
+    assert "train.max_tokens, or else the model's window, is 4" in message
+    assert "even without the text of []" in fault(encoder(window=4, truncate=()), text="a a a a")
+
+
+class Slow:
+    """A tokeniser without offsets, as those written in Python are."""
+
+    is_fast = False
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        assert "return_offsets_mapping" not in options
+        return self.fast(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fast, name)
+
+
+def test_a_long_text_is_cut_by_a_slow_tokenizer_too() -> None:
+    made = Encoder(task(), Slow(TOKENIZERS["byte-level"]), "causal", 12)
+    sample = one(made, text="the film was great " * 20)
+    assert 9 <= len(sample.ids) <= 12
+    assert made.tokenizer.decode(sample.ids).startswith("the film was")
+    assert made.tokenizer.decode(sample.ids).endswith(" It was")
