@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from mezo_dist.algorithms.mezo import MezoConfig
-from mezo_dist.algorithms.svrg import SvrgConfig
+from mezo_dist.algorithms.mezo import MeZO
+from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.optim.minimize import Draw, minimize
 
 TICK, TICKS = 0.02, 500
 GRAVITY, CART, POLE, HALF_LENGTH, PUSH = 9.8, 1.0, 0.1, 0.5, 10.0
 ALGORITHMS = {
-    "mezo": MezoConfig(lr=0.3, eps=0.3, directions=8, one_sided=True, scaling="normalised"),
-    "mezo-svrg": SvrgConfig(lr=1.0, anchor_lr=2.0, eps=0.3, q=2, directions=4, anchor_directions=4),
+    "mezo": MeZO(lr=0.3, eps=0.3, directions=8, one_sided=True, scaling="normalised"),
+    "mezo-svrg": MeZOSVRG(lr=1.0, anchor_lr=2.0, eps=0.3, q=2, directions=4, anchor_directions=4),
 }
 
 

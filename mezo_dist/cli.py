@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mezo_dist
-from mezo_dist.engines.memory import ask_for_huge_pages
+from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    from mezo_dist.distributed.communicator import Wire
+    from mezo_dist.distributed.communicator import Communicator
     from mezo_dist.objectives.calibration import Calibration
-    from mezo_dist.runs.build import Weights
+    from mezo_dist.runs.load import OpenedRun
+    from mezo_dist.runs.model import LoadedModel
 
 log = logging.getLogger("mezo_dist")
 
@@ -125,41 +126,40 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     if not given or given[0].startswith("-"):
         raise UserError("name a config file first, as in `mezo-dist train configs/quickstart.yaml --seed=1`")
-    run_config = reader.load(given[0], given[1:])
+    config = reader.load(given[0], given[1:])
+    tune_malloc(is_sharded=config.layout.name != "replicated")
 
-    def job(wire: Wire) -> None:
+    def job(comm: Communicator) -> None:
         from mezo_dist.runs import training
 
-        training.train(run_config, wire)
+        training.train(config, comm)
 
-    _with_wire(run_config.distributed.timeout_s, job, run_config.distributed.patience_s)
+    _with_communicator(config.distributed.timeout_s, job, config.distributed.patience_s)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    def job(wire: Wire) -> None:
+    def job(comm: Communicator) -> None:
         from mezo_dist.monitoring.console import Monitor
-        from mezo_dist.runs import training
+        from mezo_dist.runs import load, training
 
-        run, num_steps = training.rebuild(
-            arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code
-        )
-        with Monitor.open(None, is_main=wire.rank == 0, num_steps=num_steps) as monitor:
+        run = load.load_run(_opened(arguments, comm), comm)
+        with Monitor.open(None, is_main=comm.rank == 0, num_steps=run.step) as monitor:
             calibration = training.calibrate(run, monitor)
-            training.score(run, arguments.split, monitor, num_steps, calibration)
+            training.score(run, arguments.split, monitor, run.step, calibration)
 
-    _with_wire(600.0, job)
+    _with_communicator(600.0, job)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     _check_new(arguments.folder)
 
-    def job(wire: Wire) -> None:
-        from mezo_dist.runs import training
+    def job(comm: Communicator) -> None:
+        from mezo_dist.runs import load
 
-        run, _ = training.rebuild(arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code)
-        _write_model(run.weights, arguments.folder, wire, run.calibration())
+        run = load.load_run(_opened(arguments, comm), comm)
+        _write_model(run.loaded, arguments.folder, comm, run.calibration())
 
-    _with_wire(600.0, job)
+    _with_communicator(600.0, job)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -172,20 +172,18 @@ def _replay(arguments: argparse.Namespace) -> None:
     if arguments.export is not None:
         _check_new(arguments.export)
 
-    def job(wire: Wire) -> None:
-        from mezo_dist.runs import replay
+    def job(comm: Communicator) -> None:
+        from mezo_dist.runs import load
 
-        weights, about = replay.audit(
-            arguments.run, arguments.step, wire, trust_remote_code=arguments.trust_remote_code
-        )
-        if wire.rank == 0:
+        loaded, about = load.audit(_opened(arguments, comm), comm)
+        if comm.rank == 0:
             print(about)
         if arguments.export is not None:
-            if weights.config.train.calibrate:
+            if loaded.config.train.calibrate:
                 log.warning("%s: without data there are no offsets (train.calibrate); `export` has them", arguments.run)
-            _write_model(weights, arguments.export, wire)
+            _write_model(loaded, arguments.export, comm)
 
-    _with_wire(600.0, job)
+    _with_communicator(600.0, job)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -196,24 +194,33 @@ def _report(arguments: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
+def _opened(arguments: argparse.Namespace, comm: Communicator) -> OpenedRun:
+    """The run folder that a command names, read; malloc is set for the layout that its model will have."""
+    from mezo_dist.runs import load
+
+    opened = load.open_run(arguments.run, arguments.step, comm, trust_remote_code=arguments.trust_remote_code)
+    tune_malloc(is_sharded=opened.config.layout.name != "replicated")
+    return opened
+
+
 def _check_new(folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not")
 
 
-def _write_model(weights: Weights, folder: Path, wire: Wire, calibration: Calibration | None = None) -> None:
+def _write_model(loaded: LoadedModel, folder: Path, comm: Communicator, calibration: Calibration | None = None) -> None:
     from mezo_dist.runs.export import export_model
 
-    export_model(weights.engine, weights.loaded.tokenizer, folder, wire, calibration=calibration)
-    if wire.rank == 0:
+    export_model(loaded.engine, loaded.pretrained.tokenizer, folder, comm, calibration=calibration)
+    if comm.rank == 0:
         print(f"wrote {folder}")
 
 
-def _with_wire(timeout_s: float, job: Callable[[Wire], None], patience_s: float = 30.0) -> None:
-    from mezo_dist.distributed import communicator
+def _with_communicator(timeout_s: float, job: Callable[[Communicator], None], patience_s: float = 30.0) -> None:
+    from mezo_dist.distributed.connect import connect
     from mezo_dist.monitoring.console import configure_logging
 
-    connection = communicator.connect(timeout_s, patience_s=patience_s)
-    configure_logging(connection.rank, sys.stderr.isatty())
-    job(connection)
-    connection.close()  # not after an error: other ranks may not be there to leave together
+    comm = connect(timeout_s, patience_s=patience_s)
+    configure_logging(comm.rank, sys.stderr.isatty())
+    job(comm)
+    comm.close()  # not after an error: other ranks may not be there to leave together

@@ -191,13 +191,13 @@ def _work(
 ) -> None:
     import torch
 
-    from mezo_dist.distributed import communicator
+    from mezo_dist.distributed.connect import connect
 
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        connection = communicator.connect(timeout_s, init_method)
+        connection = connect(timeout_s, init_method)
         results.put((rank, function(connection, *args), None))
         connection.close()
     except BaseException:  # noqa: BLE001 (sent to the parent, whatever it is)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.directions.add import add
-from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, Law
+from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import Combination
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,11 +73,11 @@ def contenders(dtype: torch.dtype, scratch: Scratch) -> list[Contender]:
         (z,) = scratch.like(weight, 1)
         weight.add_(z.normal_(), alpha=1e-3)
 
-    def in_place(law: Law, rounding_seed: int | None = None) -> Callable[[int, Tensor], None]:
-        return lambda i, weight: add(weight, [PLUS], [weight], param_id=i, law=law, rounding_seed=rounding_seed)
+    def in_place(bits: BitLayout, rounding_seed: int | None = None) -> Callable[[int, Tensor], None]:
+        return lambda i, weight: add(weight, [PLUS], [weight], param_id=i, bits=law, rounding_seed=rounding_seed)
 
-    def variants(law: Law, sums: list[Combination]) -> Callable[[int, Tensor], None]:
-        return lambda i, weight: add(weight, sums, scratch.like(weight, len(sums)), param_id=i, law=law)
+    def variants(bits: BitLayout, sums: list[Combination]) -> Callable[[int, Tensor], None]:
+        return lambda i, weight: add(weight, sums, scratch.like(weight, len(sums)), param_id=i, bits=law)
 
     made = [Contender("textbook: normal_, add_", textbook, 2), Contender("plain copy", copy, 2)]
     for law in (GAUSSIAN, RADEMACHER):

@@ -22,12 +22,13 @@ from step_cost import SHAPES, make_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
-from mezo_dist.algorithms.mezo import Mezo, MezoConfig
-from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
+from mezo_dist.algorithms.base import Losses, Problem, Variant
+from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
+from mezo_dist.algorithms.step import Progress, take_step
+from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.testing import spawn
@@ -49,15 +50,15 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_layout(name: str, model: nn.Module, wire: Wire) -> Layout:
+def make_layout(name: str, model: nn.Module, comm: Communicator) -> Layout:
     """Shard ``model``."""
     if name == "fsdp":
         from mezo_dist.engines.layouts.fsdp import Fsdp
 
-        return Fsdp(model, wire)
+        return Fsdp(model, comm)
     from mezo_dist.engines.layouts.zero import Zero
 
-    return Zero(model, wire, {})
+    return Zero(model, comm, {})
 
 
 def bytes_of(step: Callable[[], object]) -> int:
@@ -67,39 +68,39 @@ def bytes_of(step: Callable[[], object]) -> int:
     return counter.num_bytes
 
 
-def measure(wire: Wire, name: str, shape: str) -> dict[str, float]:
+def measure(comm: Communicator, name: str, shape: str) -> dict[str, float]:
     """Gathered bytes over the weights' for steps of both algorithms, and for the naive way; on every rank alike."""
     model = make_model(shape)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    engine = Engine(model, Field("gaussian"), make_layout(name, model, wire))
-    tokens = torch.randint(10, 50000, (2, 16), generator=torch.Generator().manual_seed(wire.rank))
-    problem = Problem(seed=0, num_steps=1000, batch_size=2 * wire.world_size, full_size=2 * wire.world_size)
+    engine = Engine(model, Law("gaussian"), make_layout(name, model, comm))
+    tokens = torch.randint(10, 50000, (2, 16), generator=torch.Generator().manual_seed(comm.rank))
+    problem = Problem(seed=0, num_steps=1000, batch_size=2 * comm.world_size, full_size=2 * comm.world_size)
 
     def evaluate(variants: tuple[Variant, ...]) -> list[float]:
         losses = engine.evaluate(variants, [tokens], lambda m, ids: float(m(input_ids=ids, labels=ids).loss))[0]
-        return [total / 2**20 for total in wire.round(torch.tensor(losses).mul(2**20).long(), 0).tolist()]
+        return [total / 2**20 for total in comm.round(torch.tensor(losses).mul(2**20).long(), 0).tolist()]
 
-    def take(planner: Mezo | Svrg, state: Any, number: int) -> Any:
-        request: Evaluation | Update = planner.plan(state, number)
-        assert isinstance(request, Evaluation)
-        update = planner.update(state, number, [Losses(tuple(evaluate(request.variants)))])
-        assert isinstance(update, Update)
-        engine.apply(update.combination, rounding_seed=0)
-        return update.state
+    def take(planner: MeZOPlanner | SVRGPlanner, state: Any, number: int) -> Any:
+        progress: Progress[Any] = Progress(state, number)
+        take_step(planner, progress, lambda request, _: Losses(tuple(evaluate(request.variants))), engine, 0)
+        return progress.state
 
     def naive_estimate(seed: int) -> None:
         for move in (EPS, -2 * EPS):
-            engine.apply(Combination.single(seed, move), rounding_seed=0)
+            engine.add(Combination.single(seed, move), rounding_seed=0)
             evaluate((Variant(),))
-        engine.apply(Combination.single(seed, EPS), rounding_seed=0)
+        engine.add(Combination.single(seed, EPS), rounding_seed=0)
 
     def naive_svrg(displacement: Combination) -> None:
         naive_estimate(1)
-        engine.apply(-displacement, rounding_seed=0)  # back to the anchor
+        engine.add(-displacement, rounding_seed=0)  # back to the anchor
         naive_estimate(1)
-        engine.apply(displacement, rounding_seed=0)
+        engine.add(displacement, rounding_seed=0)
 
-    mezo, svrg = Mezo(MezoConfig(lr=LR, eps=EPS), problem), Svrg(SvrgConfig(lr=LR, anchor_lr=LR, eps=EPS), problem)
+    mezo, svrg = (
+        MeZOPlanner(MeZO(lr=LR, eps=EPS), problem),
+        SVRGPlanner(MeZOSVRG(lr=LR, anchor_lr=LR, eps=EPS), problem),
+    )
     anchored = take(svrg, svrg.init(), 0)
     found = {
         "mezo_over_weights": bytes_of(lambda: take(mezo, mezo.init(), 0)),
@@ -109,9 +110,9 @@ def measure(wire: Wire, name: str, shape: str) -> dict[str, float]:
     return {what: num_bytes / weight_bytes for what, num_bytes in found.items()}
 
 
-def everything(wire: Wire, layouts: list[str], shape: str) -> dict[str, dict[str, float]]:
+def everything(comm: Communicator, layouts: list[str], shape: str) -> dict[str, dict[str, float]]:
     """What one rank does."""
-    return {name: measure(wire, name, shape) for name in layouts}
+    return {name: measure(comm, name, shape) for name in layouts}
 
 
 def main() -> None:

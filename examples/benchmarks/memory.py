@@ -21,17 +21,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from shapes import SHAPES, make_batch, whole
 from torch import nn
 
 from mezo_dist.algorithms.base import Algorithm, Evaluation, Losses, Problem
-from mezo_dist.algorithms.mezo import Mezo, MezoConfig
-from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
-from mezo_dist.directions.law import Field
+from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
+from mezo_dist.algorithms.step import Progress, take_step
+from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.memory import ask_for_huge_pages
+from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.objectives.classification import LabelWords, Objective
 from mezo_dist.tasks.batches import MicroBatch
 
@@ -45,18 +47,19 @@ def forward_pass(model: nn.Module, objective: Objective, batch: MicroBatch) -> N
         objective(model, batch)
 
 
-def zeroth_order(planner: Algorithm, model: nn.Module, objective: Objective, batch: MicroBatch, steps: int) -> None:
+def zeroth_order(
+    planner: Algorithm[Any], model: nn.Module, objective: Objective, batch: MicroBatch, steps: int
+) -> None:
     """``steps`` steps of a planner; its full batch is the same batch."""
-    engine = Engine(model, Field("gaussian"), stochastic_rounding=model.dtype == torch.bfloat16)
-    state = planner.init()
-    for step in range(steps):
-        request = planner.plan(state, step)
-        assert isinstance(request, Evaluation)
+    engine = Engine(model, Law("gaussian"), stochastic_rounding=model.dtype == torch.bfloat16)
+
+    def evaluate(request: Evaluation, round_number: int) -> Losses:
         scores = engine.evaluate(request.variants, [batch], objective)[0]
-        update = planner.update(state, step, [Losses(tuple(float(score.loss.mean()) for score in scores))])
-        assert not isinstance(update, Evaluation)
-        engine.apply(update.combination, rounding_seed=step)
-        state = update.state
+        return Losses(tuple(float(score.loss.mean()) for score in scores))
+
+    progress = Progress(planner.init())
+    for _ in range(steps):
+        take_step(planner, progress, evaluate, engine, 0)
 
 
 def first_order(optimizer: torch.optim.Optimizer, model: nn.Module, objective: Objective, batch: MicroBatch) -> None:
@@ -75,8 +78,10 @@ def run_case(method: str, shape: str, dtype: torch.dtype, num_samples: int, leng
     problem = Problem(seed=0, num_steps=1000, batch_size=num_samples, full_size=num_samples)
     steps: dict[str, Callable[[], None]] = {
         "forward": lambda: forward_pass(model, objective, batch),
-        "mezo": lambda: zeroth_order(Mezo(MezoConfig(lr=1e-6), problem), model, objective, batch, 1),
-        "svrg": lambda: zeroth_order(Svrg(SvrgConfig(lr=1e-6, anchor_lr=1e-6), problem), model, objective, batch, 2),
+        "mezo": lambda: zeroth_order(MeZOPlanner(MeZO(lr=1e-6), problem), model, objective, batch, 1),
+        "svrg": lambda: zeroth_order(
+            SVRGPlanner(MeZOSVRG(lr=1e-6, anchor_lr=1e-6), problem), model, objective, batch, 2
+        ),
         "sgd": lambda: first_order(torch.optim.SGD(model.parameters(), lr=1e-6), model, objective, batch),
         "adamw": lambda: first_order(torch.optim.AdamW(model.parameters(), lr=1e-6), model, objective, batch),
     }
@@ -114,6 +119,7 @@ def main() -> None:
     parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     ask_for_huge_pages()  # as the command line does
+    tune_malloc(is_sharded=False)
     if arguments.case:
         method, shape, dtype, num_samples, length = arguments.case
         print(json.dumps(run_case(method, shape, getattr(torch, dtype), int(num_samples), int(length))))

@@ -23,14 +23,17 @@ from typing import Any
 import torch
 from shapes import SHAPES, make_batch, without_data
 
-from mezo_dist.algorithms.base import Evaluation, Problem, Variant
-from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Variant
+from mezo_dist.algorithms.operations import apply_updates
+from mezo_dist.algorithms.step import Progress, run_step
+from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
 from mezo_dist.assets import registry
-from mezo_dist.directions.law import Field
-from mezo_dist.distributed import communicator
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.distributed.connect import connect
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
-from mezo_dist.engines.memory import ask_for_huge_pages
+from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.engines.units import Unit
 from mezo_dist.models.sliced_checkpoint import fill
 from mezo_dist.objectives.classification import LabelWords
@@ -67,10 +70,10 @@ class TimedLayout:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layout, name)
 
-    def meet(self, what: str) -> None:
+    def synchronize(self, what: str) -> None:
         """Waiting for the other ranks has a line of its own: on a machine with fewer cores than threads it is long."""
         with self._clock("wait"):
-            self._layout.meet(what)
+            self._layout.synchronize(what)
 
     def start(self, unit: Unit) -> None:
         """See `Layout.start`."""
@@ -88,19 +91,19 @@ class TimedLayout:
             self._layout.release(unit)
 
 
-class TimedField:
+class TimedLaw:
     """Directions whose making is timed."""
 
-    def __init__(self, field: Field, clock: Clock) -> None:
-        self._field, self._clock = field, clock
+    def __init__(self, law: Law, clock: Clock) -> None:
+        self._law, self._clock = law, clock
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._field, name)
+        return getattr(self._law, name)
 
     def add(self, *args: Any, **kwargs: Any) -> None:
-        """See `Field.add`."""
+        """See `Law.add`."""
         with self._clock("materialise"):
-            self._field.add(*args, **kwargs)
+            self._law.add(*args, **kwargs)
 
 
 def real_texts(count: int) -> list[Sample]:
@@ -122,7 +125,7 @@ def batches(text: str) -> tuple[list[MicroBatch], list[MicroBatch]]:
     return cut(samples, MICRO, 2), cut(samples[:MINI], MICRO, 2)
 
 
-def make_layout(name: str, model: torch.nn.Module, connection: communicator.Wire) -> Layout:
+def make_layout(name: str, model: torch.nn.Module, connection: Communicator) -> Layout:
     """Shard the model, which has no data yet."""
     if name == "fsdp":
         from mezo_dist.engines.layouts.fsdp import Fsdp
@@ -136,13 +139,13 @@ def make_layout(name: str, model: torch.nn.Module, connection: communicator.Wire
 def run_rank(name: str, shape: str, text: str, threads: int) -> None:
     """One rank: load, take a cycle, and let rank 0 print what all of them found."""
     torch.set_num_threads(threads)
-    connection = communicator.connect(timeout_s=900.0)
+    connection = connect(timeout_s=900.0)
     clock = Clock()
     with clock("load"):
         model, source = without_data(shape, torch.bfloat16)
         layout: Any = TimedLayout(make_layout(name, model, connection), clock)
-        field: Any = TimedField(Field("gaussian"), clock)
-        engine = Engine(model, field, layout, stochastic_rounding=True)
+        law: Any = TimedLaw(Law("gaussian"), clock)
+        engine = Engine(model, law, layout, stochastic_rounding=True)
         fill(source, engine.shards())
     loaded = peak_bytes()
     full, mini = batches(text)
@@ -150,26 +153,26 @@ def run_rank(name: str, shape: str, text: str, threads: int) -> None:
         model, [100, 200], full[0], once=lambda forward: engine.evaluate([Variant()], full[:1], forward)[0][0]
     )
     evaluator = Evaluator(engine, objective, connection)
-    planner = Svrg(
-        SvrgConfig(lr=1e-6, anchor_lr=1e-6), Problem(seed=0, num_steps=1000, batch_size=MINI, full_size=FULL)
+    planner = SVRGPlanner(
+        MeZOSVRG(lr=1e-6, anchor_lr=1e-6), Problem(seed=0, num_steps=1000, batch_size=MINI, full_size=FULL)
     )
     connection.barrier()
     load_s, gathered = clock.seconds["load"], engine.gathered_bytes
     clock.seconds.clear()
-    state, began = planner.init(), time.perf_counter()
+    progress, began = Progress(planner.init()), time.perf_counter()
     for step, batch in enumerate((full, mini)):
-        request = planner.plan(state, step)
-        assert isinstance(request, Evaluation)
-        with clock("evaluate"):
-            losses = evaluator.losses(request, batch, ("step", step))
-        assert losses is not None, "a loss is not finite"
-        update = planner.update(state, step, [losses])
-        assert not isinstance(update, Evaluation)
+
+        def evaluate(request: Evaluation, _: int, batch: list[MicroBatch] = batch, step: int = step) -> Losses | None:
+            with clock("evaluate"):
+                return evaluator.losses(request, batch, ("step", step))
+
+        result = run_step(planner, progress.state, step, evaluate)
+        assert result.update is not None, result.skipped
         inside = clock.seconds["materialise"]
         with clock("update"):
-            engine.apply(update.combination, rounding_seed=step)
+            apply_updates(engine, 0, [(step, result.update.operations)])
         clock.seconds["materialise"] = inside
-        state = update.state
+        progress.after(result.update)
     found = {"cycle_s": time.perf_counter() - began, "load_s": load_s, **clock.seconds}
     found["forward"] = found.pop("evaluate") - sum(found[part] for part in ("gather", "wait", "materialise"))
     peaks = connection.collect(lambda: [loaded, peak_bytes()])
@@ -203,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     ask_for_huge_pages()  # as the command line does
+    tune_malloc(is_sharded=True)
     if arguments.rank_of:
         run_rank(arguments.rank_of, arguments.shape, arguments.text, arguments.threads)
         return

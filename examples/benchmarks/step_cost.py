@@ -17,17 +17,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
-from mezo_dist.algorithms.mezo import Mezo, MezoConfig
-from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
-from mezo_dist.directions.law import Field
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem
+from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
+from mezo_dist.algorithms.step import Progress, take_step
+from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.memory import ask_for_huge_pages
+from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.objectives.classification import LabelWords, Objective
 from mezo_dist.tasks.batches import MicroBatch
 
@@ -58,26 +60,25 @@ def make_batch(num_samples: int, length: int) -> MicroBatch:
     )
 
 
-def ours(engine: Engine, planner: Mezo | Svrg, objective: Objective, batch: MicroBatch) -> Callable[[], None]:
+def ours(
+    engine: Engine, planner: MeZOPlanner | SVRGPlanner, objective: Objective, batch: MicroBatch
+) -> Callable[[], None]:
     """One step of a planner: plan, evaluate, update, apply. For MeZO-SVRG an inner step, after one anchor step."""
-    state, step = planner.init(), 0
+    progress: Progress[Any] = Progress(planner.init())
+
+    def evaluate(request: Evaluation, round_number: int) -> Losses:
+        scores = engine.evaluate(request.variants, [batch], objective)[0]
+        return Losses(tuple(float(score.loss.mean()) for score in scores))
 
     def take() -> None:
-        nonlocal state, step
-        request: Evaluation | Update = planner.plan(state, step)
-        assert isinstance(request, Evaluation)
-        scores = engine.evaluate(request.variants, [batch], objective)[0]
-        update = planner.update(state, step, [Losses(tuple(float(score.loss.mean()) for score in scores))])
-        engine.apply(update.combination, rounding_seed=0)
-        state, step = update.state, step + 1
+        take_step(planner, progress, evaluate, engine, 0)
 
-    if isinstance(planner, Svrg):
+    if isinstance(planner, SVRGPlanner):
         take()  # the anchor
-        inner = state
+        anchored = progress.state
 
         def take_inner() -> None:
-            nonlocal state, step
-            state, step = inner, 1
+            progress.state, progress.step = anchored, 1
             take()
 
         return take_inner
@@ -133,7 +134,7 @@ def textbook_svrg(model: nn.Module, anchor: nn.Module, forwards: list[Callable[[
 def measure(shape: str, length: int, repeats: int) -> dict[str, float]:
     """Median ratios over ``repeats`` rounds, at 16 samples of ``length`` tokens."""
     model, anchor, batch = make_model(shape), make_model(shape), make_batch(16, length)
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     problem = Problem(seed=0, num_steps=1000, batch_size=16, full_size=16)
     objective, anchor_objective = (LabelWords(m, [100, 200], batch) for m in (model, anchor))
 
@@ -143,8 +144,10 @@ def measure(shape: str, length: int, repeats: int) -> dict[str, float]:
     forward, anchor_forward = loss(model, objective), loss(anchor, anchor_objective)
     contenders: dict[str, Callable[[], object]] = {
         "forward": forward,
-        "mezo_over_forward": ours(engine, Mezo(MezoConfig(lr=LR, eps=EPS), problem), objective, batch),
-        "svrg_over_forward": ours(engine, Svrg(SvrgConfig(lr=LR, anchor_lr=LR, eps=EPS), problem), objective, batch),
+        "mezo_over_forward": ours(engine, MeZOPlanner(MeZO(lr=LR, eps=EPS), problem), objective, batch),
+        "svrg_over_forward": ours(
+            engine, SVRGPlanner(MeZOSVRG(lr=LR, anchor_lr=LR, eps=EPS), problem), objective, batch
+        ),
         "textbook_mezo_over_forward": textbook_mezo(model, forward),
         "textbook_svrg_over_forward": textbook_svrg(model, anchor, [forward, anchor_forward]),
     }
@@ -171,6 +174,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     ask_for_huge_pages()  # as the command line does
+    tune_malloc(is_sharded=False)
     torch.set_num_threads(arguments.threads)
     found = {f"16x{n}": measure(arguments.shape, n, arguments.repeats) for n in (32, 128)}
     print(

@@ -1,10 +1,10 @@
 """What a slow link costs: step time on links of 1 Gbit/s to 1 Mbit/s against loopback, forward passes only and DDP.
 
-    python examples/benchmarks/wire.py [--json] [--shape opt-125m] [--rounds 5] [--steps 3] [--plot wire.png]
+    python examples/benchmarks/comm.py [--json] [--shape opt-125m] [--rounds 5] [--steps 3] [--plot comm.png]
 
 Two ranks, one thread each, train the same model with random weights: on one virtual host over loopback, and on two
 virtual hosts whose links tc limits (needs root; see launcher/README.md). A step of mezo_dist is a MeZO step on
-the replicated engine with the wire of a real run; a step of DDP is forward, backward and SGD.
+the replicated engine with the comm of a real run; a step of DDP is forward, backward and SGD.
 
 Conditions take turns, a few steps each, so that a busy machine slows all of them alike; a ratio is the median of the
 ratios within a round. Bytes are read from the network card of host1, headers included; TCP payload is what is left
@@ -33,10 +33,12 @@ from step_cost import SHAPES, make_batch, make_model
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launcher.hosts import Cluster, Counters, cluster
-from mezo_dist.algorithms.base import Evaluation, Problem, Update
-from mezo_dist.algorithms.mezo import Mezo, MezoConfig
-from mezo_dist.directions.law import Field
-from mezo_dist.distributed.communicator import Wire, connect
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem
+from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
+from mezo_dist.algorithms.step import Progress, take_step
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.distributed.connect import connect
 from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.runs.evaluation import Evaluator
@@ -50,30 +52,25 @@ HEADERS = 14 + 20 + 32
 LOOPBACK = "loopback"
 
 
-def mezo_step(shape: str, wire: Wire) -> Callable[[], None]:
+def mezo_step(shape: str, comm: Communicator) -> Callable[[], None]:
     """A training step as `mezo_dist.runs.training` takes it: plan, evaluate with one all-reduce, update, apply."""
     model = make_model(shape)
     first = make_batch(SAMPLES, TOKENS)
     batch = [first, dataclasses.replace(first, slots=tuple(range(SAMPLES, 2 * SAMPLES)))]
-    evaluator = Evaluator(Engine(model, Field("gaussian")), LabelWords(model, [100, 200], first), wire)
-    planner = Mezo(MezoConfig(lr=LR), Problem(seed=0, num_steps=10**6, batch_size=2 * SAMPLES, full_size=2 * SAMPLES))
-    state, number = planner.init(), 0
+    evaluator = Evaluator(Engine(model, Law("gaussian")), LabelWords(model, [100, 200], first), comm)
+    planner = MeZOPlanner(MeZO(lr=LR), Problem(seed=0, num_steps=10**6, batch_size=2 * SAMPLES, full_size=2 * SAMPLES))
+    progress = Progress(planner.init())
+
+    def evaluate(request: Evaluation, round_number: int) -> Losses | None:
+        return evaluator.losses(request, batch, ("benchmark", progress.step))
 
     def take() -> None:
-        nonlocal state, number
-        request: Evaluation | Update = planner.plan(state, number)
-        assert isinstance(request, Evaluation)
-        losses = evaluator.losses(request, batch, ("benchmark", number))
-        assert losses is not None
-        update = planner.update(state, number, [losses])
-        assert isinstance(update, Update)
-        evaluator.engine.apply(update.combination, rounding_seed=number)
-        state, number = update.state, number + 1
+        assert take_step(planner, progress, evaluate, evaluator.engine, 0).update is not None
 
     return take
 
 
-def ddp_step(shape: str, wire: Wire) -> Callable[[], None]:
+def ddp_step(shape: str, comm: Communicator) -> Callable[[], None]:
     """Forward, backward with gradients averaged over the ranks, SGD; as many tokens as a rank of `mezo_step` has."""
     model = torch.nn.parallel.DistributedDataParallel(make_model(shape))
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -93,17 +90,17 @@ STEPS = {"mezo": mezo_step, "ddp": ddp_step}
 def work(kind: str, shape: str) -> None:
     """A rank: for every number on standard input take so many steps; answer with seconds and payload bytes per step."""
     torch.set_num_threads(1)
-    wire = connect(timeout_s=3600)
-    take = STEPS[kind](shape, wire)
+    comm = connect(timeout_s=3600)
+    take = STEPS[kind](shape, comm)
     take()
     print("READY", flush=True)
     for line in sys.stdin:
-        wire.barrier()
-        began, sent = time.perf_counter(), wire.payload_bytes
+        comm.barrier()
+        began, sent = time.perf_counter(), comm.payload_bytes
         for _ in range(int(line)):
             take()
         seconds = (time.perf_counter() - began) / int(line)
-        print("STEP", seconds, (wire.payload_bytes - sent) / int(line), flush=True)
+        print("STEP", seconds, (comm.payload_bytes - sent) / int(line), flush=True)
 
 
 class Pair:

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mezo_dist.algorithms.mezo import MezoConfig
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.momentum import Momentum
 from mezo_dist.algorithms.schedules import Annealing
-from mezo_dist.algorithms.svrg import SvrgConfig
-from mezo_dist.algorithms.svrg_released import SvrgReleasedConfig
+from mezo_dist.algorithms.svrg import MeZOSVRG
+from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased
 
 LEAST_CYCLES = 8
 
@@ -81,19 +81,19 @@ def contenders(preset: Preset, budget: float) -> list[Contender]:
     off = Annealing(divisor=1)
 
     def mezo(label: str, passes: int, law: str = "gaussian", *, calibrated: bool = False, **settings: Any) -> Contender:
-        config = MezoConfig(lr=lr, eps=eps, **settings)
+        config = MeZO(lr=lr, eps=eps, **settings)
         return Contender(label, config, int(budget * n / passes), law=law, calibrated=calibrated)
 
     def svrg(label: str, q: int, law: str = "gaussian", anchors: int = 1, **settings: Any) -> Contender:
-        config = SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=q, anchor_directions=anchors, annealing=off, **settings)
+        config = MeZOSVRG(lr=lr, anchor_lr=lr, eps=eps, q=q, anchor_directions=anchors, annealing=off, **settings)
         return Contender(label, config, inner_batch(q, anchors), q, law=law)
 
     def inner_batch(q: int, anchors: int = 1) -> int:
         """What is left for each inner step, which takes 4 batches, when the anchor has had its 2 n per direction."""
         return int((budget * q - 2 * anchors) * n / (4 * (q - 1)))
 
-    momentum = MezoConfig(lr=lr, eps=eps, momentum=Momentum(0.9, 10))
-    released = SvrgReleasedConfig(lr=lr, anchor_lr=lr, eps=eps, q=2, annealing=off)
+    momentum = MeZO(lr=lr, eps=eps, momentum=Momentum(0.9, 10))
+    released = MeZOSVRGReleased(lr=lr, anchor_lr=lr, eps=eps, q=2, annealing=off)
     fzoo = {"directions": 15, "one_sided": True, "scaling": "normalised"}
     every = [
         mezo("MeZO", 2),

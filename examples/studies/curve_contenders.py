@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mezo_dist.algorithms.mezo import MezoConfig
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.schedules import Annealing, Schedule
-from mezo_dist.algorithms.svrg import SvrgConfig
-from mezo_dist.algorithms.svrg_released import SvrgReleasedConfig
+from mezo_dist.algorithms.svrg import MeZOSVRG
+from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased
 
 STEP_OF_RATES = 10**0.5
 """Ratio of neighbouring learning rates."""
@@ -117,26 +117,26 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
         share, law = more.pop("share", 1.0), more.pop("law", "gaussian")
         calibrated = more.pop("calibrated", False)
 
-        def make(lr: float, steps: int, eps: float) -> MezoConfig:
-            return MezoConfig(lr=lr, eps=eps, schedule=schedule(steps), **more)
+        def make(lr: float, steps: int, eps: float) -> MeZO:
+            return MeZO(lr=lr, eps=eps, schedule=schedule(steps), **more)
 
         about = {"share": share, "calibrated": calibrated}
         return Learner(label, make, passes * size, _by_setting(*rates), size, law, **about)
 
-    def svrg(lr: float, steps: int, eps: float) -> SvrgConfig:
-        return SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=2, schedule=schedule(steps), annealing=off)
+    def svrg(lr: float, steps: int, eps: float) -> MeZOSVRG:
+        return MeZOSVRG(lr=lr, anchor_lr=lr, eps=eps, q=2, schedule=schedule(steps), annealing=off)
 
-    def svrg_per_sample(lr: float, steps: int, eps: float) -> SvrgConfig:
+    def svrg_per_sample(lr: float, steps: int, eps: float) -> MeZOSVRG:
         rule = schedule(steps)
-        return SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=2, per_sample=True, schedule=rule, annealing=off)
+        return MeZOSVRG(lr=lr, anchor_lr=lr, eps=eps, q=2, per_sample=True, schedule=rule, annealing=off)
 
-    def svrg_several(lr: float, steps: int, eps: float) -> SvrgConfig:
+    def svrg_several(lr: float, steps: int, eps: float) -> MeZOSVRG:
         several: dict[str, Any] = {"directions": 7, "anchor_directions": 7, "one_sided": True}
         return dataclasses.replace(svrg_per_sample(lr, steps, eps), **several)
 
-    def released(lr: float, steps: int, eps: float) -> SvrgReleasedConfig:
+    def released(lr: float, steps: int, eps: float) -> MeZOSVRGReleased:
         # Its own ratio of rates and its own plateau rule; it has no schedule.
-        return SvrgReleasedConfig(lr=lr / 50, anchor_lr=lr, eps=eps, q=2)
+        return MeZOSVRGReleased(lr=lr / 50, anchor_lr=lr, eps=eps, q=2)
 
     fzoo: dict[str, Any] = {"directions": 15, "one_sided": True, "scaling": "normalised", "law": "rademacher"}
     per_sample: dict[str, Any] = {"per_sample": True, "law": "lowrank"}
@@ -181,15 +181,15 @@ def _per_sample(preset: CurvePreset) -> list[Learner]:
     """Settings of a direction per sample, one changed at a time. (The rank is none: norms' directions have none.)"""
 
     def mezo(what: str, size: int = preset.batch_size, eps: float = preset.eps) -> Learner:
-        def make(lr: float, steps: int, _: float) -> MezoConfig:
-            return MezoConfig(lr=lr, eps=eps, per_sample=True, schedule=schedule(steps))
+        def make(lr: float, steps: int, _: float) -> MeZO:
+            return MeZO(lr=lr, eps=eps, per_sample=True, schedule=schedule(steps))
 
         return Learner(f"MeZO, {what}", make, 2 * size, _by_setting(1e-2, 3e-3), size, "lowrank")
 
     def svrg(what: str, q: int = 2, full: int = preset.full_size) -> Learner:
-        def make(lr: float, steps: int, eps: float) -> SvrgConfig:
+        def make(lr: float, steps: int, eps: float) -> MeZOSVRG:
             rule, off = schedule(steps), Annealing(divisor=1)
-            return SvrgConfig(lr=lr, anchor_lr=lr, eps=eps, q=q, per_sample=True, schedule=rule, annealing=off)
+            return MeZOSVRG(lr=lr, anchor_lr=lr, eps=eps, q=q, per_sample=True, schedule=rule, annealing=off)
 
         size = preset.batch_size
         cost = (2 * full + 4 * (q - 1) * size) / q

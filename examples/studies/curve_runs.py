@@ -17,15 +17,16 @@ from torch.nn.functional import cross_entropy
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Problem
+from mezo_dist.algorithms.step import Progress
 from mezo_dist.config import reader
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import derive_seed
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives.calibration import best_offsets
-from mezo_dist.runs.build import Run, prepare
+from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.evaluation import Evaluator
-from mezo_dist.runs.training import plan_step
+from mezo_dist.runs.training import apply_step, evaluate_step
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch
 from mezo_dist.testing import write_tiny_config
 
@@ -52,7 +53,7 @@ class Bench:
 
     @staticmethod
     def open(preset: CurvePreset, setting: str, task: str, folder: Path, device: str) -> Bench:
-        """Model, data and engine; the frozen prefix is computed for all samples."""
+        """Model, data and engine; the frozen blocks is computed for all samples."""
         overrides = [
             "train.micro_batch=32",
             *preset.settings[setting].overrides,
@@ -68,7 +69,7 @@ class Bench:
             source = f"task={ROOT / preset.tasks[task]}"
             config = reader.load(ROOT / "configs/quickstart.yaml", [source, *overrides])
         with torch.device(device):
-            run = prepare(config, Wire())
+            run = build_run(config, Communicator())
         start = {name: p.detach().clone() for name, p in trainable(run)}
         heads = ("classifier.", "score.")
         fresh = tuple(name for name in start if config.model.head == "classifier" and name.startswith(heads))
@@ -96,11 +97,11 @@ class Bench:
     def under(self, law: str, *, calibrated: bool) -> Run:
         """The run with an engine whose directions have this law, and with such losses."""
         if law not in self.engines:
-            self.engines[law] = Engine(self.run.loaded.model, Field(law))
+            self.engines[law] = Engine(self.run.pretrained.model, Law(law))
         engine = self.engines[law]
         return dataclasses.replace(
             self.run,
-            weights=dataclasses.replace(self.run.weights, engine=engine),
+            loaded=dataclasses.replace(self.run.loaded, engine=engine),
             evaluator=self._evaluator(engine, calibrated=calibrated),
         )
 
@@ -161,15 +162,13 @@ def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_step
         order=BatchOrder(n, learner.batch_size, seed),
         full_order=BatchOrder(n, full, derive_seed(seed, "full")),
     )
-    state = run.algorithm.init()
+    progress: Progress[Any] = Progress(run.algorithm.init())
 
     def take(step: int) -> tuple[int, bool]:
-        nonlocal state
-        planned = plan_step(run, state, step)
-        run.apply(step, planned.combination, keep=planned.keep)
-        if not planned.step.skipped:
-            state = planned.state
-        return planned.forwards, not planned.step.skipped
+        result, forwards = evaluate_step(run, progress.state, step)
+        apply_step(run, result)
+        progress.after(result.update)
+        return forwards, result.update is not None
 
     return take
 
@@ -186,7 +185,7 @@ def _first_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps
 
     def loss_of(step: int) -> torch.Tensor:
         batch = run.batch("minibatch", step)
-        logits = torch.cat([run.evaluator.objective(run.loaded.model, item).logits for item in batch])
+        logits = torch.cat([run.evaluator.objective(run.pretrained.model, item).logits for item in batch])
         labels = torch.cat([item.labels for item in batch])
         # By the envelope theorem, the gradient of a calibrated loss is that at its offsets.
         offsets = best_offsets(logits.detach().double(), labels).float() if learner.calibrated else 0.0

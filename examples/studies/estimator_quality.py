@@ -47,9 +47,9 @@ from mezo_dist.config import reader
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.seeds import param_id
-from mezo_dist.distributed.communicator import Wire
-from mezo_dist.runs.build import Run, prepare
-from mezo_dist.runs.training import plan_step
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.runs.build import Run, build_run
+from mezo_dist.runs.training import apply_step, evaluate_step
 from mezo_dist.tasks.batches import BatchOrder
 from mezo_dist.testing import write_tiny_config, write_tiny_data
 
@@ -70,12 +70,12 @@ def open_run(preset: Preset, law: str, folder: Path, *, rank: int = 1, calibrate
         overrides += ["algorithm.per_sample=false"]
     overrides += [f"train.calibrate={str(calibrated).lower()}", f"rank={rank}"]
     config: RunConfig = reader.load(path, overrides)
-    return prepare(config, Wire())
+    return build_run(config, Communicator())
 
 
 def trainable(run: Run) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Name and parameter."""
-    return ((name, p) for name, p in run.loaded.model.named_parameters() if p.requires_grad)
+    return ((name, p) for name, p in run.pretrained.model.named_parameters() if p.requires_grad)
 
 
 def put(run: Run, weights: Vector) -> None:
@@ -93,7 +93,7 @@ def gradient(run: Run) -> Vector:
     # By the envelope theorem, the gradient of a calibrated loss is that at its offsets.
     offsets = run.evaluator.offsets(batch) if run.config.train.calibrate else 0.0
     for item in batch:
-        logits = run.evaluator.objective(run.loaded.model, item).logits
+        logits = run.evaluator.objective(run.pretrained.model, item).logits
         loss = cross_entropy(logits + offsets, item.labels, reduction="sum")
         for sum_, part in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if part is not None:
@@ -125,7 +125,7 @@ def vector(run: Run, combination: Combination) -> Vector:
     """A combination as weights."""
     made = {name: torch.zeros_like(p) for name, p in trainable(run)}
     for name, tensor in made.items():
-        run.engine.field.add(tensor, [combination], [tensor], param_id=param_id(name), shape=tensor.shape)
+        run.engine.law.add(tensor, [combination], [tensor], param_id=param_id(name), shape=tensor.shape)
     return made
 
 
@@ -167,17 +167,19 @@ def measure(run: Run, contender: Contender, start: Vector, draws: int) -> dict[s
         put(run, start)
         state, sum_v, sum_g = planner.init(), vector(run, ZERO), vector(run, ZERO)
         for step in range(problem.num_steps):
-            planned = plan_step(mine, state, step)
+            result, forwards = evaluate_step(mine, state, step)
+            update = result.update
+            assert update is not None, result.skipped
             if step >= contender.before:
                 g = gradient(run) if step else at_start
-                v = vector(run, planned.combination * (-1 / planned.metrics["lr"]))
+                v = vector(run, update.combination * (-1 / update.metrics["lr"]))
                 single.add(v, g)
                 for name in v:
                     sum_v[name] += v[name]
                     sum_g[name] += g[name]
-            passes += planned.forwards
-            mine.apply(step, planned.combination)
-            state = planned.state
+            passes += forwards
+            apply_step(mine, result)
+            state = update.state
         cycle.add(sum_v, sum_g)
     return {
         "error": single.error,

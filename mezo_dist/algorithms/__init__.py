@@ -9,19 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from mezo_dist.algorithms.base import Algorithm, Problem
-from mezo_dist.algorithms.mezo import Mezo, MezoConfig
-from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
-from mezo_dist.algorithms.svrg_released import SvrgReleased, SvrgReleasedConfig
+from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
+from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
+from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased, SVRGReleasedPlanner
 
 ALGORITHMS: dict[str, tuple[type, type]] = {
-    "mezo": (MezoConfig, Mezo),
-    "mezo-svrg": (SvrgConfig, Svrg),
-    "mezo-svrg-released": (SvrgReleasedConfig, SvrgReleased),
+    "mezo": (MeZO, MeZOPlanner),
+    "mezo-svrg": (MeZOSVRG, SVRGPlanner),
+    "mezo-svrg-released": (MeZOSVRGReleased, SVRGReleasedPlanner),
 }
 """Name -> (settings, planner)."""
 
 
-def build(name: str, settings: Any, problem: Problem) -> Algorithm:
+def build(name: str, settings: Any, problem: Problem) -> Algorithm[Any]:
     """The planner ``name`` with its ``settings``, an instance of the config class in `ALGORITHMS`."""
-    planner: Algorithm = ALGORITHMS[name][1](settings, problem)
+    planner: Algorithm[Any] = ALGORITHMS[name][1](settings, problem)
     return planner

@@ -12,14 +12,15 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+from mezo_dist.algorithms.operations import CopyAnchor, Operation, total_added
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.seeds import derive_seed
 
 Batch = Literal["minibatch", "full"]
 Base = Literal["current", "anchor"]
-"""The weights as they are now, or a kept copy of them (`Update.keep`)."""
+"""The weights as they are now, or a kept copy of them (`CopyAnchor`)."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +63,28 @@ class Losses:
     mean: tuple[float, ...]
     each: tuple[tuple[float, ...], ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """``{"mean": [...]}`` plus ``"each"`` where there is one."""
-        return {"mean": list(self.mean)} | ({"each": [list(row) for row in self.each]} if self.each else {})
 
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Losses:
-        """Read `to_json` back."""
-        return Losses(tuple(data["mean"]), tuple(tuple(row) for row in data.get("each", ())))
+StateT = TypeVar("StateT")
+"""State of a planner: a frozen dataclass of JSON types, `Combination`, tuples, and nested such dataclasses."""
 
 
 @dataclass(frozen=True)
-class Update:
-    """The end of a step: the new state, the combination to add to the weights, and scalars worth a curve."""
+class Update(Generic[StateT]):
+    """The end of a step: the new state, what to do to the weights, and scalars worth a curve."""
 
-    state: Any
-    combination: Combination
+    state: StateT
+    operations: tuple[Operation, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
-    keep: bool = False
-    """Keep a copy of the weights as they are before anything is done to them, in place of the one kept so far."""
-    scale: float = 1.0
-    """What the weights are multiplied by (an fp32 value) before the combination is added."""
+
+    @property
+    def combination(self) -> Combination:
+        """The sum of all that is added to the weights."""
+        return total_added(self.operations)
+
+    @property
+    def copies_anchor(self) -> bool:
+        """The weights are copied before they change."""
+        return CopyAnchor() in self.operations
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Problem:
     num_steps: int = 1
     batch_size: int = 1
     full_size: int = 1
-    rounds: bool = False
-    """Weights have 16 bits: adding to them rounds, so that what was added cannot be taken off again exactly."""
+    has_16bit_weights: bool = False
+    """Adding to weights of 16 bits rounds, so that what was added cannot be taken off again exactly."""
 
     def direction_seed(self, step: int, index: int = 0, pool: int | None = None) -> int:
         """Seed of the ``index``-th direction drawn at ``step``; every rank derives it, nobody sends it.
@@ -105,22 +107,19 @@ class Problem:
         return seed if pool is None else derive_seed(self.seed, "pool", seed % pool)
 
 
-class Algorithm(Protocol):
-    """A planner. `State` is a frozen dataclass of JSON types, `Combination` and nested such dataclasses."""
+class Algorithm(Protocol[StateT]):
+    """A planner; ``State`` is the class of its state."""
 
     State: ClassVar[type]
 
-    def init(self) -> Any:
+    def init(self) -> StateT:
         """The state before step 0."""
 
-    def plan(self, state: Any, step: int) -> Evaluation:
+    def plan(self, state: StateT, step: int) -> Evaluation:
         """The first round of forward passes of ``step``."""
 
-    def update(self, state: Any, step: int, rounds: Sequence[Losses]) -> Update | Evaluation:
+    def update(self, state: StateT, step: int, rounds: Sequence[Losses]) -> Update[StateT] | Evaluation:
         """The update, given the losses of the rounds so far; or a further round, if those were not enough."""
-
-
-StateT = TypeVar("StateT")
 
 
 def state_to_json(state: Any) -> Any:

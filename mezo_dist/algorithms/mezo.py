@@ -32,6 +32,7 @@ from typing import ClassVar, Literal, Union
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
+from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -40,7 +41,7 @@ Scaling = Literal["plain", "sign", "normalised"]
 
 
 @dataclass(frozen=True)
-class MezoConfig:
+class MeZO:
     """Settings of ``algorithm.name: mezo``."""
 
     name: Literal["mezo"] = "mezo"
@@ -92,7 +93,7 @@ class MezoConfig:
 
 
 @dataclass(frozen=True)
-class MezoState:
+class MeZOState:
     """What the plateau rule, momentum, ``pull`` and decay remember."""
 
     plateau: Plateau = Plateau()
@@ -103,15 +104,15 @@ class MezoState:
 
 
 @dataclass(frozen=True)
-class Mezo:
+class MeZOPlanner:
     """Planner of MeZO."""
 
-    config: MezoConfig
+    config: MeZO
     problem: Problem
-    State: ClassVar[type] = MezoState
+    State: ClassVar[type] = MeZOState
 
-    def init(self) -> MezoState:
-        return MezoState()
+    def init(self) -> MeZOState:
+        return MeZOState()
 
     def _probe(self, step: int) -> Probe:
         config, problem = self.config, self.problem
@@ -121,10 +122,10 @@ class Mezo:
         eps = config.eps * config.eps_schedule.factor(step, problem.num_steps)
         return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided)
 
-    def plan(self, state: MezoState, step: int) -> Evaluation:
+    def plan(self, state: MeZOState, step: int) -> Evaluation:
         return self._probe(step).evaluation()
 
-    def update(self, state: MezoState, step: int, rounds: Sequence[Losses]) -> Update:
+    def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState]:
         config, probe, losses = self.config, self._probe(step), rounds[0]
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(self._scaled(clipped(projected, config.clip)))
@@ -135,10 +136,9 @@ class Mezo:
         loss = probe.loss(losses)
         scale, decay = state.decay.after(lr * config.weight_decay)
         return Update(
-            MezoState(state.plateau.after(loss, config.annealing), past, total, decay),
-            combination,
+            MeZOState(state.plateau.after(loss, config.annealing), past, total, decay),
+            tuple(update_operations(combination, scale=scale)),
             {"loss": loss, "projected_gradient": typical(projected), "lr": lr},
-            scale=scale,
         )
 
     def _scaled(self, projected: Sequence[float]) -> list[float]:

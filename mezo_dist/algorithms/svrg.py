@@ -26,6 +26,7 @@ from typing import ClassVar, Literal, Union
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
+from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -35,7 +36,7 @@ DIRECTIONS_TO_REPLAY = 8
 
 
 @dataclass(frozen=True)
-class SvrgConfig:
+class MeZOSVRG:
     """Settings of ``algorithm.name: mezo-svrg``."""
 
     name: Literal["mezo-svrg"] = "mezo-svrg"
@@ -88,7 +89,7 @@ class SvrgConfig:
 
 
 @dataclass(frozen=True)
-class SvrgState:
+class SVRGState:
     """The anchor as two combinations, and what the plateau rule, momentum and decay remember."""
 
     anchor_step: int = -1
@@ -103,17 +104,17 @@ class SvrgState:
 
 
 @dataclass(frozen=True)
-class Svrg:
+class SVRGPlanner:
     """Planner of MeZO-SVRG."""
 
-    config: SvrgConfig
+    config: MeZOSVRG
     problem: Problem
-    State: ClassVar[type] = SvrgState
+    State: ClassVar[type] = SVRGState
 
-    def init(self) -> SvrgState:
-        return SvrgState()
+    def init(self) -> SVRGState:
+        return SVRGState()
 
-    def _is_anchor(self, state: SvrgState, step: int) -> bool:
+    def _is_anchor(self, state: SVRGState, step: int) -> bool:
         # Counted from the last anchor, not from step 0: if an anchor step had to be skipped, the next one is it.
         return state.anchor_step < 0 or step - state.anchor_step >= self.config.q
 
@@ -124,7 +125,7 @@ class Svrg:
             return config.anchor == "stored" and config.q > 1  # there is no way back from an anchor step to the last
         first, others = (self._number_of_seeds(is_anchor) for is_anchor in (True, False))
         remembered = config.momentum.window - 1 if config.momentum.decay else 0
-        is_inexact = problem.rounds or bool(config.weight_decay)
+        is_inexact = problem.has_16bit_weights or bool(config.weight_decay)
         return is_inexact or first + (config.q - 2 + remembered) * others > DIRECTIONS_TO_REPLAY
 
     def _samples(self, is_anchor: bool) -> int:
@@ -137,7 +138,7 @@ class Svrg:
         directions = self.config.anchor_directions if is_anchor else self.config.directions
         return directions * max(self._samples(is_anchor), 1)
 
-    def _probe(self, state: SvrgState, step: int) -> Probe:
+    def _probe(self, state: SVRGState, step: int) -> Probe:
         config, problem, is_anchor = self.config, self.problem, self._is_anchor(state, step)
         anchor = Variant(base="anchor") if self._is_stored() else Variant(-state.displacement)
         return Probe(
@@ -149,10 +150,10 @@ class Svrg:
             bases=(Variant(),) if is_anchor else (Variant(), anchor),
         )
 
-    def plan(self, state: SvrgState, step: int) -> Evaluation:
+    def plan(self, state: SVRGState, step: int) -> Evaluation:
         return self._probe(state, step).evaluation()
 
-    def update(self, state: SvrgState, step: int, rounds: Sequence[Losses]) -> Update:
+    def update(self, state: SVRGState, step: int, rounds: Sequence[Losses]) -> Update[SVRGState]:
         config, probe, losses = self.config, self._probe(state, step), rounds[0]
         is_anchor = self._is_anchor(state, step)
         projected = probe.projected(losses)
@@ -173,5 +174,6 @@ class Svrg:
         displacement = ZERO if is_stored else before + combination
         plateau = state.plateau.after(metrics["loss"], config.annealing)
         scale, decay = state.decay.after(lr * config.weight_decay)
-        new = SvrgState(anchor_step, anchor_gradient, displacement, plateau, past, decay)
-        return Update(new, combination, metrics | {"lr": lr}, keep=is_stored and is_anchor, scale=scale)
+        new = SVRGState(anchor_step, anchor_gradient, displacement, plateau, past, decay)
+        operations = update_operations(combination, scale=scale, copy_anchor=is_stored and is_anchor)
+        return Update(new, tuple(operations), metrics | {"lr": lr})

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Problem, Update, Variant
+from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.schedules import Annealing
 from mezo_dist.algorithms.spsa import Probe, check_positive, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -34,7 +35,7 @@ LR_FLOOR, ANCHOR_LR_FLOOR = 1e-6, 1e-5
 
 
 @dataclass(frozen=True)
-class SvrgReleasedConfig:
+class MeZOSVRGReleased:
     """Settings of ``algorithm.name: mezo-svrg-released``."""
 
     name: Literal["mezo-svrg-released"] = "mezo-svrg-released"
@@ -55,7 +56,7 @@ class SvrgReleasedConfig:
 
 
 @dataclass(frozen=True)
-class SvrgReleasedState:
+class SVRGReleasedState:
     """The last full-batch estimate, both rates, and the losses of the last three windows."""
 
     full_gradient: Combination = ZERO
@@ -65,25 +66,27 @@ class SvrgReleasedState:
 
 
 @dataclass(frozen=True)
-class SvrgReleased:
+class SVRGReleasedPlanner:
     """Planner of what the released code does."""
 
-    config: SvrgReleasedConfig
+    config: MeZOSVRGReleased
     problem: Problem
-    State: ClassVar[type] = SvrgReleasedState
+    State: ClassVar[type] = SVRGReleasedState
 
-    def init(self) -> SvrgReleasedState:
-        return SvrgReleasedState(lr=self.config.lr, anchor_lr=self.config.anchor_lr)
+    def init(self) -> SVRGReleasedState:
+        return SVRGReleasedState(lr=self.config.lr, anchor_lr=self.config.anchor_lr)
 
     def _probe(self, step: int, index: int = 0, base: Combination = ZERO) -> Probe:
         seeds = (self.problem.direction_seed(step, index),)
         batch: Batch = "minibatch" if step % self.config.q else "full"
         return Probe(seeds, self.config.eps, batch, bases=(Variant(base),))
 
-    def plan(self, state: SvrgReleasedState, step: int) -> Evaluation:
+    def plan(self, state: SVRGReleasedState, step: int) -> Evaluation:
         return self._probe(step).evaluation()
 
-    def update(self, state: SvrgReleasedState, step: int, rounds: Sequence[Losses]) -> Update | Evaluation:
+    def update(
+        self, state: SVRGReleasedState, step: int, rounds: Sequence[Losses]
+    ) -> Update[SVRGReleasedState] | Evaluation:
         state, first = self._annealed(state, step), self._probe(step)
         ((projected,),) = first.projected(rounds[0])
         gradient = first.gradient([projected])
@@ -99,10 +102,10 @@ class SvrgReleased:
             ((back,),) = second.projected(rounds[1])
             combination = -lr * gradient + lr * second.gradient([back]) + -lr * full_gradient
         losses = (*state.losses, metrics["loss"])[-3 * self.config.annealing.window :]
-        new = SvrgReleasedState(full_gradient, state.lr, state.anchor_lr, losses)
-        return Update(new, combination, metrics | {"lr": lr})
+        new = SVRGReleasedState(full_gradient, state.lr, state.anchor_lr, losses)
+        return Update(new, tuple(update_operations(combination)), metrics | {"lr": lr})
 
-    def _annealed(self, state: SvrgReleasedState, step: int) -> SvrgReleasedState:
+    def _annealed(self, state: SVRGReleasedState, step: int) -> SVRGReleasedState:
         """Decided before the step, once per window, from the fifth on."""
         rule = self.config.annealing
         if rule.divisor == 1 or step <= 4 * rule.window or step % rule.window:
@@ -111,4 +114,4 @@ class SvrgReleased:
         if latest <= rule.threshold * earlier:
             return state
         lr, anchor_lr = max(state.lr / rule.divisor, LR_FLOOR), max(state.anchor_lr / rule.divisor, ANCHOR_LR_FLOOR)
-        return SvrgReleasedState(state.full_gradient, lr, anchor_lr, state.losses)
+        return SVRGReleasedState(state.full_gradient, lr, anchor_lr, state.losses)

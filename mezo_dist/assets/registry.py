@@ -24,14 +24,14 @@ from pathlib import Path
 from mezo_dist.assets.demo import TABLE, Asset, open_archive
 from mezo_dist.errors import UserError
 
-PREFIX = "demo:"
+DEMO = "demo:"
 KEPT_ARCHIVE_MIB = 8.0  # archives up to this size stay in the cache: several data sets share one
 log = logging.getLogger(__name__)
 
 
 def is_demo(name: str) -> bool:
     """Say whether a model or data setting names an asset of this module rather than a path or a hub name."""
-    return name.startswith(PREFIX)
+    return name.startswith(DEMO)
 
 
 def resolve_model(name: str) -> Path:
@@ -78,7 +78,7 @@ def _lookup(name: str, kind: str | None = None) -> Asset:
 
 def _ready(asset: Asset) -> Path:
     """Return the asset's folder. It exists only when complete, so no lock is needed to find it."""
-    folder = cache_folder() / f"{asset.id.removeprefix(PREFIX)}-r{asset.revision}"
+    folder = cache_folder() / f"{asset.id.removeprefix(DEMO)}-r{asset.revision}"
     if folder.is_dir():
         return folder
     missing = [module for module in asset.needs if importlib.util.find_spec(module) is None]

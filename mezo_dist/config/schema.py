@@ -15,7 +15,7 @@ from typing import Any, Literal, Union
 
 from mezo_dist.config.task import Task
 
-NO_RESULTS = ("engine", "output", "distributed")
+NO_RESULTS = ("layout", "output", "distributed")
 """Sections that do not change what is computed: a run may go on with others."""
 ModelKind = Literal["causal", "masked", "classifier"]
 """What answers: the language-model head of a causal or a masked model, or a classification head."""
@@ -86,7 +86,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class LayoutConfig:
     """Where the weights live."""
 
     name: Literal["replicated", "fsdp", "zero"] = "replicated"
@@ -110,9 +110,9 @@ class EngineConfig:
         owners = {"replicate": "fsdp", "gather": "fsdp", "offload": "fsdp", "ds_config": "zero"}
         for setting, owner in owners.items():
             if self.name != owner and getattr(self, setting) not in (None, False, 1):
-                raise ValueError(f"engine.{setting}: is a setting of engine.name: {owner}, not of {self.name}")
+                raise ValueError(f"engine.{setting}: is a setting of layout.name: {owner}, not of {self.name}")
         if self.replicate < 1:
-            raise ValueError(f"engine.replicate: must be at least 1, not {self.replicate}")
+            raise ValueError(f"layout.replicate: must be at least 1, not {self.replicate}")
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class TrainConfig:
     width: Union[int, None] = None  # noqa: UP007
     """Micro-batches that go through the model in lock step, sharing one gather of the weights and one making of the
     variants; if null, as many as a quarter of the free memory holds. Changes no result."""
-    prefix_gib: float = 1.0
-    """Memory for the frozen prefix, in GiB per process: where nothing in the first blocks is trainable
+    frozen_cache_gib: float = 1.0
+    """Memory for the frozen blocks, in GiB per process: where nothing in the first blocks is trainable
     (``model.trainable``), what they give for a sample is remembered, and they are skipped from then on. Not done on
     sharded engines; 0 where a run on one is to have the same bits."""
     max_tokens: Union[int, None] = None  # noqa: UP007
@@ -150,8 +150,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "micro_batch", "width", "max_skipped"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.prefix_gib < math.inf:
-            raise ValueError(f"train.prefix_gib: must be at least 0, not {self.prefix_gib}")
+        if not 0 <= self.frozen_cache_gib < math.inf:
+            raise ValueError(f"train.frozen_cache_gib: must be at least 0, not {self.frozen_cache_gib}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"train.max_tokens: must be at least 1 or null, not {self.max_tokens}")
         if self.evaluate_every < 0:
@@ -233,9 +233,9 @@ class RunConfig:
     law: Literal["gaussian", "rademacher", "lowrank"] = "gaussian"
     """Law of the directions. ``lowrank`` makes those of matrices products of thin gaussian factors, which allows
     ``algorithm.per_sample``."""
-    rank: int = 1
+    direction_rank: int = 1
     """Rank of low-rank directions."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Where the weights live."""
     seed: int = 0
     """Seed of directions and batch order."""
@@ -247,8 +247,8 @@ class RunConfig:
     """How the processes talk."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank: must be at least 1, not {self.rank}")
+        if self.direction_rank < 1:
+            raise ValueError(f"direction_rank: must be at least 1, not {self.direction_rank}")
         if getattr(self.algorithm, "per_sample", False) and self.law != "lowrank":
             raise ValueError(f"algorithm.per_sample: a direction per sample needs law: lowrank, not {self.law}")
         if getattr(self.algorithm, "per_sample", False) and self.train.calibrate:

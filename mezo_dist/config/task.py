@@ -79,7 +79,7 @@ class Task:
     plain: tuple[str, ...] = ()
     """One or two jinja2 templates without prompt, for a fresh classification head."""
     label: str = "label"
-    """Field with the label."""
+    """Law with the label."""
     subset: Union[str, None] = None  # noqa: UP007
     """Configuration name of a hub data set."""
     splits: Splits = field(default_factory=Splits)

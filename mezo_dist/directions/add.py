@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.bits import Law
+from mezo_dist.directions.bits import BitLayout
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import reference
 
@@ -29,7 +29,7 @@ def add(
     outputs: Sequence[Tensor],
     *,
     param_id: int,
-    law: Law,
+    bits: BitLayout,
     offsets: Sequence[int] = (0,),
     rounding_seed: int | None = None,
 ) -> None:
@@ -45,7 +45,7 @@ def add(
         outputs: contiguous tensors with as many elements as ``weight``, on its device. An output may be ``weight``
             itself (update in place, then it must be the only one that overlaps it).
         param_id: see `seeds.param_id`.
-        law: law of the directions.
+        bits: law of the directions, as a layout of bits.
         offsets: index of each piece's first element in the flattened full parameter.
         rounding_seed: with a seed, bf16 outputs are rounded stochastically with the bits of stream 1 of that seed;
             without, to nearest even.
@@ -62,7 +62,7 @@ def add(
         outputs,
         param_id=param_id,
         offsets=offsets,
-        law=law,
+        bits=bits,
         rounding_seed=rounding_seed,
     )
 

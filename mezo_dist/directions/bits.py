@@ -69,7 +69,7 @@ def _rademacher_values(words: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Law:
+class BitLayout:
     """A named, versioned rule from generator words to the values of a direction."""
 
     name: str
@@ -87,7 +87,9 @@ class Law:
         return self.values(words)
 
 
-GAUSSIAN = Law("gaussian", f"{philox.VERSION}/gaussian-table16-{GAUSSIAN_TABLE_SHA256[:16]}", 128, _gaussian_values)
-RADEMACHER = Law("rademacher", f"{philox.VERSION}/rademacher-1bit", 8, _rademacher_values)
+GAUSSIAN = BitLayout(
+    "gaussian", f"{philox.VERSION}/gaussian-table16-{GAUSSIAN_TABLE_SHA256[:16]}", 128, _gaussian_values
+)
+RADEMACHER = BitLayout("rademacher", f"{philox.VERSION}/rademacher-1bit", 8, _rademacher_values)
 FACTOR_U = replace(GAUSSIAN, name="lowrank-u", stream=philox.STREAM_U)
 FACTOR_V = replace(GAUSSIAN, name="lowrank-v", stream=philox.STREAM_V)

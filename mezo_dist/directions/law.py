@@ -1,4 +1,4 @@
-"""`Field`: the random field of a run, that is, what every seed means on every parameter.
+"""`Law`: the random field of a run, that is, what every seed means on every parameter.
 
 For the element-wise laws (``gaussian``, ``rademacher``) a direction is a vector of independent entries. Under
 ``lowrank`` the direction of a matrix is ``z = U V^T / sqrt(rank)`` with gaussian factors (one row of U per row of the
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mezo_dist.directions.add import add
 from mezo_dist.directions.advance import advance
-from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, Law
+from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 
 BLOCK = 64
@@ -31,7 +31,7 @@ SCALED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Field:
+class Law:
     """The law of a run's directions. ``rank`` matters to ``lowrank`` alone."""
 
     name: str
@@ -48,7 +48,7 @@ class Field:
         """Changes whenever a seed would mean other numbers."""
         if self.name == "lowrank":
             return f"{GAUSSIAN.version}/lowrank-{self.rank}"
-        return self._law.version
+        return self._bits.version
 
     @property
     def is_lowrank(self) -> bool:
@@ -56,7 +56,7 @@ class Field:
         return self.name == "lowrank"
 
     @property
-    def _law(self) -> Law:
+    def _bits(self) -> BitLayout:
         return RADEMACHER if self.name == "rademacher" else GAUSSIAN
 
     def add(
@@ -93,7 +93,7 @@ class Field:
             combinations,
             outputs,
             param_id=param_id,
-            law=self._law,
+            bits=self._bits,
             offsets=offsets,
             rounding_seed=rounding_seed,
         )
@@ -117,7 +117,7 @@ class Field:
             offset: of a shard, where it starts in the flattened parameter.
         """
         if len(updates) > 1 and not (self.is_lowrank and len(shape) >= 2):
-            advance(weight, updates, param_id=param_id, law=self._law, offset=offset)
+            advance(weight, updates, param_id=param_id, bits=self._bits, offset=offset)
             return
         for combination, seed in updates:  # of a low-rank law: matrix products, and the matrix stays in the cache
             self.add(weight, [combination], [weight], param_id=param_id, shape=shape, offset=offset, rounding_seed=seed)
@@ -140,7 +140,7 @@ class Field:
                 piece.copy_(scaled)
             else:
                 offsets = [offset + start]
-                add(scaled, [ZERO], [piece], param_id=param_id, law=GAUSSIAN, offsets=offsets,
+                add(scaled, [ZERO], [piece], param_id=param_id, bits=GAUSSIAN, offsets=offsets,
                     rounding_seed=rounding_seed)  # fmt: skip
 
     def factors(self, seeds: Sequence[int], param_id: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -152,10 +152,10 @@ class Field:
 
     def vector(self, seeds: Sequence[int], param_id: int, size: int) -> Tensor:
         """The directions of a 1-D parameter: fp32 [num_seeds, size]."""
-        return _fill(self._law, seeds, param_id, 0, size)
+        return _fill(self._bits, seeds, param_id, 0, size)
 
-    def _factor(self, law: Law, seeds: Sequence[int], param_id: int, first_row: int, num_rows: int) -> Tensor:
-        flat = _fill(law, seeds, param_id, first_row * self.rank, num_rows * self.rank)
+    def _factor(self, bits: BitLayout, seeds: Sequence[int], param_id: int, first_row: int, num_rows: int) -> Tensor:
+        flat = _fill(bits, seeds, param_id, first_row * self.rank, num_rows * self.rank)
         return flat.view(len(seeds), num_rows, self.rank)
 
     def _add_lowrank(
@@ -190,7 +190,7 @@ class Field:
                 if rounding_seed is None:
                     target[here] = total.view(-1)[inside]
                 else:
-                    add(total.view(-1)[inside], [ZERO], [target[here]], param_id=param_id, law=GAUSSIAN,
+                    add(total.view(-1)[inside], [ZERO], [target[here]], param_id=param_id, bits=GAUSSIAN,
                         offsets=[piece.rows[0] * columns + piece.skip], rounding_seed=rounding_seed)  # fmt: skip
 
     def _with_rows_of_u(
@@ -212,7 +212,7 @@ class Field:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one product is added to: ``length`` elements from ``first`` on, of what `Field.add` was given.
+    """What one product is added to: ``length`` elements from ``first`` on, of what `Law.add` was given.
 
     They are those from ``skip`` on of the rows ``rows`` (at most `BLOCK`) of the matrix.
     """
@@ -253,7 +253,7 @@ def _one(seed: int) -> Combination:
     return Combination.single(seed, 1.0)
 
 
-def _fill(law: Law, seeds: Sequence[int], param_id: int, offset: int | list[int], length: int) -> Tensor:
+def _fill(bits: BitLayout, seeds: Sequence[int], param_id: int, offset: int | list[int], length: int) -> Tensor:
     """Values of many directions at the same places: fp32 [num_seeds, number of offsets * length]."""
     offsets = offset if isinstance(offset, list) else [offset]
     made = torch.empty(len(seeds), len(offsets) * length)
@@ -261,5 +261,5 @@ def _fill(law: Law, seeds: Sequence[int], param_id: int, offset: int | list[int]
     for first in range(0, len(seeds), SEEDS_AT_ONCE):
         some = seeds[first : first + SEEDS_AT_ONCE]
         outputs = list(made[first : first + SEEDS_AT_ONCE])
-        add(zero, [_one(seed) for seed in some], outputs, param_id=param_id, law=law, offsets=offsets)
+        add(zero, [_one(seed) for seed in some], outputs, param_id=param_id, bits=bits, offsets=offsets)
     return made

@@ -8,10 +8,8 @@ instead of corrupting the run.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
@@ -20,14 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mezo_dist.distributed import environment
-from mezo_dist.distributed.rendezvous import meet, meeting_point, share_cores, wait_until_connected
-from mezo_dist.distributed.watchdog import Watch
+from mezo_dist.distributed.watchdog import Watchdog
 from mezo_dist.errors import UserError
 
-FRACTION_BITS = 32
-ONE = 1 << FRACTION_BITS
-MAX_SUM = 1 << 62
 PAYLOAD_WORDS = 32
 """The first so many words of a round (256 bytes) travel alone, and a shorter round is padded to them: so ranks in
 different rounds still meet and can be told, where collectives of different lengths would kill the processes."""
@@ -44,21 +37,6 @@ class LostRankError(UserError):
     """A temporary failure (sysexits.h): starting again, with output.if_exists=resume, goes on where the run was."""
 
 
-def to_fixed(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 or fp64 losses [n] as int64 [n] multiples of 2**-32, and a bool [n] that is False where that failed.
-
-    It fails where the loss is not finite or so large that it has diverged (2**30 or more); the value is 0 there.
-    """
-    wide = losses.detach().to("cpu", torch.float64)
-    sound = torch.isfinite(wide) & (wide.abs() < 2.0**30)
-    return torch.where(sound, wide * ONE, 0.0).round().to(torch.int64), sound
-
-
-def mean(total: int, weight: int) -> float:
-    """The mean loss from a fixed-point sum and a sum of weights: exact integers, one rounding."""
-    return total / (weight * ONE)
-
-
 def fingerprint(*what: Any) -> int:
     """A 62-bit hash of JSON-serialisable values."""
     text = json.dumps(what, sort_keys=True)
@@ -66,7 +44,7 @@ def fingerprint(*what: Any) -> int:
 
 
 @final
-class Wire:
+class Communicator:
     """The processes of a run and the collectives between them. Use `connect` to make one.
 
     Attributes:
@@ -79,7 +57,7 @@ class Wire:
         stopping: a rank wanted to stop in some round so far; all ranks see this in the same round.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, watch: Watch | None = None, ranks_here: int = 0) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, watch: Watchdog | None = None, ranks_here: int = 0) -> None:
         self.rank = rank
         self.world_size = world_size
         self.ranks_here = ranks_here or world_size
@@ -88,7 +66,7 @@ class Wire:
         self.place = "start"
         self.wants_stop = False
         self.stopping = False
-        self._watch = watch or Watch.off()
+        self._watch = watch or Watchdog.off()
 
     def round(self, values: Tensor, mark: int) -> Tensor:
         """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
@@ -138,7 +116,7 @@ class Wire:
         self._all_reduce(words)
         return int(words) % 2**64
 
-    def meet(self, what: str) -> None:
+    def synchronize(self, what: str) -> None:
         """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
         self.round(torch.zeros(0, dtype=torch.int64), fingerprint(what))
 
@@ -160,17 +138,6 @@ class Wire:
         self.payload_bytes += 8 + len(payload)
         return payload.numpy().tobytes()
 
-    def gather_text(self, text: str) -> list[str]:
-        """The ``text`` of every rank, by rank, on every rank."""
-        if self.world_size == 1:
-            return [text]
-        data = list(text.encode())
-        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(data)] = torch.tensor(data, dtype=torch.uint8)
-        texts = self._gather(padded)
-        return [bytes(words[:size].tolist()).decode() for words, size in zip(texts, sizes, strict=True)]
-
     def collect(self, work: Callable[[], Any]) -> list[Any]:
         """What ``work()`` returned on every rank (JSON types), by rank, on every rank. All ranks must call it.
 
@@ -181,7 +148,7 @@ class Wire:
             mine = {"value": work()}
         except (OSError, UserError) as error:
             mine = {"error": str(error)}
-        found = [json.loads(text) for text in self.gather_text(json.dumps(mine))]
+        found = [json.loads(text) for text in self.gather_texts(json.dumps(mine))]
         if errors := [(rank, answer["error"]) for rank, answer in enumerate(found) if "error" in answer]:
             at = f"rank(s) {[rank for rank, _ in errors]}: " if self.world_size > 1 else ""
             raise UserError(f"{at}{errors[0][1]}")
@@ -200,12 +167,12 @@ class Wire:
 
     def barrier(self) -> None:
         """Wait for all ranks. Raises OutOfStepError if one of them is not at a barrier."""
-        self.meet("barrier")
+        self.synchronize("barrier")
 
     def ensure_group(self) -> None:
         """Make a process group even of one rank: sharded layouts cannot do without."""
         if self.world_size == 1 and not dist.is_initialized():
-            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -249,42 +216,6 @@ class Wire:
         )
 
 
-def connect(timeout_s: float, init_method: str | None = None, patience_s: float = 30.0) -> Wire:
-    """Join the process group that the launcher describes in the environment; see `mezo_dist.distributed.environment`.
-
-    In a world of one no process group is made. Scalars always travel through gloo on the CPU; NCCL is set up beside it
-    where there are GPUs, for the engines that gather weights.
-
-    Args:
-        timeout_s: seconds after which a collective gives up on a rank that does not answer.
-        patience_s: seconds after which a rank that waits for another one says so, and for which.
-        init_method: where ranks meet, if not where the environment says (``file:///...`` in tests).
-
-    Raises:
-        UserError: the environment describes a rank only in part, or the other ranks do not answer in time.
-    """
-    defaults = {"MASTER_ADDR": "unused", "MASTER_PORT": "1"} if init_method else {}
-    found = environment.discover({**defaults, **os.environ})
-    if found.world_size == 1:
-        return Wire()
-    share_cores(found.local_world_size)
-    where = init_method or meeting_point(found)
-    place: dict[str, Any] = {"rank": found.rank, "world_size": found.world_size}
-    timeout = datetime.timedelta(seconds=timeout_s)
-    try:
-        met = meet(next(dist.rendezvous(where, timeout=timeout, **place))[0], timeout_s=timeout_s, **place)
-        dist.init_process_group(_backend(), store=met, timeout=timeout, **place)
-        wait_until_connected(met, found.world_size, timeout_s)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"rank {found.rank} of {found.world_size} (from {found.launcher}) could not join the others at {where} "
-            f"within distributed.timeout_s = {timeout_s:g} s: {error}\n"
-            "`mezo-dist doctor`, started the same way, says what is wrong"
-        ) from error
-    store = dist.distributed_c10d._get_default_store()
-    watch = Watch(store, found.rank, found.world_size, min(patience_s, timeout_s / 4))
-    return Wire(found.rank, found.world_size, watch, found.local_world_size)
-
-
-def _backend() -> str:
+def backend() -> str:
+    """Backends of process groups: gloo for scalars, and NCCL beside it for weights where there are GPUs."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 import mezo_dist
 from mezo_dist.distributed import environment
-from mezo_dist.distributed.communicator import Wire, connect, fingerprint
+from mezo_dist.distributed.communicator import Communicator, fingerprint
+from mezo_dist.distributed.connect import connect
 from mezo_dist.errors import UserError
 
 Verdict = Literal["ok", "warning", "PROBLEM"]
@@ -84,28 +85,27 @@ def examine(files: Sequence[Path], folder: Path, timeout_s: float) -> list[Line]
     lines = [_launcher(found)]
     reached = _meeting_point(found, timeout_s) if found.world_size > 1 and found.address else []
     try:
-        wire = connect(timeout_s)
+        comm = connect(timeout_s)
     except UserError as error:
         reached = [line for line in reached if line.verdict == PROBLEM] or [Line("all ranks", str(error), PROBLEM)]
         return lines + reached
     try:
-        facts = [Facts(**json.loads(text)) for text in wire.gather_texts(json.dumps(asdict(_facts(files))))]
-        lines += [*reached, *compare(facts), *_shared_folder(wire, folder, facts)]
-        if wire.world_size > 1:
-            lines += [*_speed(wire), *_links(wire, facts, time.time)]
+        facts = [Facts(**json.loads(text)) for text in comm.gather_texts(json.dumps(asdict(_facts(files))))]
+        lines += [*reached, *compare(facts), *_shared_folder(comm, folder, facts)]
+        if comm.world_size > 1:
+            lines += [*_speed(comm), *_links(comm, facts, time.time)]
     finally:
-        wire.close()
-    return lines if wire.rank == 0 else []
+        comm.close()
+    return lines if comm.rank == 0 else []
 
 
 def _facts(files: Sequence[Path]) -> Facts:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    sources = sorted(Path(mezo_dist.__file__).parent.rglob("*.py"))
     return Facts(
         socket.gethostname(),
         platform.python_version(),
         {"mezo_dist": mezo_dist.__version__, **versions},
-        code=hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        code=environment.code_digest(),
         files={str(path): _digest(path) for path in files},
         interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),
         gpus=torch.cuda.device_count(),
@@ -116,7 +116,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if os.access(path, os.R_OK) and path.is_file() else ""
 
 
-def _launcher(found: environment.Ranks) -> Line:
+def _launcher(found: environment.ClusterEnvironment) -> Line:
     if found.world_size == 1:
         started = f"{found.launcher}, " if found.launcher else "none: "
         return Line("launcher", f"{started}one process; start me the way the job is started to see all ranks")
@@ -124,7 +124,7 @@ def _launcher(found: environment.Ranks) -> Line:
     return Line("launcher", f"{found.launcher}: {found.world_size} ranks{where}")
 
 
-def _meeting_point(found: environment.Ranks, timeout_s: float) -> list[Line]:
+def _meeting_point(found: environment.ClusterEnvironment, timeout_s: float) -> list[Line]:
     """Whether rank 0 can be reached from here. On rank 0 itself only the name is looked at."""
     try:
         address = socket.getaddrinfo(found.address, found.port, type=socket.SOCK_STREAM)[0][4][0]
@@ -207,22 +207,22 @@ def _who(rank: int, facts: Sequence[Facts]) -> str:
     return f"rank {rank} ({facts[rank].host})"
 
 
-def _shared_folder(wire: Wire, folder: Path, facts: Sequence[Facts]) -> list[Line]:
+def _shared_folder(comm: Communicator, folder: Path, facts: Sequence[Facts]) -> list[Line]:
     """Whether a file that rank 0 writes is seen by all."""
-    mark = Path(wire.broadcast_text(str(folder / f".mezo-dist-doctor-{uuid.uuid4().hex}")))
+    mark = Path(comm.broadcast_text(str(folder / f".mezo-dist-doctor-{uuid.uuid4().hex}")))
     problem = ""
-    if wire.rank == 0:
+    if comm.rank == 0:
         try:
             mark.touch()
         except OSError as error:
             problem = f"{folder} cannot be written to by {_who(0, facts)} ({error.strerror})"
-    if problem := wire.broadcast_text(problem):
+    if problem := comm.broadcast_text(problem):
         return [Line("shared folder", problem, PROBLEM, "name another one: --folder")]
     deadline = time.monotonic() + SEEN_WITHIN_S
     while not (seen := mark.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    blind = [_who(number, facts) for number, text in enumerate(wire.gather_texts(str(seen))) if text != "True"]
-    if wire.rank == 0:
+    blind = [_who(number, facts) for number, text in enumerate(comm.gather_texts(str(seen))) if text != "True"]
+    if comm.rank == 0:
         mark.unlink()
     if not blind:
         return [Line("shared folder", f"{mark.parent} is seen by all")]
@@ -230,12 +230,12 @@ def _shared_folder(wire: Wire, folder: Path, facts: Sequence[Facts]) -> list[Lin
     return [Line("shared folder", f"{mark.parent} is another folder on {', '.join(blind)}", PROBLEM, hint)]
 
 
-def _speed(wire: Wire) -> list[Line]:
+def _speed(comm: Communicator) -> list[Line]:
     """Latency of the all-reduce of a step, and the bandwidth of larger ones, between all ranks."""
     times = []
     for number in range(21):
         began = time.perf_counter()
-        wire.round(torch.zeros(0, dtype=torch.int64), fingerprint("doctor", number))
+        comm.round(torch.zeros(0, dtype=torch.int64), fingerprint("doctor", number))
         times.append(time.perf_counter() - began)
     latency = statistics.median(times[1:])
     size, elapsed = 2**12, 0.0
@@ -246,16 +246,16 @@ def _speed(wire: Wire) -> list[Line]:
         slowest = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all stop at the same size
         elapsed = float(slowest)
-    rate = 2 * (wire.world_size - 1) / wire.world_size * size / elapsed  # a ring sends everything nearly twice
+    rate = 2 * (comm.world_size - 1) / comm.world_size * size / elapsed  # a ring sends everything nearly twice
     return [
         Line("scalar all-reduce", f"{latency * 1e3:.2f} ms between all ranks: what a step waits at least"),
         Line("bandwidth", f"{rate * 8 / 1e6:.1f} Mbit/s per rank in an all-reduce of {size / MEGABYTE:.3g} MiB"),
     ]
 
 
-def _links(wire: Wire, facts: Sequence[Facts], clock: Callable[[], float]) -> list[Line]:
+def _links(comm: Communicator, facts: Sequence[Facts], clock: Callable[[], float]) -> list[Line]:
     """Round trips between rank 0 and each other rank: the slowest link, and how far their clocks are apart."""
-    found = {rank: offset_and_trip(wire, rank, clock) for rank in range(1, wire.world_size)}
+    found = {rank: offset_and_trip(comm, rank, clock) for rank in range(1, comm.world_size)}
     slow = max(found, key=lambda rank: found[rank][1])
     skewed = max(found, key=lambda rank: abs(found[rank][0]))
     offset, trip = found[skewed]
@@ -267,7 +267,7 @@ def _links(wire: Wire, facts: Sequence[Facts], clock: Callable[[], float]) -> li
     return [*lines, Line("clocks", apart, WARNING, hint)]
 
 
-def offset_and_trip(wire: Wire, rank: int, clock: Callable[[], float]) -> tuple[float, float]:
+def offset_and_trip(comm: Communicator, rank: int, clock: Callable[[], float]) -> tuple[float, float]:
     """How many seconds ``rank``'s clock is ahead of rank 0's, and the shortest round trip; zeros on other ranks.
 
     All ranks call it; rank 0 and ``rank`` exchange five pairs of messages. The error is at most half of the round trip.
@@ -275,17 +275,17 @@ def offset_and_trip(wire: Wire, rank: int, clock: Callable[[], float]) -> tuple[
     best = (0.0, float("inf"))
     word = torch.zeros(1, dtype=torch.float64)
     for _ in range(5):
-        if wire.rank == 0:
+        if comm.rank == 0:
             sent = clock()
             dist.send(word, rank)
             dist.recv(word, rank)
             received = clock()
             best = min(best, (float(word) - (sent + received) / 2, received - sent), key=lambda pair: pair[1])
-        elif wire.rank == rank:
+        elif comm.rank == rank:
             dist.recv(word, 0)
             word[0] = clock()
             dist.send(word, 0)
-    return best if wire.rank == 0 else (0.0, 0.0)
+    return best if comm.rank == 0 else (0.0, 0.0)
 
 
 def report(lines: Sequence[Line]) -> None:

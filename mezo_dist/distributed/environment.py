@@ -1,17 +1,20 @@
 """Which rank this process is, of how many, and where they meet: read from what the launcher left in the environment.
 
 This is the one place that knows launchers. It is torch-free and looks at nothing but the environment (`discover`), the
-network cards (`interface_towards`) and, if nothing else tells where rank 0 is, MPI (`meet_through_mpi`).
+network cards (`interface_towards`) and, if nothing else tells where rank 0 is, MPI (`rendezvous_through_mpi`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import mezo_dist
 from mezo_dist.errors import UserError
 
 FIRST_PORT, NUM_PORTS = 15000, 15000
@@ -19,7 +22,7 @@ FIRST_PORT, NUM_PORTS = 15000, 15000
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ClusterEnvironment:
     """Who this process is."""
 
     launcher: str
@@ -29,7 +32,7 @@ class Ranks:
     local_rank: int = 0
     """Among the ranks of this host; 0 if the launcher does not say."""
     local_world_size: int = 0
-    """Ranks on this host; 0 if the launcher does not say."""
+    """ClusterEnvironment on this host; 0 if the launcher does not say."""
     address: str = ""
     """Where rank 0 listens; empty if ranks have to agree on that through MPI."""
     port: int = 0
@@ -71,7 +74,7 @@ SOURCES = (
 WAYS = "torchrun, deepspeed, mpirun or srun"
 
 
-def discover(environment: Mapping[str, str]) -> Ranks:
+def discover(environment: Mapping[str, str]) -> ClusterEnvironment:
     """Read rank, world size and meeting point from ``environment``; a world of one if no launcher has been there.
 
     ``MASTER_ADDR`` and ``MASTER_PORT`` count under every launcher, if given.
@@ -82,7 +85,7 @@ def discover(environment: Mapping[str, str]) -> Ranks:
     """
     source = _complete_source(environment)
     if source is None:
-        return Ranks("")
+        return ClusterEnvironment("")
     rank, world_size = _number(environment, source.rank), _number(environment, source.world_size)
     if not 0 <= rank < world_size:
         raise UserError(
@@ -90,12 +93,12 @@ def discover(environment: Mapping[str, str]) -> Ranks:
             f"Was one of them set by hand or left over in this shell? Start with {WAYS}"
         )
     if world_size == 1:
-        return Ranks(_name(source, environment), local_world_size=1)
-    address, port = _meeting_point(source, environment)
+        return ClusterEnvironment(_name(source, environment), local_world_size=1)
+    address, port = _rendezvous_address(source, environment)
     local_rank = _number(environment, source.local_rank, 0)
     one_node = source is SLURM and environment.get("SLURM_STEP_NUM_NODES") == "1"
     local_world_size = world_size if one_node else _number(environment, source.local_world_size, 0)
-    return Ranks(_name(source, environment), rank, world_size, local_rank, local_world_size, address, port)
+    return ClusterEnvironment(_name(source, environment), rank, world_size, local_rank, local_world_size, address, port)
 
 
 def _complete_source(environment: Mapping[str, str]) -> _Source | None:
@@ -129,7 +132,7 @@ def _explain_half(source: _Source, environment: Mapping[str, str]) -> None:
     raise UserError(f"environment: {_missing(names, environment)}; start all ranks with {WAYS}, or unset what is set")
 
 
-def _meeting_point(source: _Source, environment: Mapping[str, str]) -> tuple[str, int]:
+def _rendezvous_address(source: _Source, environment: Mapping[str, str]) -> tuple[str, int]:
     """Where rank 0 listens; empty and 0 if only MPI can tell."""
     address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
     if source is TORCH and not (address and port):
@@ -187,7 +190,7 @@ def _missing(names: list[str], environment: Mapping[str, str]) -> str:
     return f"{', '.join(name for name in names if not environment.get(name))} not set, but {given}"
 
 
-def meet_through_mpi(ranks: Ranks) -> tuple[str, int]:
+def rendezvous_through_mpi(ranks: ClusterEnvironment) -> tuple[str, int]:
     """Agree through MPI on rank 0's address, as another host reaches it, and a port that was free there just now.
 
     MPI is left again at once: a rank that fails later must not hang in MPI's own farewell.
@@ -249,3 +252,12 @@ def _ipv4_address(interface: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         answer = fcntl.ioctl(probe.fileno(), get_address, interface.encode()[:15].ljust(256, b"\0"))
     return socket.inet_ntoa(answer[20:24])
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's sources: a host with an older checkout has the same version number."""
+    folder = Path(mezo_dist.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -10,19 +10,15 @@ with a random word, and finds the answer under that word, which no earlier start
 from __future__ import annotations
 
 import datetime
-import os
 import time
 import uuid
 
-import torch
 import torch.distributed as dist
-
-from mezo_dist.distributed import environment
 
 POLL_S = 0.01
 
 
-def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+def rendezvous(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
     """Wait for all ranks; a part of ``store`` in which nothing has been written yet, the same on all of them.
 
     Raises:
@@ -41,7 +37,8 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dis
 
 
 def wait_until_connected(store: dist.Store, world_size: int, timeout_s: float) -> None:
-    """Wait until all ranks are here, in a store that `meet` gave. To be called once they are connected to each other.
+    """Wait until all ranks are here, in a store that `rendezvous` gave. To be called once they are connected to each
+    other.
 
     gloo says that it is as soon as a rank's own ends are. If that rank then stopped at once (for a bad setting, say),
     those that still connect would now and then be aborted, without a word about why.
@@ -66,33 +63,3 @@ def _answer(store: dist.Store, start: str, missing: set[int], timeout_s: float) 
         if missing and time.monotonic() > deadline:
             raise dist.DistStoreError(f"no sign of rank(s) {sorted(missing)}")
         time.sleep(POLL_S)
-
-
-def meeting_point(found: environment.Ranks) -> str:
-    """A URL for `init_process_group`. torch knows by itself where torchrun has a store there already."""
-    address, port = (found.address, found.port) if found.address else environment.meet_through_mpi(found)
-    if not found.on_one_host:
-        choose_interface(address)
-    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
-
-
-def choose_interface(address: str) -> str:
-    """Have gloo talk through the network card that leads to ``address``, unless GLOO_SOCKET_IFNAME names one already.
-
-    By itself gloo takes the card of this host's own name, which on many systems is the loopback: nobody else's.
-    """
-    if not os.environ.get("GLOO_SOCKET_IFNAME") and (interface := environment.interface_towards(address)):
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-    return os.environ.get("GLOO_SOCKET_IFNAME", "")
-
-
-def share_cores(ranks_here: int) -> None:
-    """Give each of several ranks on this host its part of the cores, unless OMP_NUM_THREADS says how many it takes.
-
-    torchrun does so, after its fashion (one thread each); other launchers leave every rank to take all cores, and two
-    ranks that do are 20 times slower than two that share them.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // max(1, ranks_here))
-    if ranks_here > 1 and "OMP_NUM_THREADS" not in os.environ and threads < torch.get_num_threads():
-        torch.set_num_threads(threads)

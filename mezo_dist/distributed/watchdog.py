@@ -21,7 +21,7 @@ ANSWER_S = 2.0
 
 
 @final
-class Watch:
+class Watchdog:
     """Watches one rank's waiting, on a thread of its own.
 
     Args:
@@ -41,9 +41,9 @@ class Watch:
             atexit.register(self._end, thread)
 
     @staticmethod
-    def off() -> Watch:
+    def off() -> Watchdog:
         """Watches nothing."""
-        return Watch(None, 0, 1, 0.0)
+        return Watchdog(None, 0, 1, 0.0)
 
     @contextmanager
     def waiting(self, round_number: int, place: str) -> Iterator[None]:

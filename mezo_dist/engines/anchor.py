@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mezo_dist.engines.layouts.base import Layout, Shard
 
-PREFIX = "anchor:"
+ANCHOR_PREFIX = "anchor:"
 """Of the names under which the copy is saved; no parameter's name has a colon."""
 
 
@@ -33,7 +33,7 @@ class Anchor:
         """A copy was kept."""
         return bool(self._copies)
 
-    def keep(self) -> None:
+    def copy(self) -> None:
         """Copy the weights as they are now. Shards on NVMe are copied to host memory."""
         for shard in self._own():
             if shard.name in self._copies:
@@ -49,7 +49,7 @@ class Anchor:
             RuntimeError: nothing was kept.
         """
         if not self:
-            raise RuntimeError("a variant is based on the anchor, but none was kept (Engine.keep_anchor)")
+            raise RuntimeError("a variant is based on the anchor, but none was kept (Engine.copy_anchor)")
         self._layout.exchange(self._copies)
         try:
             yield
@@ -59,7 +59,7 @@ class Anchor:
     def shards(self) -> Iterator[Shard]:
         """The copy, under names of its own (to be saved, or filled); nothing if none was kept."""
         for shard in self._own() if self else ():
-            yield replace(shard, name=PREFIX + shard.name, tensor=self._copies[shard.name])
+            yield replace(shard, name=ANCHOR_PREFIX + shard.name, tensor=self._copies[shard.name])
 
     def _own(self) -> Iterator[Shard]:
         return (shard for shard in self._layout.shards() if shard.name in self._names)

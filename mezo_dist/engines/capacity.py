@@ -24,8 +24,8 @@ def tokens_at_once(units: Sequence[Unit], dtype: torch.dtype, processes: int) ->
         dtype: of the activations.
         processes: how many on this machine share its memory.
     """
-    layers = [w.shape for unit in units if not unit.stays for site in unit.sites for w in site.weights
-              if site.kind is not nn.Embedding and len(unit.sites) > 1 and len(w.shape) == 2]  # fmt: skip
+    layers = [w.shape for unit in units if not unit.stays for hooked in unit.hooked_modules for w in hooked.weights
+              if hooked.kind is not nn.Embedding and len(unit.hooked_modules) > 1 and len(w.shape) == 2]  # fmt: skip
     widest = max((sum(shape) for shape in layers), default=1)
     return max(1, int(PART * _free_bytes() / processes / (LIVE_LAYERS * widest * dtype.itemsize)))
 

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.anchor import Anchor
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
-from mezo_dist.engines.hooked import Site
+from mezo_dist.engines.hooked import HookedModule
 from mezo_dist.engines.layouts.base import Layout, Shard
 from mezo_dist.engines.layouts.replicated import Replicated
-from mezo_dist.engines.lockstep.fanout import Call, FanOut, Job, Served
+from mezo_dist.engines.lockstep.fanout import Call, FanOut, ForwardPass, Served
 from mezo_dist.engines.lockstep.materialise import Materialiser
-from mezo_dist.engines.lockstep.unshard import Gathers
-from mezo_dist.engines.memory import give_back_freed_memory, keep_freed_memory
+from mezo_dist.engines.lockstep.unshard import UnshardSchedule
 
 ItemT = TypeVar("ItemT")
 
@@ -37,10 +36,10 @@ class Engine:
 
     Args:
         model: any module; put into eval mode (dropout would give the two sides of an estimate different masks).
-        field: what the directions are.
+        law: what the directions are.
         layout: where the weights live; in every process, whole, if None.
         compute_dtype: dtype in which weights are materialised for the forward pass; the weights' own if None.
-        stochastic_rounding: how `apply` rounds 16-bit (bf16) weights; fp32 weights need no rounding.
+        stochastic_rounding: how `add` rounds 16-bit (bf16) weights; fp32 weights need no rounding.
         width: items that share one gather of the weights and one making of the variants; more of them cost activation
             memory. All that are given to `evaluate` if None.
         prefetch: gather a unit while the one before it computes; one unit more is held in memory.
@@ -49,7 +48,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        field: Field,
+        law: Law,
         layout: Layout | None = None,
         *,
         compute_dtype: torch.dtype | None = None,
@@ -58,22 +57,18 @@ class Engine:
         prefetch: bool = False,
     ) -> None:
         self.model = model.eval()
-        self.field = field
+        self.law = law
         self.layout = layout or Replicated(model)
-        if self.layout.is_sharded:
-            give_back_freed_memory()
-        else:
-            keep_freed_memory()
         self.width = width
         self.stochastic_rounding = stochastic_rounding
-        sites = [site for unit in self.layout.units for site in unit.sites]
-        self._unit_of = {site: unit for unit in self.layout.units for site in unit.sites}
+        hooked_modules = [hooked for unit in self.layout.units for hooked in unit.hooked_modules]
+        self._unit_of = {hooked: unit for unit in self.layout.units for hooked in unit.hooked_modules}
         self._trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not self.layout.is_sharded and compute_dtype is None:  # frozen weights serve as they are
-            sites = [site for site in sites if any(weight.trainable for weight in site.weights)]
-        self._gathers = Gathers(self.layout, prefetch=prefetch)
-        self._materialise = Materialiser(field, compute_dtype, keep_sources=not self.layout.is_sharded)
-        self._fanout = FanOut(sites, self._serve)
+            hooked_modules = [hooked for hooked in hooked_modules if any(weight.trainable for weight in hooked.weights)]
+        self._gathers = UnshardSchedule(self.layout, prefetch=prefetch)
+        self._materialise = Materialiser(law, compute_dtype, keep_sources=not self.layout.is_sharded)
+        self._fanout = FanOut(hooked_modules, self._serve)
         self._anchor = Anchor(self.layout, self._trainable)
 
     @torch.no_grad()
@@ -89,7 +84,7 @@ class Engine:
         """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``.
 
         Results are the same bits whatever the other items and variants are, and on every layout. Variants of the kept
-        copy (`keep_anchor`) go through the model by themselves, after the others.
+        copy (`copy_anchor`) go through the model by themselves, after the others.
 
         Args:
             variants: what to evaluate.
@@ -105,8 +100,8 @@ class Engine:
             OutOfStepError: ranks gather different units: their passes take different ways through the model.
             RuntimeError: a variant of a copy that was never kept.
         """
-        if any(variant.per_sample for variant in variants) and not self.field.is_lowrank:
-            raise NotImplementedError(f"a direction per sample needs law lowrank, not {self.field.name}")
+        if any(variant.per_sample for variant in variants) and not self.law.is_lowrank:
+            raise NotImplementedError(f"a direction per sample needs law lowrank, not {self.law.name}")
         results: list[list[Any]] = [[None] * len(variants) for _ in items]
         for base, place in (("current", contextlib.nullcontext), ("anchor", self._anchor.in_place)):
             chosen = [v for v, variant in enumerate(variants) if variant.base == base]
@@ -134,35 +129,35 @@ class Engine:
         width = self.width or max(1, most)
         for start in range(0, most, width):
             group = items[start : start + width]
-            jobs = [
-                Job(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
+            passes = [
+                ForwardPass(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
                 for item in group
                 for v, variant in enumerate(variants)
             ]
-            if not jobs and filler is not None:
-                self._run([Job(0, functools.partial(forward, self.model, filler))])
+            if not passes and filler is not None:
+                self._run([ForwardPass(0, functools.partial(forward, self.model, filler))])
                 continue
-            flat = self._run(jobs)
+            flat = self._run(passes)
             results += [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
         return results
 
-    def apply(self, combination: Combination, rounding_seed: int) -> None:
+    def add(self, combination: Combination, rounding_seed: int) -> None:
         """weights <- weights + combination, in place, each rank on its shards.
 
         ``rounding_seed`` is for stochastic rounding, where it is on.
         """
-        self.apply_steps([(combination, rounding_seed)])
+        self.advance([(combination, rounding_seed)])
 
     @torch.no_grad()
-    def apply_steps(self, updates: Sequence[tuple[Combination, int]]) -> None:
-        """`apply` for one update after another: the same bits, in one pass over the weights."""
+    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
+        """`add` for one update after another: the same bits, in one pass over the weights."""
         if not updates:
             return
         for shard in self.shards():
             if shard.name not in self._trainable:
                 continue
             stochastic = self._is_rounded_stochastically(shard)
-            self.field.advance(
+            self.law.advance(
                 shard.tensor,
                 [(combination, seed if stochastic else None) for combination, seed in updates],
                 param_id=shard.param_id,
@@ -172,19 +167,19 @@ class Engine:
 
     @torch.no_grad()
     def scale(self, factor: float, rounding_seed: int) -> None:
-        """weights <- factor (an fp32 value) * weights, in place; rounded as by `apply`."""
+        """weights <- factor (an fp32 value) * weights, in place; rounded as by `add`."""
         for shard in self.shards():
             if shard.name in self._trainable:
                 seed = rounding_seed if self._is_rounded_stochastically(shard) else None
-                self.field.scale(shard.tensor, factor, param_id=shard.param_id, offset=shard.offset, rounding_seed=seed)
+                self.law.scale(shard.tensor, factor, param_id=shard.param_id, offset=shard.offset, rounding_seed=seed)
 
     def _is_rounded_stochastically(self, shard: Shard) -> bool:
         return self.stochastic_rounding and shard.tensor.dtype == torch.bfloat16
 
     @torch.no_grad()
-    def keep_anchor(self) -> None:
+    def copy_anchor(self) -> None:
         """Keep a copy of the trainable weights as they are now, for variants with ``base: anchor``."""
-        self._anchor.keep()
+        self._anchor.copy()
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that depend on the bits of all weights, frozen ones too, and not on their layout."""
@@ -205,8 +200,8 @@ class Engine:
 
     def never_used(self) -> list[str]:
         """Names of trainable weights that no forward pass has used so far (their updates are noise)."""
-        served = self._fanout.sites_served
-        used = {weight.name for site in self._unit_of if site.name in served for weight in site.weights}
+        served = self._fanout.modules_served
+        used = {weight.name for hooked in self._unit_of if hooked.name in served for weight in hooked.weights}
         return [name for name in self._trainable if name not in used]
 
     @property
@@ -219,15 +214,15 @@ class Engine:
         """Bytes of weights that those collectives brought to this rank, its own share among them."""
         return self._gathers.meter.num_bytes
 
-    def _run(self, jobs: Sequence[Job]) -> list[Any]:
+    def _run(self, passes: Sequence[ForwardPass]) -> list[Any]:
         try:
-            return self._fanout.run(jobs)
+            return self._fanout.run(passes)
         finally:
             self._gathers.close()
 
-    def _serve(self, site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Served:
-        self._gathers.need(self._unit_of[site])
-        return self._materialise(site, calls, real)
+    def _serve(self, hooked: HookedModule, calls: Sequence[Call], real: Callable[..., Any]) -> Served:
+        self._gathers.need(self._unit_of[hooked])
+        return self._materialise(hooked, calls, real)
 
 
 def _shifts_of(variant: Variant, item: Any) -> tuple[Combination, ...]:

@@ -1,9 +1,8 @@
-"""Sites: the places in a model where weights are used, found without knowing the model's class.
+"""Hooked modules: the places in a model where weights are used, found without knowing the model's class.
 
-A site is a module together with the weights that are materialised when its forward runs: usually one linear,
-norm or embedding module with its own weights. Variants are made site by site, just before use, so the scratch is
-as small as the largest site and still in the cache when the matrix product reads it.
-"""
+A hooked module is a module together with the weights that are materialised when its forward runs: usually one linear,
+norm or embedding module with its own weights. Variants are made hooked module by hooked, just before use, so the
+scratch is as small as the largest hooked module and still in the cache when the matrix product reads it."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ class Weight:
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class HookedModule:
     """A module and the weights that its forward pass uses."""
 
     name: str
@@ -54,23 +53,24 @@ class Site:
     order: int
     """Place in the model's own order of modules."""
     spans_blocks: bool
-    """The module owns weights and also contains blocks that are sites of their own."""
+    """The module owns weights and also contains blocks that are hooked modules of their own."""
 
 
-def find_sites(model: nn.Module, *, include_frozen: bool) -> list[Site]:
-    """All sites of ``model``, in its order of modules.
+def find_hooked_modules(model: nn.Module, *, include_frozen: bool) -> list[HookedModule]:
+    """All hooked modules of ``model``, in its order of modules.
 
-    A module that owns weights itself is a site. If modules inside it own weights too, the whole subtree is one site,
-    because its code may use the inner weights directly (``nn.MultiheadAttention`` does). There are two exceptions, in
-    which the inner modules stay sites of their own and only its own weights are its: the subtree holds a list of
-    blocks, or its own weights are all tied to inner ones (BERT's head and the bias of the linear layer in it).
+    A module that owns weights itself is a hooked module. If modules inside it own weights too, the whole subtree is one
+    hooked module, because its code may use the inner weights directly (``nn.MultiheadAttention`` does). There are two
+    exceptions, in which the inner modules stay hooked modules of their own and only its own weights are its: the
+    subtree holds a list of blocks, or its own weights are all tied to inner ones (BERT's head and the bias of the
+    linear layer in it).
 
     Args:
         model: any module, not wrapped yet.
         include_frozen: also modules without trainable weights (needed when all weights are cast for the forward).
     """
     weights = _weights_by_module(model)
-    sites: list[Site] = []
+    hooked_modules: list[HookedModule] = []
 
     def visit(module: nn.Module, path: str) -> None:
         own = weights.get(module, ())
@@ -83,14 +83,14 @@ def find_sites(model: nn.Module, *, include_frozen: bool) -> list[Site]:
         if is_site:
             used = own if spans else (*own, *inner)
             if include_frozen or any(w.trainable for w in used):
-                sites.append(Site(path, module, type(module), used, len(sites), spans))
+                hooked_modules.append(HookedModule(path, module, type(module), used, len(hooked_modules), spans))
         if spans or not is_site:
             for child_name, child in module.named_children():
                 visit(child, f"{path}.{child_name}" if path else child_name)
 
     visit(model, "")
-    seen: set[int] = set()  # a module object that is reachable by two paths is one site
-    return [site for site in sites if id(site.module) not in seen and not seen.add(id(site.module))]  # type: ignore[func-returns-value]
+    seen: set[int] = set()  # a module object that is reachable by two paths is one hooked module
+    return [hooked for hooked in hooked_modules if id(hooked.module) not in seen and not seen.add(id(hooked.module))]  # type: ignore[func-returns-value]
 
 
 def _weights_by_module(model: nn.Module) -> dict[nn.Module, tuple[Weight, ...]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mezo_dist.engines.hooked import Site, find_sites
+from mezo_dist.engines.hooked import HookedModule, find_hooked_modules
 from mezo_dist.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Unit:
     name: str
     modules: tuple[nn.Module, ...]
     """What an engine wraps: a block, a module, or several that share weights; none lies inside another one."""
-    sites: tuple[Site, ...]
+    hooked_modules: tuple[HookedModule, ...]
     """Where its weights are used."""
     stays: bool
     """Used at several ends of the model (tied weights): once gathered it stays whole until the pass ends."""
@@ -41,24 +41,24 @@ def find_units(model: nn.Module, block_classes: Sequence[str] = ()) -> list[Unit
     """
     blocks = find_blocks(model, block_classes)
     block_of = {inner: block for block in blocks for inner in block.modules()}
-    groups: dict[nn.Module, list[Site]] = {}
-    for site in find_sites(model, include_frozen=True):
-        groups.setdefault(block_of.get(site.module, site.module), []).append(site)
+    groups: dict[nn.Module, list[HookedModule]] = {}
+    for hooked in find_hooked_modules(model, include_frozen=True):
+        groups.setdefault(block_of.get(hooked.module, hooked.module), []).append(hooked)
     return [_unit(modules, [s for m in modules for s in groups[m]]) for modules in _join_tied(groups)]
 
 
-def _unit(modules: Sequence[nn.Module], sites: Sequence[Site]) -> Unit:
-    ordered = tuple(sorted(sites, key=lambda site: site.order))
+def _unit(modules: Sequence[nn.Module], hooked_modules: Sequence[HookedModule]) -> Unit:
+    ordered = tuple(sorted(hooked_modules, key=lambda hooked: hooked.order))
     inside = {inner for module in modules for inner in module.modules() if inner is not module}
     roots = tuple(module for module in modules if module not in inside)
     return Unit(ordered[0].name, roots, ordered, stays=len(modules) > 1)
 
 
-def _join_tied(groups: dict[nn.Module, list[Site]]) -> list[list[nn.Module]]:
-    """The keys of ``groups``, those together whose sites share a weight."""
+def _join_tied(groups: dict[nn.Module, list[HookedModule]]) -> list[list[nn.Module]]:
+    """The keys of ``groups``, those together whose hooked modules share a weight."""
     joined: list[tuple[list[nn.Module], set[str]]] = []
-    for module, sites in groups.items():
-        modules, names = [module], {weight.name for site in sites for weight in site.weights}
+    for module, hooked_modules in groups.items():
+        modules, names = [module], {weight.name for hooked in hooked_modules for weight in hooked.weights}
         for other in [group for group in joined if group[1] & names]:
             joined.remove(other)
             modules, names = other[0] + modules, other[1] | names
@@ -70,7 +70,7 @@ def find_blocks(model: nn.Module, classes: Iterable[str] = ()) -> list[nn.Module
     """The blocks of ``model``, by the rule of `find_units`; of blocks inside others only the outermost."""
     found = _of_class(model, set(classes))
     if classes and not found:
-        raise UserError(f"engine.blocks: no module of the model is a {' or '.join(classes)}; see print(model)")
+        raise UserError(f"layout.blocks: no module of the model is a {' or '.join(classes)}; see print(model)")
     found = found or _of_class(model, set(getattr(model, "_no_split_modules", None) or ()))
     if not found:
         lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]

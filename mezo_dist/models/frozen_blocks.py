@@ -1,4 +1,4 @@
-"""Finding the frozen prefix of a model: which of its modules `mezo_dist.models.frozen_cache` need not run twice.
+"""Finding the frozen blocks of a model: which of its modules `mezo_dist.models.frozen_cache` need not run twice.
 
 A model is looked at while it runs on one micro-batch: which modules are called before anything trainable is, and what
 they hand on to one another.
@@ -20,7 +20,7 @@ Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class End:
+class BlockOutput:
     """A module whose output is remembered."""
 
     module: nn.Module
@@ -28,12 +28,12 @@ class End:
     """-1: it gives a tensor; else a tuple of one and so many Nones."""
 
     @staticmethod
-    def of(module: nn.Module, output: Any, shape: torch.Size) -> End | None:
+    def of(module: nn.Module, output: Any, shape: torch.Size) -> BlockOutput | None:
         """None if the module gives something else than a vector per token, inputs being of ``shape`` [n, length]."""
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
         if not isinstance(first, Tensor) or first.shape[:2] != shape or any(item is not None for item in rest):
             return None
-        return End(module, len(rest) if isinstance(output, tuple) else -1)
+        return BlockOutput(module, len(rest) if isinstance(output, tuple) else -1)
 
     def given(self, tensor: Tensor) -> Any:
         """The output that ``tensor`` was taken out of."""
@@ -41,16 +41,16 @@ class End:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class FrozenBlocks:
     """What need not be computed twice."""
 
     blocks: tuple[nn.Module, ...] = ()
     """In order; each block's output is the next one's first argument and goes nowhere else."""
-    ends: tuple[End, ...] = ()
+    ends: tuple[BlockOutput, ...] = ()
     """The last block, and the frozen children that the block after it calls first."""
 
 
-def find_prefix(model: nn.Module, probe: Inputs) -> tuple[Prefix, str]:
+def find_frozen_blocks(model: nn.Module, probe: Inputs) -> tuple[FrozenBlocks, str]:
     """Leading modules before whose end nothing trainable is used: blocks that hand one tensor on to one another, and
     children of the block after them.
 
@@ -60,7 +60,7 @@ def find_prefix(model: nn.Module, probe: Inputs) -> tuple[Prefix, str]:
     called = _frozen_calls(model, probe)
     blocks = set(find_blocks(model))
     found: list[nn.Module] = []
-    last: tuple[End, ...] = ()
+    last: tuple[BlockOutput, ...] = ()
     handed: Any = None
     reason = ""
     rest: Sequence[tuple[nn.Module, Any, Any]] = ()
@@ -76,10 +76,12 @@ def find_prefix(model: nn.Module, probe: Inputs) -> tuple[Prefix, str]:
             reason = f"a {type(block).__name__} does not take what the one before it gives"
             break
         found.append(block)
-        last, handed, rest = (End(block),), output, called[place + 1 :]
+        last, handed, rest = (BlockOutput(block),), output, called[place + 1 :]
     if reason or not found:
-        return Prefix(tuple(found), last), reason
-    return Prefix(tuple(found), (*last, *_leading_children(blocks - set(found), rest, probe["input_ids"].shape))), ""
+        return FrozenBlocks(tuple(found), last), reason
+    return FrozenBlocks(
+        tuple(found), (*last, *_leading_children(blocks - set(found), rest, probe["input_ids"].shape))
+    ), ""
 
 
 def _frozen_calls(model: nn.Module, probe: Inputs) -> list[tuple[nn.Module, Any, Any]]:
@@ -108,13 +110,13 @@ def _frozen_calls(model: nn.Module, probe: Inputs) -> list[tuple[nn.Module, Any,
 
 def _leading_children(
     blocks: set[nn.Module], called: Sequence[tuple[nn.Module, Any, Any]], shape: torch.Size
-) -> list[End]:
+) -> list[BlockOutput]:
     """Of the one of ``blocks`` that was entered, the children that gave one tensor each before anything trainable."""
-    ends: list[End] = []
+    ends: list[BlockOutput] = []
     for block in blocks:
         children = set(block.children())
         for child, _, output in (call for call in called if call[0] in children):
-            end = End.of(child, output, shape)
+            end = BlockOutput.of(child, output, shape)
             if end is None or any(end.module is other.module for other in ends):
                 break
             ends.append(end)

@@ -1,4 +1,4 @@
-"""The frozen prefix: the leading modules that nothing trainable comes before, run once per sample and remembered.
+"""The frozen blocks: the leading modules that nothing trainable comes before, run once per sample and remembered.
 
 With only the last weights trainable, most of a forward pass computes what it computed before: hidden states that depend
 on the sample and on nothing that is ever changed. They are kept, and the modules before them skipped: leading blocks,
@@ -20,8 +20,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.engines.lockstep.head_slice import Readout
-from mezo_dist.models.frozen_blocks import Inputs, Prefix, find_prefix
+from mezo_dist.engines.lockstep.head_slice import HeadSlice
+from mezo_dist.models.frozen_blocks import FrozenBlocks, Inputs, find_frozen_blocks
 
 log = logging.getLogger(__name__)
 RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
@@ -29,9 +29,9 @@ RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
 Group = tuple[Inputs, Tensor | None]
 """A micro-batch: inputs, and the positions that its logits are read at (None: a classifier's, which finds its own)."""
 
-_known: ContextVar[Sequence[Any] | None] = ContextVar("prefix_known", default=None)
+_known: ContextVar[Sequence[Any] | None] = ContextVar("frozen_known", default=None)
 """What the modules at the prefix's end give in the forward pass of this context."""
-_recorded: ContextVar[list[Any] | None] = ContextVar("prefix_recorded", default=None)
+_recorded: ContextVar[list[Any] | None] = ContextVar("frozen_recorded", default=None)
 """Where they write down what they give; the pass stops behind the last of them."""
 
 
@@ -41,11 +41,11 @@ class _Reached(Exception):
 
 def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
     """Every module computes; see `RunModel`."""
-    token = Readout.at(positions)
+    token = HeadSlice.at(positions)
     try:
         logits: Tensor = model(**inputs).logits
     finally:
-        Readout.reset(token)
+        HeadSlice.reset(token)
     if positions is None:
         return logits
     if logits.shape[1] == 1:  # read out already
@@ -54,36 +54,36 @@ def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None)
 
 
 @final
-class FrozenPrefix:
-    """Runs a model from the end of its frozen prefix on: a `RunModel`.
+class FrozenCache:
+    """Runs a model from the end of its frozen blocks on: a `RunModel`.
 
     Hooks into the prefix's modules until `detach`; the model is to be called through this object only.
 
     Args:
-        prefix: from `find_prefix`.
+        frozen: from `find_frozen_blocks`.
         limit: bytes of hidden states to remember; the samples that were not needed for longest are forgotten first.
         groups: samples that go through the prefix together; any other sample goes alone.
         narrow: keep the hidden state at the sample's position only; calls must then name positions.
     """
 
-    def __init__(self, prefix: Prefix, limit: int, groups: Iterable[Group] = (), *, narrow: bool = False) -> None:
-        self.prefix, self.narrow = prefix, narrow
+    def __init__(self, frozen: FrozenBlocks, limit: int, groups: Iterable[Group] = (), *, narrow: bool = False) -> None:
+        self.frozen, self.narrow = frozen, narrow
         self._limit, self._used = limit, 0
         self._latest: tuple[Tensor | None, list[Any]] = None, []
         self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
         self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
-        self._forwards = {module: module.forward for module in [*prefix.blocks, *(end.module for end in prefix.ends)]}
-        for block in prefix.blocks[:-1]:
+        self._forwards = {module: module.forward for module in [*frozen.blocks, *(end.module for end in frozen.ends)]}
+        for block in frozen.blocks[:-1]:
             block.forward = _skipped(block.forward)
-        for index, end in enumerate(prefix.ends):
-            end.module.forward = _kept(end.module.forward, index, is_last=end is prefix.ends[-1])
+        for index, end in enumerate(frozen.ends):
+            end.module.forward = _kept(end.module.forward, index, is_last=end is frozen.ends[-1])
 
     def __call__(self, model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
         """See `RunModel`. Hidden states of padding are zeros where the prefix ends."""
         ids, known = self._latest
         if inputs["input_ids"] is not ids:  # all variants of a micro-batch come one after another
             hidden = [self._of(model, key, sample) for key, sample in self._samples((inputs, positions))]
-            ends = zip(self.prefix.ends, zip(*hidden, strict=True), strict=True)
+            ends = zip(self.frozen.ends, zip(*hidden, strict=True), strict=True)
             known = [end.given(nn.utils.rnn.pad_sequence(list(states), batch_first=True)) for end, states in ends]
             self._latest = inputs["input_ids"], known
         token = _known.set(known)
@@ -112,7 +112,7 @@ class FrozenPrefix:
         token = _recorded.set(outputs)
         try:
             model(**{name: tensor.to(device) for name, tensor in group[0].items()})
-            raise RuntimeError("a forward pass did not reach the end of the frozen prefix")
+            raise RuntimeError("a forward pass did not reach the end of the frozen blocks")
         except _Reached:
             pass
         finally:
@@ -164,8 +164,8 @@ def _kept(real: Callable[..., Any], index: int, *, is_last: bool) -> Callable[..
     return forward
 
 
-def attach_prefix(model: nn.Module, groups: Sequence[Group], limit: int) -> RunModel:
-    """How to run ``model`` on inputs: from the end of its frozen prefix on where it has one, else as it is.
+def attach_frozen_cache(model: nn.Module, groups: Sequence[Group], limit: int) -> RunModel:
+    """How to run ``model`` on inputs: from the end of its frozen blocks on where it has one, else as it is.
 
     The log says what is done, and why a prefix that is there cannot be used.
 
@@ -177,34 +177,34 @@ def attach_prefix(model: nn.Module, groups: Sequence[Group], limit: int) -> RunM
     """
     inputs, positions = probe = groups[0]
     with torch.no_grad():
-        prefix, reason = find_prefix(model, inputs)
-        if prefix.blocks:
+        frozen, reason = find_frozen_blocks(model, inputs)
+        if frozen.blocks:
             whole = run_whole(model, inputs, positions)
             for narrow in [True, False] if positions is not None else [False]:
-                if _agrees(model, FrozenPrefix(prefix, limit, [probe], narrow=narrow), probe, whole):
-                    inner = len(prefix.ends) - 1
+                if _agrees(model, FrozenCache(frozen, limit, [probe], narrow=narrow), probe, whole):
+                    inner = len(frozen.ends) - 1
                     log.info(
                         "the first %d blocks%s are frozen: each sample goes through them once; from there on, %s",
-                        len(prefix.blocks),
+                        len(frozen.blocks),
                         f" and {inner} modules of the next one" * bool(inner),
                         "only the token at its answer" if narrow else "all its tokens",
                     )
-                    return FrozenPrefix(prefix, limit, groups, narrow=narrow)
+                    return FrozenCache(frozen, limit, groups, narrow=narrow)
             reason = "skipping them changes the logits"
     if reason:
         log.info("the first blocks are frozen, but every forward pass computes them: %s", reason)
     return run_whole
 
 
-def _agrees(model: nn.Module, prefix: FrozenPrefix, probe: Group, whole: Tensor) -> bool:
+def _agrees(model: nn.Module, cache: FrozenCache, probe: Group, whole: Tensor) -> bool:
     inputs, positions = probe
     try:
-        short = prefix(model, inputs, positions)
+        short = cache(model, inputs, positions)
     except (RuntimeError, IndexError) as error:  # one token per sample where the model wants all of them
-        log.debug("the frozen prefix failed: %s", error)
+        log.debug("the frozen blocks failed: %s", error)
         return False
     finally:
-        prefix.detach()
+        cache.detach()
     if positions is None and whole.dim() == 3 and short.shape == whole.shape:  # padding's logits are nobody's business
         mask = inputs["attention_mask"].bool()
         short, whole = short[mask], whole[mask]

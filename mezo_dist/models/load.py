@@ -31,7 +31,7 @@ AUTO_CLASSES: dict[ModelKind, str] = {
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Pretrained:
     """A model in eval mode with its tokeniser."""
 
     model: nn.Module
@@ -51,14 +51,14 @@ class Loaded:
         return "transformers", AUTO_CLASSES[self.kind]
 
 
-def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool = True) -> Loaded:
+def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool = True) -> Pretrained:
     """Load model and tokeniser in ``config.weights``.
 
     Args:
         config: which model.
         num_labels: size of a fresh classification head.
         seed: run seed; fresh weights are drawn from it, so that all ranks draw the same.
-        whole: with all weights. Without, for engines that shard, `Loaded.source` fills what a rank owns; should the
+        whole: with all weights. Without, for engines that shard, `Pretrained.source` fills what a rank owns; should the
             checkpoint have a layout that cannot be read so, it is loaded whole nevertheless, which the log says.
 
     Raises:
@@ -100,7 +100,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
         if window < 1:
             raise UserError(f"model.peft.num_virtual_tokens: {config.peft.num_virtual_tokens} fill the model's window")
     _freeze(model, config)
-    return Loaded(model.eval(), tokenizer, kind, window, pad_id, weights)
+    return Pretrained(model.eval(), tokenizer, kind, window, pad_id, weights)
 
 
 def _source(name: str) -> str:

@@ -36,7 +36,7 @@ class RandomWeights:
             flat.fill_(0.0 if name.endswith("bias") else 1.0)
             return
         flat.zero_()
-        add(flat, [self._matrix], [flat], param_id=param_id(name), law=GAUSSIAN, offsets=[offset])
+        add(flat, [self._matrix], [flat], param_id=param_id(name), bits=GAUSSIAN, offsets=[offset])
 
 
 def open_random(

@@ -132,7 +132,7 @@ def _panels(scalars: Mapping[str, Series], found: trajectory.Log) -> Iterator[Pa
         ("projected_gradient", "Projected gradient", "loss per unit of eps"),
         ("throughput/samples_per_s", "Throughput", "forward passes of a sample per second"),
         ("memory/peak_rss_GiB", "Peak memory of rank 0", "GiB"),
-        ("wire/payload_bytes_per_step", "Sent by each rank", "bytes per step"),
+        ("communicator/payload_bytes_per_step", "Sent by each rank", "bytes per step"),
         ("trajectory/bytes", "Trajectory", "bytes"),
     ):
         yield Panel(title, unit, {title: scalars.get(tag, {})})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mezo_dist.engines.lockstep.head_slice import Readout
+from mezo_dist.engines.lockstep.head_slice import HeadSlice
 from mezo_dist.models.frozen_cache import RunModel, run_whole
 from mezo_dist.tasks.batches import MicroBatch
 
@@ -65,7 +65,7 @@ class LabelWords:
     ) -> None:
         self._run = run
         self._label_ids = torch.tensor(label_ids, device=_device(model))
-        self._readout: Readout | None = None
+        self._head_slice: HeadSlice | None = None
         get_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
         head = get_head()
         if not isinstance(head, nn.Linear) or getattr(head.forward, "__func__", None) is not nn.Linear.forward:
@@ -74,11 +74,11 @@ class LabelWords:
         with torch.no_grad():
             on_probe = once or (lambda forward: forward(model, probe))
             whole = on_probe(self._logits)
-            self._readout = Readout(head, self._label_ids)
+            self._head_slice = HeadSlice(head, self._label_ids)
             if not self._agrees(on_probe, whole):
                 log.info("the model changes its logits after the head: those of the whole vocabulary are computed")
-                self._readout.detach()
-                self._readout = None
+                self._head_slice.detach()
+                self._head_slice = None
 
     @property
     def label_ids(self) -> list[int]:
@@ -100,7 +100,7 @@ class LabelWords:
     def _logits(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """[n, classes]"""
         logits = self._run(model, _on_device(model, batch), batch.positions.to(self._label_ids.device))
-        return logits[:, self._label_ids] if self._readout is None else logits
+        return logits[:, self._label_ids] if self._head_slice is None else logits
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Scores:

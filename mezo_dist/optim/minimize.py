@@ -1,6 +1,6 @@
 """The algorithms on any function of named tensors: no model, no gradient, nothing but values.
 
-    found = minimize(cost, {"gain": torch.zeros(4)}, MezoConfig(lr=0.1, eps=0.1), steps=100)
+    found = minimize(cost, {"gain": torch.zeros(4)}, MeZO(lr=0.1, eps=0.1), steps=100)
 
 The function may be a simulation, a metric, a program on another machine. `mezo_dist.runs.training` is for language
 models: it shards them, shares work out over processes, logs and resumes; none of that is here.
@@ -8,6 +8,7 @@ models: it shards them, shares work out over processes, logs and resumes; none o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor
 
 from mezo_dist import algorithms
-from mezo_dist.algorithms.base import Algorithm, Batch, Evaluation, Losses, Problem, Update, Variant
+from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Problem, Variant
+from mezo_dist.algorithms.step import Progress, take_step
 from mezo_dist.directions.add import DTYPES
-from mezo_dist.directions.combination import CoefficientError, Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.directions.seeds import derive_seed, param_ids
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.law import Law
+from mezo_dist.directions.seeds import param_ids
 from mezo_dist.errors import UserError
 
-Weights = dict[str, Tensor]
+Params = dict[str, Tensor]
+"""Named tensors."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Draw:
 class Minimum:
     """What `minimize` found."""
 
-    weights: Weights
+    weights: Params
     losses: tuple[float, ...]
     """Of every step, around the weights before it; not a number where the step was skipped."""
     calls: int
@@ -51,16 +54,16 @@ class Minimum:
 
 
 def minimize(
-    function: Callable[[Weights, Draw], float],
+    function: Callable[[Params, Draw], float],
     start: Mapping[str, Tensor],
     algorithm: Any,
     *,
     steps: int,
     seed: int = 0,
     law: Literal["gaussian", "rademacher", "lowrank"] = "gaussian",
-    rank: int = 1,
+    direction_rank: int = 1,
     mapper: Callable[..., Iterable[float]] = map,
-    after_step: Callable[[int, Weights, dict[str, float]], object] | None = None,
+    after_step: Callable[[int, Params, dict[str, float]], object] | None = None,
     max_skipped: int = 10,
 ) -> Minimum:
     """Make ``function`` small, by calling it.
@@ -72,11 +75,11 @@ def minimize(
             one.
         start: named tensors, fp32, bf16 or fp16 (fp32 is best: 16 bits lose small updates, though bf16 is rounded
             stochastically); they are not changed. Names are part of what a seed means.
-        algorithm: settings of any algorithm, such as ``MezoConfig(lr=1e-2)``.
+        algorithm: settings of any algorithm, such as ``MeZO(lr=1e-2)``.
         steps: how many.
         seed: of the directions.
         law: of the directions.
-        rank: of low-rank directions.
+        direction_rank: of low-rank directions.
         mapper: calls the function on all variants of a step; `map`, or the ``map`` of an executor of
             `concurrent.futures`, for which the function must be importable. There are as many copies of the weights.
         after_step: called with the number of steps done, the weights (not to be changed) and the algorithm's metrics.
@@ -85,104 +88,74 @@ def minimize(
     Raises:
         UserError: settings or tensors that cannot be used; too many steps in a row without a finite value.
     """
-    weights = _copies(start)
+    params = _copies(start)
     if getattr(algorithm, "per_sample", False):
         raise UserError("algorithm.per_sample: a function has no samples that could be told apart; leave it out")
-    at = _Arithmetic(weights, Field(law, rank), param_ids(weights), {})
-    rounds = any(tensor.dtype != torch.float32 for tensor in weights.values())
-    planner: Algorithm = algorithms.build(algorithm.name, algorithm, Problem(seed, steps, rounds=rounds))
-    state, losses, calls, in_a_row = planner.init(), [], 0, 0
+    weights = _Weights(params, Law(law, direction_rank), param_ids(params))
+    has_16bit_weights = any(tensor.dtype != torch.float32 for tensor in params.values())
+    planner = algorithms.build(algorithm.name, algorithm, Problem(seed, steps, has_16bit_weights=has_16bit_weights))
+    progress, losses, calls = Progress(planner.init()), [], 0
 
-    def evaluate(request: Evaluation, step: int) -> Losses:
+    def evaluate(request: Evaluation, round_number: int) -> Losses:
         nonlocal calls
-        variants = at.variants(request.variants)
+        variants = weights.variants(request.variants)
         calls += len(variants)
-        return Losses(tuple(map(float, mapper(function, variants, [Draw(step, request.batch)] * len(variants)))))
+        draws = [Draw(progress.step, request.batch)] * len(variants)
+        return Losses(tuple(map(float, mapper(function, variants, draws))))
 
-    for step in range(steps):
-        update = _step(planner, state, step, evaluate)
-        if update is not None:
-            state = update.state
-            at.apply(update, seed, step)
-        in_a_row = 0 if update else in_a_row + 1
-        _check_skips(in_a_row, max_skipped, step)
+    while progress.step < steps:
+        update = take_step(planner, progress, evaluate, weights, seed).update
+        if progress.skipped_in_a_row >= max_skipped:
+            raise UserError(
+                f"max_skipped: {max_skipped} steps in a row had no finite value, the last one step {progress.step}; "
+                "the learning rate or eps is probably too large"
+            )
         losses.append(update.metrics["loss"] if update else math.nan)
         if after_step is not None:
-            after_step(step + 1, weights, update.metrics if update else {})
-    return Minimum(weights, tuple(losses), calls)
+            after_step(progress.step, params, update.metrics if update else {})
+    return Minimum(params, tuple(losses), calls)
 
 
-def _copies(start: Mapping[str, Tensor]) -> Weights:
-    weights = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
-    for name, tensor in weights.items():
+def _copies(start: Mapping[str, Tensor]) -> Params:
+    params = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
+    for name, tensor in params.items():
         if tensor.dtype not in DTYPES:
             raise UserError(f"start: {name!r} is {tensor.dtype}; use float32, bfloat16 or float16")
-    return weights
-
-
-def _check_skips(in_a_row: int, most: int, step: int) -> None:
-    if in_a_row >= most:
-        raise UserError(
-            f"max_skipped: {most} steps in a row had no finite value, the last one step {step + 1}; "
-            "the learning rate or eps is probably too large"
-        )
-
-
-def _step(planner: Algorithm, state: Any, step: int, evaluate: Callable[[Evaluation, int], Losses]) -> Update | None:
-    """One step's update; None if a value, or a coefficient made of it, is not finite."""
-    rounds: list[Losses] = []
-    request: Evaluation | Update = planner.plan(state, step)
-    while isinstance(request, Evaluation):
-        rounds.append(evaluate(request, step))
-        if not all(map(math.isfinite, rounds[-1].mean)):
-            return None
-        try:
-            request = planner.update(state, step, rounds)
-        except CoefficientError:
-            return None
-    return request
+    return params
 
 
 @dataclass(frozen=True, eq=False)
-class _Arithmetic:
-    """Adds combinations to named tensors."""
+class _Weights:
+    """Named tensors that variants are made of and operations done to; see `EditableWeights`."""
 
-    weights: Weights
-    field: Field
+    params: Params
+    law: Law
     ids: dict[str, int]
-    anchor: Weights
+    anchor: Params = dataclasses.field(default_factory=dict)
 
-    def variants(self, wanted: Sequence[Variant]) -> list[Weights]:
-        """The weights, or the kept copy of them, plus what each variant adds."""
-        made: list[Weights] = [{} for _ in wanted]
-        for base in dict.fromkeys(variant.base for variant in wanted):
-            own = [(v, variant.shift) for v, variant in enumerate(wanted) if variant.base == base]
-            for name, tensor in (self.anchor if base == "anchor" else self.weights).items():
-                outputs = [torch.empty_like(tensor) for _ in own]
-                shifts = [shift for _, shift in own]
-                self.field.add(tensor, shifts, outputs, param_id=self.ids[name], shape=tensor.shape)
-                for (v, _), output in zip(own, outputs, strict=True):
+    def variants(self, variants: Sequence[Variant]) -> list[Params]:
+        """The parameters of every variant."""
+        made: list[Params] = [{} for _ in variants]
+        for base, params in (("current", self.params), ("anchor", self.anchor)):
+            chosen = [v for v, variant in enumerate(variants) if variant.base == base]
+            for name, tensor in params.items() if chosen else ():
+                outputs = [torch.empty_like(tensor) for _ in chosen]
+                shifts = [variants[v].shift for v in chosen]
+                self.law.add(tensor, shifts, outputs, param_id=self.ids[name], shape=tensor.shape)
+                for v, output in zip(chosen, outputs, strict=True):
                     made[v][name] = output
         return made
 
-    def apply(self, update: Update, seed: int, step: int) -> None:
-        """The end of a step of a run from ``seed``."""
-        if update.keep:
-            self.anchor.update({name: tensor.clone() for name, tensor in self.weights.items()})
-        if update.scale != 1:
-            self._scale(update.scale, derive_seed(seed, "decay rounding", step))
-        self._add(update.combination, derive_seed(seed, "rounding", step))
+    def copy_anchor(self) -> None:
+        self.anchor.update({name: tensor.clone() for name, tensor in self.params.items()})
 
-    def _scale(self, factor: float, rounding_seed: int) -> None:
-        """Multiply in place."""
-        for name, tensor in self.weights.items():
-            rounding = rounding_seed if tensor.dtype == torch.bfloat16 else None
-            self.field.scale(tensor, factor, param_id=self.ids[name], rounding_seed=rounding)
+    def scale(self, factor: float, rounding_seed: int) -> None:
+        for name, tensor in self.params.items():
+            seed = rounding_seed if tensor.dtype == torch.bfloat16 else None
+            self.law.scale(tensor, factor, param_id=self.ids[name], rounding_seed=seed)
 
-    def _add(self, combination: Combination, rounding_seed: int) -> None:
-        """Add ``combination`` in place."""
-        for name, tensor in self.weights.items():
-            rounding = rounding_seed if tensor.dtype == torch.bfloat16 else None
-            self.field.add(
-                tensor, [combination], [tensor], param_id=self.ids[name], shape=tensor.shape, rounding_seed=rounding
-            )
+    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
+        for name, tensor in self.params.items():
+            stochastic = tensor.dtype == torch.bfloat16
+            rounded = [(combination, seed if stochastic else None) for combination, seed in updates]
+            self.law.advance(tensor, rounded, param_id=self.ids[name], shape=tensor.shape)

@@ -12,24 +12,25 @@ from mezo_dist.objectives.calibration import best_offsets, calibrated_loss
 from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives.classification import Objective, Scores, cross_entropy
-from mezo_dist.runs.work_split import Sharing
+from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.tasks.metrics import measure
 from mezo_dist.config.task import Metric
-from mezo_dist.distributed.communicator import MAX_SUM, ONE, Wire, fingerprint, mean, to_fixed
+from mezo_dist.distributed.communicator import Communicator, fingerprint
+from mezo_dist.distributed.fixed_point import MAX_SUM, ONE, mean, to_fixed
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """An engine, an objective and the wire: all that a round of forward passes needs."""
+    """An engine, an objective and the comm: all that a round of forward passes needs."""
 
     engine: Engine
     objective: Objective
-    wire: Wire
+    comm: Communicator
     width: int | None = 8
     """Micro-batches that go through the model together; if None, as many as `capacity` allows."""
     capacity: int = 1
     """Tokens, counted once for every pass that they are in, that may be in the model at a time; equal on all ranks."""
-    sharing: Sharing | None = None
+    sharing: WorkSplit | None = None
     """How rounds are shared out over the ranks; if None, every rank evaluates all variants."""
     calibrated_classes: int = 0
     """If not 0: losses of batches are calibrated ones, over so many classes; see `mezo_dist.objectives.calibration`."""
@@ -40,7 +41,7 @@ class Evaluator:
         Args:
             request: what to evaluate.
             batch: all micro-batches of the batch; this rank takes its share.
-            mark: what the rank believes it is doing; ranks that differ are told (`Wire.round`).
+            mark: what the rank believes it is doing; ranks that differ are told (`Communicator.round`).
         """
         if self.calibrated_classes:
             return self._calibrated_losses(request, batch, mark)
@@ -56,10 +57,10 @@ class Evaluator:
             )
             for variant, score in found:
                 loss, finite = to_fixed(score.loss)
-                sound = sound and bool(finite.all()) and _fits(table[variant], loss, self.wire.world_size)
+                sound = sound and bool(finite.all()) and _fits(table[variant], loss, self.comm.world_size)
                 table[variant].index_add_(0, slots, torch.stack([loss, score.weight], dim=1))
         message = torch.cat([torch.tensor([0 if sound else 1]), table.flatten()])
-        total = self.wire.round(message, fingerprint(*mark, _describe(request)))
+        total = self.comm.round(message, fingerprint(*mark, _describe(request)))
         if int(total[0]):
             return None
         sums = total[1:].view(table.shape).tolist()
@@ -105,9 +106,9 @@ class Evaluator:
             failed += int((~finite).sum())
             rows = torch.stack([loss, score.weight, score.prediction.cpu(), micro_batch.labels], dim=1)
             table[torch.tensor(micro_batch.slots)] = rows
-            advance(len(micro_batch.slots) * self.wire.world_size)
+            advance(len(micro_batch.slots) * self.comm.world_size)
         message = torch.cat([torch.tensor([failed]), table.flatten()])
-        total = self.wire.round(message, fingerprint("score", num_samples, metric))
+        total = self.comm.round(message, fingerprint("score", num_samples, metric))
         loss, weight, prediction, label = total[1:].view(table.shape).unbind(dim=1)
         value = mean(int(loss.sum()), int(weight.sum())) if not int(total[0]) else float("nan")
         return {"loss": value, metric: measure(metric, prediction, label, num_classes)}
@@ -139,9 +140,9 @@ class Evaluator:
                 logits, finite = to_fixed(score.logits)
                 sound = sound and bool(finite.all())
                 table[variant, list(micro_batch.slots)] = logits
-            advance(len(micro_batch.slots) * self.wire.world_size)
+            advance(len(micro_batch.slots) * self.comm.world_size)
         message = torch.cat([torch.tensor([0 if sound else 1]), table.flatten()])
-        total = self.wire.round(message, fingerprint("logits", *mark))
+        total = self.comm.round(message, fingerprint("logits", *mark))
         return None if int(total[0]) else total[1:].view(table.shape).double() / ONE
 
     def _from_main(
@@ -149,9 +150,9 @@ class Evaluator:
     ) -> torch.Tensor:
         """What rank 0 computes, on all ranks: another machine's exp and log may have other last bits."""
         words = torch.zeros(shape, dtype=torch.int64)
-        if self.wire.rank == 0:
+        if self.comm.rank == 0:
             words, _ = to_fixed(compute())
-        return self.wire.round(words, fingerprint("from main", *mark)).double() / ONE
+        return self.comm.round(words, fingerprint("from main", *mark)).double() / ONE
 
     def _evaluate(
         self, variants: Sequence[Variant], batch: Sequence[MicroBatch]
@@ -160,7 +161,7 @@ class Evaluator:
 
         Each with the scores of this rank's variants, whose places in ``variants`` come with them.
         """
-        share = (self.sharing or Sharing(self.wire.world_size)).share(self.wire.rank, variants, batch)
+        share = (self.sharing or WorkSplit(self.comm.world_size)).share(self.comm.rank, variants, batch)
         width = self.width or max(1, self.capacity // (share.most_variants * max(item.cost for item in batch)))
         for first in range(0, share.most_micro_batches, width):
             some = share.micro_batches[first : first + width]

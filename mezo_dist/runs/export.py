@@ -27,7 +27,7 @@ from mezo_dist.objectives.calibration import FILE as CALIBRATION_FILE
 from mezo_dist.objectives.calibration import Calibration
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 
 FILE_BYTES = 5_000_000_000
 """Largest size of one file, unless a single weight is larger."""
@@ -47,7 +47,7 @@ def export_model(
     engine: Engine,
     tokenizer: Any,
     folder: Path,
-    wire: Wire,
+    comm: Communicator,
     *,
     file_bytes: int = FILE_BYTES,
     calibration: Calibration | None = None,
@@ -60,7 +60,7 @@ def export_model(
         engine: whose weights, in the dtype in which they are kept.
         tokenizer: goes with them.
         folder: is replaced if it exists.
-        wire: between the ranks.
+        comm: between the ranks.
         file_bytes: weights are split into files of at most this size.
         calibration: what predictions need beside the weights, if they were trained so. The bias of a classification
             head takes it up; otherwise it stands in ``calibration.json``.
@@ -72,7 +72,7 @@ def export_model(
     def work() -> None:
         weights = engine.named_weights()
         try:
-            if wire.rank == 0:
+            if comm.rank == 0:
                 _write(engine, weights, tokenizer, folder, file_bytes, calibration)
         except SafetensorError as error:  # of the tokeniser's or the model's own code
             raise UserError(str(error)) from error
@@ -81,7 +81,7 @@ def export_model(
                 pass
 
     try:
-        wire.collect(work)
+        comm.collect(work)
     except UserError as error:
         raise UserError(f"export to {folder} failed: {error}; the trajectory still holds the run") from error
 
@@ -159,7 +159,7 @@ def _plan(engine: Engine) -> list[_Part]:
     place = {name: number for number, name in enumerate(order)}
     parts: list[_Part] = []
     for unit in engine.layout.units:
-        names = dict.fromkeys(w.name for site in unit.sites for w in site.weights if w.name in place)
+        names = dict.fromkeys(w.name for hooked in unit.hooked_modules for w in hooked.weights if w.name in place)
         own = {name: no_data[name] for name in names}
         reverted = _revert(engine.model, own)
         name_of = {id(tensor): name for name, tensor in own.items()}

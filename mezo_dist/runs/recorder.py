@@ -8,7 +8,7 @@ from typing import final
 from mezo_dist.storage import snapshots
 from mezo_dist.errors import UserError
 from mezo_dist.storage.run_folder import Claim, note
-from mezo_dist.storage.trajectory_writer import Journal
+from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 from mezo_dist.runs.replay import snapshot_facts
 from mezo_dist.runs.build import Run
 from mezo_dist.storage.trajectory import Mark, Step
@@ -17,39 +17,39 @@ log = logging.getLogger(__name__)
 
 
 @final
-class Keeper:
+class RunRecorder:
     """All ranks have one; rank 0's writes the trajectory. `open` makes one."""
 
-    def __init__(self, run: Run, claim: Claim, journal: Journal | None) -> None:
-        self._run, self._claim, self._journal = run, claim, journal
+    def __init__(self, run: Run, claim: Claim, writer: TrajectoryWriter | None) -> None:
+        self._run, self._claim, self._writer = run, claim, writer
         self._marked = max(claim.log.marks, default=-1) if claim.log is not None else -1
         self._saved = -1
 
     @staticmethod
-    def open(run: Run, claim: Claim) -> Keeper:
+    def open(run: Run, claim: Claim) -> RunRecorder:
         """Begin the trajectory, or go on with the one that was claimed.
 
         Raises:
             UserError: it cannot be written.
         """
-        if run.wire.rank != 0:
-            return Keeper(run, claim, None)
+        if run.comm.rank != 0:
+            return RunRecorder(run, claim, None)
         sync_s = run.config.output.sync_s
         if claim.log is not None:
-            return Keeper(run, claim, Journal.go_on(claim.trajectory, claim.log, sync_s))
-        journal = Journal.begin(claim.trajectory, run.header(), sync_s)
-        note(claim.folder, "started", 0, ranks=run.wire.world_size)
-        return Keeper(run, claim, journal)
+            return RunRecorder(run, claim, TrajectoryWriter.go_on(claim.trajectory, claim.log, sync_s))
+        writer = TrajectoryWriter.begin(claim.trajectory, run.header(), sync_s)
+        note(claim.folder, "started", 0, ranks=run.comm.world_size)
+        return RunRecorder(run, claim, writer)
 
     @property
     def bytes(self) -> int:
         """Size of the trajectory; 0 on other ranks than 0."""
-        return self._journal.size if self._journal is not None else 0
+        return self._writer.size if self._writer is not None else 0
 
     def append(self, step: Step) -> None:
-        """Log a step; it is on disk when this returns. Raises as `Journal.append` does."""
-        if self._journal is not None:
-            self._journal.append(step)
+        """Log a step; it is on disk when this returns. Raises as `TrajectoryWriter.append` does."""
+        if self._writer is not None:
+            self._writer.append(step)
 
     def mark(self, step: int) -> str:
         """Log the fingerprint of the weights, which are those after ``step`` steps, and return it. Collective.
@@ -58,11 +58,11 @@ class Keeper:
             UserError: the ranks' weights are not the same.
         """
         fingerprint = self._run.engine.fingerprint()
-        self._run.wire.agree({f"weights after step {step}": fingerprint})
+        self._run.comm.agree({f"weights after step {step}": fingerprint})
         if step > self._marked:
             self._marked = step
-            if self._journal is not None:
-                self._journal.append(Mark(step, fingerprint))
+            if self._writer is not None:
+                self._writer.append(Mark(step, fingerprint))
         return fingerprint
 
     def snapshot(self, step: int) -> None:
@@ -72,7 +72,7 @@ class Keeper:
         try:
             facts = snapshot_facts(run.header())
             keep = run.config.output.snapshots_kept
-            snapshots.save_snapshot(claim.snapshots, run.engine, step, run.wire, facts=facts, keep=keep)
+            snapshots.save_snapshot(claim.snapshots, run.engine, step, run.comm, facts=facts, keep=keep)
         except UserError as error:
             self._note("snapshot failed", step, reason=str(error))
             log.warning("%s; the run goes on, as the trajectory still holds it", error)
@@ -87,9 +87,9 @@ class Keeper:
 
     def close(self) -> None:
         """Close the trajectory."""
-        if self._journal is not None:
-            self._journal.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _note(self, event: str, step: int, **facts: str) -> None:
-        if self._run.wire.rank == 0:
+        if self._run.comm.rank == 0:
             note(self._claim.folder, event, step, **facts)

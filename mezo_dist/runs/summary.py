@@ -12,7 +12,7 @@ from mezo_dist.runs.build import Run
 
 def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
     """What is about to happen, for people: shown before step 1."""
-    config, loaded = run.config, run.loaded
+    config, loaded = run.config, run.pretrained
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     sizes = ", ".join(f"{len(samples)} {name}" for name, samples in run.splits.items())
     algorithm = ", ".join(f"{k} {v}" for k, v in vars(config.algorithm).items() if v and isinstance(v, (int, float)))
@@ -22,7 +22,7 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
         ("algorithm", f"{config.algorithm.name}: {algorithm}"),
         ("directions", f"{config.law}, run seed {config.seed}"),
         ("losses", "calibrated" if config.train.calibrate else "plain"),
-        ("engine", f"{config.engine.name}, {run.wire.world_size} process(es)"),
+        ("engine", f"{config.layout.name}, {run.comm.world_size} process(es)"),
         ("steps", f"{config.train.steps} of {config.train.batch_size} samples"),
         ("run folder", str(folder)),
     ]
@@ -47,6 +47,6 @@ def summary(run: Run, folder: Path, results: dict[str, Any]) -> str:
         f"  tensorboard --logdir {folder}",
     ]
     if run.config.output.export:
-        package, loader = run.loaded.loader
+        package, loader = run.pretrained.loader
         lines.append(f"  python -c \"import {package} as t; t.{loader}.from_pretrained('{folder / 'model'}')\"")
     return "\n".join([*lines, f"  mezo-dist evaluate {folder}"])

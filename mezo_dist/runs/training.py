@@ -1,4 +1,4 @@
-"""The training loop: plan, evaluate, update, log; and the same steps again from a log."""
+"""Training: claim the run folder, evaluate, take the steps, evaluate again, export."""
 
 from __future__ import annotations
 
@@ -11,45 +11,30 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mezo_dist.storage import trajectory
-from mezo_dist.algorithms.base import Evaluation, Losses, Update
-from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
+from mezo_dist.algorithms.base import Evaluation, Losses
+from mezo_dist.algorithms.operations import apply_updates
+from mezo_dist.algorithms.step import Progress, StepResult, run_step
 from mezo_dist.config.schema import RunConfig, TrainConfig
-from mezo_dist.directions.combination import ZERO, CoefficientError, Combination
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import Stopped, UserError
-from mezo_dist.runs.export import export_model
-from mezo_dist.storage.run_folder import SNAPSHOTS, Claim, claim_folder, note, read_results, save_config, write_results
-from mezo_dist.runs.recorder import Keeper
 from mezo_dist.monitoring.console import Monitor
-from mezo_dist.runs.replay import Progress, check_config, check_header, open_run, rebuild_from_newest
-from mezo_dist.runs.build import Run, prepare
+from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
+from mezo_dist.runs.build import Run, build_run
+from mezo_dist.runs.export import export_model
+from mezo_dist.runs.recorder import RunRecorder
+from mezo_dist.runs.replay import check_config, check_header, replay_from_newest
 from mezo_dist.runs.summary import facts, summary
+from mezo_dist.storage import trajectory
+from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_results, save_config, write_results
 from mezo_dist.storage.trajectory import Log, Step, digest
-from mezo_dist.distributed.communicator import Wire
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A step that was evaluated but not applied: the planner's next state, the log line, and what it cost."""
-
-    state: Any
-    step: Step
-    combination: Combination
-    metrics: dict[str, float]
-    forwards: int
-    """Forward passes, counted in samples."""
-    keep: bool = False
-    """See `Update`, for this one and the next."""
-    scale: float = 1.0
-
-
-def train(config: RunConfig, wire: Wire) -> Path:
+def train(config: RunConfig, comm: Communicator) -> Path:
     """Run the whole job on this rank: evaluate, train, evaluate, export. Returns the run folder.
 
     Raises:
@@ -57,12 +42,12 @@ def train(config: RunConfig, wire: Wire) -> Path:
         OutOfStepError: ranks disagree.
         Stopped: SIGTERM came; the run can go on later.
     """
-    with claim_folder(config, wire) as claim, _stop_on_sigterm(wire):
+    with claim_folder(config, comm) as claim, _stop_on_sigterm(comm):
         if claim.log is not None:
             check_config(config, claim.log.header)
-        run = prepare(config, wire)
+        run = build_run(config, comm)
         progress = Progress(run.algorithm.init()) if claim.log is None else _resume(run, claim, claim.log)
-        is_main = wire.rank == 0
+        is_main = comm.rank == 0
         with (
             _disk_errors_explained(claim.folder),
             Monitor.open(
@@ -76,8 +61,8 @@ def train(config: RunConfig, wire: Wire) -> Path:
     return claim.folder
 
 
-def _train(run: Run, claim: Claim, progress: Progress, monitor: Monitor) -> None:
-    config, is_main = run.config, run.wire.rank == 0
+def _train(run: Run, claim: Claim, progress: Progress[Any], monitor: Monitor) -> None:
+    config, is_main = run.config, run.comm.rank == 0
     monitor.table("run", facts(run, claim.folder))
     monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
     if claim.log is not None:
@@ -87,23 +72,24 @@ def _train(run: Run, claim: Claim, progress: Progress, monitor: Monitor) -> None
         if is_main:
             save_config(config, claim.folder)
             write_results(claim.folder, {"before": before})
-    keeper = Keeper.open(run, claim)
+    recorder = RunRecorder.open(run, claim)
     started = time.perf_counter()
     try:
-        _loop(run, progress, keeper, monitor)
-        keeper.mark(progress.step)
+        _loop(run, progress, recorder, monitor)
+        recorder.mark(progress.step)
     finally:
-        keeper.close()
+        recorder.close()
     _finish(run, claim.folder, progress, before, time.perf_counter() - started, monitor)
 
 
-def _resume(run: Run, claim: Claim, found: Log) -> Progress:
-    check_header(run.header(), found.header)
-    progress, start = rebuild_from_newest(
-        run.weights, run.algorithm, found, len(found.steps), claim.snapshots, run.wire, anchor=True
+def _resume(run: Run, claim: Claim, recorded: Log) -> Progress[Any]:
+    check_header(run.header(), recorded.header)
+    progress, start = replay_from_newest(
+        run.loaded, run.algorithm, recorded, len(recorded.steps), claim.snapshots, run.comm, anchor=True
     )
-    if run.wire.rank == 0:
-        note(claim.folder, "resumed", progress.step, snapshot=start, torn_bytes=found.torn, ranks=run.wire.world_size)
+    if run.comm.rank == 0:
+        ranks = run.comm.world_size
+        note(claim.folder, "resumed", progress.step, snapshot=start, torn_bytes=recorded.torn, ranks=ranks)
     return progress
 
 
@@ -122,11 +108,11 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(wire: Wire) -> Iterator[None]:
+def _stop_on_sigterm(comm: Communicator) -> Iterator[None]:
     """SIGTERM makes all ranks stop after the step they are in; a second one ends the process as ever."""
 
     def handle(*_: Any) -> None:
-        wire.wants_stop = True
+        comm.wants_stop = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
@@ -139,79 +125,89 @@ def _stop_on_sigterm(wire: Wire) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _loop(run: Run, progress: Progress, keeper: Keeper, monitor: Monitor) -> None:
-    config = run.config.train
+def _loop(run: Run, progress: Progress[Any], recorder: RunRecorder, monitor: Monitor) -> None:
+    config, comm, engine = run.config.train, run.comm, run.engine
     while progress.step < config.steps:
-        if run.wire.stopping:
-            _stop(run, progress, keeper)
-        run.wire.place = f"step {progress.step + 1}"
-        began, sent = time.perf_counter(), run.wire.payload_bytes
-        gathers, gathered = run.engine.gathers, run.engine.gathered_bytes
-        planned = plan_step(run, progress.state, progress.step)
+        if comm.stopping:
+            _stop(run, progress, recorder)
+        comm.place = f"step {progress.step + 1}"
+        began, sent = time.perf_counter(), comm.payload_bytes
+        gathers, gathered = engine.gathers, engine.gathered_bytes
+        result, num_forwards = evaluate_step(run, progress.state, progress.step)
         evaluated = time.perf_counter()
-        keeper.append(planned.step)  # before the weights change: what is on disk can be replayed, what is not never was
-        run.apply(planned.step.step, planned.combination, keep=planned.keep, scale=planned.scale)
-        progress.after(planned.state, skipped=bool(planned.step.skipped))
-        _check_skips(progress, planned.step, config, monitor)
-        scalars = {"loss/train" if name == "loss" else name: value for name, value in planned.metrics.items()}
+        # Logged before the weights change: what is on disk can be replayed, and what is not has never happened.
+        recorder.append(logged(result))
+        apply_step(run, result)
+        progress.after(result.update)
+        _check_skips(progress, result, config, monitor)
+        metrics = result.update.metrics if result.update else {}
+        scalars = {"loss/train" if name == "loss" else name: value for name, value in metrics.items()}
         scalars |= {
             "time/evaluate_s": evaluated - began,
             "time/update_s": time.perf_counter() - evaluated,
-            "wire/payload_bytes_per_step": float(run.wire.payload_bytes - sent),
-            "gathers/number_per_step": float(run.engine.gathers - gathers),
-            "gathers/bytes_per_step": float(run.engine.gathered_bytes - gathered),
+            "communicator/payload_bytes_per_step": float(comm.payload_bytes - sent),
+            "gathers/number_per_step": float(engine.gathers - gathers),
+            "gathers/bytes_per_step": float(engine.gathered_bytes - gathered),
             "memory/peak_rss_GiB": peak_rss_gib(),
-            "trajectory/bytes": float(keeper.bytes),
+            "trajectory/bytes": float(recorder.bytes),
             "skipped_steps": float(progress.skipped),
         }
-        monitor.step(progress.step, scalars, samples=planned.forwards)
+        monitor.step(progress.step, scalars, samples=num_forwards)
         every = run.config.output.snapshot_every
         if every and progress.step % every == 0 and progress.step < config.steps:
-            keeper.snapshot(progress.step)
+            recorder.snapshot(progress.step)
         if config.evaluate_every and progress.step % config.evaluate_every == 0 and progress.step < config.steps:
             score(run, "validation", monitor, progress.step, calibrate(run, monitor))
 
 
-def _stop(run: Run, progress: Progress, keeper: Keeper) -> None:
+def _stop(run: Run, progress: Progress[Any], recorder: RunRecorder) -> None:
     """Whatever happens now, the trajectory holds the run; a snapshot makes going on faster, if there is time for it."""
-    keeper.stopped(progress.step)
+    recorder.stopped(progress.step)
     raise Stopped(
         f"stopped after step {progress.step} of {run.config.train.steps}; go on with --output.if_exists=resume",
         run.config.distributed.stop_exit_code,
     )
 
 
-def plan_step(run: Run, state: Any, number: int) -> Planned:
-    """Evaluate step ``number``; nothing is applied yet.
+def evaluate_step(run: Run, state: Any, step: int) -> tuple[StepResult[Any], int]:
+    """Evaluate ``step``; nothing is done to the weights yet. Collective.
 
-    A loss (or a coefficient) that is not finite anywhere makes the step a skipped one, on every rank alike.
+    Args:
+        run: data, model and planner.
+        state: the planner's, after the steps before.
+        step: number of the step (0-based).
+
+    Returns:
+        What was found, and how many samples went through the model, counted once for every variant.
     """
-    rounds: list[Losses] = []
-    forwards = 0
+    num_forwards = 0
 
-    def skipped(reason: str) -> Planned:
-        return Planned(state, Step(number, (), skipped=reason), ZERO, {}, forwards)
+    def evaluate(request: Evaluation, round_number: int) -> Losses | None:
+        nonlocal num_forwards
+        batch = run.batch(request.batch, step)
+        num_forwards += len(request.variants) * sum(len(micro_batch.slots) for micro_batch in batch)
+        return run.evaluator.losses(request, batch, (run.config.digest(), step, round_number))
 
-    request: Evaluation | Update = run.algorithm.plan(state, number)
-    while isinstance(request, Evaluation):
-        batch = run.batch(request.batch, number)
-        forwards += len(request.variants) * sum(len(micro_batch.slots) for micro_batch in batch)
-        losses = run.evaluator.losses(request, batch, (run.config.digest(), number, len(rounds)))
-        if losses is None:
-            return skipped("a loss is not finite")
-        rounds.append(losses)
-        try:
-            request = run.algorithm.update(state, number, rounds)
-        except CoefficientError as error:
-            return skipped(str(error))
-    step = Step(number, tuple(rounds), digest(request.combination, request.scale))
-    return Planned(request.state, step, request.combination, request.metrics, forwards, request.keep, request.scale)
+    return run_step(run.algorithm, state, step, evaluate), num_forwards
 
 
-def _check_skips(progress: Progress, step: Step, config: TrainConfig, monitor: Monitor) -> None:
-    if not step.skipped:
+def apply_step(run: Run, result: StepResult[Any]) -> None:
+    """Do to the weights what a step found; nothing, if it is skipped."""
+    if result.update is not None:
+        apply_updates(run.engine, run.config.seed, [(result.step, result.update.operations)])
+
+
+def logged(result: StepResult[Any]) -> Step:
+    """The line of the trajectory that a step becomes."""
+    if result.update is None:
+        return Step(result.step, (), skipped=result.skipped)
+    return Step(result.step, result.rounds, digest(result.update.operations))
+
+
+def _check_skips(progress: Progress[Any], result: StepResult[Any], config: TrainConfig, monitor: Monitor) -> None:
+    if not result.skipped:
         return
-    monitor.say(f"step {progress.step}/{config.steps} skipped: {step.skipped} ({progress.skipped_in_a_row} in a row)")
+    monitor.say(f"step {progress.step}/{config.steps} skipped: {result.skipped} ({progress.skipped_in_a_row} in a row)")
     if progress.skipped_in_a_row >= config.max_skipped:
         raise UserError(
             f"train.max_skipped: {config.max_skipped} steps in a row had no finite loss, the last one step "
@@ -231,7 +227,7 @@ def calibrate(run: Run, monitor: Monitor) -> Calibration | None:
 def score(
     run: Run, split: str, monitor: Monitor, step: int, calibration: Calibration | None = None
 ) -> dict[str, float]:
-    """Loss and metric of the current weights on a split, shown and logged."""
+    """Loss and metric of the current weights on a split, shown and logged. Collective."""
     samples, task = run.splits[split], run.config.task
     offsets = calibration.offsets if calibration else None
     with monitor.evaluation(split, len(samples)) as advance:
@@ -241,9 +237,9 @@ def score(
 
 
 def _finish(
-    run: Run, folder: Path, progress: Progress, before: dict[str, float], seconds: float, monitor: Monitor
+    run: Run, folder: Path, progress: Progress[Any], before: dict[str, float], seconds: float, monitor: Monitor
 ) -> None:
-    is_main = run.wire.rank == 0
+    is_main = run.comm.rank == 0
     results: dict[str, Any] = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
     calibration = calibrate(run, monitor)
     results["validation"] = score(run, "validation", monitor, progress.step, calibration)
@@ -256,7 +252,7 @@ def _finish(
         write_results(folder, results)
         note(folder, "finished", progress.step)
     if run.config.output.export:
-        export_model(run.engine, run.loaded.tokenizer, folder / "model", run.wire, calibration=calibration)
+        export_model(run.engine, run.pretrained.tokenizer, folder / "model", run.comm, calibration=calibration)
     for name in run.engine.never_used():
         log.warning("no forward pass ever used %s; its updates were noise (freeze it)", name)
     monitor.say(summary(run, folder, results))
@@ -265,16 +261,3 @@ def _finish(
 def peak_rss_gib() -> float:
     """Peak resident memory of this process in GiB (Linux counts in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def rebuild(folder: Path, num_steps: int | None, wire: Wire, *, trust_remote_code: bool = False) -> tuple[Run, int]:
-    """The run in ``folder`` with its first ``num_steps`` steps applied (all if None), and their number.
-
-    Raises:
-        UserError: no run there, damaged, made from another base model, or shorter than asked for.
-    """
-    found, config, wanted = open_run(folder, num_steps, wire, trust_remote_code=trust_remote_code)
-    run = prepare(config, wire)
-    check_header(run.header(), found.header)
-    rebuild_from_newest(run.weights, run.algorithm, found, wanted, folder / SNAPSHOTS, wire)
-    return run, wanted

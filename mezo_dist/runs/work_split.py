@@ -29,7 +29,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class WorkSplit:
     """How rounds are shared out.
 
     Args:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from mezo_dist.config.schema import RunConfig
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import cut_torn_line, replace_file
@@ -54,7 +54,7 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claim_folder(config: RunConfig, wire: Wire) -> Iterator[Claim]:
+def claim_folder(config: RunConfig, comm: Communicator) -> Iterator[Claim]:
     """The run folder, claimed for this job while the context lasts; see ``output.if_exists``. Collective.
 
     Rank 0 claims it and reads what is there; so ranks need not share a file system to go on with a run.
@@ -65,7 +65,7 @@ def claim_folder(config: RunConfig, wire: Wire) -> Iterator[Claim]:
     """
     folder, data, lock, problem = Path(config.output.dir), b"", None, ""
     try:
-        if wire.rank == 0:
+        if comm.rank == 0:
             try:
                 folder, lock = _claim(folder, config.output.if_exists)
                 path = folder / trajectory.FILE
@@ -74,29 +74,29 @@ def claim_folder(config: RunConfig, wire: Wire) -> Iterator[Claim]:
                 problem = str(error)
             except OSError as error:
                 problem = f"{folder} cannot be made or written to ({error.strerror}); name another (--output.dir)"
-        problem, name = wire.broadcast_text(f"{problem}\n{folder}").rsplit("\n", 1)
+        problem, name = comm.broadcast_text(f"{problem}\n{folder}").rsplit("\n", 1)
         if problem:
             raise UserError(f"output.dir: {problem}")
-        folder, data = Path(name), wire.broadcast_bytes(data)
+        folder, data = Path(name), comm.broadcast_bytes(data)
         yield Claim(folder, trajectory.parse(data, folder / trajectory.FILE) if data else None)
     finally:
         if lock is not None:
             os.close(lock)  # a process that dies lets go of it too
 
 
-def read_log(folder: Path, wire: Wire) -> trajectory.Log:
+def read_log(folder: Path, comm: Communicator) -> trajectory.Log:
     """The trajectory in ``folder``, read by rank 0, on all ranks. Collective. Raises as `trajectory.read` does."""
     path, problem, data = folder / trajectory.FILE, "", b""
-    if wire.rank == 0:
+    if comm.rank == 0:
         try:
             trajectory.read(path)
             data = trajectory.read_bytes(path)
         except UserError as error:
             problem = str(error)
-    problem = wire.broadcast_text(problem)
+    problem = comm.broadcast_text(problem)
     if problem:
         raise UserError(problem)
-    log = trajectory.parse(wire.broadcast_bytes(data), path)
+    log = trajectory.parse(comm.broadcast_bytes(data), path)
     assert log is not None
     return log
 

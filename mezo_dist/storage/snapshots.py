@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from mezo_dist.distributed.communicator import Wire
-from mezo_dist.engines.anchor import PREFIX
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.engines.anchor import ANCHOR_PREFIX
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
@@ -69,11 +69,17 @@ class Snapshot:
 
 
 def save_snapshot(
-    folder: Path, engine: Engine, step: int, wire: Wire, *, facts: Mapping[str, Any] | None = None, keep: int = 2
+    folder: Path,
+    engine: Engine,
+    step: int,
+    comm: Communicator,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    keep: int = 2,
 ) -> Path:
     """Write ``folder/step-NNNNNNNN``; it appears under that name only when all of it is on disk.
 
-    The copy that the engine keeps (`Engine.keep_anchor`) is saved, too, if there is one; buffers are not, as they are
+    The copy that the engine keeps (`Engine.copy_anchor`) is saved, too, if there is one; buffers are not, as they are
     no weights. Every piece is written once: ranks that own the same pieces (replicas) share the work. Collective: all
     ranks must call it.
 
@@ -81,7 +87,7 @@ def save_snapshot(
         folder: of all snapshots of the run; made if need be.
         engine: whose weights.
         step: number of steps that they have seen.
-        wire: between the ranks.
+        comm: between the ranks.
         facts: JSON types, to be found in `Snapshot.facts`; rank 0's count.
         keep: how many complete snapshots may stay, this one included; older ones are removed once it is there.
 
@@ -94,15 +100,15 @@ def save_snapshot(
     target = folder / f"step-{step:08d}"
     part = target.with_name(f".{target.name}.part")
     try:
-        _on_main(wire, _make_empty, part)
+        _on_main(comm, _make_empty, part)
         own = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
-        replicas = wire.collect(lambda: hashlib.sha256(json.dumps(own).encode()).hexdigest())
-        mine = [rank for rank, digest in enumerate(replicas) if digest == replicas[wire.rank]]
-        share = _share(own, mine.index(wire.rank), len(mine))
-        parts = wire.collect(lambda: _write_part(part, f"rank-{wire.rank:05d}.safetensors", engine, share))
-        _on_main(wire, _publish, part, target, _index(step, dict(facts or {}), parts), keep)
+        replicas = comm.collect(lambda: hashlib.sha256(json.dumps(own).encode()).hexdigest())
+        mine = [rank for rank, digest in enumerate(replicas) if digest == replicas[comm.rank]]
+        share = _share(own, mine.index(comm.rank), len(mine))
+        parts = comm.collect(lambda: _write_part(part, f"rank-{comm.rank:05d}.safetensors", engine, share))
+        _on_main(comm, _publish, part, target, _index(step, dict(facts or {}), parts), keep)
     except UserError as error:
-        if wire.rank == 0:
+        if comm.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"snapshot {target} could not be written: {error}") from error
     return target
@@ -135,7 +141,7 @@ def read_snapshot(folder: Path) -> Snapshot:
         raise UserError(f"{path}: damaged, or of another version of mezo_dist ({error!r})") from error
 
 
-def load_snapshot(folder: Path, engine: Engine, wire: Wire, *, anchor: bool = False) -> Snapshot:
+def load_snapshot(folder: Path, engine: Engine, comm: Communicator, *, anchor: bool = False) -> Snapshot:
     """Overwrite the weights with those of a snapshot, whatever engine and world size it was written by.
 
     Files are checked against their SHA-256 before any weight is touched; ranks share that work. Collective.
@@ -143,8 +149,8 @@ def load_snapshot(folder: Path, engine: Engine, wire: Wire, *, anchor: bool = Fa
     Args:
         folder: of the snapshot.
         engine: whose weights.
-        wire: between the ranks.
-        anchor: also fill the copy that the engine keeps (`Engine.keep_anchor`), if the snapshot has one.
+        comm: between the ranks.
+        anchor: also fill the copy that the engine keeps (`Engine.copy_anchor`), if the snapshot has one.
 
     Raises:
         UserError: on all ranks: the snapshot is incomplete or damaged, or belongs to another model.
@@ -154,25 +160,25 @@ def load_snapshot(folder: Path, engine: Engine, wire: Wire, *, anchor: bool = Fa
     def check() -> None:
         snapshot = read_snapshot(folder)
         for number, (name, digest) in enumerate(sorted(snapshot.files.items())):
-            if number % wire.world_size == wire.rank and safetensors_io.sha256(folder / name) != digest:
+            if number % comm.world_size == comm.rank and safetensors_io.sha256(folder / name) != digest:
                 raise UserError(f"{folder / name}: damaged (its SHA-256 is not the one in {INDEX})")
         _check_fits(snapshot, engine.shards())
         found.append(snapshot)
 
     def fill() -> None:
         _fill(engine.shards(), found[0])
-        if anchor and any(name.startswith(PREFIX) for name in found[0].weights):
-            engine.keep_anchor()  # makes room
+        if anchor and any(name.startswith(ANCHOR_PREFIX) for name in found[0].weights):
+            engine.copy_anchor()  # makes room
             _fill(engine.anchor_shards(), found[0])
 
-    wire.collect(check)
-    wire.collect(fill)
+    comm.collect(check)
+    comm.collect(fill)
     return found[0]
 
 
-def _on_main(wire: Wire, work: Callable[..., object], *args: Any) -> None:
+def _on_main(comm: Communicator, work: Callable[..., object], *args: Any) -> None:
     """``work(*args)`` on rank 0; its error on all ranks."""
-    wire.collect(lambda: str(work(*args)) if wire.rank == 0 else "")
+    comm.collect(lambda: str(work(*args)) if comm.rank == 0 else "")
 
 
 def _make_empty(folder: Path) -> None:
@@ -283,7 +289,7 @@ def _weight(name: str, item: Mapping[str, Any], files: Mapping[str, str]) -> Sav
 
 def _check_fits(snapshot: Snapshot, shards: Iterable[Shard]) -> None:
     own = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
-    saved_names = {name for name in snapshot.weights if not name.startswith(PREFIX)}
+    saved_names = {name for name in snapshot.weights if not name.startswith(ANCHOR_PREFIX)}
     if other := sorted(own.keys() ^ saved_names):
         raise UserError(f"{snapshot.folder}: of another model: {', '.join(other[:3])} is only in one of the two")
     for name, (shape, dtype) in own.items():

@@ -1,6 +1,6 @@
 """The trajectory: an append-only log from which a run can be rebuilt, one JSON line per step.
 
-    {"format":"mezo_dist/trajectory/2","seed":0, ... ,"check":"9b1f0c3e"}             the header
+    {"format":"mezo_dist/trajectory/3","seed":0, ... ,"check":"9b1f0c3e"}             the header
     {"step":0,"loss":[{"mean":[0.69315,0.69402]}],"add":"1c90a2f4","check":"..."}       a step
     {"step":1,"loss":[{"each":["f:AACAPw...","f:..."]}],"add":"...","check":"..."}      a direction per sample
     {"step":2,"skipped":"a loss is not finite","check":"..."}
@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 
 from mezo_dist.algorithms.base import Losses
-from mezo_dist.directions.combination import Combination
+from mezo_dist.algorithms.operations import Operation, encode
 from mezo_dist.errors import UserError
 
-FORMAT = "mezo_dist/trajectory/2"
+FORMAT = "mezo_dist/trajectory/3"
 FILE = "trajectory.jsonl"
 PLAIN = 8
 ONE = 1 << 32
@@ -81,7 +81,7 @@ class Step:
     step: int
     rounds: tuple[Losses, ...]
     update: str = ""
-    """`digest` of the combination that was added to the weights; empty if the step was skipped."""
+    """`digest` of what was done to the weights; empty if the step was skipped."""
     skipped: str = ""
     """Why the step was skipped; empty if it was not."""
 
@@ -127,11 +127,9 @@ class Log:
     """Steps done -> fingerprint of the weights."""
 
 
-def digest(combination: Combination, scale: float = 1.0) -> str:
-    """8 hexadecimal digits over the seeds (64 bits each) and coefficients (fp32) of a combination, and over what the
-    weights are multiplied by before (fp32), if that is not 1."""
-    terms = b"".join(struct.pack("<Qf", seed, c) for seed, c in combination.terms)
-    return hashlib.blake2b(terms + (struct.pack("<f", scale) if scale != 1 else b""), digest_size=4).hexdigest()
+def digest(operations: Sequence[Operation]) -> str:
+    """8 hexadecimal digits over all that an update does to the weights."""
+    return hashlib.blake2b(encode(operations), digest_size=4).hexdigest()
 
 
 def to_line(content: dict[str, Any], previous: str) -> tuple[bytes, str]:

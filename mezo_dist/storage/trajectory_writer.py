@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 @final
-class Journal:
+class TrajectoryWriter:
     """Appends lines to a trajectory file. Only rank 0 has one. `begin` and `go_on` make one.
 
     Args:
@@ -37,7 +37,7 @@ class Journal:
         self._synced_s = clock()
 
     @staticmethod
-    def begin(path: Path, header: Header, sync_s: float | None = 0.0) -> Journal:
+    def begin(path: Path, header: Header, sync_s: float | None = 0.0) -> TrajectoryWriter:
         """Start a new file. It appears with its header or not at all.
 
         Raises:
@@ -51,10 +51,10 @@ class Journal:
             replace_file(path, line)
         except OSError as error:
             raise UserError(f"output.dir: {path} cannot be written ({error.strerror}); {_REMEDY}") from error
-        return Journal(path, header.identity, sync_s)
+        return TrajectoryWriter(path, header.identity, sync_s)
 
     @staticmethod
-    def go_on(path: Path, found: Log, sync_s: float | None = 0.0) -> Journal:
+    def go_on(path: Path, found: Log, sync_s: float | None = 0.0) -> TrajectoryWriter:
         """Go on with a file that was read as ``found``; a torn last line is cut.
 
         Raises:
@@ -66,7 +66,7 @@ class Journal:
             if found.torn:
                 log.warning("%s: cut a torn last line of %d bytes", path, found.torn)
                 os.truncate(path, found.size)
-            return Journal(path, found.check, sync_s)
+            return TrajectoryWriter(path, found.check, sync_s)
         except OSError as error:
             raise UserError(f"output.dir: {path} cannot be written ({error.strerror}); {_REMEDY}") from error
 

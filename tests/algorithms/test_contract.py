@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,9 @@ from mezo_dist.algorithms.base import (
     state_to_json,
 )
 from mezo_dist.algorithms.momentum import Momentum
+from mezo_dist.algorithms.operations import apply_updates
 from mezo_dist.algorithms.schedules import Annealing, Schedule
+from mezo_dist.algorithms.step import run_step
 from mezo_dist.directions.combination import ZERO, Combination
 
 DIM = 20
@@ -72,7 +74,7 @@ NUM_STEPS, BATCH_SIZE, FULL_SIZE = 300, 4, 16
 Loss = Callable[[torch.Tensor, str], float]
 
 
-def make(case: str) -> Algorithm:
+def make(case: str) -> Algorithm[Any]:
     name, settings = CASES[case]
     problem = Problem(seed=3, num_steps=NUM_STEPS, batch_size=BATCH_SIZE, full_size=FULL_SIZE)
     return build(name, ALGORITHMS[name][0](**settings), problem)
@@ -100,9 +102,27 @@ class Point:
         assert base is not None, "nothing was kept yet"
         return moved(base, variant.shift, *own)
 
-    def after(self, update: Update) -> Point:
-        now = moved(update.scale * self.current, update.combination)
-        return Point(now, self.current if update.keep else self.anchor)
+    def after(self, update: Update[Any]) -> Point:
+        weights = _Weights(self.current, self.anchor)
+        apply_updates(weights, 0, [(0, update.operations)])
+        return Point(weights.current, weights.anchor)
+
+
+@dataclass
+class _Weights:
+    """See `EditableWeights`."""
+
+    current: torch.Tensor
+    anchor: torch.Tensor | None
+
+    def copy_anchor(self) -> None:
+        self.anchor = self.current
+
+    def scale(self, factor: float, rounding_seed: int) -> None:
+        self.current = factor * self.current
+
+    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
+        self.current = moved(self.current, *(combination for combination, _ in updates))
 
 
 def answer(request: Evaluation, w: Point, loss: Loss) -> Losses:
@@ -114,18 +134,19 @@ def answer(request: Evaluation, w: Point, loss: Loss) -> Losses:
     return Losses(tuple(sum(row) / len(row) for row in each), each)
 
 
-def run_step(
-    algorithm: Algorithm, state: object, step: int, w: Point, loss: Loss, probed: set[int] | None = None
-) -> Update:
+def one_step(
+    algorithm: Algorithm[Any], state: object, step: int, w: Point, loss: Loss, probed: set[int] | None = None
+) -> Update[Any]:
     """One step; the directions of its variants are added to ``probed``."""
-    rounds: list[Losses] = []
-    request: Evaluation | Update = algorithm.plan(state, step)
-    while isinstance(request, Evaluation):
+
+    def evaluate(request: Evaluation, round_number: int) -> Losses:
         if probed is not None:
             probed.update(seed for v in request.variants for s in (v.shift, *v.per_sample) for seed, _ in s.terms)
-        rounds.append(answer(request, w, loss))
-        request = algorithm.update(state, step, rounds)
-    return request
+        return answer(request, w, loss)
+
+    update = run_step(algorithm, state, step, evaluate).update
+    assert update is not None
+    return update
 
 
 def quadratic(w: torch.Tensor, batch: str) -> float:
@@ -144,7 +165,7 @@ def test_minimises_a_quadratic(case: str) -> None:
     algorithm = make(case)
     state, w = algorithm.init(), Point()
     for step in range(NUM_STEPS):
-        update = run_step(algorithm, state, step, w, quadratic)
+        update = one_step(algorithm, state, step, w, quadratic)
         state, w = update.state, w.after(update)
     assert quadratic(w.current, "") < 0.05 * quadratic(torch.zeros(DIM), "")
 
@@ -154,10 +175,10 @@ def test_is_deterministic_and_its_state_survives_json(case: str) -> None:
     algorithm, other = make(case), make(case)
     state, w = algorithm.init(), Point()
     for step in range(12):
-        update = run_step(algorithm, state, step, w, quadratic)
+        update = one_step(algorithm, state, step, w, quadratic)
         restored: object = state_from_json(algorithm.State, json.loads(json.dumps(state_to_json(state))))
         assert restored == state
-        assert run_step(other, restored, step, w, quadratic) == update
+        assert one_step(other, restored, step, w, quadratic) == update
         state, w = update.state, w.after(update)
 
 
@@ -166,7 +187,7 @@ def test_equal_losses_give_a_zero_update(case: str) -> None:
     algorithm = make(case)
     state, w = algorithm.init(), Point()
     for step in range(5):
-        update = run_step(algorithm, state, step, w, lambda w, batch: 0.0)
+        update = one_step(algorithm, state, step, w, lambda w, batch: 0.0)
         assert update.combination == ZERO
         state, w = update.state, w.after(update)
 
@@ -177,7 +198,7 @@ def test_moves_only_along_directions_that_were_probed(case: str) -> None:
     state, w = algorithm.init(), Point()
     probed: set[int] = set()
     for step in range(6):
-        update = run_step(algorithm, state, step, w, quadratic, probed)
+        update = one_step(algorithm, state, step, w, quadratic, probed)
         assert update.combination
         assert {seed for seed, _ in update.combination.terms} <= probed
         state, w = update.state, w.after(update)
@@ -190,7 +211,7 @@ def test_steps_draw_different_directions(case: str) -> None:
     fresh: list[set[int]] = []
     for step in range(20):
         fresh.append(set())
-        update = run_step(algorithm, state, step, w, quadratic, fresh[-1])
+        update = one_step(algorithm, state, step, w, quadratic, fresh[-1])
         state, w = update.state, w.after(update)
     assert all(own - set().union(*fresh[:step]) for step, own in enumerate(fresh))
 
@@ -200,6 +221,6 @@ def test_a_skipped_step_is_survived(case: str) -> None:
     algorithm = make(case)
     state, w = algorithm.init(), Point()
     for step in (2, 3, 7, 8, 9):  # the state stays as it was where a loss was not finite
-        update = run_step(algorithm, state, step, w, quadratic)
+        update = one_step(algorithm, state, step, w, quadratic)
         state, w = update.state, w.after(update)
     assert update.metrics.keys() >= {"loss", "projected_gradient", "lr"}

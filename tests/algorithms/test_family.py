@@ -10,22 +10,23 @@ import pytest
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay
-from mezo_dist.algorithms.mezo import Mezo, MezoConfig, MezoState
+from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner, MeZOState
 from mezo_dist.algorithms.momentum import Momentum, Past
+from mezo_dist.algorithms.operations import Scale
 from mezo_dist.algorithms.schedules import Annealing, Schedule
-from mezo_dist.algorithms.svrg import Svrg, SvrgConfig, SvrgState
-from mezo_dist.algorithms.svrg_released import SvrgReleased, SvrgReleasedConfig, SvrgReleasedState
+from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner, SVRGState
+from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased, SVRGReleasedPlanner, SVRGReleasedState
 from mezo_dist.directions.combination import ZERO, Combination, to_fp32
 
 PROBLEM = Problem(seed=1, num_steps=10, batch_size=2, full_size=4)
 SEEDS = [PROBLEM.direction_seed(0, k) for k in range(4)]
 
 
-def mezo(**settings: Any) -> Mezo:
-    return Mezo(MezoConfig(lr=1.0, eps=0.5, **settings), PROBLEM)
+def mezo(**settings: Any) -> MeZOPlanner:
+    return MeZOPlanner(MeZO(lr=1.0, eps=0.5, **settings), PROBLEM)
 
 
-def update(planner: Mezo, *losses: float, state: MezoState | None = None) -> Update:
+def update(planner: MeZOPlanner, *losses: float, state: MeZOState | None = None) -> Update[Any]:
     return planner.update(state or planner.init(), 0, [Losses(losses)])
 
 
@@ -39,7 +40,7 @@ def test_one_sided_estimates_share_one_evaluation_of_the_weights() -> None:
 
 
 def test_several_directions_per_sample_average_over_samples_and_directions() -> None:
-    planner = Mezo(MezoConfig(lr=1.0, eps=0.5, per_sample=True, directions=2), replace(PROBLEM, batch_size=2))
+    planner = MeZOPlanner(MeZO(lr=1.0, eps=0.5, per_sample=True, directions=2), replace(PROBLEM, batch_size=2))
     rows = (SEEDS[:2], SEEDS[2:4])  # a first direction of both samples, then a second one
     plan = planner.plan(planner.init(), 0)
     assert plan.each_sample
@@ -53,8 +54,8 @@ def test_several_directions_per_sample_average_over_samples_and_directions() -> 
 
 
 def test_one_sided_per_sample_compares_each_sample_with_itself() -> None:
-    config = MezoConfig(lr=1.0, eps=0.5, per_sample=True, directions=2, one_sided=True)
-    planner = Mezo(config, replace(PROBLEM, batch_size=2))
+    config = MeZO(lr=1.0, eps=0.5, per_sample=True, directions=2, one_sided=True)
+    planner = MeZOPlanner(config, replace(PROBLEM, batch_size=2))
     plan = planner.plan(planner.init(), 0)
     assert len(plan.variants) == 3
     assert plan.variants[-1] == Variant()
@@ -65,10 +66,10 @@ def test_one_sided_per_sample_compares_each_sample_with_itself() -> None:
 
 
 def test_svrg_has_several_directions_per_sample_in_both_kinds_of_step() -> None:
-    config = SvrgConfig(eps=0.5, q=2, per_sample=True, directions=3, anchor_directions=2)
-    planner = Svrg(config, replace(PROBLEM, batch_size=2, full_size=5))
+    config = MeZOSVRG(eps=0.5, q=2, per_sample=True, directions=3, anchor_directions=2)
+    planner = SVRGPlanner(config, replace(PROBLEM, batch_size=2, full_size=5))
     shapes = []
-    for state in (SvrgState(), SvrgState(0, Combination.single(9, 1.0), Combination.single(9, -3.0))):
+    for state in (SVRGState(), SVRGState(0, Combination.single(9, 1.0), Combination.single(9, -3.0))):
         plan = planner.plan(state, 1)
         shapes.append((len(plan.variants), {len(v.per_sample) for v in plan.variants}))
         assert len({s for v in plan.variants for s in v.per_sample}) == 2 * 2 * (5 if state.anchor_step < 0 else 3)
@@ -124,15 +125,15 @@ def test_a_pool_holds_all_directions() -> None:
 
 
 def test_pull_takes_off_a_part_of_the_way_from_the_base() -> None:
-    planner = Mezo(MezoConfig(lr=0.5, eps=0.5, pool=100, pull=0.25), PROBLEM)
+    planner = MeZOPlanner(MeZO(lr=0.5, eps=0.5, pool=100, pull=0.25), PROBLEM)
     way = Combination.of([(5, 8.0), (6, -16.0)])
-    done = update(planner, 1.0, 1.0, state=MezoState(total=way))
+    done = update(planner, 1.0, 1.0, state=MeZOState(total=way))
     assert done.combination == -0.125 * way
     assert done.state.total == 0.875 * way
 
 
 def test_the_total_is_the_sum_of_all_updates() -> None:
-    planner = Mezo(MezoConfig(lr=0.5, eps=0.5, pool=4, pull=0.25), PROBLEM)
+    planner = MeZOPlanner(MeZO(lr=0.5, eps=0.5, pool=4, pull=0.25), PROBLEM)
     state, total = planner.init(), ZERO
     for step in range(9):
         done = planner.update(state, step, [Losses((1.0 + step, 0.5))])
@@ -150,8 +151,8 @@ def test_eps_follows_its_schedule() -> None:
 
 
 def test_svrg_with_several_directions_averages_differences() -> None:
-    config = SvrgConfig(lr=1.0, anchor_lr=0.1, eps=0.5, q=3, directions=2, clip=2.5)
-    planner = Svrg(config, PROBLEM)
+    config = MeZOSVRG(lr=1.0, anchor_lr=0.1, eps=0.5, q=3, directions=2, clip=2.5)
+    planner = SVRGPlanner(config, PROBLEM)
     state = planner.update(planner.init(), 0, [Losses((3.0, 1.0))]).state
     plan = planner.plan(state, 1)
     z1, z2 = (PROBLEM.direction_seed(1, k) for k in range(2))
@@ -163,8 +164,8 @@ def test_svrg_with_several_directions_averages_differences() -> None:
 
 
 def test_svrg_one_sided_probes_both_points_themselves() -> None:
-    planner = Svrg(SvrgConfig(eps=0.5, q=2, one_sided=True), PROBLEM)
-    state = SvrgState(0, Combination.single(9, 1.0), Combination.single(9, -3.0))
+    planner = SVRGPlanner(MeZOSVRG(eps=0.5, q=2, one_sided=True), PROBLEM)
+    state = SVRGState(0, Combination.single(9, 1.0), Combination.single(9, -3.0))
     z = PROBLEM.direction_seed(1)
     shifts = [v.shift for v in planner.plan(state, 1).variants]
     assert shifts == [
@@ -190,29 +191,34 @@ def test_decay_is_saved_up_until_a_factor_can_hold_it() -> None:
     assert Decay().after(0.0) == (1.0, Decay())
 
 
+def scale_of(update: Update[Any]) -> float:
+    """What the weights are multiplied by."""
+    return next((o.factor for o in update.operations if isinstance(o, Scale)), 1.0)
+
+
 def test_decay_follows_the_learning_rate_of_the_step() -> None:
-    planner = Mezo(MezoConfig(lr=0.5, eps=0.5, weight_decay=0.1, schedule=Schedule("linear")), PROBLEM)
+    planner = MeZOPlanner(MeZO(lr=0.5, eps=0.5, weight_decay=0.1, schedule=Schedule("linear")), PROBLEM)
     state = planner.init()
     done = [planner.update(state, step, [Losses((1.0, 1.0))]) for step in (0, 5, 9)]
-    assert [update.scale for update in done] == [to_fp32(1 - update.metrics["lr"] * 0.1) for update in done]
-    assert 0.94 < done[0].scale < done[1].scale < done[2].scale <= 1.0
-    svrg = Svrg(SvrgConfig(lr=0.25, anchor_lr=0.5, q=2, anchor="auto", weight_decay=0.1), PROBLEM)
+    assert [scale_of(update) for update in done] == [to_fp32(1 - update.metrics["lr"] * 0.1) for update in done]
+    assert 0.94 < scale_of(done[0]) < scale_of(done[1]) < scale_of(done[2]) <= 1.0
+    svrg = SVRGPlanner(MeZOSVRG(lr=0.25, anchor_lr=0.5, q=2, anchor="auto", weight_decay=0.1), PROBLEM)
     first = svrg.update(svrg.init(), 0, [Losses((1.0, 1.0))])
     second = svrg.update(first.state, 1, [Losses((1.0,) * 4)])
-    assert (first.keep, first.scale, second.scale) == (True, to_fp32(1 - 0.05), to_fp32(1 - 0.025))
+    assert (first.copies_anchor, scale_of(first), scale_of(second)) == (True, to_fp32(1 - 0.05), to_fp32(1 - 0.025))
 
 
 def test_svrg_with_a_stored_anchor_probes_a_copy() -> None:
-    planner = Svrg(SvrgConfig(eps=0.5, q=2, anchor="stored"), PROBLEM)
+    planner = SVRGPlanner(MeZOSVRG(eps=0.5, q=2, anchor="stored"), PROBLEM)
     first = planner.update(planner.init(), 0, [Losses((3.0, 1.0))])
-    assert first.keep
+    assert first.copies_anchor
     z = PROBLEM.direction_seed(1)
     around = [Combination.single(z, step) for step in (0.5, -0.5)]
     assert planner.plan(first.state, 1).variants == (*map(Variant, around), *(Variant(s, (), "anchor") for s in around))
     second = planner.update(first.state, 1, [Losses((5.0, 1.0, 3.0, 2.0))])
-    replayed = Svrg(SvrgConfig(eps=0.5, q=2), PROBLEM)
+    replayed = SVRGPlanner(MeZOSVRG(eps=0.5, q=2), PROBLEM)
     assert second.combination == replayed.update(first.state, 1, [Losses((5.0, 1.0, 3.0, 2.0))]).combination
-    assert not second.keep
+    assert not second.copies_anchor
     assert second.state.displacement == ZERO
 
 
@@ -226,19 +232,19 @@ def test_svrg_with_a_stored_anchor_probes_a_copy() -> None:
         ({"q": 2, "per_sample": True}, {"full_size": 8}, False),
         ({"q": 3, "per_sample": True}, {"full_size": 8}, True),
         ({"q": 2, "per_sample": True, "anchor_directions": 2}, {"full_size": 8}, True),
-        ({"q": 2}, {"rounds": True}, True),
-        ({"q": 1}, {"rounds": True}, False),
+        ({"q": 2}, {"has_16bit_weights": True}, True),
+        ({"q": 1}, {"has_16bit_weights": True}, False),
         ({"q": 5, "momentum": Momentum(0.5, 10)}, {}, True),
     ],
 )
 def test_auto_stores_what_is_long_or_rounded(settings: dict[str, Any], problem: dict[str, Any], stored: bool) -> None:
-    planner = Svrg(SvrgConfig(anchor="auto", **settings), replace(PROBLEM, **problem))
+    planner = SVRGPlanner(MeZOSVRG(anchor="auto", **settings), replace(PROBLEM, **problem))
     number = len(planner.plan(planner.init(), 0).variants)
     losses = Losses((1.0,) * number, ((1.0,) * planner.problem.full_size,) * number)
-    assert planner.update(planner.init(), 0, [losses]).keep is stored
+    assert planner.update(planner.init(), 0, [losses]).copies_anchor is stored
 
 
-RELEASED = SvrgReleased(SvrgReleasedConfig(lr=0.5, anchor_lr=0.1, eps=0.5, annealing=Annealing(5.0, 2)), PROBLEM)
+RELEASED = SVRGReleasedPlanner(MeZOSVRGReleased(lr=0.5, anchor_lr=0.1, eps=0.5, annealing=Annealing(5.0, 2)), PROBLEM)
 
 
 def test_the_released_code_takes_three_steps_for_one_and_never_leaves_for_the_anchor() -> None:
@@ -258,7 +264,7 @@ def test_the_released_code_takes_three_steps_for_one_and_never_leaves_for_the_an
 
 
 def test_the_released_annealing_raises_small_rates() -> None:
-    state = SvrgReleasedState(lr=1e-8, anchor_lr=0.1, losses=(1.0, 1.0, 1.0, 1.0, 2.0, 2.0))
+    state = SVRGReleasedState(lr=1e-8, anchor_lr=0.1, losses=(1.0, 1.0, 1.0, 1.0, 2.0, 2.0))
     for step, expected in ((8, (1e-8, 0.1)), (9, (1e-8, 0.1)), (10, (1e-6, 0.02))):
         planned = RELEASED.update(state, step, [Losses((1.0, 1.0)), Losses((1.0, 1.0))])
         assert isinstance(planned, Update)
@@ -280,12 +286,12 @@ def test_the_released_annealing_raises_small_rates() -> None:
 )
 def test_contradictions_name_the_setting(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MezoConfig(**settings)
+        MeZO(**settings)
 
 
 def test_no_way_leads_back_to_an_anchor_from_weights_that_decayed() -> None:
     with pytest.raises(ValueError, match=r"algorithm.anchor: must be stored \(or auto\) with weight_decay"):
-        SvrgConfig(weight_decay=0.1)
+        MeZOSVRG(weight_decay=0.1)
 
 
 @pytest.mark.parametrize("settings", [{"decay": 1.0}, {"decay": -0.1}, {"window": 0}])

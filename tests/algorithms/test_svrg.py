@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from mezo_dist.algorithms.base import Algorithm, Evaluation, Losses, Problem, Update, Variant
-from mezo_dist.algorithms.mezo import Mezo, MezoConfig
+from mezo_dist.algorithms.base import Algorithm, Evaluation, Losses, Problem, Variant
+from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
 from mezo_dist.algorithms.schedules import Annealing, Plateau
-from mezo_dist.algorithms.svrg import Svrg, SvrgConfig, SvrgState
-from mezo_dist.algorithms.svrg_released import SvrgReleased, SvrgReleasedConfig
+from mezo_dist.algorithms.step import run_step
+from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner, SVRGState
+from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased, SVRGReleasedPlanner
 from mezo_dist.directions.bits import GAUSSIAN
 from mezo_dist.directions.combination import Combination
 
 PROBLEM = Problem(seed=1, num_steps=10, batch_size=4, full_size=16)
-SVRG = Svrg(SvrgConfig(lr=0.01, anchor_lr=0.1, eps=0.5, q=3), PROBLEM)
+SVRG = SVRGPlanner(MeZOSVRG(lr=0.01, anchor_lr=0.1, eps=0.5, q=3), PROBLEM)
 
 
-def after_anchor() -> SvrgState:
+def after_anchor() -> SVRGState:
     # p0 = (3 - 1) / (2 * 0.5) = 2
     return SVRG.update(SVRG.init(), 0, [Losses((3.0, 1.0))]).state
 
@@ -101,16 +102,17 @@ class Logistic:
         w = self.w.clone().requires_grad_(True)
         return torch.autograd.grad(self.losses(w, self.everything), w)[0]
 
-    def estimate(self, algorithm: Algorithm, w: torch.Tensor, state: Any, step: int) -> tuple[torch.Tensor, Any]:
+    def estimate(self, algorithm: Algorithm[Any], w: torch.Tensor, state: Any, step: int) -> tuple[torch.Tensor, Any]:
         """The planner asks, the problem answers, and the update is minus the estimate, times the learning rate."""
         index = torch.randperm(NUM_SAMPLES, generator=self.draw)[:BATCH_SIZE]
-        request: Evaluation | Update = algorithm.plan(state, step)
-        rounds: list[Losses] = []
-        while isinstance(request, Evaluation):
+
+        def evaluate(request: Evaluation, round_number: int) -> Losses:
             batch = self.everything if request.batch == "full" else index
-            rounds.append(Losses(tuple(float(self.losses(w + vector(v.shift), batch)) for v in request.variants)))
-            request = algorithm.update(state, step, rounds)
-        return -vector(request.combination), request.state
+            return Losses(tuple(float(self.losses(w + vector(v.shift), batch)) for v in request.variants))
+
+        update = run_step(algorithm, state, step, evaluate).update
+        assert update is not None
+        return -vector(update.combination), update.state
 
 
 def vector(combination: Combination) -> torch.Tensor:
@@ -127,11 +129,11 @@ def test_variance_is_several_times_below_mezos_and_that_of_the_released_code_abo
     errors: dict[str, list[float]] = {"mezo": [], "svrg": [], "released": []}
     for draw in range(DRAWS):
         problem = Problem(seed=draw, num_steps=10, batch_size=BATCH_SIZE, full_size=NUM_SAMPLES)
-        mezo = Mezo(MezoConfig(lr=lr, eps=1e-3), problem)
-        svrg = Svrg(SvrgConfig(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
-        released = SvrgReleased(SvrgReleasedConfig(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
+        mezo = MeZOPlanner(MeZO(lr=lr, eps=1e-3), problem)
+        svrg = SVRGPlanner(MeZOSVRG(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
+        released = SVRGReleasedPlanner(MeZOSVRGReleased(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
         found = {"mezo": toy.estimate(mezo, toy.w, mezo.init(), 1)[0]}
-        anchors: dict[str, Algorithm] = {"svrg": svrg, "released": released}
+        anchors: dict[str, Algorithm[Any]] = {"svrg": svrg, "released": released}
         for name, planner in anchors.items():
             anchored, state = toy.estimate(planner, toy.w, planner.init(), 0)
             found[name] = toy.estimate(planner, toy.w - anchored, state, 1)[0]

@@ -8,7 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from mezo_dist.distributed.environment import Ranks, discover
+from mezo_dist.distributed.environment import ClusterEnvironment, discover
 
 from .conftest import ROOT
 
@@ -35,7 +35,9 @@ def test_its_pods_know_their_ranks() -> None:
         entry["name"]: entry["value"] if "value" in entry else index[entry["valueFrom"]["fieldRef"]["fieldPath"]]
         for entry in CONTAINER["env"]
     }
-    assert discover(environment) == Ranks("RANK and WORLD_SIZE", 1, 2, 0, 0, "mezo-dist-0.mezo-dist", 29500)
+    assert discover(environment) == ClusterEnvironment(
+        "RANK and WORLD_SIZE", 1, 2, 0, 0, "mezo-dist-0.mezo-dist", 29500
+    )
     assert JOB["spec"]["completions"] == JOB["spec"]["parallelism"] == 2
     # The host name of pod 0 of an indexed Job is JOB-0, known under the Service that is the pods' subdomain.
     assert f"{JOB['metadata']['name']}-0.{SERVICE['metadata']['name']}" == environment["MASTER_ADDR"]

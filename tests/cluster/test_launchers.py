@@ -91,7 +91,7 @@ def test_deepspeed_without_ssh(workplace: Workplace, two_hosts: Cluster, engine:
     started = []
     for number, host in enumerate(two_hosts.hosts):
         line = command(f"launcher/deepspeed.sh --hostfile hostfile --no_ssh --node_rank {number}")
-        started.append(workplace.start(two_hosts, host, [*line, f"--engine.name={engine}", into(engine)]))
+        started.append(workplace.start(two_hosts, host, [*line, f"--layout.name={engine}", into(engine)]))
     found = [one.finish() for one in started]
     assert [status for status, _ in found] == [0, 0], found
     assert f"engine      {engine}, 2 process(es)" in found[0][1]

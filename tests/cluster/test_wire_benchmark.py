@@ -1,4 +1,4 @@
-"""The benchmark of slow links, on a tiny model: what a step puts on the wire, as the network card counts it."""
+"""The benchmark of slow links, on a tiny model: what a step puts on the comm, as the network card counts it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.distributed
 
 def test_a_step_sends_a_few_hundred_bytes_whatever_the_link(tmp_path: Path) -> None:
     need({})
-    given = ["--shape=tiny", "--rounds=1", "--steps=20", "--patience=2", "--json", f"--plot={tmp_path / 'wire.png'}"]
+    given = ["--shape=tiny", "--rounds=1", "--steps=20", "--patience=2", "--json", f"--plot={tmp_path / 'comm.png'}"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "benchmarks" / "wire.py"), *given],
+        [sys.executable, str(ROOT / "examples" / "benchmarks" / "comm.py"), *given],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -33,4 +33,4 @@ def test_a_step_sends_a_few_hundred_bytes_whatever_the_link(tmp_path: Path) -> N
     assert 256 <= figures["tcp_payload_bytes_per_step"] < figures["bytes_per_step"] < 2048
     weights = 3_000_000
     assert figures["ddp_bytes_per_step"] > 4 * weights, "a gradient of all weights"
-    assert (tmp_path / "wire.png").stat().st_size > 1000
+    assert (tmp_path / "comm.png").stat().st_size > 1000

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mezo_dist.algorithms import ALGORITHMS
-from mezo_dist.algorithms.svrg import SvrgConfig
+from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config.reader import from_dict, load
 from mezo_dist.config.task import Label
 from mezo_dist.errors import UserError
@@ -77,7 +77,7 @@ def test_the_name_picks_the_settings(write_config: Write) -> None:
 
 def test_an_override_of_the_name_keeps_settings_that_both_have(write_config: Write) -> None:
     config = load(write_config(), ["algorithm.name=mezo-svrg", "algorithm.q=3"])
-    assert config.algorithm == SvrgConfig(lr=5e-5, q=3)
+    assert config.algorithm == MeZOSVRG(lr=5e-5, q=3)
 
 
 def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config: Write) -> None:
@@ -128,7 +128,14 @@ def test_the_digest_ignores_where_results_go_and_nothing_else(write_config: Writ
     config = load(path)
     same = load(path, ["output.dir=x", "output.export=false", "output.if_exists=new", "distributed.timeout_s=5"])
     assert same.digest() == config.digest()
-    for change in ("seed=1", "train.steps=21", "task.splits.seed=1", "algorithm.lr=6e-5", "model.name=other", "rank=2"):
+    for change in (
+        "seed=1",
+        "train.steps=21",
+        "task.splits.seed=1",
+        "algorithm.lr=6e-5",
+        "model.name=other",
+        "direction_rank=2",
+    ):
         assert load(path, [change]).digest() != config.digest(), change
 
 

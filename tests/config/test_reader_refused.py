@@ -123,7 +123,7 @@ def test_a_value_where_a_section_should_be(write_config: Write, value: str) -> N
         (["train.max_tokens=0"], "train.max_tokens: must be at least 1"),
         (["train.evaluate_every=-1"], "train.evaluate_every: must be at least 0"),
         (["train.full_size=3"], "train.full_size: 3 is less than train.batch_size 4"),
-        (["rank=0"], "rank: must be at least 1"),
+        (["direction_rank=0"], "rank: must be at least 1"),
         (["distributed.timeout_s=0"], "distributed.timeout_s: must lie between 0 and"),
         (["distributed.timeout_s=.nan"], "distributed.timeout_s: must lie between 0 and"),
         (["distributed.timeout_s=.inf"], "distributed.timeout_s: must lie between 0 and"),

@@ -1,4 +1,5 @@
-"""The compiled `add` of the CPU has the bits of the reference: any dtype, law, place, number of outputs and threads."""
+"""The compiled `add` of the CPU has the bits of the reference: any dtype, bits, place, number of outputs and
+threads."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mezo_dist.directions.add import add
 from mezo_dist.directions.advance import advance
-from mezo_dist.directions.bits import FACTOR_V, GAUSSIAN, RADEMACHER, Law
+from mezo_dist.directions.bits import FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import cpu, reference
 
@@ -34,7 +35,7 @@ def torch_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def bits(tensor: Tensor) -> Tensor:
+def bit_patterns(tensor: Tensor) -> Tensor:
     """The bits of a tensor, all NaNs alike: which NaN a cast gives differs between processors, in torch too."""
     same = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor)
     return same.view(torch.int32 if tensor.dtype == FP32 else torch.int16)
@@ -63,7 +64,7 @@ def both(
     sums: Sequence[Combination],
     dtypes: Sequence[torch.dtype],
     *,
-    law: Law = GAUSSIAN,
+    bits: BitLayout = GAUSSIAN,
     offsets: Sequence[int] = (0,),
     rounding_seed: int | None = None,
     in_place: int | None = None,
@@ -75,26 +76,26 @@ def both(
         outputs = [torch.full_like(source, 7.0, dtype=dtype) for dtype in dtypes]
         if in_place is not None:
             outputs[in_place] = source
-        function(source, sums, outputs, param_id=99, law=law, offsets=offsets, rounding_seed=rounding_seed)
+        function(source, sums, outputs, param_id=99, bits=bits, offsets=offsets, rounding_seed=rounding_seed)
         results.append([*outputs, source])
     for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(bits(got), bits(expected), rtol=0, atol=0)
+        torch.testing.assert_close(bit_patterns(got), bit_patterns(expected), rtol=0, atol=0)
     if in_place is None:
-        assert torch.equal(bits(results[1][-1].flatten()), bits(weight))
+        assert torch.equal(bit_patterns(results[1][-1].flatten()), bit_patterns(weight))
     return [output.flatten() for output in results[1][:-1]]
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("bits", LAWS, ids=lambda bits: bits.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out", DTYPES, ids=str)
-def test_kernel_equals_reference(law: Law, dtype: torch.dtype, out: torch.dtype) -> None:
+def test_kernel_equals_reference(bits: BitLayout, dtype: torch.dtype, out: torch.dtype) -> None:
     places = ((0, 1), (1023, 2), (5, 4000), (2**35 - 700, 1500))
     for (offset, length), rounding_seed in product(places, (None, 17) if out == BF16 else (None,)):
         both(
             weights(length, dtype, seed=length),
             combinations(2, seed=offset + length),
             [out, out],
-            law=law,
+            bits=bits,
             offsets=[offset],
             rounding_seed=rounding_seed,
             in_place=1 if out == dtype else None,
@@ -103,7 +104,7 @@ def test_kernel_equals_reference(law: Law, dtype: torch.dtype, out: torch.dtype)
 
 @settings(deadline=None, max_examples=80)
 @given(
-    law=st.sampled_from(LAWS),
+    bits=st.sampled_from(LAWS),
     dtype=st.sampled_from(DTYPES),
     outputs=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=8),
     offsets=st.lists(st.sampled_from([0, 1, 1023, 1024, 2**35 - 5]) | st.integers(0, 2**36), min_size=1, max_size=6),
@@ -113,7 +114,7 @@ def test_kernel_equals_reference(law: Law, dtype: torch.dtype, out: torch.dtype)
     rounding_seed=st.none() | st.integers(0, 2**64 - 1),
 )
 def test_kernel_equals_reference_on_anything(
-    law: Law,
+    bits: BitLayout,
     dtype: torch.dtype,
     outputs: list[torch.dtype],
     offsets: list[int],
@@ -127,7 +128,7 @@ def test_kernel_equals_reference_on_anything(
         weights(len(offsets) * length, dtype, seed=seed),
         combinations(len(dtypes), seed, scale=scale),
         dtypes,
-        law=law,
+        bits=bits,
         offsets=offsets,
         rounding_seed=rounding_seed,
         in_place=dtypes.index(dtype) if seed % 2 and dtype in dtypes else None,
@@ -142,31 +143,31 @@ def test_many_terms_and_many_short_rows() -> None:
     both(weights(500 * 576, FP32), combinations(2, seed=4, most_terms=1), [FP32, FP32], offsets=rows)
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_any_piece_equals_that_piece_of_the_whole(law: Law) -> None:
+@pytest.mark.parametrize("bits", LAWS, ids=lambda bits: bits.name)
+def test_any_piece_equals_that_piece_of_the_whole(bits: BitLayout) -> None:
     weight, (step,) = weights(5000, FP32), combinations(1, seed=3)
-    (whole,) = both(weight, [step], [FP32], law=law, offsets=[100])
+    (whole,) = both(weight, [step], [FP32], bits=bits, offsets=[100])
     for first, length in ((0, 1), (1, 1023), (924, 1024), (923, 2049), (4999, 1), (17, 4900)):
-        (piece,) = both(weight[first : first + length], [step], [FP32], law=law, offsets=[100 + first])
-        assert torch.equal(bits(piece), bits(whole[first : first + length]))
+        (piece,) = both(weight[first : first + length], [step], [FP32], bits=bits, offsets=[100 + first])
+        assert torch.equal(bit_patterns(piece), bit_patterns(whole[first : first + length]))
     starts = [0, 1000, 3, 4000]
     (rows,) = both(
-        torch.cat([weight[s : s + 1000] for s in starts]), [step], [FP32], law=law, offsets=[100 + s for s in starts]
+        torch.cat([weight[s : s + 1000] for s in starts]), [step], [FP32], bits=bits, offsets=[100 + s for s in starts]
     )
-    assert torch.equal(bits(rows), bits(torch.cat([whole[s : s + 1000] for s in starts])))
+    assert torch.equal(bit_patterns(rows), bit_patterns(torch.cat([whole[s : s + 1000] for s in starts])))
 
 
 @pytest.mark.usefixtures("torch_threads")
-@pytest.mark.parametrize("law", [GAUSSIAN, RADEMACHER], ids=lambda law: law.name)
-def test_number_of_threads_changes_no_bit(law: Law) -> None:
+@pytest.mark.parametrize("bits", [GAUSSIAN, RADEMACHER], ids=lambda bits: bits.name)
+def test_number_of_threads_changes_no_bit(bits: BitLayout) -> None:
     count = 1024 * cpu.CHUNKS_PER_THREAD * 5 + 333  # enough for five threads
     weight, sums = weights(count, BF16), combinations(2, seed=8)
     made = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         outputs = [torch.empty(count), torch.empty(count, dtype=BF16)]
-        add(weight, sums, outputs, param_id=1, law=law, offsets=[1000])
-        made.append([bits(output) for output in outputs])
+        add(weight, sums, outputs, param_id=1, bits=bits, offsets=[1000])
+        made.append([bit_patterns(output) for output in outputs])
     for other in made[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
 
@@ -178,7 +179,7 @@ def test_python_threads_and_forked_processes_may_add_at_once() -> None:
 
     def result(_: int = 0) -> bytes:
         output = torch.empty_like(weight)
-        add(weight, [step], [output], param_id=1, law=RADEMACHER)
+        add(weight, [step], [output], param_id=1, bits=RADEMACHER)
         return bytes(output.numpy())
 
     expected = result()
@@ -196,12 +197,12 @@ def test_python_threads_and_forked_processes_may_add_at_once() -> None:
 # Many updates in one pass
 
 
-@pytest.mark.parametrize("law", [GAUSSIAN, RADEMACHER], ids=["gaussian", "rademacher"])
+@pytest.mark.parametrize("bits", [GAUSSIAN, RADEMACHER], ids=["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize(("offset", "length"), [(0, 1), (0, 5000), (1000, 30), (1020, 4099)])
 def test_many_updates_in_one_pass_have_the_same_bits(
-    law: Law, dtype: torch.dtype, stochastic: bool, offset: int, length: int
+    bits: BitLayout, dtype: torch.dtype, stochastic: bool, offset: int, length: int
 ) -> None:
     """In every step the sum is rounded to the weight's dtype, so adding it all up in fp32 would be wrong."""
     if stochastic and dtype is not torch.bfloat16:
@@ -212,11 +213,11 @@ def test_many_updates_in_one_pass_have_the_same_bits(
         for seed in range(9)
     ]
     at_once, stepped, exact = weight.clone(), weight.clone(), weight.clone()
-    advance(at_once, updates, param_id=5, law=law, offset=offset)
+    advance(at_once, updates, param_id=5, bits=bits, offset=offset)
     for combination, seed in updates:
-        add(stepped, [combination], [stepped], param_id=5, law=law, offsets=[offset], rounding_seed=seed)
+        add(stepped, [combination], [stepped], param_id=5, bits=bits, offsets=[offset], rounding_seed=seed)
         reference.add(
-            exact.view(1, -1), [combination], [exact.view(1, -1)], param_id=5, law=law, offsets=[offset],
+            exact.view(1, -1), [combination], [exact.view(1, -1)], param_id=5, bits=bits, offsets=[offset],
             rounding_seed=seed,
         )  # fmt: skip
     assert torch.equal(at_once, stepped)

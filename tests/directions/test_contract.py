@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.directions.add import add
-from mezo_dist.directions.bits import GAUSSIAN, Law
+from mezo_dist.directions.bits import GAUSSIAN, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import cpu, reference
 
@@ -32,7 +32,7 @@ def run(
     rounding_seed: int | None = None,
 ) -> list[Tensor]:
     outputs = [torch.empty(1, len(weight), dtype=dtype) for dtype in dtypes]
-    function(weight.view(1, -1), sums, outputs, param_id=PARAM, law=GAUSSIAN, offsets=[0], rounding_seed=rounding_seed)
+    function(weight.view(1, -1), sums, outputs, param_id=PARAM, bits=GAUSSIAN, offsets=[0], rounding_seed=rounding_seed)
     return [output[0] for output in outputs]
 
 
@@ -134,15 +134,15 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, object]]] = [
 def test_arguments_that_do_not_fit_are_refused(message: str, change: dict[str, object]) -> None:
     arguments: dict[str, object] = {"weight": W, "combinations": [Combination.single(1, 1.0)], "outputs": [W]}
     with pytest.raises(ValueError, match=message):
-        add(**{**arguments, "param_id": 1, "law": GAUSSIAN, **change})  # type: ignore[arg-type]
+        add(**{**arguments, "param_id": 1, "bits": GAUSSIAN, **change})  # type: ignore[arg-type]
     assert not W.any()
 
 
 def test_an_empty_weight_is_left_alone() -> None:
-    add(torch.zeros(0), [ZERO], [torch.zeros(0)], param_id=1, law=GAUSSIAN)
+    add(torch.zeros(0), [ZERO], [torch.zeros(0)], param_id=1, bits=GAUSSIAN)
 
 
 def test_the_kernel_refuses_a_law_it_does_not_know() -> None:
-    strange = Law("strange", "strange/v0", 128, lambda words: words.float())
+    strange = BitLayout("strange", "strange/v0", 128, lambda words: words.float())
     with pytest.raises(ValueError, match="strange"):
-        cpu.add(W.view(1, -1), [ZERO], [W.view(1, -1)], param_id=1, law=strange, offsets=[0], rounding_seed=None)
+        cpu.add(W.view(1, -1), [ZERO], [W.view(1, -1)], param_id=1, bits=strange, offsets=[0], rounding_seed=None)

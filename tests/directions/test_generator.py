@@ -20,15 +20,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mezo_dist.directions import bits
-from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, Law, gaussian_table
+from mezo_dist.directions import bits as bit_layouts
+from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout, gaussian_table
 from mezo_dist.directions.combination import ZERO, Combination, to_fp32
 from mezo_dist.directions.kernels import reference
 from mezo_dist.directions.philox import MASK32, direction_words, philox4x32
 from mezo_dist.directions.seeds import derive_seed, param_id, param_ids
 
 GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("data").joinpath("directions.json").read_text())
-LAWS = {law.name: law for law in (GAUSSIAN, RADEMACHER, FACTOR_U, FACTOR_V)}
+LAWS = {bits.name: bits for bits in (GAUSSIAN, RADEMACHER, FACTOR_U, FACTOR_V)}
 STREAMS = {"gaussian": 0, "rademacher": 0, "lowrank-u": 2, "lowrank-v": 3}
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, output.
@@ -65,17 +65,17 @@ def literal_half(seed: int, parameter: int, stream: int, element: int) -> int:
     return word >> 16 if (e // 128) % 2 else word & 0xFFFF
 
 
-def literal_value(law: str, seed: int, parameter: int, element: int) -> float:
-    if law != "rademacher":
-        return float(gaussian_table()[literal_half(seed, parameter, STREAMS[law], element)])
+def literal_value(bits: str, seed: int, parameter: int, element: int) -> float:
+    if bits != "rademacher":
+        return float(gaussian_table()[literal_half(seed, parameter, STREAMS[bits], element)])
     chunk, e = divmod(element, 1024)
     word = literal_words(seed, parameter, 0, 8 * chunk + e // 128)[(e // 32) % 4]
     return 1.0 if (word >> e % 32) & 1 else -1.0
 
 
-def values(law: Law, seed: int, parameter: int, start: int, stop: int) -> list[float]:
+def values(bits: BitLayout, seed: int, parameter: int, start: int, stop: int) -> list[float]:
     first, last = start // 1024, (stop - 1) // 1024
-    flat = law.chunks(seed, parameter, first, last - first + 1).flatten()
+    flat = bits.chunks(seed, parameter, first, last - first + 1).flatten()
     return flat[start - 1024 * first : stop - 1024 * first].tolist()
 
 
@@ -119,10 +119,10 @@ def test_block_numbers_carry_into_the_high_word_so_that_none_repeats() -> None:
     ]
     assert [tuple(made[:, j].tolist()) for j in range(4)] == expected
     assert not torch.equal(made[:, 2:], direction_words(5, 6, 0, 0, 2))
-    for law, elements_per_block in ((GAUSSIAN, 8), (RADEMACHER, 128)):
+    for bits, elements_per_block in ((GAUSSIAN, 8), (RADEMACHER, 128)):
         boundary = 2**32 * elements_per_block
-        expected_values = [literal_value(law.name, 5, 6, e) for e in range(boundary - 3, boundary + 3)]
-        assert values(law, 5, 6, boundary - 3, boundary + 3) == expected_values
+        expected_values = [literal_value(bits.name, 5, 6, e) for e in range(boundary - 3, boundary + 3)]
+        assert values(bits, 5, 6, boundary - 3, boundary + 3) == expected_values
 
 
 # --- the laws ----------------------------------------------------------------------------------------------------
@@ -145,39 +145,39 @@ def test_gaussian_table_holds_the_scaled_quantiles() -> None:
 
 def test_gaussian_table_fingerprint_is_pinned_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     digest = hashlib.sha256(gaussian_table().astype("<f4").tobytes()).hexdigest()
-    assert digest == GOLDEN["gaussian_table_sha256"] == bits.GAUSSIAN_TABLE_SHA256
+    assert digest == GOLDEN["gaussian_table_sha256"] == bit_layouts.GAUSSIAN_TABLE_SHA256
     assert digest[:16] in GAUSSIAN.version
-    monkeypatch.setattr(bits, "GAUSSIAN_TABLE_SHA256", "0" * 64)
+    monkeypatch.setattr(bit_layouts, "GAUSSIAN_TABLE_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match="SHA-256"):
         gaussian_table.__wrapped__()
 
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-def test_layout_is_that_of_the_design(law: Law) -> None:
+@pytest.mark.parametrize("bits", LAWS.values(), ids=LAWS)
+def test_layout_is_that_of_the_design(bits: BitLayout) -> None:
     seed, parameter = 0xFEDCBA9876543210, 0x89ABCDEF
     for start in (0, 1024 * 77):
-        literal = [literal_value(law.name, seed, parameter, e) for e in range(start, start + 1024)]
-        assert values(law, seed, parameter, start, start + 1024) == literal
+        literal = [literal_value(bits.name, seed, parameter, e) for e in range(start, start + 1024)]
+        assert values(bits, seed, parameter, start, start + 1024) == literal
 
 
 @given(
-    law=st.sampled_from(sorted(LAWS)),
+    bits=st.sampled_from(sorted(LAWS)),
     seed=st.integers(0, 2**64 - 1),
     parameter=st.integers(0, MASK32),
     start=st.integers(0, 2**36),
     length=st.integers(1, 5),
 )
-def test_any_element_can_be_made_alone(law: str, seed: int, parameter: int, start: int, length: int) -> None:
-    literal = [literal_value(law, seed, parameter, e) for e in range(start, start + length)]
-    assert values(LAWS[law], seed, parameter, start, start + length) == literal
+def test_any_element_can_be_made_alone(bits: str, seed: int, parameter: int, start: int, length: int) -> None:
+    literal = [literal_value(bits, seed, parameter, e) for e in range(start, start + length)]
+    assert values(LAWS[bits], seed, parameter, start, start + length) == literal
 
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-def test_many_chunks_at_once_are_those_made_one_by_one(law: Law) -> None:
-    together = law.chunks(3, 4, first_chunk=10, num_chunks=5)
+@pytest.mark.parametrize("bits", LAWS.values(), ids=LAWS)
+def test_many_chunks_at_once_are_those_made_one_by_one(bits: BitLayout) -> None:
+    together = bits.chunks(3, 4, first_chunk=10, num_chunks=5)
     assert together.shape == (5, 1024)
     assert together.dtype == torch.float32
-    assert torch.equal(together, torch.cat([law.chunks(3, 4, first_chunk=10 + i, num_chunks=1) for i in range(5)]))
+    assert torch.equal(together, torch.cat([bits.chunks(3, 4, first_chunk=10 + i, num_chunks=1) for i in range(5)]))
 
 
 def test_rademacher_costs_one_bit_per_element() -> None:
@@ -188,9 +188,9 @@ def test_rademacher_costs_one_bit_per_element() -> None:
 
 @pytest.mark.parametrize("golden", GOLDEN["chunks"], ids=lambda g: f"{g['law']}-{g['seed']}-{g['first_chunk']}")
 def test_golden_chunks(golden: dict[str, Any]) -> None:
-    law = LAWS[golden["law"]]
-    made = law.chunks(golden["seed"], golden["param_id"], golden["first_chunk"], golden["num_chunks"])
-    assert sha256(made) == golden["sha256"], f"the law {law.name} changed: give it another version"
+    bits = LAWS[golden["law"]]
+    made = bits.chunks(golden["seed"], golden["param_id"], golden["first_chunk"], golden["num_chunks"])
+    assert sha256(made) == golden["sha256"], f"the bits {bits.name} changed: give it another version"
 
 
 def test_golden_rounding_bits() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mezo_dist
 from mezo_dist.directions import add
-from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, Law
+from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import reference
 
@@ -41,7 +41,7 @@ NANS = [0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF]  # bits that look like something 
 class Case:
     weight: torch.dtype = FP32
     outputs: tuple[torch.dtype, ...] = (FP32,)
-    law: Law = GAUSSIAN
+    bits: BitLayout = GAUSSIAN
     offsets: tuple[int, ...] = (5,)
     length: int = 1500
     terms: int = 2
@@ -51,22 +51,22 @@ class Case:
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
-    for law in (GAUSSIAN, RADEMACHER, FACTOR_U, FACTOR_V):
+    for bits in (GAUSSIAN, RADEMACHER, FACTOR_U, FACTOR_V):
         for dtype in DTYPES:
-            yield f"{law.name}-{dtype}", Case(dtype, (dtype,), law, in_place=dtype != FP32)
-    for law in (GAUSSIAN, RADEMACHER):
-        of_law = Case(law=law)
-        yield f"{law.name}-mixed-outputs", replace(of_law, weight=BF16, outputs=DTYPES, terms=5)
-        yield f"{law.name}-eight-outputs", replace(of_law, weight=FP16, outputs=(FP32,) * 8, terms=4, length=300)
-        yield f"{law.name}-no-terms", replace(of_law, outputs=DTYPES, terms=0, special=True)
-        yield f"{law.name}-one-element", replace(of_law, offsets=(1023,), length=1, terms=1)
-        yield f"{law.name}-whole-chunks", replace(of_law, offsets=(0,), length=4096, terms=1, in_place=True)
-        yield f"{law.name}-long-piece", replace(of_law, offsets=(FAR,), length=5000, terms=1)
-        yield f"{law.name}-many-rows", replace(of_law, offsets=(0, 9 * 96, FAR, 2**45 - 50, 96), length=96)
-        yield f"{law.name}-special", replace(of_law, outputs=DTYPES, special=True)
+            yield f"{bits.name}-{dtype}", Case(dtype, (dtype,), bits, in_place=dtype != FP32)
+    for bits in (GAUSSIAN, RADEMACHER):
+        of_law = Case(bits=bits)
+        yield f"{bits.name}-mixed-outputs", replace(of_law, weight=BF16, outputs=DTYPES, terms=5)
+        yield f"{bits.name}-eight-outputs", replace(of_law, weight=FP16, outputs=(FP32,) * 8, terms=4, length=300)
+        yield f"{bits.name}-no-terms", replace(of_law, outputs=DTYPES, terms=0, special=True)
+        yield f"{bits.name}-one-element", replace(of_law, offsets=(1023,), length=1, terms=1)
+        yield f"{bits.name}-whole-chunks", replace(of_law, offsets=(0,), length=4096, terms=1, in_place=True)
+        yield f"{bits.name}-long-piece", replace(of_law, offsets=(FAR,), length=5000, terms=1)
+        yield f"{bits.name}-many-rows", replace(of_law, offsets=(0, 9 * 96, FAR, 2**45 - 50, 96), length=96)
+        yield f"{bits.name}-special", replace(of_law, outputs=DTYPES, special=True)
         for dtype, seed in ((BF16, 7), (FP32, 2**63 + 12345)):
             stochastic = replace(of_law, weight=dtype, outputs=(BF16, BF16), rounding_seed=seed, special=True)
-            yield f"{law.name}-stochastic-{dtype}", stochastic
+            yield f"{bits.name}-stochastic-{dtype}", stochastic
 
 
 CASES = dict(_cases())
@@ -101,7 +101,7 @@ def run_case(case: Case, device: str) -> str:
     w = weights(case)
     kernels = [torch.full_like(w, 9.0, dtype=dtype, device=device) for dtype in case.outputs]
     expected = [torch.full_like(w, 9.0, dtype=dtype) for dtype in case.outputs]
-    common: dict[str, Any] = {"param_id": PARAM_ID, "offsets": case.offsets, "law": case.law}
+    common: dict[str, Any] = {"param_id": PARAM_ID, "offsets": case.offsets, "bits": case.bits}
     reference.add(w, combinations(case), expected, **common, rounding_seed=case.rounding_seed)
     source = w.to(device)
     if case.in_place:
@@ -189,12 +189,12 @@ def test_machine_code(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(gpu, "_kernel", compiler)
     w = weights(case)
     outputs = [torch.empty_like(w, dtype=dtype) for dtype in case.outputs]
-    common: dict[str, Any] = {"param_id": PARAM_ID, "offsets": case.offsets, "law": case.law}
+    common: dict[str, Any] = {"param_id": PARAM_ID, "offsets": case.offsets, "bits": case.bits}
     gpu.add(w, combinations(case), outputs, **common, rounding_seed=case.rounding_seed)
 
     ptx, layouts, binary = (compiler.compiled.asm[kind] for kind in ("ptx", "ttgir", "cubin"))
     assert "add.rn.f32" in ptx
-    assert case.law is RADEMACHER or "mul.rn.f32" in ptx  # c * -1 may become -c
+    assert case.bits is RADEMACHER or "mul.rn.f32" in ptx  # c * -1 may become -c
     assert not re.search(r"\b(fma|mad)[.\w]*f(16|32|64)|\.ftz|add\.f32|mul\.f32", ptx)
     assert binary  # ptxas took it
 
@@ -215,9 +215,9 @@ def test_is_the_implementation_for_cuda() -> None:
 def test_refuses_an_unknown_law() -> None:
     from mezo_dist.directions.kernels import gpu
 
-    law = replace(GAUSSIAN, name="uniform", values=lambda words: words.float())
+    bits = replace(GAUSSIAN, name="uniform", values=lambda words: words.float())
     with pytest.raises(ValueError, match="'uniform'"):
-        gpu.add(torch.ones(1, 4), [ZERO], [torch.ones(1, 4)], param_id=1, offsets=(0,), law=law, rounding_seed=None)
+        gpu.add(torch.ones(1, 4), [ZERO], [torch.ones(1, 4)], param_id=1, offsets=(0,), bits=bits, rounding_seed=None)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numba
 import pytest
 import torch
 
-import mezo_dist.directions
+import mezo_dist.directions.kernels
 from mezo_dist.directions.add import add, implementation
 from mezo_dist.directions.bits import GAUSSIAN
 from mezo_dist.directions.combination import Combination
@@ -24,15 +24,15 @@ def test_without_numba_the_reference_does_it_and_the_log_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("cpu", "cpu_jobs", "cpu_kernel", "numba_cache", "threads"):
-        monkeypatch.delitem(sys.modules, f"mezo_dist.directions.{name}", raising=False)
-        monkeypatch.delattr(mezo_dist.directions, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"mezo_dist.directions.kernels.{name}", raising=False)
+        monkeypatch.delattr(mezo_dist.directions.kernels, name, raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)  # `import numba` raises ImportError
     implementation.cache_clear()
     try:
         weight = torch.zeros(10)
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
-                add(weight, [Combination.single(1, 1.0)], [weight], param_id=2, law=GAUSSIAN)
+                add(weight, [Combination.single(1, 1.0)], [weight], param_id=2, bits=GAUSSIAN)
         assert implementation("cpu") is reference.add
     finally:
         implementation.cache_clear()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, Law, gaussian_table
+from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, BitLayout, gaussian_table
 from mezo_dist.directions.philox import KEY_INCREMENTS, MASK32, MULTIPLIERS, ROUNDS, direction_words
 from mezo_dist.directions.seeds import derive_seed
 
@@ -25,14 +25,14 @@ CHUNKS = 4096
 
 
 @functools.cache
-def sample(law: Law) -> Tensor:
+def sample(bits: BitLayout) -> Tensor:
     """One direction, fp32 [4096, 1024]: 4 million values."""
-    return law.chunks(derive_seed(0, "statistics"), 77, first_chunk=0, num_chunks=CHUNKS)
+    return bits.chunks(derive_seed(0, "statistics"), 77, first_chunk=0, num_chunks=CHUNKS)
 
 
-def support(law: Law) -> Tensor:
-    """The equally likely values of a law, fp64."""
-    return torch.tensor(gaussian_table() if law is GAUSSIAN else [-1.0, 1.0], dtype=torch.float64)
+def support(bits: BitLayout) -> Tensor:
+    """The equally likely values of a bits, fp64."""
+    return torch.tensor(gaussian_table() if bits is GAUSSIAN else [-1.0, 1.0], dtype=torch.float64)
 
 
 def check_uncorrelated(rows: Tensor) -> None:
@@ -65,10 +65,10 @@ def test_table_has_the_moments_of_the_normal_distribution() -> None:
     assert abs(z.pow(4).mean() - 3) < beyond < 0.01
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("bits", LAWS, ids=lambda bits: bits.name)
 @pytest.mark.parametrize("power", [1, 2, 3, 4])
-def test_moments(law: Law, power: int) -> None:
-    values, expected = sample(law).double().pow(power), support(law).pow(power)
+def test_moments(bits: BitLayout, power: int) -> None:
+    values, expected = sample(bits).double().pow(power), support(bits).pow(power)
     deviation = expected.std(correction=0) / math.sqrt(values.numel())
     assert abs(values.mean() - expected.mean()) <= 5 * deviation + 1e-15
 
@@ -102,16 +102,16 @@ def test_rademacher_bits_follow_no_pattern() -> None:
 # --- independence -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_elements_of_a_chunk_are_uncorrelated(law: Law) -> None:
+@pytest.mark.parametrize("bits", LAWS, ids=lambda bits: bits.name)
+def test_elements_of_a_chunk_are_uncorrelated(bits: BitLayout) -> None:
     """All 523,776 pairs of places in a chunk, so every way in which elements share a block, a word or a half."""
-    check_uncorrelated(sample(law).T.contiguous())
+    check_uncorrelated(sample(bits).T.contiguous())
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+@pytest.mark.parametrize("bits", LAWS, ids=lambda bits: bits.name)
 @pytest.mark.parametrize("lag", [1, 2, 128, 1023, 1024, 1025, 8192, 131072])
-def test_elements_a_lag_apart_are_uncorrelated(law: Law, lag: int) -> None:
-    values = sample(law).flatten()
+def test_elements_a_lag_apart_are_uncorrelated(bits: BitLayout, lag: int) -> None:
+    values = sample(bits).flatten()
     products = (values[lag:] * values[:-lag]).double()
     assert abs(products.sum()) < 5 * math.sqrt(len(products))
 
@@ -121,8 +121,8 @@ def test_sizes_of_gaussian_elements_are_uncorrelated() -> None:
     check_uncorrelated((sample(GAUSSIAN).square() - 1).T.contiguous())
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_directions_are_uncorrelated(law: Law) -> None:
+@pytest.mark.parametrize("bits", LAWS, ids=lambda bits: bits.name)
+def test_directions_are_uncorrelated(bits: BitLayout) -> None:
     """Across seeds, parameters and streams: neighbours, numbers one bit apart, derived seeds; 46,056 pairs."""
     seed, parameter = 0x0123456789ABCDEF, 0x89ABCDEF
     names = {(derive_seed(0, "step", i), parameter, 0) for i in range(100)}
@@ -132,7 +132,7 @@ def test_directions_are_uncorrelated(law: Law) -> None:
     names |= {(seed, parameter ^ (1 << bit), 0) for bit in range(32)}
     names |= {(seed, parameter, stream) for stream in range(4)} | {(parameter, seed & MASK32, 0)}
     names |= {(0, 0, stream) for stream in range(1, 4)}
-    rows = [replace(law, stream=stream).chunks(s, p, 0, 8).flatten() for s, p, stream in sorted(names)]
+    rows = [replace(bits, stream=stream).chunks(s, p, 0, 8).flatten() for s, p, stream in sorted(names)]
     assert len(rows) == 304
     check_uncorrelated(torch.stack(rows))
 

@@ -30,7 +30,7 @@ def _two_threads() -> Iterator[None]:
 
 def made() -> torch.Tensor:
     output = torch.empty(LARGE)
-    add(torch.zeros(LARGE), [Combination.single(1, 1.0)], [output], param_id=2, law=GAUSSIAN)
+    add(torch.zeros(LARGE), [Combination.single(1, 1.0)], [output], param_id=2, bits=GAUSSIAN)
     return output
 
 

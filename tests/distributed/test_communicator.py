@@ -1,4 +1,4 @@
-"""The wire: sums that do not depend on their order, bytes that do not depend on the model, clear words on failure."""
+"""The comm: sums that do not depend on their order, bytes that do not depend on the model, clear words on failure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.distributed.communicator import PAYLOAD_WORDS, OutOfStepError, Wire, connect, fingerprint, mean, to_fixed
-from mezo_dist.distributed.rendezvous import share_cores
+from mezo_dist.distributed.communicator import PAYLOAD_WORDS, Communicator, OutOfStepError, fingerprint
+from mezo_dist.distributed.connect import connect, share_cores
+from mezo_dist.distributed.fixed_point import mean, to_fixed
 from mezo_dist.errors import UserError
 from mezo_dist.objectives.classification import Scores
 from mezo_dist.runs.evaluation import Evaluator
@@ -99,38 +100,38 @@ class OtherRanks:
 def test_a_round_adds_up_and_is_metered(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = fingerprint("step", 3)
     others = OtherRanks(monkeypatch, [mark // 3, 0, 10, 20, 30, 40], [mark // 3, 0, -1, -1, -1, -1])
-    wire = Wire(rank=0, world_size=3)
+    comm = Communicator(rank=0, world_size=3)
     values = torch.tensor([[1, 2], [3, 4]])
-    assert wire.round(values, mark).tolist() == [[10, 21], [32, 43]]
+    assert comm.round(values, mark).tolist() == [[10, 21], [32, 43]]
     assert values.tolist() == [[1, 2], [3, 4]]
     assert others.lengths == [PAYLOAD_WORDS]
-    assert (wire.payload_bytes, wire.rounds) == (256, 1)
+    assert (comm.payload_bytes, comm.rounds) == (256, 1)
 
 
 def test_a_long_round_meets_before_it_sends_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = fingerprint("step", 3)
     others = OtherRanks(monkeypatch, [mark // 2, 0, *range(30)])
-    wire = Wire(rank=0, world_size=2)
-    found = wire.round(torch.arange(100), mark)
+    comm = Communicator(rank=0, world_size=2)
+    found = comm.round(torch.arange(100), mark)
     assert others.lengths == [PAYLOAD_WORDS, 100 + 2 - PAYLOAD_WORDS]
     assert found.tolist() == [2 * i if i < 30 else i + 1 for i in range(100)]
-    assert wire.payload_bytes == 8 * 102
+    assert comm.payload_bytes == 8 * 102
 
 
 def test_a_rank_in_another_round_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = fingerprint("step", 3) // 3, fingerprint("step", 4) // 3
     OtherRanks(monkeypatch, [here], [there])
     with pytest.raises(OutOfStepError, match=r"rank\(s\) \[2\] .*seen on rank 0, round 1"):
-        Wire(rank=0, world_size=3).round(torch.zeros(100, dtype=torch.int64), fingerprint("step", 3))
+        Communicator(rank=0, world_size=3).round(torch.zeros(100, dtype=torch.int64), fingerprint("step", 3))
 
 
 def test_one_rank_that_wants_to_stop_stops_all_in_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = fingerprint("step", 3)
     OtherRanks(monkeypatch, [mark // 2, 1, 20])
-    wire = Wire(rank=0, world_size=2)
-    assert wire.round(torch.tensor([5]), mark).tolist() == [25]
-    assert (wire.stopping, wire.wants_stop) == (True, False)
-    alone = Wire()
+    comm = Communicator(rank=0, world_size=2)
+    assert comm.round(torch.tensor([5]), mark).tolist() == [25]
+    assert (comm.stopping, comm.wants_stop) == (True, False)
+    alone = Communicator()
     alone.wants_stop = True
     assert not alone.stopping
     alone.barrier()
@@ -138,12 +139,12 @@ def test_one_rank_that_wants_to_stop_stops_all_in_the_same_round(monkeypatch: py
 
 
 def test_alone_nothing_is_sent() -> None:
-    wire = Wire()
-    assert wire.round(torch.tensor([5]), fingerprint("x")).tolist() == [5]
-    wire.barrier()
-    wire.agree({"config": "a"})
-    assert wire.broadcast_text("text") == "text"
-    assert wire.payload_bytes == 0
+    comm = Communicator()
+    assert comm.round(torch.tensor([5]), fingerprint("x")).tolist() == [5]
+    comm.barrier()
+    comm.agree({"config": "a"})
+    assert comm.broadcast_text("text") == "text"
+    assert comm.payload_bytes == 0
 
 
 @dataclass
@@ -165,36 +166,41 @@ class FakeEngine:
 
 
 def evaluate(
-    losses: list[float], wire: Wire, num_variants: int = 4, *, each_sample: bool = False, calibrated_classes: int = 0
+    losses: list[float],
+    comm: Communicator,
+    num_variants: int = 4,
+    *,
+    each_sample: bool = False,
+    calibrated_classes: int = 0,
 ) -> Losses | None:
     batch = cut([Sample((1, 2, 3), 0, 2)] * len(losses), 2, 0)
     variants = tuple(Variant(Combination.single(v, 1.0)) for v in range(num_variants))
     engine: Any = FakeEngine(losses)
     objective: Any = None
-    evaluator = Evaluator(engine, objective, wire, calibrated_classes=calibrated_classes)
+    evaluator = Evaluator(engine, objective, comm, calibrated_classes=calibrated_classes)
     return evaluator.losses(Evaluation(variants, each_sample=each_sample), batch, ("step", 0))
 
 
 @pytest.mark.parametrize("num_samples", [1, 512])
 def test_four_variants_take_256_bytes_whatever_the_batch(num_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda words: words.mul_(2))
-    wire = Wire(rank=0, world_size=2)
+    comm = Communicator(rank=0, world_size=2)
     # The rank has dealt itself half of the samples; its mirror image adds the same losses and the same weights.
-    assert evaluate([0.5] * num_samples, wire) == Losses((0.5,) * 4)
-    assert wire.payload_bytes <= 256
+    assert evaluate([0.5] * num_samples, comm) == Losses((0.5,) * 4)
+    assert comm.payload_bytes <= 256
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**31])
 @pytest.mark.parametrize("each_sample", [False, True])
 def test_one_bad_loss_anywhere_spoils_the_round(bad: float, each_sample: bool) -> None:
-    assert evaluate([0.5, 0.25, 1.0], Wire(), each_sample=each_sample) is not None
-    assert evaluate([0.5, bad, 1.0], Wire(), each_sample=each_sample) is None
+    assert evaluate([0.5, 0.25, 1.0], Communicator(), each_sample=each_sample) is not None
+    assert evaluate([0.5, bad, 1.0], Communicator(), each_sample=each_sample) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**31])
 def test_one_bad_logit_spoils_a_calibrated_round(bad: float) -> None:
-    assert evaluate([0.5, 0.25, 1.0], Wire(), calibrated_classes=1) is not None
-    assert evaluate([0.5, bad, 1.0], Wire(), calibrated_classes=1) is None
+    assert evaluate([0.5, 0.25, 1.0], Communicator(), calibrated_classes=1) is not None
+    assert evaluate([0.5, bad, 1.0], Communicator(), calibrated_classes=1) is None
 
 
 def test_a_calibrated_loss_is_the_one_that_rank_0_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +215,7 @@ def test_a_calibrated_loss_is_the_one_that_rank_0_computed(monkeypatch: pytest.M
             words[2:6] += 7 << 32
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    assert evaluate([0.5] * 4, Wire(rank=1, world_size=2), calibrated_classes=1) == Losses((7.0,) * 4)
+    assert evaluate([0.5] * 4, Communicator(rank=1, world_size=2), calibrated_classes=1) == Losses((7.0,) * 4)
     logits, nothing = (words[2:] for words in rounds)
     assert logits.any()
     assert not nothing.any()
@@ -221,20 +227,20 @@ def test_a_bad_loss_on_another_rank_spoils_the_round(monkeypatch: pytest.MonkeyP
         words[2] += 1  # the flag of the other rank
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    assert evaluate([0.5, 0.25], Wire(rank=0, world_size=2)) is None
+    assert evaluate([0.5, 0.25], Communicator(rank=0, world_size=2)) is None
 
 
 def test_sums_that_would_overflow_spoil_the_round() -> None:
     """Each of these is a sound loss, but their sum does not fit: it must not wrap around into a small number."""
     large = 2.0**30 * 0.9
-    assert evaluate([large], Wire()) is not None
-    assert evaluate([large, large], Wire()) is None
-    assert evaluate([-large, -large], Wire()) is None
+    assert evaluate([large], Communicator()) is not None
+    assert evaluate([large, large], Communicator()) is None
+    assert evaluate([-large, -large], Communicator()) is None
 
 
 def test_losses_of_samples_come_in_batch_order() -> None:
     losses = [0.5, 0.25, 1.0, 4.0, 3.0]
-    found = evaluate(losses, Wire(), 2, each_sample=True)
+    found = evaluate(losses, Communicator(), 2, each_sample=True)
     assert found == Losses((sum(losses) / 5,) * 2, (tuple(losses),) * 2)
 
 
@@ -252,8 +258,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_world_of_one_needs_no_process_group(given: dict[str, str], environment: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         environment.setenv(name, value)
-    wire = connect(timeout_s=1)
-    assert (wire.rank, wire.world_size) == (0, 1)
+    comm = connect(timeout_s=1)
+    assert (comm.rank, comm.world_size) == (0, 1)
     assert not dist.is_initialized()
 
 

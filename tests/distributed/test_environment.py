@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from mezo_dist.distributed.environment import Ranks, discover, first_host, interface_towards, meet_through_mpi
+from mezo_dist.distributed.environment import (
+    ClusterEnvironment,
+    discover,
+    first_host,
+    interface_towards,
+    rendezvous_through_mpi,
+)
 from mezo_dist.errors import UserError
 
 # As found on the real launchers (the tests in tests/cluster/ start them), less what does not matter.
@@ -43,30 +49,30 @@ SRUN = {
 SRUN_PORT = 15000 + (77 * 131 + 3) % 15000
 
 KNOWN = {
-    "nothing": ({}, Ranks("")),
-    "torchrun": (TORCHRUN, Ranks("torchrun", 3, 4, 1, 2, "host1", 29500)),
-    "deepspeed": (DEEPSPEED, Ranks("DeepSpeed", 1, 2, 0, 0, "host1", 29500)),
+    "nothing": ({}, ClusterEnvironment("")),
+    "torchrun": (TORCHRUN, ClusterEnvironment("torchrun", 3, 4, 1, 2, "host1", 29500)),
+    "deepspeed": (DEEPSPEED, ClusterEnvironment("DeepSpeed", 1, 2, 0, 0, "host1", 29500)),
     "by hand": (
         {"RANK": "1", "WORLD_SIZE": "2", **MEETING},
-        Ranks("RANK and WORLD_SIZE", 1, 2, 0, 0, "host1", 29500),
+        ClusterEnvironment("RANK and WORLD_SIZE", 1, 2, 0, 0, "host1", 29500),
     ),
-    "Open MPI": (OPEN_MPI, Ranks("Open MPI", 1, 4, 1, 2)),
-    "Open MPI that was told": ({**OPEN_MPI, **MEETING}, Ranks("Open MPI", 1, 4, 1, 2, "host1", 29500)),
-    "MPICH": (MPICH, Ranks("MPICH", 2, 3, 0, 1)),
-    "SLURM": (SRUN, Ranks("SLURM's srun", 1, 2, 0, 0, "gpu07", SRUN_PORT)),
+    "Open MPI": (OPEN_MPI, ClusterEnvironment("Open MPI", 1, 4, 1, 2)),
+    "Open MPI that was told": ({**OPEN_MPI, **MEETING}, ClusterEnvironment("Open MPI", 1, 4, 1, 2, "host1", 29500)),
+    "MPICH": (MPICH, ClusterEnvironment("MPICH", 2, 3, 0, 1)),
+    "SLURM": (SRUN, ClusterEnvironment("SLURM's srun", 1, 2, 0, 0, "gpu07", SRUN_PORT)),
     "SLURM on one node": (
         {**SRUN, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n1"},
-        Ranks("SLURM's srun", 1, 2, 0, 2, "n1", SRUN_PORT),
+        ClusterEnvironment("SLURM's srun", 1, 2, 0, 2, "n1", SRUN_PORT),
     ),
-    "SLURM that was told": ({**SRUN, **MEETING}, Ranks("SLURM's srun", 1, 2, 0, 0, "host1", 29500)),
-    "mpirun in a SLURM job": ({**SRUN, **OPEN_MPI}, Ranks("Open MPI", 1, 4, 1, 2)),
-    "torchrun under srun": ({**SRUN, **TORCHRUN}, Ranks("torchrun", 3, 4, 1, 2, "host1", 29500)),
-    "a world size left over": ({**OPEN_MPI, "WORLD_SIZE": "8"}, Ranks("Open MPI", 1, 4, 1, 2)),
-    "a batch script of one task": ({**BATCH, "SLURM_NTASKS": "1"}, Ranks("")),
-    "a shell of salloc": ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}, Ranks("")),
+    "SLURM that was told": ({**SRUN, **MEETING}, ClusterEnvironment("SLURM's srun", 1, 2, 0, 0, "host1", 29500)),
+    "mpirun in a SLURM job": ({**SRUN, **OPEN_MPI}, ClusterEnvironment("Open MPI", 1, 4, 1, 2)),
+    "torchrun under srun": ({**SRUN, **TORCHRUN}, ClusterEnvironment("torchrun", 3, 4, 1, 2, "host1", 29500)),
+    "a world size left over": ({**OPEN_MPI, "WORLD_SIZE": "8"}, ClusterEnvironment("Open MPI", 1, 4, 1, 2)),
+    "a batch script of one task": ({**BATCH, "SLURM_NTASKS": "1"}, ClusterEnvironment("")),
+    "a shell of salloc": ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}, ClusterEnvironment("")),
     "a world of one": (
         {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
-        Ranks("Open MPI", local_world_size=1),
+        ClusterEnvironment("Open MPI", local_world_size=1),
     ),
 }
 
@@ -149,7 +155,7 @@ def mpi(rank: int, size: int, hosts: list[str]) -> Any:
 def test_ranks_of_one_host_meet_on_its_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = ["a", "a"]
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi(1, 2, hosts)))
-    address, port = meet_through_mpi(Ranks("Open MPI", 1, 2))
+    address, port = rendezvous_through_mpi(ClusterEnvironment("Open MPI", 1, 2))
     assert address == "127.0.0.1"
     assert hosts[-1] == "finalized", "a rank that fails later must not hang in MPI's farewell"
     socket.create_server(("", port)).close()  # it is free
@@ -158,10 +164,10 @@ def test_ranks_of_one_host_meet_on_its_loopback(monkeypatch: pytest.MonkeyPatch)
 def test_another_mpi_than_the_one_that_started_us_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi(0, 1, ["a"])))
     with pytest.raises(UserError, match=r"Open MPI says this is rank 1 of 2, but mpi4py says 0 of 1.*\(Some MPI 1\)"):
-        meet_through_mpi(Ranks("Open MPI", 1, 2))
+        rendezvous_through_mpi(ClusterEnvironment("Open MPI", 1, 2))
 
 
 def test_without_mpi4py_ranks_must_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(UserError, match=r"MPICH started 3 ranks, but .*mezo_dist\[mpi\].* or set MASTER_ADDR"):
-        meet_through_mpi(Ranks("MPICH", 1, 3))
+        rendezvous_through_mpi(ClusterEnvironment("MPICH", 1, 3))

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from mezo_dist.distributed.rendezvous import meet
+from mezo_dist.distributed.rendezvous import rendezvous
 
 
 def start(store: dist.Store, delays: list[float]) -> list[dist.Store]:
@@ -19,7 +19,7 @@ def start(store: dist.Store, delays: list[float]) -> list[dist.Store]:
 
     def come(rank: int) -> dist.Store:
         time.sleep(delays[rank])
-        return meet(store, rank, len(delays), timeout_s=60)
+        return rendezvous(store, rank, len(delays), timeout_s=60)
 
     with ThreadPoolExecutor(len(delays)) as pool:
         return list(pool.map(come, range(len(delays))))
@@ -37,16 +37,16 @@ def test_every_start_has_a_clean_store_of_its_own() -> None:
 @pytest.mark.parametrize(("rank", "message"), [(0, r"no sign of rank\(s\) \[1, 2\]"), (2, "timeout")])
 def test_ranks_that_do_not_come(rank: int, message: str) -> None:
     with pytest.raises(dist.DistStoreError, match=message):
-        meet(dist.HashStore(), rank, 3, timeout_s=0.2)
+        rendezvous(dist.HashStore(), rank, 3, timeout_s=0.2)
 
 
 COME = """
 import sys, time
-from mezo_dist.distributed.communicator import connect
+from mezo_dist.distributed.connect import connect
 time.sleep(float(sys.argv[1]))
-wire = connect(timeout_s=60)
-print(wire.total(1))
-wire.close()
+comm = connect(timeout_s=60)
+print(comm.total(1))
+comm.close()
 """
 
 
@@ -76,17 +76,19 @@ def test_a_rank_that_is_quicker_than_rank_0_after_a_restart_does_not_look_for_th
 CONNECT_SLOWLY = """
 import sys, time
 import torch.distributed as dist
-from mezo_dist.distributed.communicator import connect
+
+from mezo_dist.distributed.rendezvous import rendezvous
+from mezo_dist.distributed.connect import connect
 connected, seconds = dist.init_process_group, float(sys.argv[1])
 def slowly(*args, **kwargs):
     connected(*args, **kwargs)
     time.sleep(seconds)
     print(time.monotonic())
 dist.init_process_group = slowly
-wire = connect(timeout_s=60)
+comm = connect(timeout_s=60)
 print(time.monotonic())
-wire.barrier()
-wire.close()
+comm.barrier()
+comm.close()
 """
 
 

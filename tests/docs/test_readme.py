@@ -39,7 +39,7 @@ HOW = {
     "mezo-dist train configs/quickstart.yaml --model.name=Qwen/Qwen3-0.6B '--model.trainable=[\"*norm*\"]' "
     "--output.dir=runs/qwen": SAME_WITHOUT_HUB,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml": RUN,
-    "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml --engine.name=fsdp "
+    "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml --layout.name=fsdp "
     "--output.dir=runs/sharded": RUN,
     "mezo-dist evaluate runs/quickstart --split validation": RUN,
     "mezo-dist evaluate runs/quickstart --step 0": RUN,
@@ -96,7 +96,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
         if how in (SAME_WITHOUT_HUB, MAKE):
             continue
         arguments = shlex.split(command if how == RUN else how)
-        small = [*SMALL, *SMALLER] if "--engine.name=fsdp" in arguments else SMALL if "train" in arguments else []
+        small = [*SMALL, *SMALLER] if "--layout.name=fsdp" in arguments else SMALL if "train" in arguments else []
         output = call([*arguments, *small], tmp_path)
         if "evaluate" in arguments:
             assert "accuracy" in output

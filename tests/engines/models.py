@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.directions.bits import GAUSSIAN, Law
+from mezo_dist.directions.bits import GAUSSIAN, BitLayout
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import reference
 from mezo_dist.directions.seeds import param_id
@@ -123,7 +123,9 @@ def sequence_classifier() -> nn.Module:
     return model.eval()
 
 
-def changed(model: nn.Module, shift: Combination, law: Law = GAUSSIAN, dtype: torch.dtype | None = None) -> nn.Module:
+def changed(
+    model: nn.Module, shift: Combination, bits: BitLayout = GAUSSIAN, dtype: torch.dtype | None = None
+) -> nn.Module:
     """A copy of ``model`` whose weights really are ``w + shift``, by the definition of that sum."""
     other = copy.deepcopy(model)
     for name, weight in other.named_parameters():
@@ -131,7 +133,7 @@ def changed(model: nn.Module, shift: Combination, law: Law = GAUSSIAN, dtype: to
         out = torch.empty_like(flat, dtype=dtype or weight.dtype)
         add_up = shift if weight.requires_grad else Combination()
         number = param_id(name)
-        reference.add(flat, [add_up], [out], param_id=number, offsets=[0], law=law, rounding_seed=None)
+        reference.add(flat, [add_up], [out], param_id=number, offsets=[0], bits=bits, rounding_seed=None)
         weight.data = out.view(weight.shape)
     return other
 

@@ -11,8 +11,8 @@ import torch
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.config import reader
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.runs import training
@@ -30,10 +30,10 @@ VARIANTS = [Variant(AROUND), Variant(AROUND, base="anchor"), Variant(), Variant(
 def test_it_is_what_a_copy_of_the_model_gives(name: str, dtype: torch.dtype) -> None:
     model, items, forward = make(name)
     model, items = model.to(dtype), [item.to(dtype) if item.is_floating_point() else item for item in items]
-    engine = Engine(model, Field("gaussian"), width=2, stochastic_rounding=dtype == torch.bfloat16)
-    old = Engine(copy.deepcopy(model), Field("gaussian"))
-    engine.keep_anchor()
-    engine.apply(UPDATE, rounding_seed=0)
+    engine = Engine(model, Law("gaussian"), width=2, stochastic_rounding=dtype == torch.bfloat16)
+    old = Engine(copy.deepcopy(model), Law("gaussian"))
+    engine.copy_anchor()
+    engine.add(UPDATE, rounding_seed=0)
     before, modules = state(model), attributes(model)
     found = engine.evaluate(VARIANTS, items, forward)
     assert_same([row[1:4:2] for row in found], old.evaluate([Variant(AROUND), Variant()], items, forward))
@@ -45,10 +45,10 @@ def test_it_is_what_a_copy_of_the_model_gives(name: str, dtype: torch.dtype) -> 
 
 def test_in_16_bits_the_way_back_along_the_displacement_ends_beside_it() -> None:
     model, items, forward = make("llama")
-    engine = Engine(model.bfloat16(), Field("gaussian"), stochastic_rounding=True)
+    engine = Engine(model.bfloat16(), Law("gaussian"), stochastic_rounding=True)
     before = engine.evaluate([Variant()], items, forward)
-    engine.keep_anchor()
-    engine.apply(Combination.single(5, 1e-2), rounding_seed=3)
+    engine.copy_anchor()
+    engine.add(Combination.single(5, 1e-2), rounding_seed=3)
     stored, replayed = (
         engine.evaluate([variant], items, forward)
         for variant in (Variant(base="anchor"), Variant(Combination.single(5, -1e-2)))
@@ -60,10 +60,10 @@ def test_in_16_bits_the_way_back_along_the_displacement_ends_beside_it() -> None
 def test_a_direction_per_sample_at_the_anchor() -> None:
     model = tiny_model("opt")
     objective = LabelWords(model, [40, 7, 22], micro_batches()[0])
-    engine, variant = Engine(model, Field("lowrank")), Variant(AROUND, PER_SAMPLE)
-    wanted = losses(model, Field("lowrank"), [variant], objective)
-    engine.keep_anchor()
-    engine.apply(UPDATE, rounding_seed=0)
+    engine, variant = Engine(model, Law("lowrank")), Variant(AROUND, PER_SAMPLE)
+    wanted = losses(model, Law("lowrank"), [variant], objective)
+    engine.copy_anchor()
+    engine.add(UPDATE, rounding_seed=0)
     found = engine.evaluate([variant, Variant(AROUND, PER_SAMPLE, "anchor")], micro_batches(), objective)
     for item, row in zip(micro_batches(), found, strict=True):
         assert torch.equal(row[1].loss, wanted[0, list(item.slots)])
@@ -72,12 +72,12 @@ def test_a_direction_per_sample_at_the_anchor() -> None:
 
 def test_the_newest_copy_counts_and_an_error_leaves_all_in_place() -> None:
     model, items, forward = make("llama")
-    engine = Engine(model, Field("gaussian"))
-    engine.keep_anchor()
-    engine.apply(UPDATE, rounding_seed=0)
-    engine.keep_anchor()
+    engine = Engine(model, Law("gaussian"))
+    engine.copy_anchor()
+    engine.add(UPDATE, rounding_seed=0)
+    engine.copy_anchor()
     wanted = engine.evaluate([Variant()], items, forward)
-    engine.apply(UPDATE, rounding_seed=0)
+    engine.add(UPDATE, rounding_seed=0)
     before, modules = state(model), attributes(model)
     handle = model.get_submodule("model.layers.1.mlp.up_proj").register_forward_pre_hook(explode)
     with pytest.raises(Broken):
@@ -90,7 +90,7 @@ def test_the_newest_copy_counts_and_an_error_leaves_all_in_place() -> None:
 def test_nothing_was_kept() -> None:
     model, items, forward = make("llama")
     with pytest.raises(RuntimeError, match="based on the anchor, but none was kept"):
-        Engine(model, Field("gaussian")).evaluate([Variant(base="anchor")], items, forward)
+        Engine(model, Law("gaussian")).evaluate([Variant(base="anchor")], items, forward)
 
 
 def test_in_32_bits_a_run_is_that_of_a_replayed_anchor_up_to_rounding(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_in_32_bits_a_run_is_that_of_a_replayed_anchor_up_to_rounding(tmp_path: 
     for anchor in ("replay", "stored"):
         options = ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=4", "output.export=false"]
         options += [f"algorithm.anchor={anchor}", f"output.dir={tmp_path / anchor}", "output.test=false"]
-        training.train(reader.load(config, options), Wire())
+        training.train(reader.load(config, options), Communicator())
         steps = trajectory.read(tmp_path / anchor / "trajectory.jsonl").steps
         found.append([loss for step in steps for loss in step.rounds[0].mean])
     assert len(found[0]) == 2 * 2 + 5 * 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from tests.engines.models import VARIANTS, Broken, assert_same, assert_untouched, attributes, explode, make, state
 
@@ -14,7 +14,7 @@ from tests.engines.models import VARIANTS, Broken, assert_same, assert_untouched
 @pytest.mark.parametrize(("name", "place"), [("llama", "model.layers.1.mlp.up_proj"), ("Blocks", "norm")])
 def test_an_error_in_the_middle_of_the_model_surfaces_and_leaves_it_whole(name: str, place: str) -> None:
     model, items, forward = make(name)
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     before, modules = state(model), attributes(model)
     wanted = engine.evaluate(VARIANTS, items, forward)
     handle = model.get_submodule(place).register_forward_pre_hook(explode)
@@ -29,7 +29,7 @@ def test_an_error_in_the_middle_of_the_model_surfaces_and_leaves_it_whole(name: 
 
 def test_an_error_inside_a_layer_keeps_its_traceback() -> None:
     model, items, forward = make("Blocks")
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     before, modules = state(model), attributes(model)
 
     def wrong(model: nn.Module, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def test_a_pass_may_handle_an_error_and_go_on() -> None:
             return model(x)
         raise AssertionError("fp64 went through fp32 weights")
 
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     assert_same(engine.evaluate(VARIANTS, items, careful), engine.evaluate(VARIANTS, items, lambda m, x: m(x)))
 
 
@@ -76,6 +76,6 @@ def test_a_model_that_switches_autocast_is_refused() -> None:
     model = Casting()
     before, modules = state(model), attributes(model)
     with pytest.raises(NotImplementedError, match="switches autocast around its layers"):
-        Engine(model, Field("gaussian")).evaluate(VARIANTS, [torch.ones(3, 8)], lambda m, x: m(x))
+        Engine(model, Law("gaussian")).evaluate(VARIANTS, [torch.ones(3, 8)], lambda m, x: m(x))
     assert not torch.is_autocast_enabled("cpu")
     assert_untouched(model, before, modules)

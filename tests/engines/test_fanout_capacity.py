@@ -9,8 +9,8 @@ import torch
 
 from mezo_dist.algorithms.base import Evaluation, Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines import capacity
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.units import find_units
@@ -37,16 +37,16 @@ def test_groups_do_not_change_losses(width: int | None, tokens: int, groups: lis
     """Ten samples of 6 tokens in micro-batches of two: with both signs 24 tokens each."""
     batch = cut([Sample((5, 6, 7, 8, 9, 4 + i), i % 2, 5) for i in range(10)], 2, pad_id=0)
     model = tiny_model("llama")
-    engine = Engine(model, Field("gaussian"))
-    evaluator = Evaluator(engine, LabelWords(model, [40, 7], batch[0]), Wire(), width, tokens)
+    engine = Engine(model, Law("gaussian"))
+    evaluator = Evaluator(engine, LabelWords(model, [40, 7], batch[0]), Communicator(), width, tokens)
     z = Combination.single(3, 1e-2)
     request = Evaluation((Variant(z), Variant(-z)))
-    wanted = Evaluator(engine, evaluator.objective, Wire()).losses(request, batch, ("step",))
+    wanted = Evaluator(engine, evaluator.objective, Communicator()).losses(request, batch, ("step",))
     run, sizes = engine._fanout.run, []
 
-    def counted(jobs: Any) -> Any:
-        sizes.append(len(jobs) // 2)
-        return run(jobs)
+    def counted(passes: Any) -> Any:
+        sizes.append(len(passes) // 2)
+        return run(passes)
 
     engine._fanout.run = counted  # type: ignore[method-assign]
     assert evaluator.losses(request, batch, ("step",)) == wanted

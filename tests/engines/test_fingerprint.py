@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
 from tests.engines.models import make
@@ -21,7 +21,7 @@ def bits(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fingerprint_sees_every_bit(dtype: torch.dtype) -> None:
     model = make("gpt2")[0].to(dtype)
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     seen = {engine.fingerprint()}
     for weight in itertools.islice(model.parameters(), 0, None, 5):
         for place, bit in itertools.product((0, weight.numel() // 2, -1), (0, 7, 14)):
@@ -38,7 +38,7 @@ def test_fingerprint_sees_frozen_weights_of_any_dtype() -> None:
     codes = torch.arange(-8, 8, dtype=torch.int8)
     model.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
     model.get_parameter("norm.weight").requires_grad_(False)
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     seen = [engine.fingerprint()]
     codes[3] += 1
     seen.append(engine.fingerprint())
@@ -49,7 +49,7 @@ def test_fingerprint_sees_frozen_weights_of_any_dtype() -> None:
 
 def test_fingerprint_sees_order_and_parameter() -> None:
     model, _, _ = make("gpt2")
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     first, second = (model.get_parameter(f"transformer.h.{i}.attn.c_attn.weight").data for i in (0, 1))
     before = engine.fingerprint()
     first[0], first[1] = first[1].clone(), first[0].clone()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.lockstep.head_slice import Readout
+from mezo_dist.engines.lockstep.head_slice import HeadSlice
 from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.prompts import Sample
@@ -52,12 +52,12 @@ def test_only_wanted_rows_and_positions_are_computed(kind: str) -> None:
     model = tiny_model(kind)
     batch = micro_batches()[0]
     wanted = gathered(model, batch)
-    readout = Readout(model.get_output_embeddings(), torch.tensor(LABELS))
+    readout = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
     with torch.no_grad():
         everywhere = model(**batch.inputs).logits
-        token = Readout.at(batch.positions)
+        token = HeadSlice.at(batch.positions)
         here = model(**batch.inputs).logits
-        Readout.reset(token)
+        HeadSlice.reset(token)
         again = model(**batch.inputs).logits
     readout.detach()
     assert here.shape == (2, 1, len(LABELS))
@@ -73,12 +73,12 @@ def test_losses_in_a_fan_out_are_those_of_whole_logits(kind: str, caplog: pytest
     caplog.set_level(logging.INFO, "mezo_dist")
     model = tiny_model(kind)
     wanted = [cross_entropy(model, batch) for batch in micro_batches()]
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     objective = LabelWords(model, LABELS, micro_batches()[0])
     assert caplog.messages == []  # no fall-back: the read-out is what is tested
     variants = [Variant(), Variant(Combination.single(3, 1e-2))]
     found = engine.evaluate(variants, micro_batches(), objective)
-    engine.apply(variants[1].shift, rounding_seed=0)
+    engine.add(variants[1].shift, rounding_seed=0)
     moved = [objective(model, batch) for batch in micro_batches()]
     for row, loss, after in zip(found, wanted, moved, strict=True):
         close(row[0].loss, loss)
@@ -93,7 +93,7 @@ def test_detaches_without_a_trace(kind: str) -> None:
     batch = micro_batches()[0]
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     wanted = gathered(model, batch)
-    readout = Readout(model.get_output_embeddings(), torch.tensor(LABELS))
+    readout = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
     readout.detach()
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert not model.get_output_embeddings()._forward_pre_hooks
@@ -118,7 +118,7 @@ def test_a_head_inside_another_module_reads_at_the_places_of_its_own_pass() -> N
     model.get_output_embeddings = lambda: model.lm_head.linear
     wanted = [cross_entropy(model, batch) for batch in micro_batches()]
     objective = LabelWords(model, LABELS, micro_batches()[0])
-    found = Engine(model, Field("gaussian")).evaluate([Variant()], micro_batches(), objective)
+    found = Engine(model, Law("gaussian")).evaluate([Variant()], micro_batches(), objective)
     for row, loss in zip(found, wanted, strict=True):
         close(row[0].loss, loss)
 
@@ -165,7 +165,7 @@ def test_falls_back_with_a_line_in_the_log(how: str, line: str, caplog: pytest.L
     caplog.set_level(logging.INFO, "mezo_dist")
     model = Wrapped(how)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     objective = LabelWords(model, LABELS, micro_batches()[0])
     assert [line in message and "whole vocabulary" in message for message in caplog.messages] == [True]
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before

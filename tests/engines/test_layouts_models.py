@@ -16,8 +16,8 @@ from torch import nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.distributed.communicator import OutOfStepError, Wire
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator, OutOfStepError
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.layouts.fsdp import Fsdp
@@ -32,10 +32,10 @@ pytestmark = pytest.mark.distributed
 NAMES = (*KINDS, "classifier", *(toy.__name__ for toy in TOYS))
 UPDATE = Combination.of([(1, 0.1), (2, -0.2)])
 WORLD = 3
-LAYOUTS: dict[str, Callable[[nn.Module, Wire], Layout | None]] = {
-    "replicated": lambda model, wire: None,
+LAYOUTS: dict[str, Callable[[nn.Module, Communicator], Layout | None]] = {
+    "replicated": lambda model, comm: None,
     "fsdp": Fsdp,
-    "zero": lambda model, wire: Zero(model, wire, {}),
+    "zero": lambda model, comm: Zero(model, comm, {}),
 }
 # A pass gathers every unit once; these own weights that are used again and again, here or there.
 AGAIN = {"Blocks": 3}
@@ -59,35 +59,35 @@ class Passed:
 # What every rank does (this part runs in processes of its own)
 
 
-def pass_all(wire: Wire, layout: str, law: str) -> dict[str, Passed]:
+def pass_all(comm: Communicator, layout: str, law: str) -> dict[str, Passed]:
     torch.set_num_threads(1)
-    return {name: pass_one(wire, layout, law, name) for name in NAMES}
+    return {name: pass_one(comm, layout, law, name) for name in NAMES}
 
 
-def pass_one(wire: Wire, layout: str, law: str, name: str) -> Passed:
+def pass_one(comm: Communicator, layout: str, law: str, name: str) -> Passed:
     """Rank r has the first 3 - r of three micro-batches, two of which go through the model together."""
     model, items, forward = make(name)
     model.get_parameter(next(iter(dict(model.named_parameters())))).requires_grad_(False)  # some weights are frozen
-    engine = Engine(model, Field(law), LAYOUTS[layout](model, wire), width=2, prefetch=layout == "fsdp")
+    engine = Engine(model, Law(law), LAYOUTS[layout](model, comm), width=2, prefetch=layout == "fsdp")
     before = engine.fingerprint()
-    found = engine.evaluate(VARIANTS, items[: 3 - wire.rank], forward, most=3, filler=items[0])
+    found = engine.evaluate(VARIANTS, items[: 3 - comm.rank], forward, most=3, filler=items[0])
     after = engine.fingerprint()
     gathers, num_bytes = engine.gathers, engine.gathered_bytes
-    engine.apply(UPDATE, rounding_seed=0)
+    engine.add(UPDATE, rounding_seed=0)
     size = sum(4 * shard.shape.numel() for shard in engine.shards())
     ends = (before, after, engine.fingerprint())
     return Passed([[r.numpy() for r in row] for row in found], ends, gathers, num_bytes, size, engine.never_used())
 
 
-def everything(wire: Wire) -> dict[str, Any]:
-    found: dict[str, Any] = {f"{layout} {law}": pass_all(wire, layout, law) for layout, law in SHARDED}
+def everything(comm: Communicator) -> dict[str, Any]:
+    found: dict[str, Any] = {f"{layout} {law}": pass_all(comm, layout, law) for layout, law in SHARDED}
     for name, make_layout in list(LAYOUTS.items())[1:]:
-        found[f"{name} faults"] = faults(wire, make_layout)
-        found[f"{name} filled"] = fill_meta(wire, make_layout)
-    found["offload"] = offload(wire)
-    found["bf16"] = {name: bf16(wire, make_layout) for name, make_layout in LAYOUTS.items()}
-    found["gather in bf16"] = gather_in_bf16(wire)
-    found["does not divide"] = message_of(lambda: Fsdp(tiny_model("opt"), wire, replicate=2))
+        found[f"{name} faults"] = faults(comm, make_layout)
+        found[f"{name} filled"] = fill_meta(comm, make_layout)
+    found["offload"] = offload(comm)
+    found["bf16"] = {name: bf16(comm, make_layout) for name, make_layout in LAYOUTS.items()}
+    found["gather in bf16"] = gather_in_bf16(comm)
+    found["does not divide"] = message_of(lambda: Fsdp(tiny_model("opt"), comm, replicate=2))
     return found
 
 
@@ -102,11 +102,11 @@ def message_of(attempt: Callable[[], object]) -> str:
     return ""
 
 
-def faults(wire: Wire, make_layout: Callable[..., Any]) -> dict[str, str]:
+def faults(comm: Communicator, make_layout: Callable[..., Any]) -> dict[str, str]:
     """Passes that fail, or differ between ranks; after each the engine works as before."""
     model, items, forward = make("llama")
-    engine = Engine(model, Field("gaussian"), make_layout(model, wire))
-    is_last = wire.rank == wire.world_size - 1
+    engine = Engine(model, Law("gaussian"), make_layout(model, comm))
+    is_last = comm.rank == comm.world_size - 1
 
     def works() -> str:
         (results,) = engine.evaluate(VARIANTS, items[:1], forward)
@@ -121,7 +121,7 @@ def faults(wire: Wire, make_layout: Callable[..., Any]) -> dict[str, str]:
     def more_groups() -> None:
         engine.evaluate(VARIANTS, items[: 1 + is_last], forward)
         if not is_last:
-            wire.barrier()
+            comm.barrier()
 
     engine.width = 1
     found["groups"] = message_of(more_groups)
@@ -134,7 +134,7 @@ def faults(wire: Wire, make_layout: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-def fill_meta(wire: Wire, make_layout: Callable[..., Any]) -> list[str]:
+def fill_meta(comm: Communicator, make_layout: Callable[..., Any]) -> list[str]:
     """A model without data gets memory for its shards alone, and is filled through them."""
     source = tiny_model("llama-tied")
     with torch.device("meta"):
@@ -142,7 +142,7 @@ def fill_meta(wire: Wire, make_layout: Callable[..., Any]) -> list[str]:
     for name, buffer in source.named_buffers():
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner)._buffers[attribute] = buffer
-    engine = Engine(model, Field("gaussian"), make_layout(model, wire))
+    engine = Engine(model, Law("gaussian"), make_layout(model, comm))
     for shard in engine.shards():
         whole = source.get_parameter(shard.name).data.view(-1)
         shard.tensor.view(-1).copy_(whole[shard.offset : shard.offset + shard.tensor.numel()])
@@ -150,33 +150,33 @@ def fill_meta(wire: Wire, make_layout: Callable[..., Any]) -> list[str]:
     return [engine.fingerprint(), str(all(same) and len(same) == len(list(source.parameters())))]
 
 
-def offload(wire: Wire) -> tuple[str, str, bool]:
+def offload(comm: Communicator) -> tuple[str, str, bool]:
     model, items, forward = make("opt")
-    engine = Engine(model, Field("gaussian"), Fsdp(model, wire, offload=True))
+    engine = Engine(model, Law("gaussian"), Fsdp(model, comm, offload=True))
     (results,) = engine.evaluate(VARIANTS, items[:1], forward)
     on_cpu = all(shard.tensor.device.type == "cpu" for shard in engine.shards())
     before = engine.fingerprint()
-    engine.apply(UPDATE, rounding_seed=0)
+    engine.add(UPDATE, rounding_seed=0)
     return before, engine.fingerprint(), on_cpu and all(r.isfinite().all() for r in results)
 
 
-def bf16(wire: Wire, make_layout: Callable[..., Any]) -> tuple[str, list[list[float]]]:
+def bf16(comm: Communicator, make_layout: Callable[..., Any]) -> tuple[str, list[list[float]]]:
     """bf16 weights, rounded stochastically."""
     model, items, forward = make("llama")
     model.bfloat16()
-    engine = Engine(model, Field("gaussian"), make_layout(model, wire), stochastic_rounding=True)
-    engine.apply(Combination.single(3, 1e-5), rounding_seed=77)
+    engine = Engine(model, Law("gaussian"), make_layout(model, comm), stochastic_rounding=True)
+    engine.add(Combination.single(3, 1e-5), rounding_seed=77)
     found = engine.evaluate(VARIANTS, items[:1], forward)
     return engine.fingerprint(), [[r.float().sum().item() for r in row] for row in found]
 
 
-def gather_in_bf16(wire: Wire) -> tuple[Any, Any, int, int]:
+def gather_in_bf16(comm: Communicator) -> tuple[Any, Any, int, int]:
     """fp32 shards, gathered in bf16: half the bytes."""
     found = []
     for gather in (torch.float32, torch.bfloat16):
         model, items, forward = make("llama")
-        layout = Fsdp(model, wire, gather_dtype=gather)
-        engine = Engine(model, Field("gaussian"), layout, compute_dtype=torch.bfloat16)
+        layout = Fsdp(model, comm, gather_dtype=gather)
+        engine = Engine(model, Law("gaussian"), layout, compute_dtype=torch.bfloat16)
         (results,) = engine.evaluate(VARIANTS, items[:1], forward)
         found.append(([r.float().numpy() for r in results], engine.gathered_bytes))
         assert all(shard.tensor.dtype == torch.float32 for shard in engine.shards())
@@ -188,7 +188,7 @@ def gather_in_bf16(wire: Wire) -> tuple[Any, Any, int, int]:
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, dict[str, Passed]]:
-    return {law: pass_all(Wire(), "replicated", law) for law in ("gaussian", "lowrank")}
+    return {law: pass_all(Communicator(), "replicated", law) for law in ("gaussian", "lowrank")}
 
 
 @pytest.fixture(scope="module")
@@ -248,16 +248,16 @@ def test_an_error_in_a_pass_leaves_the_engine_whole(sharded: list[dict[str, Any]
 
 @every_layout
 def test_models_without_data_are_filled_by_shards(sharded: list[dict[str, Any]], layout: str) -> None:
-    wanted = Engine(tiny_model("llama-tied"), Field("gaussian")).fingerprint()
+    wanted = Engine(tiny_model("llama-tied"), Law("gaussian")).fingerprint()
     for found in sharded:
         assert found[f"{layout} filled"] == [wanted, "True"]
 
 
 def test_shards_in_host_memory(whole: dict[str, dict[str, Passed]], sharded: list[dict[str, Any]]) -> None:
     model, _, _ = make("opt")
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     before = engine.fingerprint()
-    engine.apply(UPDATE, rounding_seed=0)
+    engine.add(UPDATE, rounding_seed=0)
     for found in sharded:
         assert found["offload"] == (before, engine.fingerprint(), True)
 
@@ -280,7 +280,7 @@ def test_fp32_shards_gathered_in_bf16(sharded: list[dict[str, Any]]) -> None:
 
 def test_copies_that_cannot_be_made(sharded: list[dict[str, Any]]) -> None:
     for found in sharded:
-        assert found["does not divide"] == "UserError: engine.replicate: 2 copies cannot be made on 3 process(es)"
+        assert found["does not divide"] == "UserError: layout.replicate: 2 copies cannot be made on 3 process(es)"
 
 
 # Units
@@ -298,13 +298,13 @@ class Stack(nn.Module):
 def test_blocks_are_the_members_of_the_largest_list() -> None:
     names = [unit.name for unit in find_units(Stack())]
     assert names == ["few.0", "few.1", "many.0.0", "many.1.0", "many.2.0", "many.3.0"]
-    assert [len(unit.sites) for unit in find_units(Stack())] == [1, 1, 2, 2, 2, 2]
+    assert [len(unit.hooked_modules) for unit in find_units(Stack())] == [1, 1, 2, 2, 2, 2]
 
 
 def test_blocks_can_be_named() -> None:
     units = find_units(Stack(), ["ModuleList"])
-    assert [len(unit.sites) for unit in units] == [2, 8]
-    with pytest.raises(UserError, match=r"engine.blocks: no module of the model is a Decoder or Encoder"):
+    assert [len(unit.hooked_modules) for unit in units] == [2, 8]
+    with pytest.raises(UserError, match=r"layout.blocks: no module of the model is a Decoder or Encoder"):
         find_units(Stack(), ["Decoder", "Encoder"])
 
 
@@ -312,9 +312,9 @@ def test_blocks_can_be_named() -> None:
 def test_every_weight_belongs_to_one_unit(name: str) -> None:
     model, _, _ = make(name)
     units = find_units(model)
-    owners = [{weight.name for site in unit.sites for weight in site.weights} for unit in units]
+    owners = [{weight.name for hooked in unit.hooked_modules for weight in hooked.weights} for unit in units]
     assert sum(map(len, owners)) == len(set().union(*owners)) == len(dict(model.named_parameters()))
-    assert [unit.sites[0].order for unit in units] == sorted(unit.sites[0].order for unit in units)
+    assert [unit.hooked_modules[0].order for unit in units] == sorted(unit.hooked_modules[0].order for unit in units)
 
 
 def test_tied_weights_are_one_unit() -> None:
@@ -325,9 +325,9 @@ def test_tied_weights_are_one_unit() -> None:
 
 def test_variants_need_no_shift() -> None:
     """One process may have a sharded layout too."""
-    wire = Wire()
+    comm = Communicator()
     model, items, forward = make("llama")
-    plain = Engine(make("llama")[0], Field("gaussian")).evaluate([Variant()], items[:1], forward)[0][0]
-    engine = Engine(model, Field("gaussian"), Fsdp(model, wire))
+    plain = Engine(make("llama")[0], Law("gaussian")).evaluate([Variant()], items[:1], forward)[0][0]
+    engine = Engine(model, Law("gaussian"), Fsdp(model, comm))
     assert torch.equal(engine.evaluate([Variant()], items[:1], forward)[0][0], plain)
-    wire.close()
+    comm.close()

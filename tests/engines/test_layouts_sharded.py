@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mezo_dist.config import reader
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.runs import training
 from mezo_dist.testing import spawn, write_tiny_config
 from tests.run_folders import results
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.distributed
 
 SETTINGS = {
     "replicated": [],
-    "fsdp": ["engine.name=fsdp"],
-    "fsdp twice": ["engine.name=fsdp", "engine.replicate=2", "engine.prefetch=true", "distributed.variant_groups=2"],
-    "zero": ["engine.name=zero"],
+    "fsdp": ["layout.name=fsdp"],
+    "fsdp twice": ["layout.name=fsdp", "layout.replicate=2", "layout.prefetch=true", "distributed.variant_groups=2"],
+    "zero": ["layout.name=zero"],
 }
 LAYOUTS = [("fsdp", 2), ("zero", 2), ("fsdp", 3), ("zero", 3), ("fsdp", 4), ("fsdp twice", 4)]
 STEPS_DONE = 3
@@ -35,18 +35,18 @@ def folder_of(root: Path, name: str, layout: str, world: int) -> Path:
     return root / f"{name} under {layout} on {world}"
 
 
-def train(wire: Wire, root: Path, name: str, layout: str, *more: str) -> None:
-    folder = folder_of(root, name, layout, wire.world_size)
+def train(comm: Communicator, root: Path, name: str, layout: str, *more: str) -> None:
+    folder = folder_of(root, name, layout, comm.world_size)
     options = [*RUNS[name][2], *SETTINGS[layout], f"output.dir={folder}", *more]
-    training.train(reader.load(root / name / "config.yaml", options), wire)
+    training.train(reader.load(root / name / "config.yaml", options), comm)
 
 
-def everything(wire: Wire, root: Path) -> None:
-    for layout in (layout for layout, world in LAYOUTS if world == wire.world_size):
+def everything(comm: Communicator, root: Path) -> None:
+    for layout in (layout for layout, world in LAYOUTS if world == comm.world_size):
         for name in RUNS:
-            train(wire, root, name, layout)
-    if wire.world_size == 2:
-        train(wire, root, "mezo-svrg", "zero", f"output.dir={root / 'begun alone'}", "output.if_exists=resume")
+            train(comm, root, name, layout)
+    if comm.world_size == 2:
+        train(comm, root, "mezo-svrg", "zero", f"output.dir={root / 'begun alone'}", "output.if_exists=resume")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sharded")
     for name, (kind, algorithm, _) in RUNS.items():
         write_tiny_config(root / name, kind, algorithm, **SIZES)
-        train(Wire(), root, name, "replicated")
+        train(Communicator(), root, name, "replicated")
     cut(folder_of(root, "mezo-svrg", "replicated", 1), root / "begun alone")
     for world in (2, 3, 4):
         spawn(everything, world, root, timeout_s=280)
@@ -92,7 +92,7 @@ def test_a_run_goes_on_under_another_layout(root: Path, tmp_path: Path) -> None:
     assert results(root / "begun alone")["weights"] == results(alone)["weights"]
     cut(folder_of(root, "mezo-svrg", "fsdp", 3), tmp_path / "begun sharded")
     options = [f"output.dir={tmp_path / 'begun sharded'}", "output.if_exists=resume"]
-    train(Wire(), root, "mezo-svrg", "replicated", *options)
+    train(Communicator(), root, "mezo-svrg", "replicated", *options)
     assert results(tmp_path / "begun sharded")["weights"] == results(alone)["weights"]
 
 

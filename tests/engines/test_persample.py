@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mezo_dist import cli
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.objectives.classification import LabelWords, Objective, classifier
@@ -35,11 +35,11 @@ def micro_batches() -> list[MicroBatch]:
     return cut(SAMPLES, 2, pad_id=0)
 
 
-def losses(model: nn.Module, field: Field, variants: list[Variant], objective: Objective) -> Tensor:
+def losses(model: nn.Module, law: Law, variants: list[Variant], objective: Objective) -> Tensor:
     """[variants, samples]"""
     batch = micro_batches()
     table = torch.empty(len(variants), len(SAMPLES))
-    for item, row in zip(batch, Engine(model, field).evaluate(variants, batch, objective), strict=True):
+    for item, row in zip(batch, Engine(model, law).evaluate(variants, batch, objective), strict=True):
         for v, scores in enumerate(row):
             table[v, list(item.slots)] = scores.loss
     return table
@@ -48,20 +48,20 @@ def losses(model: nn.Module, field: Field, variants: list[Variant], objective: O
 @pytest.mark.parametrize(("kind", "rank"), [*((k, 1) for k in (*KINDS, "classifier")), ("llama-tied", 3), ("gpt2", 3)])
 def test_each_sample_sees_weights_of_its_own(kind: str, rank: int) -> None:
     model = sequence_classifier() if kind == "classifier" else tiny_model(kind)
-    field = Field("lowrank", rank)
+    law = Law("lowrank", rank)
     objective: Objective = classifier if kind == "classifier" else LabelWords(model, [40, 7, 22], micro_batches()[0])
     before = {name: p.clone() for name, p in model.named_parameters()}
     minus = tuple(-shift for shift in PER_SAMPLE)
     variants = [Variant(BASE, PER_SAMPLE), Variant(Combination(), minus), Variant(BASE)]
-    found = losses(model, field, variants, objective)
+    found = losses(model, law, variants, objective)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     wanted = torch.empty_like(found)
     for v, variant in enumerate(variants):
         for i in range(len(SAMPLES)):
             changed = copy.deepcopy(model)
             shift = variant.shift + (variant.per_sample[i] if variant.per_sample else Combination())
-            Engine(changed, field).apply(shift, rounding_seed=0)
-            wanted[v, i] = losses(changed, field, [Variant()], objective)[0, i]
+            Engine(changed, law).add(shift, rounding_seed=0)
+            wanted[v, i] = losses(changed, law, [Variant()], objective)[0, i]
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
     assert ((found[0] - found[2]).abs() > 1e-4).all()  # the directions do matter, to every sample
 
@@ -82,7 +82,7 @@ def refused(model: nn.Module, what: str) -> None:
     with pytest.raises(
         UserError, match=rf"^algorithm\.per_sample: {what}.* cannot be applied.*; set it to false, or .*"
     ):
-        Engine(model, Field("lowrank")).evaluate(
+        Engine(model, Law("lowrank")).evaluate(
             [Variant(Combination(), PER_SAMPLE)], micro_batches(), lambda m, b: m(torch.ones(len(b.slots), 3, 8))
         )
 
@@ -133,7 +133,7 @@ def test_the_command_line_says_what_to_set_and_that_helps(
 def test_frozen_weights_beside_the_blocks_are_no_obstacle() -> None:
     model = Prefixed()
     model.prefix.requires_grad_(False)
-    engine = Engine(model, Field("lowrank"))
+    engine = Engine(model, Law("lowrank"))
     found = engine.evaluate(
         [Variant(Combination(), PER_SAMPLE)], micro_batches(), lambda m, b: m(torch.ones(len(b.slots), 3, 8))
     )
@@ -141,6 +141,6 @@ def test_frozen_weights_beside_the_blocks_are_no_obstacle() -> None:
 
 
 def test_other_laws_have_no_direction_per_sample() -> None:
-    engine = Engine(tiny_model("llama"), Field("gaussian"))
+    engine = Engine(tiny_model("llama"), Law("gaussian"))
     with pytest.raises(NotImplementedError, match="needs law lowrank, not gaussian"):
         engine.evaluate([Variant(Combination(), PER_SAMPLE)], micro_batches(), classifier)

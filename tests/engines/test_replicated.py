@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, Law
+from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import reference
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.engines.engine import Engine
 from tests.engines.models import (
@@ -32,7 +32,7 @@ from tests.engines.models import (
 @every_model
 def test_variants_are_bit_for_bit_changed_models(name: str) -> None:
     model, items, forward = make(name)
-    engine = Engine(model, Field("gaussian"), width=2)
+    engine = Engine(model, Law("gaussian"), width=2)
     before, modules = state(model), attributes(model)
     found = engine.evaluate(VARIANTS, items, forward)
     assert_untouched(model, before, modules)
@@ -46,8 +46,8 @@ def test_variants_are_bit_for_bit_changed_models(name: str) -> None:
 @every_model
 def test_bits_do_not_depend_on_what_else_is_evaluated(name: str) -> None:
     model, items, forward = make(name)
-    together = Engine(model, Field("gaussian"), width=8).evaluate(VARIANTS, items, forward)
-    one_by_one = Engine(model, Field("gaussian"), width=1)
+    together = Engine(model, Law("gaussian"), width=8).evaluate(VARIANTS, items, forward)
+    one_by_one = Engine(model, Law("gaussian"), width=1)
     alone = [[one_by_one.evaluate([variant], [item], forward)[0][0] for variant in VARIANTS] for item in items]
     assert_same(together, alone)
 
@@ -70,7 +70,7 @@ def test_a_replaced_embedding_lookup_is_left_to_itself() -> None:
         torch.manual_seed(0)
         model = Doubled()
     ids = torch.tensor([[3, 9, 9], [1, 3, 2]])
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     (found,) = engine.evaluate(VARIANTS, [ids], lambda m, x: m(x))
     for shift, result in zip(SHIFTS, found, strict=True):
         weight = dict(changed(_plain(model), shift).named_parameters())
@@ -84,18 +84,18 @@ def _plain(model: Doubled) -> nn.Module:
     return plain
 
 
-@pytest.mark.parametrize("law", [GAUSSIAN, RADEMACHER], ids=lambda law: law.name)
-def test_apply_is_the_definition(law: Law) -> None:
+@pytest.mark.parametrize("bits", [GAUSSIAN, RADEMACHER], ids=lambda bits: bits.name)
+def test_add_is_the_definition(bits: BitLayout) -> None:
     model, _, _ = make("mixtral")
-    wanted = changed(model, SHIFTS[2], law)
-    Engine(model, Field(law.name)).apply(SHIFTS[2], rounding_seed=0)
+    wanted = changed(model, SHIFTS[2], bits)
+    Engine(model, Law(bits.name)).add(SHIFTS[2], rounding_seed=0)
     assert_untouched(model, state(wanted), attributes(model))
 
 
 def test_tied_weights_change_once() -> None:
     model, _, _ = make("llama-tied")
     wanted = changed(model, AROUND).get_parameter("model.embed_tokens.weight")
-    Engine(model, Field("gaussian")).apply(AROUND, rounding_seed=0)
+    Engine(model, Law("gaussian")).add(AROUND, rounding_seed=0)
     embedding, head = model.get_parameter("model.embed_tokens.weight"), model.get_submodule("lm_head").weight
     assert head is embedding
     assert torch.equal(embedding, wanted)
@@ -107,11 +107,11 @@ def test_frozen_weights_stay() -> None:
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     before = state(model)
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     found = engine.evaluate(VARIANTS, items, forward)
     with torch.no_grad():
         assert_same(found, [[forward(changed(model, shift), item) for shift in SHIFTS] for item in items])
-    engine.apply(AROUND, rounding_seed=0)
+    engine.add(AROUND, rounding_seed=0)
     moved = {name for name, weight in state(model).items() if not torch.equal(weight, before[name])}
     assert moved == before.keys() - frozen
     assert not any(model.get_parameter(name).requires_grad for name in frozen)
@@ -123,7 +123,7 @@ def test_forward_in_bf16_from_fp32_weights(name: str) -> None:
     model, items, forward = make(name)
     next(model.parameters()).requires_grad_(False)
     before, modules = state(model), attributes(model)
-    engine = Engine(model, Field("gaussian"), compute_dtype=torch.bfloat16)
+    engine = Engine(model, Law("gaussian"), compute_dtype=torch.bfloat16)
     found = engine.evaluate(VARIANTS, items, forward)
     assert_untouched(model, before, modules)
     assert found[0][0].dtype == torch.bfloat16
@@ -137,15 +137,15 @@ def test_bf16_weights_are_rounded_stochastically_by_updates_alone() -> None:
     model.bfloat16()
     tiny = Combination.of([(3, 1e-5)])  # far below half a step of bf16 for most weights
     to_nearest, before = changed(model, tiny), copy.deepcopy(model)
-    engine = Engine(model, Field("gaussian"), stochastic_rounding=True)
+    engine = Engine(model, Law("gaussian"), stochastic_rounding=True)
     found = engine.evaluate([Variant(AROUND)], items[:1], forward)
     with torch.no_grad():
         assert torch.equal(found[0][0], forward(changed(model, AROUND), items[0]))
-    engine.apply(tiny, rounding_seed=77)
+    engine.add(tiny, rounding_seed=77)
     moved = 0
     for name, weight in model.named_parameters():
         old, wanted = before.get_parameter(name).data.view(1, -1), torch.empty(1, weight.numel(), dtype=torch.bfloat16)
-        reference.add(old, [tiny], [wanted], param_id=param_id(name), offsets=[0], law=GAUSSIAN, rounding_seed=77)
+        reference.add(old, [tiny], [wanted], param_id=param_id(name), offsets=[0], bits=GAUSSIAN, rounding_seed=77)
         assert torch.equal(weight.data.view(1, -1), wanted)
         moved += int((wanted != to_nearest.get_parameter(name).data.view(1, -1)).sum())
     assert moved > 100
@@ -162,7 +162,7 @@ class Unused(nn.Module):
 
 def test_weights_that_no_forward_uses_are_named() -> None:
     model = Unused()
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     assert engine.never_used() == ["used.weight", "used.bias", "idle.weight", "sometimes.weight"]
     engine.evaluate(VARIANTS, [torch.ones(2, 8)], lambda m, x: m(x))
     assert engine.never_used() == ["idle.weight", "sometimes.weight"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.hooked import find_sites
-from mezo_dist.engines.lockstep.head_slice import Readout
+from mezo_dist.engines.hooked import find_hooked_modules
+from mezo_dist.engines.lockstep.head_slice import HeadSlice
 from mezo_dist.testing import tiny_model
 from tests.engines.models import AROUND, SHIFTS, TOYS, VARIANTS, changed, every_model, make
 
@@ -40,13 +40,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Of how many elements of each weight variants were made, over all calls."""
     names = {param_id(name): name for name, _ in Lookup().named_parameters()}
     found = dict.fromkeys(names.values(), 0)
-    real = Field.add
+    real = Law.add
 
-    def add(self: Field, weight: Tensor, *args: Any, **options: Any) -> None:
+    def add(self: Law, weight: Tensor, *args: Any, **options: Any) -> None:
         found[names[options["param_id"]]] += weight.numel()
         real(self, weight, *args, **options)
 
-    monkeypatch.setattr(Field, "add", add)
+    monkeypatch.setattr(Law, "add", add)
     return found
 
 
@@ -60,7 +60,7 @@ def test_only_the_rows_that_are_looked_up_are_made(made: dict[str, int]) -> None
     poisoned = torch.full_like(model.table.weight, torch.nan)
     poisoned[needed] = model.table.weight.data[needed]
     model.table.weight.data = poisoned
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     found = engine.evaluate([Variant(AROUND), Variant(-AROUND)], IDS, lambda m, x: m.get_submodule("table")(x))
     assert torch.equal(found[1][0], wanted)
     assert made["table.weight"] == len(needed) * WIDTH  # once for both variants and both micro-batches
@@ -68,8 +68,8 @@ def test_only_the_rows_that_are_looked_up_are_made(made: dict[str, int]) -> None
 
 def test_only_the_rows_of_the_label_words_are_made(made: dict[str, int]) -> None:
     model = Lookup()
-    readout = Readout(model.head, torch.tensor([40, 2]))
-    engine = Engine(model, Field("gaussian"))
+    readout = HeadSlice(model.head, torch.tensor([40, 2]))
+    engine = Engine(model, Law("gaussian"))
     (found,) = engine.evaluate(VARIANTS, IDS[:1], lambda m, x: m(x))
     assert made["head.weight"] == 2 * WIDTH
     readout.detach()
@@ -79,19 +79,20 @@ def test_only_the_rows_of_the_label_words_are_made(made: dict[str, int]) -> None
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_head_that_owns_its_bias_twice_is_made_by_rows_too(kind: str) -> None:
-    """The module around it has the same bias, tied: that must not make the whole vocabulary one site with it."""
+    """The module around it has the same bias, tied: that must not make the whole vocabulary one hooked module with
+    it."""
     _, items, _ = make(kind)
     model = tiny_model(kind)
     model.resize_token_embeddings(2000)
-    readout = Readout(model.get_output_embeddings(), torch.tensor([40, 2]))
-    engine = Engine(model, Field("gaussian"))
+    readout = HeadSlice(model.get_output_embeddings(), torch.tensor([40, 2]))
+    engine = Engine(model, Law("gaussian"))
     engine.evaluate(VARIANTS, items, lambda m, x: m(x).logits)
     readout.detach()
     assert engine._materialise._scratch.numel() < 4 * 2000 * 32  # not even one variant of the table
 
 
 def test_nothing_is_made_for_the_weights_as_they_are(made: dict[str, int]) -> None:
-    engine = Engine(Lookup(), Field("gaussian"))
+    engine = Engine(Lookup(), Law("gaussian"))
     engine.evaluate([Variant(), Variant()], IDS, lambda m, x: m(x))
     assert set(made.values()) == {0}
     assert engine._materialise._scratch.numel() == 0
@@ -99,7 +100,7 @@ def test_nothing_is_made_for_the_weights_as_they_are(made: dict[str, int]) -> No
 
 def test_every_weight_is_made_once_for_all_variants_and_micro_batches(made: dict[str, int]) -> None:
     model = Lookup()
-    Engine(model, Field("gaussian"), width=4).evaluate(VARIANTS[:3], IDS * 4, lambda m, x: m(x))
+    Engine(model, Law("gaussian"), width=4).evaluate(VARIANTS[:3], IDS * 4, lambda m, x: m(x))
     groups = 2  # 8 micro-batches, 4 at a time
     assert made["body.weight"] == groups * model.body.weight.numel()
     assert made["head.weight"] == groups * model.head.weight.numel()
@@ -109,14 +110,14 @@ def test_every_weight_is_made_once_for_all_variants_and_micro_batches(made: dict
 @every_model
 def test_scratch_holds_one_site_for_all_variants(name: str, dtype: torch.dtype | None) -> None:
     model, items, forward = make(name)
-    engine = Engine(model, Field("gaussian"), compute_dtype=dtype)
+    engine = Engine(model, Law("gaussian"), compute_dtype=dtype)
     if dtype is None or name not in ("t5", *(toy.__name__ for toy in TOYS)):  # those ask weights for their dtype
         engine.evaluate(VARIANTS, items, forward)
     padding = 64
     largest = max(
-        sum((dtype or torch.float32).itemsize * weight.tensor.numel() + padding for weight in site.weights)
-        for site in find_sites(model, include_frozen=False)
-        if not site.spans_blocks
+        sum((dtype or torch.float32).itemsize * weight.tensor.numel() + padding for weight in hooked.weights)
+        for hooked in find_hooked_modules(model, include_frozen=False)
+        if not hooked.spans_blocks
     )
     assert engine._materialise._scratch.numel() <= largest * len(VARIANTS)
     assert engine._materialise._scratch.numel() < 4 * sum(p.numel() for p in model.parameters()) * len(VARIANTS)
@@ -124,8 +125,8 @@ def test_scratch_holds_one_site_for_all_variants(name: str, dtype: torch.dtype |
 
 def test_scratch_never_holds_a_whole_table() -> None:
     model = Lookup()
-    readout = Readout(model.head, torch.tensor([40, 2]))
-    engine = Engine(model, Field("gaussian"))
+    readout = HeadSlice(model.head, torch.tensor([40, 2]))
+    engine = Engine(model, Law("gaussian"))
     engine.evaluate(VARIANTS, IDS, lambda m, x: m(x))
     readout.detach()
     body = 4 * (model.body.weight.numel() + model.body.bias.numel())

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.zero import Zero, read_config
 from mezo_dist.errors import UserError
@@ -33,21 +33,21 @@ def write(folder: Path, config: Any) -> str:
         ("{stage: 3}", "is no readable JSON file"),
         ([], "must hold a DeepSpeed config"),
         ({"zero_optimization": 3}, "must hold a DeepSpeed config"),
-        ({"zero_optimization": {"stage": 2}}, "stage is 2; engine.name: zero is stage 3"),
+        ({"zero_optimization": {"stage": 2}}, "stage is 2; layout.name: zero is stage 3"),
         ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "copies that would miss the updates"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "rounded to 8 bits"),
-        ({"zero_optimization": {"mics_shard_size": 4}}, "engine.replicate"),
+        ({"zero_optimization": {"mics_shard_size": 4}}, "layout.replicate"),
         ({"bf16": {"enabled": True}}, "bf16 is on, but model.weights is float32"),
         ({"fp16": {"enabled": True}}, "fp16 is on, but model.weights is float32"),
     ],
 )
 def test_configs_that_contradict_the_run(tmp_path: Path, config: Any, message: str) -> None:
-    with pytest.raises(UserError, match=f"engine.ds_config: .*{message}"):
+    with pytest.raises(UserError, match=f"layout.ds_config: .*{message}"):
         read_config(write(tmp_path, config), "float32")
 
 
 def test_a_config_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"engine.ds_config: nowhere.json is no readable JSON file"):
+    with pytest.raises(UserError, match=r"layout.ds_config: nowhere.json is no readable JSON file"):
         read_config("nowhere.json", "float32")
 
 
@@ -79,24 +79,24 @@ class Wide(nn.Module):
         return x
 
 
-def use(wire: Wire, config: dict[str, Any] | None) -> dict[str, Any]:
+def use(comm: Communicator, config: dict[str, Any] | None) -> dict[str, Any]:
     """Evaluate, update, evaluate."""
     torch.manual_seed(0)
     model, x = Wide(), torch.randn(4, 768)
-    engine = Engine(model, Field("gaussian"), None if config is None else Zero(model, wire, config))
+    engine = Engine(model, Law("gaussian"), None if config is None else Zero(model, comm, config))
     found = []
     for seed in (1, 2):
         variants = [Variant(Combination.single(seed, 0.01)), Variant()]
         found += [r.sum().item() for r in engine.evaluate(variants, [x], lambda m, item: m(item))[0]]
-        engine.apply(Combination.single(seed, 0.1), rounding_seed=0)
+        engine.add(Combination.single(seed, 0.1), rounding_seed=0)
     weights = [float(tensor.double().sum()) for _, tensor in engine.named_weights()]
     pieces = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     away = [piece.status.name == "NOT_AVAILABLE" for piece in pieces]
     return {"found": [*found, *weights, engine.fingerprint()], "away": sum(away)}
 
 
-def offload(wire: Wire, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [use(wire, config) for config in configs]
+def offload(comm: Communicator, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [use(comm, config) for config in configs]
 
 
 @pytest.mark.distributed
@@ -104,7 +104,7 @@ def offload(wire: Wire, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_parameters_in_host_memory(world: int) -> None:
     for ranks in spawn(offload, world, [{}, {"zero_optimization": {"offload_param": {"device": "cpu"}}}]):
         for found in ranks:
-            assert found["found"] == use(Wire(), None)["found"]
+            assert found["found"] == use(Communicator(), None)["found"]
 
 
 @pytest.mark.distributed
@@ -115,6 +115,6 @@ def test_parameters_in_host_memory(world: int) -> None:
 def test_parameters_on_nvme(tmp_path: Path) -> None:
     where = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 4, "buffer_size": 400_000}
     for (found,) in spawn(offload, 2, [{"zero_optimization": {"offload_param": where}}], timeout_s=1000):
-        assert found["found"] == use(Wire(), None)["found"]
+        assert found["found"] == use(Communicator(), None)["found"]
         assert found["away"] == 3  # the matrices; the biases are too small
     assert len(list(tmp_path.rglob("*.swp"))) == 2 * 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mezo_dist.config import reader
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.runs import training
 from mezo_dist.testing import write_tiny_config
 from tests.faults.jobs import OPTIONS, STEPS
@@ -19,5 +19,5 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("faults")
     write_tiny_config(root, "llama-tied", "mezo-svrg", steps=STEPS)
     config = reader.load(root / "config.yaml", [*OPTIONS, f"--output.dir={root / 'undisturbed'}"])
-    training.train(config, Wire())
+    training.train(config, Communicator())
     return root

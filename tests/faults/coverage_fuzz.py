@@ -23,7 +23,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 with atheris.instrument_imports(include=["mezo_dist"]):
     from mezo_dist.config import reader
-    from mezo_dist.distributed.communicator import Wire
+    from mezo_dist.distributed.communicator import Communicator
     from mezo_dist.errors import UserError
     from mezo_dist.runs import training
     from mezo_dist.storage import safetensors_io, trajectory
@@ -62,7 +62,7 @@ def one(data: bytes) -> None:
 def seeds() -> list[bytes]:
     """One sound file for each reader."""
     config = write_tiny_config(FOLDER / "job", steps=2)
-    run = training.train(reader.load(config), Wire())
+    run = training.train(reader.load(config), Communicator())
     header = json.dumps({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
     return [
         (run / "trajectory.jsonl").read_bytes(),

@@ -37,9 +37,9 @@ class OtherCode:
     rank: int
 
     def install(self) -> None:
-        from mezo_dist.runs import build
+        from mezo_dist.runs import model
 
-        build._code_digest = lambda: "another checkout"
+        setattr(model, "code_digest", lambda: "another checkout")  # noqa: B010 (it is another module's)
 
 
 def test_a_rank_with_other_code(root: Path, tmp_path: Path) -> None:
@@ -74,15 +74,15 @@ class FlippedBit:
     def install(self) -> None:
         from mezo_dist.engines.engine import Engine
 
-        real, calls = Engine.apply, [0]
+        real, calls = Engine.advance, [0]
 
-        def apply(engine: Engine, *args: Any) -> None:
+        def advance(engine: Engine, *args: Any) -> None:
             real(engine, *args)
             calls[0] += 1
             if calls[0] == 6:
                 next(iter(engine.shards())).tensor.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
-        setattr(Engine, "apply", apply)  # noqa: B010 (mypy refuses to assign methods)
+        setattr(Engine, "advance", advance)  # noqa: B010 (mypy refuses to assign methods)
 
 
 def test_a_rank_that_falls_out_of_step_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ class FullDisk:
     def install(self) -> None:
         from mezo_dist.runs import recorder
 
-        real, calls = getattr(recorder.Keeper, self.function), [0]
+        real, calls = getattr(recorder.RunRecorder, self.function), [0]
 
         def fill_first(*args: Any) -> Any:
             calls[0] += 1
@@ -64,7 +64,7 @@ class FullDisk:
                 fill(Path(self.disk), self.spare)
             return real(*args)
 
-        setattr(recorder.Keeper, self.function, fill_first)
+        setattr(recorder.RunRecorder, self.function, fill_first)
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from mezo_dist import cli
 from mezo_dist.config import reader
 from mezo_dist.config.schema import RunConfig
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.runs import training
 from mezo_dist.tasks.rows import load_rows
@@ -33,7 +33,7 @@ from mezo_dist.testing import write_tiny_config
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config that works, and a run of it."""
     root = tmp_path_factory.mktemp("fuzz")
-    training.train(reader.load(write_tiny_config(root, steps=2)), Wire())
+    training.train(reader.load(write_tiny_config(root, steps=2)), Communicator())
     return root
 
 
@@ -223,7 +223,7 @@ def test_nobody_listens_in_a_job_of_one_process(tiny: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(socket.socket, "listen", refuse)
     before = listening()
-    training.train(reader.load(tiny / "config.yaml", [f"output.dir={tmp_path}"]), Wire())
+    training.train(reader.load(tiny / "config.yaml", [f"output.dir={tmp_path}"]), Communicator())
     assert listening() <= before
 
 

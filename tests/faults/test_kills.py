@@ -35,14 +35,14 @@ def check_equal(root: Path, folder: Path) -> None:
 # (function, call, rank, when): calls are counted so that the fault strikes in the middle of the run.
 MOMENTS = {
     "evaluate": Fault("mezo_dist.engines.engine:Engine.evaluate", 12, 1),
-    "before the all-reduce": Fault("mezo_dist.distributed.communicator:Wire._all_reduce", 7, 1),
-    "after the all-reduce": Fault("mezo_dist.distributed.communicator:Wire._all_reduce", 7, 0, when="after"),
+    "before the all-reduce": Fault("mezo_dist.distributed.communicator:Communicator._all_reduce", 7, 1),
+    "after the all-reduce": Fault("mezo_dist.distributed.communicator:Communicator._all_reduce", 7, 0, when="after"),
     "before the append": Fault("mezo_dist.storage.trajectory_writer:os.write", 9, 0),
     "in the append": Fault("mezo_dist.storage.trajectory_writer:os.write", 9, 0, when="half"),
     "after the append": Fault("mezo_dist.storage.trajectory_writer:os.write", 9, 0, when="after"),
-    "in the update": Fault("mezo_dist.directions.law:Field.advance", 110, 1),
+    "in the update": Fault("mezo_dist.directions.law:Law.advance", 110, 1),
     "in the header": Fault("mezo_dist.storage.trajectory_writer:replace_file", 1, 0),
-    "in a snapshot's data": Fault("mezo_dist.storage.snapshots:tensorfile.write", 2, 1),
+    "in a snapshot's data": Fault("mezo_dist.storage.snapshots:safetensors_io.write", 2, 1),
     "before a snapshot is valid": Fault("mezo_dist.storage.snapshots:_publish", 2, 0),
     "after a snapshot is valid": Fault("mezo_dist.storage.snapshots:_publish", 2, 0, when="after"),
 }
@@ -67,7 +67,7 @@ def test_killed_at_a_chosen_moment(root: Path, tmp_path: Path, moment: str) -> N
 def test_a_run_goes_on_with_other_engines(root: Path, tmp_path: Path) -> None:
     """Snapshots and trajectory know nothing of who owned the weights, nor of how many there were."""
     folder = tmp_path / "run"
-    engines: list[list[str]] = [[], ["--engine.name=fsdp"], ["--engine.name=zero"]]
+    engines: list[list[str]] = [[], ["--layout.name=fsdp"], ["--layout.name=zero"]]
     for number, engine in enumerate(engines):
         in_step_3 = Fault("mezo_dist.runs.evaluation:Evaluator.losses", 3 if number else 6, 1)
         codes, output = run(tmp_path, 2, arguments(root, folder, *engine), in_step_3)

@@ -16,16 +16,17 @@ from mezo_dist.algorithms.base import Variant
 from mezo_dist.config import reader
 from mezo_dist.config.schema import PeftConfig
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.models import load
 from mezo_dist.objectives.classification import LabelWords
-from mezo_dist.runs import build, training
+from mezo_dist.runs import training
+from mezo_dist.runs.model import load_base
 from mezo_dist.testing import spawn, write_tiny_config
 from tests.engines.test_persample import PER_SAMPLE, losses, micro_batches
-from tests.run_folders import results
+from tests.run_folders import loaded_run, results
 
 LORA, PREFIX = ["model.peft.method=lora", "model.peft.r=4"], ["model.peft.method=prefix"]
 RUNS: dict[str, tuple[str, list[str]]] = {
@@ -41,12 +42,12 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 SHARDED = ["lora", "lora, classifier", "prefix"]
 LAYOUTS = ["fsdp", "zero"]
-OPTIONS = ["algorithm.lr=0.1", "algorithm.anchor_lr=0.1", "train.prefix_gib=0"]
+OPTIONS = ["algorithm.lr=0.1", "algorithm.anchor_lr=0.1", "train.frozen_cache_gib=0"]
 
 
-def train(wire: Wire, root: Path, name: str, to: str, *more: str) -> None:
+def train(comm: Communicator, root: Path, name: str, to: str, *more: str) -> None:
     options = [*RUNS[name][1], *OPTIONS, f"output.dir={root / name / to}", *more]
-    training.train(reader.load(root / name / "config.yaml", options), wire)
+    training.train(reader.load(root / name / "config.yaml", options), comm)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
     for name, (kind, _) in RUNS.items():
         write_tiny_config(root / name, kind, steps=3, batch_size=5, micro_batch=3)
-        train(Wire(), root, name, "run")
+        train(Communicator(), root, name, "run")
     return root
 
 
@@ -63,12 +64,12 @@ every_run = pytest.mark.parametrize("name", RUNS)
 
 @every_run
 def test_only_what_was_added_is_trained_and_a_run_can_be_made_again(root: Path, name: str) -> None:
-    run, _ = training.rebuild(root / name / "run", None, Wire())
-    assert run.engine.fingerprint() == results(root / name / "run")["weights"] != run.weights.base_fingerprint
-    base, _ = training.rebuild(root / name / "run", 0, Wire())
+    run = loaded_run(root / name / "run")
+    assert run.engine.fingerprint() == results(root / name / "run")["weights"] != run.loaded.base_fingerprint
+    base = loaded_run(root / name / "run", 0)
     changed = {
-        weight: not torch.equal(tensor, base.loaded.model.get_parameter(weight))
-        for weight, tensor in run.loaded.model.named_parameters()
+        weight: not torch.equal(tensor, base.pretrained.model.get_parameter(weight))
+        for weight, tensor in run.pretrained.model.named_parameters()
     }
     added = {weight for weight in changed if any(p in weight for p in ("lora_", "prompt_encoder", "modules_to_save"))}
     assert {weight for weight, is_changed in changed.items() if is_changed} == added != set()
@@ -79,20 +80,20 @@ def test_only_what_was_added_is_trained_and_a_run_can_be_made_again(root: Path, 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
 @every_run
 def test_peft_loads_what_is_exported(root: Path, name: str) -> None:
-    run, _ = training.rebuild(root / name / "run", None, Wire())
+    run = loaded_run(root / name / "run")
     batch = run.split("test")[0]
     folder = root / name / "run" / "model"
     assert {path.name for path in folder.iterdir()} >= {"adapter_config.json", "tokenizer.json"}
-    package, loader_name = run.loaded.loader
+    package, loader_name = run.pretrained.loader
     assert package == "peft"
     loader: Any = getattr(peft, loader_name)
-    options: dict[str, Any] = {"num_labels": 2} if run.loaded.kind == "classifier" else {}
-    dtype = next(run.loaded.model.parameters()).dtype
+    options: dict[str, Any] = {"num_labels": 2} if run.pretrained.kind == "classifier" else {}
+    dtype = next(run.pretrained.model.parameters()).dtype
     loaded = loader.from_pretrained(folder, dtype=dtype, **options).eval()
-    if run.loaded.kind != "classifier":
-        run.evaluator.objective._readout.detach()  # type: ignore[attr-defined]
+    if run.pretrained.kind != "classifier":
+        run.evaluator.objective._head_slice.detach()  # type: ignore[attr-defined]
     with torch.no_grad():
-        found, wanted = (m(**batch.inputs).logits for m in (loaded, run.loaded.model))
+        found, wanted = (m(**batch.inputs).logits for m in (loaded, run.pretrained.model))
     if dtype == torch.float32:
         assert torch.equal(found, wanted)
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-3)  # peft computes adapters in fp32
@@ -102,10 +103,10 @@ def test_peft_loads_what_is_exported(root: Path, name: str) -> None:
         torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-5)
 
 
-def sharded(wire: Wire, root: Path) -> None:
+def sharded(comm: Communicator, root: Path) -> None:
     for name in SHARDED:
         for layout in LAYOUTS:
-            train(wire, root, name, layout, f"engine.name={layout}")
+            train(comm, root, name, layout, f"layout.name={layout}")
 
 
 @pytest.mark.distributed
@@ -125,7 +126,7 @@ def test_a_run_goes_on(root: Path) -> None:
     lines = (folder / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "trajectory.jsonl").write_bytes(b"".join(lines[:3]))
     whole = results(folder)
-    train(Wire(), root, "lora", "run", "output.if_exists=resume")
+    train(Communicator(), root, "lora", "run", "output.if_exists=resume")
     assert results(folder)["weights"] == whole["weights"]
 
 
@@ -133,14 +134,14 @@ def test_a_run_goes_on(root: Path) -> None:
 def test_a_direction_per_sample_is_that_of_really_changed_adapters(root: Path, name: str) -> None:
     config = reader.load(root / name / "config.yaml", RUNS[name][1])
     model = load.load_model(config.model, num_labels=2, seed=1).model
-    field = Field("lowrank")
-    Engine(model, field).apply(Combination.single(4, 0.1), rounding_seed=0)  # B of LoRA is not zero any more
+    law = Law("lowrank")
+    Engine(model, law).add(Combination.single(4, 0.1), rounding_seed=0)  # B of LoRA is not zero any more
     objective = LabelWords(model, [40, 7, 22], micro_batches()[0])
-    found = losses(model, field, [Variant(per_sample=PER_SAMPLE), Variant()], objective)
+    found = losses(model, law, [Variant(per_sample=PER_SAMPLE), Variant()], objective)
     for i, shift in enumerate(PER_SAMPLE):
         changed = copy.deepcopy(model)
-        Engine(changed, field).apply(shift, rounding_seed=0)
-        wanted = losses(changed, field, [Variant()], objective)[0, i]
+        Engine(changed, law).add(shift, rounding_seed=0)
+        wanted = losses(changed, law, [Variant()], objective)[0, i]
         torch.testing.assert_close(found[0, i], wanted, rtol=2e-5, atol=2e-6)
     assert ((found[0] - found[1]).abs() > 1e-5).all()
 
@@ -170,14 +171,14 @@ def test_fresh_adapters_are_pefts_and_follow_from_seed_and_name(root: Path) -> N
 def test_what_cannot_be_is_said(root: Path, options: list[str], message: str) -> None:
     config = reader.load(root / "lora" / "config.yaml", [*LORA, *options])
     with pytest.raises(UserError, match=message):
-        build.load_weights(config, Wire())
+        load_base(config, Communicator())
 
 
 def test_without_peft_the_extra_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     config = reader.load(root / "lora" / "config.yaml", LORA)
     with pytest.raises(UserError, match=r"model.peft: needs peft: pip install 'mezo_dist\[peft\]'"):
-        build.load_weights(config, Wire())
+        load_base(config, Communicator())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The frozen prefix: losses are the same with it, its blocks run once per sample, and it is off where it cannot be."""
+"""The frozen blocks: losses are the same with it, its blocks run once per sample, and it is off where it cannot be."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.units import find_blocks
-from mezo_dist.models.frozen_cache import FrozenPrefix, attach_prefix, run_whole
+from mezo_dist.models.frozen_cache import FrozenCache, attach_frozen_cache, run_whole
 from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.prompts import Sample
@@ -40,12 +40,12 @@ def with_frozen_blocks(kind: str, trainable: int = 1) -> Any:
 
 
 def attached(model: nn.Module, limit: int = GIB) -> Any:
-    return attach_prefix(model, [(batch.inputs, batch.positions) for batch in batches()], limit)
+    return attach_frozen_cache(model, [(batch.inputs, batch.positions) for batch in batches()], limit)
 
 
 def losses(model: nn.Module, run: Any, groups: list[MicroBatch], before: Sequence[MicroBatch] = ()) -> torch.Tensor:
     """Loss of every sample under two variants, after those of ``before``."""
-    engine = Engine(model, Field("gaussian"))
+    engine = Engine(model, Law("gaussian"))
     objective = LabelWords(model, LABELS, groups[0], run)
     engine.evaluate([Variant()], before, objective)
     shifts = [Combination.single(3, 0.05), Combination.single(4, -0.05)]
@@ -62,7 +62,7 @@ def test_losses_are_those_of_whole_passes(kind: str) -> None:
     wanted = losses(with_frozen_blocks(kind), run_whole, batches())
     model = with_frozen_blocks(kind)
     run = attached(model)
-    assert isinstance(run, FrozenPrefix)
+    assert isinstance(run, FrozenCache)
     torch.testing.assert_close(losses(model, run, batches()), wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -90,8 +90,8 @@ def test_what_is_left_to_do_on_one_token_is_done_on_one_token(
         return made
 
     run = attached(shortened := model())
-    assert isinstance(run, FrozenPrefix)
-    assert (len(run.prefix.ends), run.narrow) == (1 + inner, is_narrow)
+    assert isinstance(run, FrozenCache)
+    assert (len(run.frozen.ends), run.narrow) == (1 + inner, is_narrow)
     torch.testing.assert_close(
         losses(shortened, run, batches()), losses(model(), run_whole, batches()), rtol=1e-5, atol=1e-6
     )

@@ -14,7 +14,7 @@ import transformers
 
 from mezo_dist.config.schema import ModelConfig
 from mezo_dist.errors import UserError
-from mezo_dist.models.load import Loaded, load_model
+from mezo_dist.models.load import Pretrained, load_model
 from mezo_dist.testing import tiny_model, tiny_tokenizer, write_tiny_model
 
 SIZE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -27,11 +27,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_tiny_model(root / name, name) for name in ("llama", "gpt2", "bert", "roberta", "t5")}
 
 
-def load(folder: Path | str, seed: int = 0, num_labels: int = 2, **settings: Any) -> Loaded:
+def load(folder: Path | str, seed: int = 0, num_labels: int = 2, **settings: Any) -> Pretrained:
     return load_model(ModelConfig(str(folder), **settings), num_labels=num_labels, seed=seed)
 
 
-def weights(loaded: Loaded) -> dict[str, torch.Tensor]:
+def weights(loaded: Pretrained) -> dict[str, torch.Tensor]:
     return dict(loaded.model.named_parameters())
 
 

@@ -10,16 +10,16 @@ import transformers as t
 
 from mezo_dist.config import reader
 from mezo_dist.config.schema import ModelConfig
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
-from mezo_dist.models.load import Loaded, load_model
+from mezo_dist.models.load import Pretrained, load_model
 from mezo_dist.models.random_weights import open_random
 from mezo_dist.models.sliced_checkpoint import materialise
 from mezo_dist.runs import training
 from mezo_dist.testing import tiny_model, write_tiny_config, write_tiny_model
 
 
-def load(path: Path, seed: int = 0, *, whole: bool = True) -> Loaded:
+def load(path: Path, seed: int = 0, *, whole: bool = True) -> Pretrained:
     return load_model(ModelConfig(f"random:{path}"), num_labels=2, seed=seed, whole=whole)
 
 
@@ -75,5 +75,5 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
 def test_a_run_from_random_weights(tmp_path: Path) -> None:
     path = write_tiny_config(tmp_path, "llama-tied", "mezo", steps=2)
     config = reader.load(path, [f"model.name=random:{tmp_path / 'model'}", f"output.dir={tmp_path / 'out'}"])
-    folder = training.train(config, Wire())
+    folder = training.train(config, Communicator())
     t.AutoModelForCausalLM.from_pretrained(folder / "model")

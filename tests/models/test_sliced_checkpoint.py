@@ -15,7 +15,7 @@ import transformers as t
 from torch import Tensor
 
 from mezo_dist.config.schema import ModelConfig
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.models import sliced_checkpoint
@@ -196,8 +196,8 @@ def test_reading_takes_no_more_memory_than_was_asked_for(
 def test_filling_an_engine(folders: Callable[[str], Path]) -> None:
     config = t.AutoConfig.from_pretrained(folders("gpt2"))
     reader = open_checkpoint(t.AutoModelForCausalLM, str(folders("gpt2")), config, torch.float32)[2]
-    expected = Engine(t.AutoModelForCausalLM.from_pretrained(folders("gpt2")), Field("gaussian"))
-    other = Engine(tiny_model("gpt2", seed=5), Field("gaussian"))
+    expected = Engine(t.AutoModelForCausalLM.from_pretrained(folders("gpt2")), Law("gaussian"))
+    other = Engine(tiny_model("gpt2", seed=5), Law("gaussian"))
     assert other.fingerprint() != expected.fingerprint()
     sliced_checkpoint.fill(reader, other.shards())
     assert other.fingerprint() == expected.fingerprint()

@@ -42,4 +42,4 @@ def without_codes(text: str) -> str:
 
 
 def scalars(loss: float, gradient: float = 0.5) -> dict[str, float]:
-    return {"loss/train": loss, "projected_gradient": gradient, "wire/payload_bytes": 256}
+    return {"loss/train": loss, "projected_gradient": gradient, "communicator/payload_bytes": 256}

@@ -16,7 +16,7 @@ from mezo_dist.algorithms.base import Losses
 from mezo_dist.errors import UserError
 from mezo_dist.monitoring import html_report
 from mezo_dist.storage.trajectory import Header, Mark, Step
-from mezo_dist.storage.trajectory_writer import Journal
+from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 CONFIG = {"task": {"name": "films <&>"}, "train": {"steps": 4}, "algorithm": {"name": "mezo-svrg"}}
 HEADER = Header(CONFIG, "d" * 64, "a/model", "0" * 16, "law/v1", "float32, to nearest", 0, 30, "0.1.0")
@@ -25,12 +25,12 @@ HEADER = Header(CONFIG, "d" * 64, "a/model", "0" * 16, "law/v1", "float32, to ne
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Three of four steps, one of them skipped, with a restart in between."""
-    journal = Journal.begin(tmp_path / "trajectory.jsonl", HEADER)
-    journal.append(Step(0, (Losses((0.75, 0.25)),), "0" * 8))
-    journal.append(Step(1, (), skipped="a loss is not finite"))
-    journal.append(Step(2, (Losses((0.5, 0.25)),), "0" * 8))
-    journal.append(Mark(3, "fedcba9876543210"))
-    journal.close()
+    writer = TrajectoryWriter.begin(tmp_path / "trajectory.jsonl", HEADER)
+    writer.append(Step(0, (Losses((0.75, 0.25)),), "0" * 8))
+    writer.append(Step(1, (), skipped="a loss is not finite"))
+    writer.append(Step(2, (Losses((0.5, 0.25)),), "0" * 8))
+    writer.append(Mark(3, "fedcba9876543210"))
+    writer.close()
     return tmp_path
 
 

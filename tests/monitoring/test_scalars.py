@@ -74,7 +74,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path, bad: float) -> None:
         monitor.step(1, scalars(bad), samples=1)
         monitor.result("test", 1, {"loss": bad})
     step, result = jsonl(tmp_path)
-    assert step["scalars"] == {"loss/train": None, "projected_gradient": 0.5, "wire/payload_bytes": 256}
+    assert step["scalars"] == {"loss/train": None, "projected_gradient": 0.5, "communicator/payload_bytes": 256}
     assert result["scalars"] == {"eval/test/loss": None}
     assert f"loss {bad}" in shown(console)
     assert [step for step, _ in points(tmp_path, "loss/train")] == [1]

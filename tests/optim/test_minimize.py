@@ -11,20 +11,20 @@ import torch
 from torch import nn
 
 from mezo_dist.algorithms.base import Problem, Variant
-from mezo_dist.algorithms.mezo import MezoConfig
-from mezo_dist.algorithms.svrg import SvrgConfig
-from mezo_dist.algorithms.svrg_released import SvrgReleasedConfig
+from mezo_dist.algorithms.mezo import MeZO
+from mezo_dist.algorithms.svrg import MeZOSVRG
+from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
-from mezo_dist.optim.minimize import Draw, Minimum, Weights, minimize
+from mezo_dist.optim.minimize import Draw, Minimum, Params, minimize
 
 START = {"matrix": torch.zeros(3, 4), "vector": torch.zeros(2), "scalar": torch.zeros(())}
-MEZO = MezoConfig(lr=0.02, directions=2)
+MEZO = MeZO(lr=0.02, directions=2)
 
 
-def cost(weights: Weights, draw: Draw) -> float:
+def cost(weights: Params, draw: Draw) -> float:
     """Least where all weights are 1."""
     return sum(float(((tensor.float() - 1) ** 2).sum()) for tensor in weights.values())
 
@@ -39,8 +39,8 @@ def run(algorithm: Any = MEZO, steps: int = 150, **more: Any) -> Minimum:
         (MEZO, "gaussian"),
         (MEZO, "rademacher"),
         (MEZO, "lowrank"),
-        (SvrgConfig(lr=0.01, anchor_lr=0.02), "gaussian"),
-        (SvrgReleasedConfig(lr=1e-3, anchor_lr=0.02), "gaussian"),
+        (MeZOSVRG(lr=0.01, anchor_lr=0.02), "gaussian"),
+        (MeZOSVRGReleased(lr=1e-3, anchor_lr=0.02), "gaussian"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -59,15 +59,15 @@ def test_it_does_what_an_engine_does() -> None:
     start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     x = torch.randn(5, 4)
 
-    def loss(weights: Weights, draw: Draw) -> float:
+    def loss(weights: Params, draw: Draw) -> float:
         return float(torch.func.functional_call(model, weights, x).square().mean())
 
-    found = minimize(loss, start, MezoConfig(lr=0.5, eps=0.25), steps=3, seed=7)
-    engine = Engine(model, Field("gaussian"))
+    found = minimize(loss, start, MeZO(lr=0.5, eps=0.25), steps=3, seed=7)
+    engine = Engine(model, Law("gaussian"))
     for step in range(3):
         z = Combination.single(Problem(7).direction_seed(step), 0.25)
         plus, minus = engine.evaluate([Variant(z), Variant(-z)], [x], lambda m, x: m(x).square().mean().item())[0]
-        engine.apply(z * (-0.5 * (plus - minus) / 0.5 / 0.25), 0)
+        engine.add(z * (-0.5 * (plus - minus) / 0.5 / 0.25), 0)
     for name, tensor in model.named_parameters():
         assert torch.equal(found.weights[name], tensor), name
 
@@ -84,17 +84,17 @@ def test_the_same_again_here_or_on_other_threads() -> None:
 def test_all_calls_of_a_step_get_the_same_draw() -> None:
     draws: list[Draw] = []
 
-    def remember(weights: Weights, draw: Draw) -> float:
+    def remember(weights: Params, draw: Draw) -> float:
         draws.append(draw)
         return cost(weights, draw)
 
-    found = minimize(remember, START, SvrgConfig(q=2, anchor_directions=3), steps=3)
+    found = minimize(remember, START, MeZOSVRG(q=2, anchor_directions=3), steps=3)
     assert draws == [Draw(0, "full")] * 6 + [Draw(1)] * 4 + [Draw(2, "full")] * 6
     assert found.calls == 16
 
 
 def test_values_that_are_not_finite_skip_the_step() -> None:
-    def sometimes(weights: Weights, draw: Draw) -> float:
+    def sometimes(weights: Params, draw: Draw) -> float:
         return math.nan if draw.step in (1, 2) else cost(weights, draw)
 
     seen: list[tuple[int, float]] = []
@@ -114,7 +114,7 @@ def test_it_gives_up_after_too_many_of_them() -> None:
 
 def test_small_updates_of_bf16_weights_are_not_lost() -> None:
     start = {"weight": torch.ones(4096, dtype=torch.bfloat16)}
-    found = minimize(lambda w, _: float(w["weight"].double().sum()), start, MezoConfig(lr=1e-6, eps=0.1), steps=1)
+    found = minimize(lambda w, _: float(w["weight"].double().sum()), start, MeZO(lr=1e-6, eps=0.1), steps=1)
     moved = found.weights["weight"] != 1
     assert 0 < int(moved.sum()) < 4096
 
@@ -126,6 +126,6 @@ def test_small_updates_of_bf16_weights_are_not_lost() -> None:
         (START, {"per_sample": True}, "algorithm.per_sample: a function has no samples"),
     ],
 )
-def test_what_cannot_be_used_is_said(start: Weights, more: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_used_is_said(start: Params, more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        minimize(cost, start, MezoConfig(**more), steps=1)
+        minimize(cost, start, MeZO(**more), steps=1)

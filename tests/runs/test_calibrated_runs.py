@@ -21,7 +21,7 @@ from mezo_dist.runs import training
 from mezo_dist.objectives.calibration import best_offsets
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.testing import write_tiny_config
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from tests.run_folders import results
 
 CLASSIFIER = "model.head=classifier"
@@ -51,7 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("calibrated")
     for name, (kind, *_) in RUNS.items():
         write_tiny_config(root / name, kind)
-        training.train(load(root, name), Wire())
+        training.train(load(root, name), Communicator())
     return root
 
 
@@ -71,10 +71,10 @@ def logits_of(model: Any, run: build.Run, split: str, tokens: dict[str, int] | N
 @every_run
 def test_the_exported_model_does_what_the_run_reports(root: Path, name: str) -> None:
     _, _, loader, bias = RUNS[name]
-    folder, run = root / name / "run", build.prepare(load(root, name), Wire())
+    folder, run = root / name / "run", build.build_run(load(root, name), Communicator())
     about = json.loads((folder / "model/calibration.json").read_text())
     assert about["added_to"] == bias
-    assert (about["tokens"] is None) == (run.loaded.kind == "classifier")
+    assert (about["tokens"] is None) == (run.pretrained.kind == "classifier")
     offsets = torch.tensor(list(about["offsets"].values()))
     assert offsets.abs().max() > 1e-3
     model = loader.from_pretrained(folder / "model").eval()
@@ -110,6 +110,6 @@ def test_a_replay_has_no_data_for_offsets_and_says_so(
 
 
 def test_plain_runs_know_nothing_of_it(tmp_path: Path) -> None:
-    run = training.train(reader.load(write_tiny_config(tmp_path, steps=1)), Wire())
+    run = training.train(reader.load(write_tiny_config(tmp_path, steps=1)), Communicator())
     assert "offsets" not in results(run)
     assert not (run / "model/calibration.json").exists()

@@ -17,12 +17,12 @@ from torch import Tensor
 from mezo_dist.storage import safetensors_io
 from mezo_dist.models.sliced_checkpoint import materialise, open_checkpoint
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.runs.export import export_model
 from mezo_dist.testing import spawn, tiny_model, tiny_tokenizer
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 
 KINDS = "llama llama-tied opt gpt2 bert roberta distilbert t5 mixtral".split()
 DEEPSEEK: dict[str, Any] = {
@@ -51,10 +51,10 @@ def contents(folder: Path) -> dict[str, Tensor]:
 def test_the_same_files_as_save_pretrained(tmp_path: Path, kind: str) -> None:
     model = model_of(kind)
     model.save_pretrained(tmp_path / "theirs")
-    engine = Engine(model, Field("gaussian"))
-    engine.apply(Combination.single(1, 1e-3), 0)
+    engine = Engine(model, Law("gaussian"))
+    engine.add(Combination.single(1, 1e-3), 0)
     model.save_pretrained(tmp_path / "theirs after")
-    export_model(engine, tiny_tokenizer(), tmp_path / "ours", Wire())
+    export_model(engine, tiny_tokenizer(), tmp_path / "ours", Communicator())
     ours, theirs = contents(tmp_path / "ours"), contents(tmp_path / "theirs after")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -78,7 +78,7 @@ def same_after_loading(model_class: Any, folder: Path, model: Any) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "deepseek-v3"])
 def test_several_files(tmp_path: Path, kind: str) -> None:
     model = model_of(kind)
-    export_model(Engine(model, Field("gaussian")), tiny_tokenizer(), tmp_path / "ours", Wire(), file_bytes=30_000)
+    export_model(Engine(model, Law("gaussian")), tiny_tokenizer(), tmp_path / "ours", Communicator(), file_bytes=30_000)
     files = sorted((tmp_path / "ours").glob("*.safetensors"))
     assert len(files) > 2
     assert all(path.stat().st_size < 36_000 or len(safetensors_io.read_header(path)) == 1 for path in files)
@@ -95,7 +95,7 @@ def test_there_and_back_by_the_slice(tmp_path: Path, kind: str) -> None:
     config = t.AutoConfig.from_pretrained(folder)
     model, _, reader = open_checkpoint(t.AutoModelForCausalLM, str(folder), config, torch.bfloat16)
     materialise(model, reader)
-    export_model(Engine(model, Field("gaussian")), tiny_tokenizer(), tmp_path / "ours", Wire())
+    export_model(Engine(model, Law("gaussian")), tiny_tokenizer(), tmp_path / "ours", Communicator())
     base, ours = contents(folder), contents(tmp_path / "ours")
     assert base.keys() == ours.keys()
     assert all(torch.equal(ours[name], tensor.bfloat16()) for name, tensor in base.items())
@@ -105,7 +105,7 @@ def test_there_and_back_by_the_slice(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_one_unit_at_a_time(tmp_path: Path, kind: str) -> None:
     """Each weight is gone when the next one comes, as on a sharded layout; few are copied."""
-    engine, held, most = Engine(tiny_model(kind), Field("gaussian")), 0, 0
+    engine, held, most = Engine(tiny_model(kind), Law("gaussian")), 0, 0
     expected = {name: tensor.clone() for name, tensor in tiny_model(kind).state_dict().items()}
     named_weights, clone = engine.layout.named_weights, Tensor.clone
 
@@ -125,7 +125,7 @@ def test_one_unit_at_a_time(tmp_path: Path, kind: str) -> None:
         mock.patch.object(type(engine), "named_weights", return_value=lent()),
         mock.patch.object(Tensor, "clone", count),
     ):
-        export_model(engine, tiny_tokenizer(), tmp_path / "ours", Wire())
+        export_model(engine, tiny_tokenizer(), tmp_path / "ours", Communicator())
     loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
     experts = sum(p.nbytes for name, p in expected.items() if ".experts." in name)
@@ -133,17 +133,17 @@ def test_one_unit_at_a_time(tmp_path: Path, kind: str) -> None:
 
 
 def test_an_export_replaces_an_older_one(tmp_path: Path) -> None:
-    engine = Engine(tiny_model("llama"), Field("gaussian"))
+    engine = Engine(tiny_model("llama"), Law("gaussian"))
     for scale in (1e-3, 1e-2):
-        engine.apply(Combination.single(2, scale), 0)
-        export_model(engine, tiny_tokenizer(), tmp_path / "model", Wire())
+        engine.add(Combination.single(2, scale), 0)
+        export_model(engine, tiny_tokenizer(), tmp_path / "model", Communicator())
     same_after_loading(t.LlamaForCausalLM, tmp_path / "model", engine.model)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def fail(wire: Wire, folder: Path) -> tuple[str, int]:
+def fail(comm: Communicator, folder: Path) -> tuple[str, int]:
     """Rank 0 cannot write; the other rank goes through all the gathers that it has to take part in."""
-    engine, seen = Engine(tiny_model("llama"), Field("gaussian")), 0
+    engine, seen = Engine(tiny_model("llama"), Law("gaussian")), 0
     named_weights = engine.layout.named_weights
 
     def counted() -> Iterator[tuple[str, Tensor]]:
@@ -155,7 +155,7 @@ def fail(wire: Wire, folder: Path) -> tuple[str, int]:
     full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     with mock.patch.object(type(engine), "named_weights", return_value=counted()), mock.patch("os.fsync", full):
         try:
-            export_model(engine, cast(Any, None), folder / "model", wire)
+            export_model(engine, cast(Any, None), folder / "model", comm)
         except UserError as error:
             return str(error), seen
     return "", seen

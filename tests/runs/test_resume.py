@@ -25,11 +25,11 @@ from mezo_dist.storage import trajectory
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.errors import UserError
 from mezo_dist.runs.export import export_model
-from mezo_dist.storage.trajectory_writer import Journal
+from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 from mezo_dist.testing import write_tiny_config
 from mezo_dist.storage.trajectory import Header, Step
-from mezo_dist.distributed.communicator import Wire
-from tests.run_folders import results
+from mezo_dist.distributed.communicator import Communicator
+from tests.run_folders import loaded_run, results
 
 PER_SAMPLE = ["law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3"]
 RUNS = {
@@ -81,7 +81,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("resume")
     for name, (kind, algorithm, _) in RUNS.items():
         write_tiny_config(root / name, kind, algorithm, steps=STEPS, batch_size=5, micro_batch=3)
-        training.train(load(root, name), Wire())
+        training.train(load(root, name), Communicator())
     return root
 
 
@@ -112,7 +112,7 @@ def test_a_run_cut_short_ends_as_the_undisturbed_one(
     root: Path, tmp_path: Path, name: str, num_steps: int, torn: bytes
 ) -> None:
     folder = killed(root, name, num_steps, tmp_path / "run", torn)
-    training.train(load(root, name, f"output.dir={folder}", "output.if_exists=resume"), Wire())
+    training.train(load(root, name, f"output.dir={folder}", "output.if_exists=resume"), Communicator())
     whole = root / name / "run"
     assert (folder / "trajectory.jsonl").read_bytes() == (whole / "trajectory.jsonl").read_bytes()
     assert results(folder) == results(whole)
@@ -128,14 +128,14 @@ def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
     steps, or with anchors left out, from the base."""
     monkeypatch.setattr(replay, "TERMS_AT_ONCE", terms_at_once)
     options = [f"output.dir={tmp_path / 'run'}", "output.snapshot_every=4", "output.export=false"]
-    training.train(load(root, "stored", *options), Wire())
+    training.train(load(root, "stored", *options), Communicator())
     lines = (tmp_path / "run" / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
     steps = [line for line in lines if b'"done"' not in line]
     for done, snapshot in ((5, 4), (6, 4), (5, 0), (6, 0)):
         (tmp_path / "run" / "trajectory.jsonl").write_bytes(b"".join(steps[: 1 + done]))
         if not snapshot:
             shutil.rmtree(tmp_path / "run" / "snapshots", ignore_errors=True)
-        training.train(load(root, "stored", *options, "output.if_exists=resume"), Wire())
+        training.train(load(root, "stored", *options, "output.if_exists=resume"), Communicator())
         assert results(tmp_path / "run") == results(root / "stored" / "run")
         diary = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
         resumed = [event for event in map(json.loads, diary) if event["event"] == "resumed"]
@@ -146,13 +146,13 @@ def test_a_resumed_run_counts_the_steps_that_were_skipped(root: Path, tmp_path: 
     """Two were skipped in a row before the run died; one more is too much for it."""
     folder = killed(root, "mezo", 4, tmp_path / "run", b"")
     found = trajectory.read(folder / "trajectory.jsonl")
-    journal = Journal.go_on(folder / "trajectory.jsonl", found)
+    writer = TrajectoryWriter.go_on(folder / "trajectory.jsonl", found)
     for number in (4, 5):
-        journal.append(Step(number, (), skipped="a loss is not finite"))
-    journal.close()
-    run = build.prepare(load(root, "mezo"), Wire())
+        writer.append(Step(number, (), skipped="a loss is not finite"))
+    writer.close()
+    run = build.build_run(load(root, "mezo"), Communicator())
     found = trajectory.read(folder / "trajectory.jsonl")
-    progress = replay.rebuild(run.weights, run.algorithm, found, 6)
+    progress = replay.replay_steps(run.engine, 0, run.algorithm, found, 6)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (6, 2, 2)
 
 
@@ -170,13 +170,13 @@ def test_a_resume_with_other_settings_names_them(
     folder = killed(root, "mezo", 2, tmp_path / "run")
     config = load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume", *options)
     with pytest.raises(UserError, match=f"settings differ from those of the trajectory: {', '.join(named)};"):
-        training.train(config, Wire())
+        training.train(config, Communicator())
 
 
 def test_what_changes_no_result_may_differ(root: Path, tmp_path: Path) -> None:
     folder = killed(root, "mezo", STEPS, tmp_path / "run", b"")
     options = ["output.if_exists=resume", "output.export=false", "distributed.timeout_s=33"]
-    training.train(load(root, "mezo", f"output.dir={folder}", *options), Wire())
+    training.train(load(root, "mezo", f"output.dir={folder}", *options), Communicator())
     assert results(folder) == results(root / "mezo" / "run")
     assert not (folder / "model").exists()
 
@@ -206,7 +206,7 @@ def test_another_base_model_under_the_same_name_is_noticed(root: Path, tmp_path:
 
     rewritten(tmp_path / "mezo" / "run", change)
     with pytest.raises(UserError, match="was made from another base model"):
-        training.rebuild(tmp_path / "mezo" / "run", None, Wire())
+        loaded_run(tmp_path / "mezo" / "run")
 
 
 def test_losses_that_do_not_give_the_logged_update_are_noticed(root: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_losses_that_do_not_give_the_logged_update_are_noticed(root: Path, tmp_p
 
     rewritten(folder, change)
     with pytest.raises(UserError, match="step 1 is not what this version of the algorithm makes of its losses"):
-        training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
+        training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Communicator())
 
 
 def test_weights_that_are_not_what_they_were_are_noticed(root: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_weights_that_are_not_what_they_were_are_noticed(root: Path, tmp_path: P
     with pytest.raises(
         UserError, match=f"after step {STEPS} the weights have the fingerprint .*, but had 0000000000000000"
     ):
-        training.rebuild(folder, None, Wire())
+        loaded_run(folder)
 
 
 def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path)
     folder = killed(root, "mezo", 0, tmp_path / "run", b"")
     path = folder / "trajectory.jsonl"
     path.write_bytes(path.read_bytes()[:100])
-    training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Wire())
+    training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Communicator())
     assert results(folder) == results(root / "mezo" / "run")
 
 
@@ -259,11 +259,11 @@ def test_force_new_moves_the_old_run_aside(root: Path, tmp_path: Path) -> None:
 
 @every_run
 def test_base_and_trajectory_give_the_trained_weights(root: Path, name: str) -> None:
-    run, num_steps = training.rebuild(root / name / "run", None, Wire())
-    assert num_steps == STEPS
-    assert run.engine.fingerprint() == results(root / name / "run")["weights"] != run.weights.base_fingerprint
+    run = loaded_run(root / name / "run")
+    assert run.step == STEPS
+    assert run.engine.fingerprint() == results(root / name / "run")["weights"] != run.loaded.base_fingerprint
     exported = _load(root / name / "run" / "model")
-    for key, weight in run.loaded.model.named_parameters():
+    for key, weight in run.pretrained.model.named_parameters():
         assert torch.equal(exported.get_parameter(key), weight), key
 
 
@@ -291,20 +291,21 @@ def test_replay_verifies_a_run_and_makes_its_model(
 
 @pytest.mark.parametrize("num_steps", [0, 1, 4])
 def test_any_step_can_be_made_again(root: Path, num_steps: int) -> None:
-    run, _ = training.rebuild(root / "bf16" / "run", num_steps, Wire())
-    live = build.prepare(load(root, "bf16"), Wire())
+    run = loaded_run(root / "bf16" / "run", num_steps)
+    live = build.build_run(load(root, "bf16"), Communicator())
     state = live.algorithm.init()
     for number in range(num_steps):
-        planned = training.plan_step(live, state, number)
-        live.apply(planned.step.step, planned.combination)
-        state = planned.state
+        result, _ = training.evaluate_step(live, state, number)
+        training.apply_step(live, result)
+        assert result.update is not None
+        state = result.update.state
     assert run.engine.fingerprint() == live.engine.fingerprint()
-    assert (run.engine.fingerprint() == run.weights.base_fingerprint) == (num_steps == 0)
+    assert (run.engine.fingerprint() == run.loaded.base_fingerprint) == (num_steps == 0)
 
 
 def test_step_0_is_the_base_model(root: Path, tmp_path: Path) -> None:
-    run, _ = training.rebuild(root / "mezo-svrg" / "run", 0, Wire())
-    export_model(run.engine, run.loaded.tokenizer, tmp_path / "base", Wire())
+    run = loaded_run(root / "mezo-svrg" / "run", 0)
+    export_model(run.engine, run.pretrained.tokenizer, tmp_path / "base", Communicator())
     base, exported = _load(root / "mezo-svrg" / "model"), _load(tmp_path / "base")
     for key, weight in base.named_parameters():
         assert torch.equal(exported.get_parameter(key), weight), key
@@ -313,7 +314,7 @@ def test_step_0_is_the_base_model(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [-1, STEPS + 1])
 def test_a_step_that_there_is_not_is_an_error(root: Path, number: int) -> None:
     with pytest.raises(UserError, match=f"--step {number}: .* has {STEPS} steps"):
-        training.rebuild(root / "mezo" / "run", number, Wire())
+        loaded_run(root / "mezo" / "run", number)
 
 
 def _load(folder: Path) -> nn.Module:
@@ -324,24 +325,24 @@ def _load(folder: Path) -> nn.Module:
 @pytest.mark.parametrize("name", ["mezo-svrg", "bf16"])
 def test_an_exported_folder_loads_with_equal_logits(root: Path, tmp_path: Path, name: str) -> None:
     """As people will use it: through transformers alone, with the tokeniser that lies beside it."""
-    run, _ = training.rebuild(root / name / "run", None, Wire())
-    export_model(run.engine, run.loaded.tokenizer, tmp_path / "model", Wire())
+    run = loaded_run(root / name / "run")
+    export_model(run.engine, run.pretrained.tokenizer, tmp_path / "model", Communicator())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     text = tokenizer("a dull slow film . It was", return_tensors="pt")
-    run.evaluator.objective._readout.detach()  # type: ignore[attr-defined]
+    run.evaluator.objective._head_slice.detach()  # type: ignore[attr-defined]
     with torch.no_grad():
-        live = run.loaded.model(input_ids=text["input_ids"]).logits
+        live = run.pretrained.model(input_ids=text["input_ids"]).logits
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
         assert torch.equal(loaded(input_ids=text["input_ids"]).logits, live)
 
 
 def test_an_export_that_fails_leaves_no_folder(root: Path, tmp_path: Path) -> None:
-    run, _ = training.rebuild(root / "mezo" / "run", 0, Wire())
+    run = loaded_run(root / "mezo" / "run", 0)
     with (
         full_disk(),
         pytest.raises(UserError, match=r"export to .*model failed: .*; the trajectory still holds the run"),
     ):
-        export_model(run.engine, run.loaded.tokenizer, tmp_path / "model", Wire())
+        export_model(run.engine, run.pretrained.tokenizer, tmp_path / "model", Communicator())
     assert not (tmp_path / "model").exists()
 
 

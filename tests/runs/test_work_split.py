@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.config.schema import DistributedConfig
 from mezo_dist.tasks.batches import MicroBatch
-from mezo_dist.runs.work_split import Share, Sharing
+from mezo_dist.runs.work_split import Share, WorkSplit
 
 
 def batch(*costs: int) -> list[MicroBatch]:
@@ -24,7 +24,7 @@ def batch(*costs: int) -> list[MicroBatch]:
     ]
 
 
-def shares(sharing: Sharing, num_variants: int, items: list[MicroBatch], num_anchor: int = 0) -> list[Share]:
+def shares(sharing: WorkSplit, num_variants: int, items: list[MicroBatch], num_anchor: int = 0) -> list[Share]:
     variants = [Variant()] * num_variants + [Variant(base="anchor")] * num_anchor
     return [sharing.share(rank, variants, items) for rank in range(sharing.world_size)]
 
@@ -40,7 +40,7 @@ def shares(sharing: Sharing, num_variants: int, items: list[MicroBatch], num_anc
 def test_everything_is_evaluated_once_and_alike(
     per_copy: int, copies: int, groups: int | None, num_variants: int, num_anchor: int, costs: list[int]
 ) -> None:
-    sharing = Sharing(per_copy * copies, copies, groups, by_base=per_copy > 1)
+    sharing = WorkSplit(per_copy * copies, copies, groups, by_base=per_copy > 1)
     found = shares(sharing, num_variants, batch(*costs), num_anchor)
     done = Counter((v, item.slots) for share in found for v in share.variants for item in share.micro_batches)
     assert done == {(v, (slot,)): 1 for v in range(num_variants + num_anchor) for slot in range(len(costs))}
@@ -55,19 +55,19 @@ def test_everything_is_evaluated_once_and_alike(
 
 
 def test_variants_are_split_where_there_are_too_few_micro_batches() -> None:
-    alone = shares(Sharing(4, copies=4), 4, batch(10, 10))
+    alone = shares(WorkSplit(4, copies=4), 4, batch(10, 10))
     assert [(s.variants, len(s.micro_batches)) for s in alone] == [((0, 1), 1), ((0, 1), 1), ((2, 3), 1), ((2, 3), 1)]
-    assert [s.variants for s in shares(Sharing(2, copies=2), 2, batch(10))] == [(0,), (1,)]
+    assert [s.variants for s in shares(WorkSplit(2, copies=2), 2, batch(10))] == [(0,), (1,)]
 
 
 def test_otherwise_every_rank_evaluates_all() -> None:
-    assert {s.variants for s in shares(Sharing(2, copies=2), 4, batch(10, 10, 10, 10))} == {(0, 1, 2, 3)}
-    assert {s.variants for s in shares(Sharing(4), 4, batch(10))} == {(0, 1, 2, 3)}, "there is one copy"
+    assert {s.variants for s in shares(WorkSplit(2, copies=2), 4, batch(10, 10, 10, 10))} == {(0, 1, 2, 3)}
+    assert {s.variants for s in shares(WorkSplit(4), 4, batch(10))} == {(0, 1, 2, 3)}, "there is one copy"
 
 
 @pytest.mark.parametrize(("groups", "wanted"), [(1, 4), (2, 2), (3, 2), (4, 1), (99, 1)])
 def test_groups_that_were_asked_for(groups: int, wanted: int) -> None:
-    found = shares(Sharing(4, copies=4, groups=groups), 4, batch(10, 10, 10, 10))
+    found = shares(WorkSplit(4, copies=4, groups=groups), 4, batch(10, 10, 10, 10))
     assert {len(s.variants) for s in found} == {wanted}
 
 

@@ -28,6 +28,7 @@ from mezo_dist.runs import replay
 from mezo_dist.runs import training
 from mezo_dist.storage import trajectory
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
+from mezo_dist.algorithms.step import Progress
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.directions.combination import Combination
@@ -35,7 +36,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.objectives.classification import Scores
 from mezo_dist.testing import spawn, write_tiny_config, write_tiny_data, write_tiny_model
 from mezo_dist.storage.trajectory import Step
-from mezo_dist.distributed.communicator import OutOfStepError, Wire
+from mezo_dist.distributed.communicator import OutOfStepError, Communicator
 
 pytestmark = pytest.mark.distributed
 
@@ -85,26 +86,26 @@ class Found:
 # What every rank does (this part runs in processes of its own)
 
 
-def everything(wire: Wire, root: Path) -> Found:
+def everything(comm: Communicator, root: Path) -> Found:
     return Found(
-        {name: train(wire, root, name) for name in [*RUNS, "one bad sample"]},
-        get_out_of_step(wire, load(wire, root, "mezo")),
-        disagree(wire, root) if wire.world_size > 1 else {},
-        losses_of_samples(wire, load(wire, root, "mezo")),
-        give_up(wire, root),
+        {name: train(comm, root, name) for name in [*RUNS, "one bad sample"]},
+        get_out_of_step(comm, load(comm, root, "mezo")),
+        disagree(comm, root) if comm.world_size > 1 else {},
+        losses_of_samples(comm, load(comm, root, "mezo")),
+        give_up(comm, root),
     )
 
 
-def load(wire: Wire, root: Path, name: str) -> RunConfig:
+def load(comm: Communicator, root: Path, name: str) -> RunConfig:
     folder, options = ("mezo", RUNS["mezo"][2]) if name == "one bad sample" else (name, RUNS[name][2])
-    output = f"output.dir={root / f'{name} on {wire.world_size}'}"
+    output = f"output.dir={root / f'{name} on {comm.world_size}'}"
     return reader.load(root / folder / "config.yaml", [*options, output])
 
 
-def train(wire: Wire, root: Path, name: str) -> str:
+def train(comm: Communicator, root: Path, name: str) -> str:
     poison = one_bad_sample() if name == "one bad sample" else contextlib.nullcontext()
     with poison:
-        folder = training.train(load(wire, root, name), wire)
+        folder = training.train(load(comm, root, name), comm)
     return str(json.loads((folder / "results.json").read_text())["weights"])
 
 
@@ -128,16 +129,16 @@ def one_bad_sample() -> Iterator[None]:
         yield
 
 
-def get_out_of_step(wire: Wire, config: RunConfig) -> list[str]:
-    run = build.prepare(config, wire)
-    is_lost = wire.rank == wire.world_size - 1
+def get_out_of_step(comm: Communicator, config: RunConfig) -> list[str]:
+    run = build.build_run(config, comm)
+    is_lost = comm.rank == comm.world_size - 1
     request = Evaluation((Variant(), Variant(Combination.single(1, 1e-3))))
     longer = dataclasses.replace(request, each_sample=True)  # a longer message than the others'
     attempts: list[Callable[[], object]] = [
-        lambda: training.plan_step(run, run.algorithm.init(), 1 if is_lost else 0),
+        lambda: training.evaluate_step(run, run.algorithm.init(), 1 if is_lost else 0),
         lambda: run.evaluator.losses(longer if is_lost else request, run.batch("full", 0), ("step", 0)),
         lambda: run.evaluator.losses(request if is_lost else longer, run.batch("full", 0), ("step", 0)),
-        lambda: wire.barrier() if is_lost else run.evaluator.losses(longer, run.batch("full", 0), ("step", 0)),
+        lambda: comm.barrier() if is_lost else run.evaluator.losses(longer, run.batch("full", 0), ("step", 0)),
     ]
     messages = [run.engine.fingerprint()]
     for attempt in attempts:
@@ -148,31 +149,31 @@ def get_out_of_step(wire: Wire, config: RunConfig) -> list[str]:
     return [*messages, run.engine.fingerprint()]
 
 
-def disagree(wire: Wire, root: Path) -> dict[str, str]:
+def disagree(comm: Communicator, root: Path) -> dict[str, str]:
     """The last rank starts with something else under the same name."""
-    is_last, home = wire.rank == wire.world_size - 1, Path.cwd()
+    is_last, home = comm.rank == comm.world_size - 1, Path.cwd()
     found = {}
     for what in ("config", "data", "base model"):
         os.chdir(root / ("agree" if what == "config" or not is_last else f"agree, other {what}"))
         options = ["model.name=model", "task.data=data.jsonl"] + ["seed=1"] * (what == "config" and is_last)
         try:
-            build.prepare(reader.load(root / "agree" / "config.yaml", options), wire)
+            build.build_run(reader.load(root / "agree" / "config.yaml", options), comm)
         except UserError as error:
             found[what] = str(error)
     os.chdir(home)
     return found
 
 
-def losses_of_samples(wire: Wire, config: RunConfig) -> Losses | None:
-    run = build.prepare(config, wire)
+def losses_of_samples(comm: Communicator, config: RunConfig) -> Losses | None:
+    run = build.build_run(config, comm)
     request = Evaluation((Variant(), Variant(Combination.single(1, 0.1))), each_sample=True)
     return run.evaluator.losses(request, run.batch("full", 0), ("step", 0))
 
 
-def give_up(wire: Wire, root: Path) -> str:
-    options = [f"output.dir={root / f'given up on {wire.world_size}'}", f"train.max_skipped={MAX_SKIPPED}"]
+def give_up(comm: Communicator, root: Path) -> str:
+    options = [f"output.dir={root / f'given up on {comm.world_size}'}", f"train.max_skipped={MAX_SKIPPED}"]
     try:
-        training.train(reader.load(root / "broken" / "config.yaml", options), wire)
+        training.train(reader.load(root / "broken" / "config.yaml", options), comm)
     except UserError as error:
         return str(error)
     return ""
@@ -201,7 +202,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(root: Path) -> dict[int, list[Found]]:
     worlds = {n: spawn(everything, n, root, timeout_s=200) for n in WORLDS if n > 1}
-    return {1: [everything(Wire(), root)], **worlds}
+    return {1: [everything(Communicator(), root)], **worlds}
 
 
 def steps_of(root: Path, name: str, world: int) -> list[Step]:
@@ -251,9 +252,10 @@ def test_directions_of_all_steps_differ(found: dict[int, list[Found]], root: Pat
 
 
 def updates_of(root: Path, name: str) -> list[Combination]:
-    run = build.prepare(load(Wire(), root, name), Wire())
+    run = build.build_run(load(Communicator(), root, name), Communicator())
     steps = steps_of(root, name, 1)
-    return [u.combination for u in replay.plan_again(run.algorithm, steps, replay.Progress(run.algorithm.init()))]
+    updates = replay.replay_updates(run.algorithm, steps, Progress(run.algorithm.init()))
+    return [update.combination for update in updates if update is not None]
 
 
 @pytest.mark.parametrize("name", ["mezo", "mezo-svrg"])
@@ -261,7 +263,7 @@ def updates_of(root: Path, name: str) -> list[Combination]:
 def test_a_step_sends_at_most_256_bytes(found: dict[int, list[Found]], root: Path, name: str, world: int) -> None:
     lines = (root / f"{name} on {world}" / "metrics.jsonl").read_text().splitlines()
     scalars = [json.loads(line)["scalars"] for line in lines]
-    sent = [line["wire/payload_bytes_per_step"] for line in scalars if "loss/train" in line]
+    sent = [line["communicator/payload_bytes_per_step"] for line in scalars if "loss/train" in line]
     assert sent == [0 if world == 1 else 256] * SIZES["steps"]
 
 
@@ -287,7 +289,7 @@ def test_losses_of_samples_come_in_batch_order_on_any_rank(found: dict[int, list
     losses = found[1][0].each_sample
     assert losses is not None
     assert all(rank.each_sample == losses for ranks in found.values() for rank in ranks)
-    run = build.prepare(load(Wire(), root, "mezo"), Wire())
+    run = build.build_run(load(Communicator(), root, "mezo"), Communicator())
     alone = []
     for sample in [run.splits["train"][i] for i in run.full_order.batch(0)]:
         scores = run.engine.evaluate([Variant()], run._cut([sample]), run.evaluator.objective)
@@ -301,7 +303,7 @@ def test_losses_of_samples_come_in_batch_order_on_any_rank(found: dict[int, list
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_loss_that_is_not_finite_skips_the_step(found: dict[int, list[Found]], root: Path, world: int) -> None:
-    run = build.prepare(load(Wire(), root, "mezo"), Wire())
+    run = build.build_run(load(Communicator(), root, "mezo"), Communicator())
     bad = [step for step in range(SIZES["steps"]) if BAD_SAMPLE in run.order.batch(step)]
     steps = steps_of(root, "one bad sample", world)
     assert len(bad) == 1
@@ -325,14 +327,14 @@ def test_a_run_without_finite_losses_gives_up_on_all_ranks(
 # The helper that starts the processes
 
 
-def fail(wire: Wire, how: str) -> str:
-    if wire.rank == 1 and how == "raises":
+def fail(comm: Communicator, how: str) -> str:
+    if comm.rank == 1 and how == "raises":
         raise ValueError("no such thing")
-    if wire.rank == 1 and how == "dies":
+    if comm.rank == 1 and how == "dies":
         os._exit(9)
-    if wire.rank == 1 and how == "hangs":
+    if comm.rank == 1 and how == "hangs":
         time.sleep(60)
-    wire.barrier()
+    comm.barrier()
     return f"{how} {os.environ['MEZO_DIST_GREETING']} {torch.get_num_threads()}"
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.law import Field
+from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import param_id
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
@@ -64,29 +64,29 @@ def as_engine(cut: Cut) -> Engine:
     return cast(Engine, cut)
 
 
-def save(wire: Wire, folder: Path, num_shards: int) -> str:
+def save(comm: Communicator, folder: Path, num_shards: int) -> str:
     """Ranks with the same place are replicas of each other."""
-    engine = as_engine(Cut(wire.rank % num_shards, num_shards))
-    return snapshots.save_snapshot(folder, engine, 5, wire, facts={"of": "rank", "rank": wire.rank}).name
+    engine = as_engine(Cut(comm.rank % num_shards, num_shards))
+    return snapshots.save_snapshot(folder, engine, 5, comm, facts={"of": "rank", "rank": comm.rank}).name
 
 
-def load(wire: Wire, snapshot: Path, num_shards: int) -> bool:
-    engine = Cut(wire.rank % num_shards, num_shards)
-    snapshots.load_snapshot(snapshot, as_engine(fresh(engine)), wire)
+def load(comm: Communicator, snapshot: Path, num_shards: int) -> bool:
+    engine = Cut(comm.rank % num_shards, num_shards)
+    snapshots.load_snapshot(snapshot, as_engine(fresh(engine)), comm)
     return engine.is_right()
 
 
-def fail(wire: Wire, folder: Path) -> list[str]:
+def fail(comm: Communicator, folder: Path) -> list[str]:
     """The last rank cannot write; then one file is damaged, which only one rank checks."""
     full_disk = mock.Mock(side_effect=OSError(28, "No space left on device"))
     messages = []
-    with mock.patch.object(safetensors_io, "write", full_disk) if wire.rank == 1 else contextlib.nullcontext():
+    with mock.patch.object(safetensors_io, "write", full_disk) if comm.rank == 1 else contextlib.nullcontext():
         try:
-            save(wire, folder, 2)
+            save(comm, folder, 2)
         except UserError as error:
             messages.append(str(error))
     try:
-        load(wire, folder.with_name("damaged") / "step-00000005", 2)
+        load(comm, folder.with_name("damaged") / "step-00000005", 2)
     except UserError as error:
         messages.append(str(error))
     return messages
@@ -96,7 +96,7 @@ def fail(wire: Wire, folder: Path) -> list[str]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Snapshots of the same weights by several worlds."""
     root = tmp_path_factory.mktemp("snapshots")
-    found = {"1": root / "one" / save(Wire(), root / "one", 1)}
+    found = {"1": root / "one" / save(Communicator(), root / "one", 1)}
     for name, world, num_shards in (("3 shards", 3, 3), ("2 replicas", 2, 1), ("2 x 2", 4, 2)):
         folder = root / name
         assert set(spawn(save, world, folder, num_shards)) == {"step-00000005"}
@@ -107,15 +107,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["1", "3 shards", "2 replicas", "2 x 2"])
 def test_any_cuts_load_into_one_process(saved: dict[str, Path], name: str) -> None:
-    engine = fresh(Engine(tiny_model("llama-tied"), Field("gaussian")))
-    snapshot = snapshots.load_snapshot(saved[name], engine, Wire())
+    engine = fresh(Engine(tiny_model("llama-tied"), Law("gaussian")))
+    snapshot = snapshots.load_snapshot(saved[name], engine, Communicator())
     assert (snapshot.step, snapshot.facts) == (5, {"of": "rank", "rank": 0})
     reference = dict(tiny_model("llama-tied").named_parameters())
     assert all(torch.equal(tensor, reference[weight]) for weight, tensor in engine.named_weights())
     for place in range(3):
-        assert load(Wire(), saved[name], 1)
+        assert load(Communicator(), saved[name], 1)
         cut = Cut(place, 3)
-        snapshots.load_snapshot(saved[name], as_engine(fresh(cut)), Wire())
+        snapshots.load_snapshot(saved[name], as_engine(fresh(cut)), Communicator())
         assert cut.is_right()
 
 
@@ -157,7 +157,7 @@ def flip(path: Path) -> None:
 
 
 def snapshot_of(tmp_path: Path, step: int = 1, **options: Any) -> Path:
-    return snapshots.save_snapshot(tmp_path, as_engine(Cut(0, 1)), step, Wire(), **options)
+    return snapshots.save_snapshot(tmp_path, as_engine(Cut(0, 1)), step, Communicator(), **options)
 
 
 def test_old_ones_go_when_the_new_one_is_there(tmp_path: Path) -> None:
@@ -210,21 +210,21 @@ def test_a_damaged_snapshot_touches_no_weight(tmp_path: Path) -> None:
     flip(next(snapshot.glob("*.safetensors")))
     engine = fresh(Cut(0, 1))
     with pytest.raises(UserError, match="damaged"):
-        snapshots.load_snapshot(snapshot, as_engine(engine), Wire())
+        snapshots.load_snapshot(snapshot, as_engine(engine), Communicator())
     assert all(bool((tensor == 7).all()) for tensor in engine.local.values())
 
 
 def test_a_folder_that_is_no_snapshot(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a complete snapshot"):
-        snapshots.load_snapshot(tmp_path, as_engine(Cut(0, 1)), Wire())
+        snapshots.load_snapshot(tmp_path, as_engine(Cut(0, 1)), Communicator())
 
 
 def test_a_snapshot_of_another_model_or_dtype(tmp_path: Path) -> None:
     snapshot = snapshot_of(tmp_path)
     with pytest.raises(UserError, match=r"of another model: .* is only in one of the two"):
-        snapshots.load_snapshot(snapshot, Engine(tiny_model("opt"), Field("gaussian")), Wire())
+        snapshots.load_snapshot(snapshot, Engine(tiny_model("opt"), Law("gaussian")), Communicator())
     with pytest.raises(UserError, match=r"is torch.float32 \(.*\) there, but torch.bfloat16"):
-        snapshots.load_snapshot(snapshot, as_engine(Cut(0, 1, torch.bfloat16)), Wire())
+        snapshots.load_snapshot(snapshot, as_engine(Cut(0, 1, torch.bfloat16)), Communicator())
 
 
 def test_exact_bits(tmp_path: Path) -> None:
@@ -234,6 +234,6 @@ def test_exact_bits(tmp_path: Path) -> None:
     bits: Tensor = engine.local[name].view(torch.int32)
     bits[:3] = torch.tensor([0x7FC00001, -0x80000000, 0x00000001])
     before = bits.clone()
-    snapshot = snapshots.save_snapshot(tmp_path, as_engine(engine), 1, Wire())
-    snapshots.load_snapshot(snapshot, as_engine(fresh(engine)), Wire())
+    snapshot = snapshots.save_snapshot(tmp_path, as_engine(engine), 1, Communicator())
+    snapshots.load_snapshot(snapshot, as_engine(fresh(engine)), Communicator())
     assert torch.equal(bits, before)

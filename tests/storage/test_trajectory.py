@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mezo_dist.algorithms.base import Losses, Problem
-from mezo_dist.algorithms.mezo import Mezo, MezoConfig
-from mezo_dist.algorithms.svrg import Svrg, SvrgConfig
+from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
+from mezo_dist.algorithms.operations import Add
+from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
 from mezo_dist.directions.combination import Combination
 from mezo_dist.storage.trajectory import Step, digest, read, to_line
 from tests.storage.trajectories import FINGERPRINT, HEADER, STEPS
@@ -65,7 +66,7 @@ def measured(v: int, i: int) -> float:
 
 
 def line_size(number: int, *rounds: Losses) -> int:
-    step = Step(number, rounds, digest(Combination.single(number, 1e-7)))
+    step = Step(number, rounds, digest([Add(Combination.single(number, 1e-7))]))
     return len(to_line(step.to_json(), "01234567")[0])
 
 
@@ -83,12 +84,12 @@ def test_a_direction_per_sample_takes_at_most_16_bytes_per_coefficient(batch: in
     problem = Problem(0, 20_000, batch, 128)
     each = tuple(tuple(measured(v, i) for i in range(batch)) for v in range(4))
     mean = tuple(sum(int(loss * 2**32) for loss in row) / (batch * 2**32) for row in each)
-    mezo = Mezo(MezoConfig(per_sample=True), problem)
+    mezo = MeZOPlanner(MeZO(per_sample=True), problem)
     losses = Losses(mean[:2], each[:2])
     update = mezo.update(mezo.init(), 19_000, [losses])
     assert len(update.combination) == batch
     assert line_size(19_000, losses) <= 16 * batch
-    svrg = Svrg(SvrgConfig(per_sample=True), problem)
+    svrg = SVRGPlanner(MeZOSVRG(per_sample=True), problem)
     anchor = tuple(tuple(measured(v, i) for i in range(128)) for v in range(2))
     means = tuple(sum(int(loss * 2**32) for loss in row) / (128 * 2**32) for row in anchor)
     first = svrg.update(svrg.init(), 0, [Losses(means, anchor)])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mezo_dist.errors import UserError
 from mezo_dist.storage.trajectory import FORMAT, Log, parse, read, to_line
-from mezo_dist.storage.trajectory_writer import Journal
+from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 from tests.storage.trajectories import HEADER, STEPS
 
 
@@ -27,10 +27,10 @@ def test_torn_anywhere_in_its_last_line(
         found = read(trajectory_path)
         assert (found.steps, found.size, found.torn) == (STEPS[:2], start, end - start)
     with caplog.at_level(logging.WARNING, "mezo_dist"):
-        journal = Journal.go_on(trajectory_path, found)
+        writer = TrajectoryWriter.go_on(trajectory_path, found)
     assert f"cut a torn last line of {len(whole) - 1 - start} bytes" in caplog.text
-    journal.append(STEPS[2])
-    journal.close()
+    writer.append(STEPS[2])
+    writer.close()
     assert trajectory_path.read_bytes() == whole
 
 

@@ -11,26 +11,26 @@ import pytest
 from mezo_dist.algorithms.base import Losses
 from mezo_dist.errors import UserError
 from mezo_dist.storage.trajectory import Mark, Step, read
-from mezo_dist.storage.trajectory_writer import Journal
+from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 from tests.storage.trajectories import FINGERPRINT, HEADER, STEPS
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("count", [1, 20])
 def test_what_is_not_finite_is_not_written(tmp_path: Path, bad: float, count: int) -> None:
-    journal = Journal.begin(tmp_path / "t.jsonl", HEADER)
+    writer = TrajectoryWriter.begin(tmp_path / "t.jsonl", HEADER)
     with pytest.raises(ValueError, match="a loss is not finite"):
-        journal.append(Step(0, (Losses((0.5,), ((bad,) * count,)),), "0" * 8))
-    journal.append(STEPS[0])
-    journal.close()
+        writer.append(Step(0, (Losses((0.5,), ((bad,) * count,)),), "0" * 8))
+    writer.append(STEPS[0])
+    writer.close()
     assert read(tmp_path / "t.jsonl").steps == STEPS[:1]
 
 
 def test_going_on_appends(trajectory_path: Path) -> None:
-    journal = Journal.go_on(trajectory_path, read(trajectory_path))
-    journal.append(Step(3, (Losses((1.0,)),), "0" * 8))
-    journal.append(Mark(4, FINGERPRINT))
-    journal.close()
+    writer = TrajectoryWriter.go_on(trajectory_path, read(trajectory_path))
+    writer.append(Step(3, (Losses((1.0,)),), "0" * 8))
+    writer.append(Mark(4, FINGERPRINT))
+    writer.close()
     found = read(trajectory_path)
     assert [step.step for step in found.steps] == [0, 1, 2, 3]
     assert found.marks == {2: FINGERPRINT, 4: FINGERPRINT}
@@ -39,20 +39,20 @@ def test_going_on_appends(trajectory_path: Path) -> None:
 def test_a_new_trajectory_never_overwrites_one(trajectory_path: Path) -> None:
     before = trajectory_path.read_bytes()
     with pytest.raises(FileExistsError):
-        Journal.begin(trajectory_path, HEADER)
+        TrajectoryWriter.begin(trajectory_path, HEADER)
     trajectory_path.write_bytes(b"something else\n")
     with pytest.raises(UserError, match="not a trajectory"):
-        Journal.begin(trajectory_path, HEADER)
+        TrajectoryWriter.begin(trajectory_path, HEADER)
     trajectory_path.write_bytes(before[:50])  # not even a header: nothing is lost
-    Journal.begin(trajectory_path, HEADER).close()
+    TrajectoryWriter.begin(trajectory_path, HEADER).close()
     assert read(trajectory_path).header == HEADER
 
 
 def test_a_file_that_grew_since_it_was_read_is_left_alone(trajectory_path: Path) -> None:
     found = read(trajectory_path)
-    Journal.go_on(trajectory_path, found).append(Mark(3, FINGERPRINT))
+    TrajectoryWriter.go_on(trajectory_path, found).append(Mark(3, FINGERPRINT))
     with pytest.raises(UserError, match="changed since it was read: another job is writing to it"):
-        Journal.go_on(trajectory_path, found)
+        TrajectoryWriter.go_on(trajectory_path, found)
 
 
 @pytest.mark.parametrize(("sync_s", "synced"), [(0.0, [1, 1, 1, 1]), (10.0, [0, 0, 1, 0]), (None, [0, 0, 0, 0])])
@@ -64,13 +64,13 @@ def test_how_often_it_waits_for_the_disk(
     def fsync(handle: int) -> None:
         count[0] += 1
 
-    Journal.begin(tmp_path / "t.jsonl", HEADER).close()
-    journal = Journal(tmp_path / "t.jsonl", HEADER.identity, sync_s, clock=lambda: now[0])
+    TrajectoryWriter.begin(tmp_path / "t.jsonl", HEADER).close()
+    writer = TrajectoryWriter(tmp_path / "t.jsonl", HEADER.identity, sync_s, clock=lambda: now[0])
     monkeypatch.setattr(os, "fsync", fsync)
     found = []
     for number in range(4):
         before, now[0] = count[0], now[0] + 4
-        journal.append(Step(number, (Losses((0.5,)),), "0" * 8))
+        writer.append(Step(number, (Losses((0.5,)),), "0" * 8))
         found.append(count[0] - before)
         assert len(read(tmp_path / "t.jsonl").steps) == number + 1, "in the system's hands, if not on the disk"
     assert found == synced
@@ -81,7 +81,7 @@ def test_a_step_that_cannot_be_written_leaves_no_trace(
     trajectory_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     whole, real = trajectory_path.read_bytes(), os.write
-    journal = Journal.go_on(trajectory_path, read(trajectory_path))
+    writer = TrajectoryWriter.go_on(trajectory_path, read(trajectory_path))
 
     def write_some(handle: int, data: bytes) -> int:
         if fails == "write" and len(data) < 40:
@@ -98,7 +98,7 @@ def test_a_step_that_cannot_be_written_leaves_no_trace(
         with pytest.raises(
             UserError, match=r"output.dir: .*: step 3 could not be logged \((No space|Input).*--output.if_ex"
         ):
-            journal.append(Step(3, (Losses((1.0,)),), "0" * 8))
+            writer.append(Step(3, (Losses((1.0,)),), "0" * 8))
     assert trajectory_path.read_bytes() == whole
-    journal.append(Step(3, (Losses((1.0,)),), "0" * 8))
+    writer.append(Step(3, (Losses((1.0,)),), "0" * 8))
     assert len(read(trajectory_path).steps) == 4

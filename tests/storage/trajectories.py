@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mezo_dist.algorithms.base import Losses
 from mezo_dist.storage.trajectory import Header, Mark, Step
-from mezo_dist.storage.trajectory_writer import Journal
+from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 CONFIG = {"seed": 3, "train": {"steps": 2}}
 HEADER = Header(CONFIG, "d" * 64, "a/model@main", "0123456789abcdef", "law/v1", "float32, to nearest", 3, 30, "0.1")
@@ -19,8 +19,8 @@ FINGERPRINT = "fedcba9876543210"
 
 
 def write(path: Path, entries: list[Step | Mark]) -> Path:
-    journal = Journal.begin(path, HEADER)
+    writer = TrajectoryWriter.begin(path, HEADER)
     for entry in entries:
-        journal.append(entry)
-    journal.close()
+        writer.append(entry)
+    writer.close()
     return path

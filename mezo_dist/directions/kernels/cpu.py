@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.bits import CHUNK, GAUSSIAN, RADEMACHER, Law, gaussian_table
+from mezo_dist.directions.bits import CHUNK, GAUSSIAN, RADEMACHER, BitLayout, gaussian_table
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import cpu_kernel
 from mezo_dist.directions.kernels.cpu_jobs import Array, job_of
@@ -31,12 +31,12 @@ def add(
     *,
     param_id: int,
     offsets: Sequence[int],
-    law: Law,
+    bits: BitLayout,
     rounding_seed: int | None,
 ) -> None:
     """See `mezo_dist.directions.add`."""
-    if law.values not in (GAUSSIAN.values, RADEMACHER.values):
-        raise ValueError(f"the CPU kernel does not know the law {law.name!r}")
+    if bits.values not in (GAUSSIAN.values, RADEMACHER.values):
+        raise ValueError(f"the CPU kernel does not know the law {bits.name!r}")
     rows, length = len(offsets), weight.numel() // len(offsets)
     chunks_per_row = (length + 2 * CHUNK - 2) // CHUNK  # of the row that lies worst
     seeds, coefficients = _table_of_terms(tuple(combinations))
@@ -50,8 +50,8 @@ def add(
         seeds.address,
         coefficients.address,
         param_id,
-        law.stream,
-        law.values is GAUSSIAN.values,
+        bits.stream,
+        bits.values is GAUSSIAN.values,
         rounding_seed is not None,
         rounding_seed or 0,
         table_of_values().address,

@@ -10,7 +10,7 @@ from numpy import int64, uint64
 from torch import Tensor
 
 from mezo_dist.directions import bits, philox
-from mezo_dist.directions.bits import CHUNK, GAUSSIAN, Law
+from mezo_dist.directions.bits import CHUNK, GAUSSIAN, BitLayout
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import cpu_jobs, cpu_kernel
 from mezo_dist.directions.kernels.cpu import CHUNKS_PER_THREAD, KINDS, table_of_values
@@ -111,7 +111,7 @@ kernel = compiled(_advance, JOB, uses=[cpu_jobs, cpu_kernel, bits, philox])
 
 
 def advance(
-    weight: Tensor, updates: Sequence[tuple[Combination, int | None]], *, param_id: int, law: Law, offset: int
+    weight: Tensor, updates: Sequence[tuple[Combination, int | None]], *, param_id: int, bits: BitLayout, offset: int
 ) -> None:
     """See `mezo_dist.directions.advance.advance`. ``weight`` is 1-D here."""
     terms = [term for combination, _ in updates for term in combination.terms]
@@ -134,8 +134,8 @@ def advance(
         ends.address,
         rounding_seeds.address,
         param_id,
-        law.stream,
-        law.values is GAUSSIAN.values,
+        bits.stream,
+        bits.values is GAUSSIAN.values,
         bool(rounding),
         table_of_values().address,
     )

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mezo_dist.directions import philox
-from mezo_dist.directions.bits import CHUNK, GAUSSIAN, RADEMACHER, TABLE_SIZE, Law, gaussian_table
+from mezo_dist.directions.bits import CHUNK, GAUSSIAN, RADEMACHER, TABLE_SIZE, BitLayout, gaussian_table
 from mezo_dist.directions.combination import Combination
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -51,15 +51,15 @@ def add(
     *,
     param_id: int,
     offsets: Sequence[int],
-    law: Law,
+    bits: BitLayout,
     rounding_seed: int | None,
 ) -> None:
     """See `mezo_dist.directions.add`."""
-    if law.values not in (GAUSSIAN.values, RADEMACHER.values):
-        raise ValueError(f"the GPU kernel does not know the law {law.name!r}")
+    if bits.values not in (GAUSSIAN.values, RADEMACHER.values):
+        raise ValueError(f"the GPU kernel does not know the law {bits.name!r}")
     rows, length = len(offsets), weight.numel() // len(offsets)
     # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
-    chunks = 2 if law.values is RADEMACHER.values and length >= 2 * CHUNK and len(outputs) <= 2 else 1
+    chunks = 2 if bits.values is RADEMACHER.values and length >= 2 * CHUNK and len(outputs) <= 2 else 1
     tiles_per_row = triton.cdiv(length + CHUNK - 1, chunks * CHUNK)  # of the row that lies worst
     with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
         place = _place(weight)
@@ -75,9 +75,9 @@ def add(
             length,
             tiles_per_row,
             param_id,
-            law.stream,
+            bits.stream,
             rounding_seed or 0,
-            GAUSSIAN=law.values is GAUSSIAN.values,
+            GAUSSIAN=bits.values is GAUSSIAN.values,
             STOCHASTIC=rounding_seed is not None,
             CHUNKS=chunks,
             **OPTIONS,

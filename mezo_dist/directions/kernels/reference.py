@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.directions import philox
-from mezo_dist.directions.bits import CHUNK, Law, halves
+from mezo_dist.directions.bits import CHUNK, BitLayout, halves
 from mezo_dist.directions.combination import Combination
 
 CHUNKS_AT_ONCE = 64
@@ -26,7 +26,7 @@ def add(
     *,
     param_id: int,
     offsets: Sequence[int],
-    law: Law,
+    bits: BitLayout,
     rounding_seed: int | None,
 ) -> None:
     """See `mezo_dist.directions.add`."""
@@ -44,7 +44,7 @@ def add(
             for combination, output in zip(combinations, outputs, strict=True):
                 total = source.clone()
                 for seed, coefficient in combination.terms:
-                    z = law.chunks(seed, param_id, first_chunk, num_chunks).flatten()[in_chunks]
+                    z = bits.chunks(seed, param_id, first_chunk, num_chunks).flatten()[in_chunks]
                     total += coefficient * z.to(total.device)
                 if rounding_seed is not None:
                     noise = _rounding_bits(rounding_seed, param_id, first_chunk, num_chunks)[in_chunks]

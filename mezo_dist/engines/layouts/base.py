@@ -59,7 +59,7 @@ class Layout(Protocol):
     def is_sharded(self) -> bool:
         """Weights are whole only between `start` and `release`."""
 
-    def meet(self, what: str) -> None:
+    def synchronize(self, what: str) -> None:
         """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
 
     def start(self, unit: Unit) -> None:

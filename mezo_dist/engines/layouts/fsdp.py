@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.hooked import Weight
 from mezo_dist.engines.layouts.base import Shard, exchange_contents
 from mezo_dist.engines.units import Unit, find_units
@@ -32,7 +32,7 @@ class Fsdp:
 
     Args:
         model: is sharded in place; its weights are registered as DTensors from now on.
-        wire: the ranks.
+        comm: the ranks.
         replicate: copies of the weights.
         block_classes: see `find_units`.
         gather_dtype: floating-point weights are cast to it before they are gathered; as they are if None.
@@ -47,22 +47,22 @@ class Fsdp:
     def __init__(
         self,
         model: nn.Module,
-        wire: Wire,
+        comm: Communicator,
         *,
         replicate: int = 1,
         block_classes: Sequence[str] = (),
         gather_dtype: torch.dtype | None = None,
         offload: bool = False,
     ) -> None:
-        if wire.world_size % replicate:
-            raise UserError(f"engine.replicate: {replicate} copies cannot be made on {wire.world_size} process(es)")
-        wire.ensure_group()
+        if comm.world_size % replicate:
+            raise UserError(f"layout.replicate: {replicate} copies cannot be made on {comm.world_size} process(es)")
+        comm.ensure_group()
         self.units = find_units(model, block_classes)
-        self._wire = wire
+        self._comm = comm
         self._model = model
         self._weights = _by_name(model, self.units)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        shape = (replicate, wire.world_size // replicate)
+        shape = (replicate, comm.world_size // replicate)
         mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
         self._group = mesh["shard"].get_group()
         self._place = mesh["shard"].get_local_rank()
@@ -81,9 +81,9 @@ class Fsdp:
         if any(p.is_meta for p in model.parameters()):
             model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
 
-    def meet(self, what: str) -> None:
-        """See `Layout.meet`."""
-        self._wire.meet(what)
+    def synchronize(self, what: str) -> None:
+        """See `Layout.synchronize`."""
+        self._comm.synchronize(what)
 
     def start(self, unit: Unit) -> None:
         """See `Layout.start`."""
@@ -103,12 +103,12 @@ class Fsdp:
         ranks = self._group.size()
         for name, weight in self._weights.items():
             tensor: Tensor = weight.tensor.detach()
-            offset, is_first = 0, self._wire.rank < ranks  # the first copy is that of the first ranks
+            offset, is_first = 0, self._comm.rank < ranks  # the first copy is that of the first ranks
             if isinstance(tensor, DTensor):
                 rows = min(self._place * math.ceil(weight.shape[0] / ranks), weight.shape[0])
                 tensor, offset = tensor.to_local(), rows * math.prod(weight.shape[1:])
             else:
-                is_first = self._wire.rank == 0
+                is_first = self._comm.rank == 0
             yield Shard(name, weight.param_id, weight.shape, offset, tensor, is_first)
 
     def exchange(self, others: dict[str, Tensor]) -> None:
@@ -124,7 +124,7 @@ class Fsdp:
 
     def total(self, value: int) -> int:
         """See `Layout.total`."""
-        return self._wire.total(value)
+        return self._comm.total(value)
 
 
 def _fsdp(unit: Unit) -> FSDPModule:
@@ -147,5 +147,7 @@ def _depth(model: nn.Module, unit: Unit) -> int:
 
 def _by_name(model: nn.Module, units: Sequence[Unit]) -> dict[str, Weight]:
     """One `Weight` of every parameter, in the model's order."""
-    found = {weight.name: weight for unit in units for site in unit.sites for weight in reversed(site.weights)}
+    found = {
+        weight.name: weight for unit in units for hooked in unit.hooked_modules for weight in reversed(hooked.weights)
+    }
     return {name: found[name] for name, _ in model.named_parameters()}

@@ -22,7 +22,7 @@ class Replicated:
         self._model = model
         self.units = find_units(model)
 
-    def meet(self, what: str) -> None:
+    def synchronize(self, what: str) -> None:
         """Nothing is gathered."""
 
     def start(self, unit: Unit) -> None:

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.distributed.communicator import Wire
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.hooked import Weight, swap
 from mezo_dist.engines.layouts.base import Shard, exchange_contents
 from mezo_dist.engines.units import Unit, find_units
@@ -31,7 +31,7 @@ REFUSED = {
     "zero_hpz_partition_size": "secondary partitions are copies that would miss the updates",
     "zero_quantized_weights": "weights would be gathered rounded to 8 bits, so that perturbations vanish",
     "zero_quantized_nontrainable_weights": "frozen weights would be rounded to 8 bits",
-    "mics_shard_size": "use engine.name: fsdp with engine.replicate for several copies of the weights",
+    "mics_shard_size": "use layout.name: fsdp with layout.replicate for several copies of the weights",
 }
 
 
@@ -50,23 +50,23 @@ def read_config(path: str | None, weights: str) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"engine.ds_config: {path} is no readable JSON file ({error})") from error
+        raise UserError(f"layout.ds_config: {path} is no readable JSON file ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        raise UserError(f"engine.ds_config: {path} must hold a DeepSpeed config, a JSON object")
+        raise UserError(f"layout.ds_config: {path} must hold a DeepSpeed config, a JSON object")
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 3) != 3:
-        raise UserError(f"engine.ds_config: zero_optimization.stage is {zero['stage']}; engine.name: zero is stage 3")
+        raise UserError(f"layout.ds_config: zero_optimization.stage is {zero['stage']}; layout.name: zero is stage 3")
     for key, reason in REFUSED.items():
         value = zero.get(key)
         if value is True or value not in (None, False, 1, -1):  # 1 and -1: DeepSpeed's own defaults
-            raise UserError(f"engine.ds_config: zero_optimization.{key} cannot be used: {reason}")
+            raise UserError(f"layout.ds_config: zero_optimization.{key} cannot be used: {reason}")
     for section, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
         if _is_on(config, section) and weights != dtype:
-            raise UserError(f"engine.ds_config: {section} is on, but model.weights is {weights}; make them agree")
+            raise UserError(f"layout.ds_config: {section} is on, but model.weights is {weights}; make them agree")
     without_effect = [key for key in config if key not in ("zero_optimization", "bf16", "bfloat16", "fp16", "aio")]
     without_effect += [f"zero_optimization.{key}" for key in zero if key not in (*HONOURED, *REFUSED)]
     if without_effect:
-        log.warning("engine.ds_config: no effect in a run without gradients: %s", ", ".join(without_effect))
+        log.warning("layout.ds_config: no effect in a run without gradients: %s", ", ".join(without_effect))
     return config
 
 
@@ -83,7 +83,7 @@ class Zero:
 
     Args:
         model: is partitioned in place, over all ranks.
-        wire: the ranks.
+        comm: the ranks.
         config: a DeepSpeed config; see `read_config`.
         block_classes: see `find_units`.
 
@@ -94,21 +94,21 @@ class Zero:
     is_sharded = True
 
     def __init__(
-        self, model: nn.Module, wire: Wire, config: Mapping[str, Any], *, block_classes: Sequence[str] = ()
+        self, model: nn.Module, comm: Communicator, config: Mapping[str, Any], *, block_classes: Sequence[str] = ()
     ) -> None:
         self.units = find_units(model, block_classes)
-        self._wire = wire
+        self._comm = comm
         uses: dict[str, list[Weight]] = {name: [] for name, _ in model.named_parameters()}
-        for weight in (weight for unit in self.units for site in unit.sites for weight in site.weights):
+        for weight in (weight for unit in self.units for hooked in unit.hooked_modules for weight in hooked.weights):
             uses[weight.name].append(weight)
         self._weights = {name: places[0] for name, places in uses.items()}
         self._handles: dict[Unit, Any] = {}
-        wire.ensure_group()
+        comm.ensure_group()
         _partition(uses, _complete(config, next(model.parameters()).dtype))
 
-    def meet(self, what: str) -> None:
-        """See `Layout.meet`."""
-        self._wire.meet(what)
+    def synchronize(self, what: str) -> None:
+        """See `Layout.synchronize`."""
+        self._comm.synchronize(what)
 
     def start(self, unit: Unit) -> None:
         """See `Layout.start`."""
@@ -131,7 +131,7 @@ class Zero:
         for name, weight in self._weights.items():
             parameter: Any = weight.tensor
             if not _is_cut(parameter):
-                yield Shard(name, weight.param_id, weight.shape, 0, parameter.detach(), self._wire.rank == 0)
+                yield Shard(name, weight.param_id, weight.shape, 0, parameter.detach(), self._comm.rank == 0)
                 continue
             piece, total = parameter.ds_tensor, weight.shape.numel()
             offset = min(parameter.ds_zero_partition_rank * piece.ds_numel, total)
@@ -162,11 +162,11 @@ class Zero:
 
     def total(self, value: int) -> int:
         """See `Layout.total`."""
-        return self._wire.total(value)
+        return self._comm.total(value)
 
 
 def _parameters(unit: Unit) -> list[Any]:
-    unique = {id(weight.tensor): weight.tensor for site in unit.sites for weight in site.weights}
+    unique = {id(weight.tensor): weight.tensor for hooked in unit.hooked_modules for weight in hooked.weights}
     return [parameter for parameter in unique.values() if _is_cut(parameter)]
 
 
@@ -194,7 +194,7 @@ def _partition(uses: Mapping[str, Sequence[Weight]], config: dict[str, Any]) -> 
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(f"engine.name: zero needs DeepSpeed: pip install 'mezo_dist[deepspeed]' ({error})") from error
+        raise UserError(f"layout.name: zero needs DeepSpeed: pip install 'mezo_dist[deepspeed]' ({error})") from error
     os.environ.setdefault("LOCAL_RANK", "0")
     # DeepSpeed would compile an all-reduce through shared memory for CPUs; unused here, and only right on one host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -203,7 +203,7 @@ def _partition(uses: Mapping[str, Sequence[Weight]], config: dict[str, Any]) -> 
     try:
         context = deepspeed.zero.Init(config_dict_or_path=config)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"engine.ds_config: DeepSpeed refuses it: {error}") from error
+        raise UserError(f"layout.ds_config: DeepSpeed refuses it: {error}") from error
     for places in uses.values():  # one by one, so that no rank ever holds more than one that is only there to be cut
         parameter: Any = places[0].tensor
         if parameter.is_meta:

@@ -18,7 +18,7 @@ _positions: ContextVar[Tensor | None] = ContextVar("readout_positions", default=
 
 
 @dataclass(frozen=True, eq=False)
-class RowLinear:
+class SlicedHead:
     """Replaces a head's ``forward``: only the outputs ``rows`` are computed, in that order."""
 
     head: nn.Linear
@@ -31,7 +31,7 @@ class RowLinear:
         return F.linear(hidden, weight, bias)
 
 
-class Readout:
+class HeadSlice:
     """Attaches to a model's output head until `detach`.
 
     While attached, the head computes the rows ``rows`` only, at the positions set by `at` in the current context
@@ -41,7 +41,7 @@ class Readout:
     def __init__(self, head: nn.Linear, rows: Tensor) -> None:
         self.head = head
         self._hook = head.register_forward_pre_hook(_select_positions)
-        head.forward = RowLinear(head, rows)  # type: ignore[method-assign, assignment]
+        head.forward = SlicedHead(head, rows)  # type: ignore[method-assign, assignment]
 
     @staticmethod
     def at(positions: Tensor | None) -> Token[Tensor | None]:

@@ -1,4 +1,5 @@
-"""Makes the variants' weights of one site: into scratch, from one read of the weights, just before they are used."""
+"""Makes the variants' weights of one hooked module: into scratch, from one read of the weights, just before they are
+used."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mezo_dist.directions.combination import ZERO, Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.engines.hooked import Site, Weight
+from mezo_dist.directions.law import Law
+from mezo_dist.engines.hooked import HookedModule, Weight
 from mezo_dist.engines.lockstep.fanout import Call, Served, on_tensors
-from mezo_dist.engines.lockstep.head_slice import RowLinear
+from mezo_dist.engines.lockstep.head_slice import SlicedHead
 from mezo_dist.engines.lockstep.persample import with_sample_directions
-from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_rows
+from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
 
 ALIGNMENT = 64
 """Bytes. Matrix kernels may give other bits for operands that are not aligned to their vector registers."""
@@ -26,7 +27,7 @@ class Materialiser:
     """See `Materialise` in `mezo_dist.engines.lockstep.fanout`.
 
     Args:
-        field: what the directions are.
+        law: what the directions are.
         compute_dtype: dtype of what is made; the weights' own if None.
         keep_sources: weights stay where they are while passes run, so variants without a shift may use them
             themselves. Not so on sharded layouts, whose gathered weights are released when the passes have gone on.
@@ -35,30 +36,30 @@ class Materialiser:
         shifts: what each variant of the current passes adds to the weights; set it before they run.
     """
 
-    def __init__(self, field: Field, compute_dtype: torch.dtype | None, *, keep_sources: bool) -> None:
+    def __init__(self, law: Law, compute_dtype: torch.dtype | None, *, keep_sources: bool) -> None:
         self.shifts: list[Combination] = []
-        self._field = field
+        self._law = law
         self._compute_dtype = compute_dtype
         self._keep_sources = keep_sources
         self._scratch = torch.empty(0)
 
-    def __call__(self, site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Served:
-        """The weights of ``site`` under every variant among its ``calls``."""
-        rows = plan_rows(site, calls, real)
-        variants = sorted({call.job.variant for call in calls})
-        sources = [_source(weight.tensor.detach(), rows) for weight in site.weights]
-        must_copy = (site.spans_blocks and not self._keep_sources) or not all(map(_aligned, sources))
+    def __call__(self, hooked: HookedModule, calls: Sequence[Call], real: Callable[..., Any]) -> Served:
+        """The weights of ``hooked module`` under every variant among its ``calls``."""
+        rows = plan_sparse_rows(hooked, calls, real)
+        variants = sorted({call.caller.variant for call in calls})
+        sources = [_source(weight.tensor.detach(), rows) for weight in hooked.weights]
+        must_copy = (hooked.spans_blocks and not self._keep_sources) or not all(map(_aligned, sources))
         copies = len(variants) if must_copy or self._compute_dtype else sum(bool(self.shifts[v]) for v in variants)
-        allocate = torch.empty_like if site.spans_blocks else self._scratch_for(sources, copies)
+        allocate = torch.empty_like if hooked.spans_blocks else self._scratch_for(sources, copies)
         tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
-        for weight, source in zip(site.weights, sources, strict=True):
+        for weight, source in zip(hooked.weights, sources, strict=True):
             for v, tensor in self._variants_of(weight, source, rows, variants, allocate, must_copy).items():
                 tensors[v].append(tensor)
         forward = None if rows is None else rows.forward
-        if any(call.job.sample_shifts for call in calls):
-            shared = forward or functools.partial(on_tensors, site, real)
-            head_rows = rows.indices if rows is not None and isinstance(real, RowLinear) else None
-            forward = with_sample_directions(self._field, site, calls, real, shared, head_rows)
+        if any(call.caller.sample_shifts for call in calls):
+            shared = forward or functools.partial(on_tensors, hooked, real)
+            head_rows = rows.indices if rows is not None and isinstance(real, SlicedHead) else None
+            forward = with_sample_directions(self._law, hooked, calls, real, shared, head_rows)
         return Served(tensors, forward)
 
     def _variants_of(
@@ -78,7 +79,7 @@ class Materialiser:
         moved = [shift for shift in dict.fromkeys(shifts.values()) if shift or must_copy]
         made = {shift: allocate(source, dtype=dtype) for shift in moved}
         if moved:
-            self._field.add(
+            self._law.add(
                 source,
                 moved,
                 list(made.values()),
@@ -89,7 +90,8 @@ class Materialiser:
         return {v: made.get(shift, source) for v, shift in shifts.items()}
 
     def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[..., Tensor]:
-        """Hands out pieces of one buffer that is kept from site to site: fresh memory costs page faults."""
+        """Hands out pieces of one buffer that is kept from hooked module to hooked module: fresh memory costs page
+        faults."""
         sizes = (source.numel() * (self._compute_dtype or source.dtype).itemsize for source in sources)
         need = sum(map(_padded, sizes)) * copies
         if self._scratch.numel() < need or self._scratch.device != sources[0].device:

@@ -17,56 +17,63 @@ from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.law import Field
-from mezo_dist.engines.hooked import Site, Weight, swapped
+from mezo_dist.directions.law import Law
+from mezo_dist.engines.hooked import HookedModule, Weight, swapped
 from mezo_dist.engines.lockstep.fanout import Call
-from mezo_dist.engines.lockstep.head_slice import RowLinear
+from mezo_dist.engines.lockstep.head_slice import SlicedHead
 from mezo_dist.errors import UserError
 
 Forward = Callable[[Call, list[Tensor]], Any]
 
 
 def with_sample_directions(
-    field: Field, site: Site, calls: Sequence[Call], real: Callable[..., Any], shared: Forward, rows: Tensor | None
+    law: Law,
+    hooked: HookedModule,
+    calls: Sequence[Call],
+    real: Callable[..., Any],
+    shared: Forward,
+    rows: Tensor | None,
 ) -> Forward:
-    """A forward of ``site`` that adds each sample's own direction to what ``shared`` computes.
+    """A forward of ``hooked module`` that adds each sample's own direction to what ``shared`` computes.
 
-    Linear layers, embeddings and heads under a `Readout` are corrected in activation space. Modules whose weights are
+    Linear layers, embeddings and heads under a `HeadSlice` are corrected in activation space. Modules whose weights are
     vectors (norms) run once, mapped over the samples' own weights. Any other module runs sample by sample, which is
     right for every module that works sample by sample.
 
     Args:
-        field: the run's directions (low-rank).
-        site: where.
+        law: the run's directions (low-rank).
+        hooked module: where.
         calls: the waiting calls; directions are made once for all of them.
-        real: the site's own forward.
+        real: the hooked module's own forward.
         shared: the forward on weights that all samples share: takes a call and its variant's tensors.
         rows: rows of the weights that ``shared`` works on, if not all.
 
     Raises:
-        UserError: directions of trainable weights of ``site`` cannot be applied sample by sample; here, or when the
+        UserError: directions of trainable weights of ``hooked module`` cannot be applied sample by sample; here, or
+            when the
             forward is called.
     """
-    if not any(weight.trainable for weight in site.weights):
+    if not any(weight.trainable for weight in hooked.weights):
         return shared
-    if site.spans_blocks:
-        return _spanning(site, shared)
-    seeds = sorted({seed for call in calls for c in call.job.sample_shifts for seed, _ in c.terms})
-    if isinstance(real, RowLinear) or site.kind in (nn.Linear, Conv1D):
-        moved = _linear(field, site, seeds, shared, rows)
-    elif site.kind is nn.Embedding:
-        moved = _embedding(field, site, seeds, shared)
-    elif all(len(weight.shape) == 1 for weight in site.weights):
-        moved = _vectors(field, site, seeds, real)
+    if hooked.spans_blocks:
+        return _spanning(hooked, shared)
+    seeds = sorted({seed for call in calls for c in call.caller.sample_shifts for seed, _ in c.terms})
+    if isinstance(real, SlicedHead) or hooked.kind in (nn.Linear, Conv1D):
+        moved = _linear(law, hooked, seeds, shared, rows)
+    elif hooked.kind is nn.Embedding:
+        moved = _embedding(law, hooked, seeds, shared)
+    elif all(len(weight.shape) == 1 for weight in hooked.weights):
+        moved = _vectors(law, hooked, seeds, real)
     else:
-        moved = _one_by_one(field, site, real)
-    return lambda call, tensors: (moved if call.job.sample_shifts else shared)(call, tensors)
+        moved = _one_by_one(law, hooked, real)
+    return lambda call, tensors: (moved if call.caller.sample_shifts else shared)(call, tensors)
 
 
-def _spanning(site: Site, shared: Forward) -> Forward:
-    """Weights that are tied to those of inner sites move there; any others would stay put, and be updated by noise."""
-    inner = {id(parameter) for child in site.module.children() for parameter in child.parameters()}
-    alone = [weight.name for weight in site.weights if weight.trainable and id(weight.tensor) not in inner]
+def _spanning(hooked: HookedModule, shared: Forward) -> Forward:
+    """Weights that are tied to those of inner hooked modules move there; any others would stay put, and be updated by
+    noise."""
+    inner = {id(parameter) for child in hooked.module.children() for parameter in child.parameters()}
+    alone = [weight.name for weight in hooked.weights if weight.trainable and id(weight.tensor) not in inner]
     if alone:
         raise UserError(
             f"algorithm.per_sample: {', '.join(alone)} belong to a module around the model's blocks, where a direction "
@@ -78,11 +85,9 @@ def _spanning(site: Site, shared: Forward) -> Forward:
 class _Factors:
     """U and V of one weight for all seeds of a serving, picked by sample."""
 
-    def __init__(
-        self, field: Field, weight: Weight, seeds: Sequence[int], *, swapped: bool, rows: Tensor | None
-    ) -> None:
+    def __init__(self, law: Law, weight: Weight, seeds: Sequence[int], *, swapped: bool, rows: Tensor | None) -> None:
         self._place = {seed: k for k, seed in enumerate(seeds)}
-        u, v = field.factors(seeds, weight.param_id, weight.shape)
+        u, v = law.factors(seeds, weight.param_id, weight.shape)
         self._into, self._out = (u, v) if swapped else (v, u)
         if rows is not None:
             self._out = self._out[:, rows]
@@ -107,17 +112,17 @@ class _Factors:
         return into, out, coefficients.repeat_interleave(into.shape[-1] // coefficients.shape[-1], dim=1).unsqueeze(1)
 
 
-def _linear(field: Field, site: Site, seeds: Sequence[int], shared: Forward, rows: Tensor | None) -> Forward:
-    weights = {w.attribute: w for w in site.weights if w.trainable}
-    swapped = site.kind is Conv1D  # its weight is [inputs, outputs]
-    factors = _Factors(field, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
-    bias = field.vector(seeds, weights["bias"].param_id, weights["bias"].shape.numel()) if "bias" in weights else None
+def _linear(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: Forward, rows: Tensor | None) -> Forward:
+    weights = {w.attribute: w for w in hooked.weights if w.trainable}
+    swapped = hooked.kind is Conv1D  # its weight is [inputs, outputs]
+    factors = _Factors(law, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
+    bias = law.vector(seeds, weights["bias"].param_id, weights["bias"].shape.numel()) if "bias" in weights else None
     place = {seed: k for k, seed in enumerate(seeds)}
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
         output: Tensor = shared(call, tensors)
-        shifts = call.job.sample_shifts
-        x, y = _by_sample(site, call.args[0], len(shifts)), _by_sample(site, output, len(shifts))
+        shifts = call.caller.sample_shifts
+        x, y = _by_sample(hooked, call.args[0], len(shifts)), _by_sample(hooked, output, len(shifts))
         if factors is not None:
             into, out, coefficients = factors.of(shifts, x)
             y = torch.baddbmm(y, torch.bmm(x, into) * coefficients, out)
@@ -130,94 +135,94 @@ def _linear(field: Field, site: Site, seeds: Sequence[int], shared: Forward, row
     return forward
 
 
-def _embedding(field: Field, site: Site, seeds: Sequence[int], shared: Forward) -> Forward:
-    factors = _Factors(field, site.weights[0], seeds, swapped=True, rows=None)
+def _embedding(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: Forward) -> Forward:
+    factors = _Factors(law, hooked.weights[0], seeds, swapped=True, rows=None)
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
         output: Tensor = shared(call, tensors)
-        n = len(call.job.sample_shifts)
+        n = len(call.caller.sample_shifts)
         ids = call.args[0].view(call.args[0].shape[0], -1)
         if ids.shape[0] == 1 and n > 1:  # the same positions for all samples: now each has its own vectors
             ids, output = ids.expand(n, -1), output.expand(n, *output.shape[1:])
-        y = _by_sample(site, output, n)
-        u, v, coefficients = factors.of(call.job.sample_shifts, y)
+        y = _by_sample(hooked, output, n)
+        u, v, coefficients = factors.of(call.caller.sample_shifts, y)
         looked_up = torch.gather(u, 1, ids.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
         return torch.baddbmm(y, looked_up * coefficients, v).view(output.shape)
 
     return forward
 
 
-def _vectors(field: Field, site: Site, seeds: Sequence[int], real: Callable[..., Any]) -> Forward:
+def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callable[..., Any]) -> Forward:
     place = {seed: k for k, seed in enumerate(seeds)}
-    directions = {w.attribute: field.vector(seeds, w.param_id, w.shape.numel()) for w in site.weights if w.trainable}
+    directions = {w.attribute: law.vector(seeds, w.param_id, w.shape.numel()) for w in hooked.weights if w.trainable}
 
     def forward(call: Call, tensors: list[Tensor]) -> Any:
-        shifts = call.job.sample_shifts
+        shifts = call.caller.sample_shifts
         mixing = torch.zeros(len(shifts), len(seeds))  # coefficient of every direction for every sample
         for i, shift in enumerate(shifts):
             for seed, c in shift.terms:
                 mixing[i, place[seed]] = c
         own = [
             tensor + (mixing @ directions[w.attribute]).to(tensor.device, tensor.dtype) if w.trainable else tensor
-            for w, tensor in zip(site.weights, tensors, strict=True)
+            for w, tensor in zip(hooked.weights, tensors, strict=True)
         ]
 
         def on_sample(weights: list[Tensor], x: Tensor) -> Any:
-            for w, tensor in zip(site.weights, weights, strict=True):  # not `swap`: what vmap gives is no parameter
+            for w, tensor in zip(hooked.weights, weights, strict=True):  # not `swap`: what vmap gives is no parameter
                 w.owner._parameters[w.attribute] = tensor  # type: ignore[assignment]
             return real(x, *call.args[1:], **call.kwargs)
 
         x = call.args[0]
         if x.shape[0] % len(shifts) or x.shape[0] == 0:
-            raise _not_by_sample(site, x, len(shifts))
-        weight_axes = [0 if w.trainable else None for w in site.weights]
-        with swapped(site.weights, tensors):  # puts back what `on_sample` leaves there
+            raise _not_by_sample(hooked, x, len(shifts))
+        weight_axes = [0 if w.trainable else None for w in hooked.weights]
+        with swapped(hooked.weights, tensors):  # puts back what `on_sample` leaves there
             mapped = torch.vmap(on_sample, in_dims=(weight_axes, 0))(own, x.unflatten(0, (len(shifts), -1)))
         return pytree.tree_map(lambda y: y.flatten(0, 1), mapped)
 
     return forward
 
 
-def _one_by_one(field: Field, site: Site, real: Callable[..., Any]) -> Forward:
+def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., Any]) -> Forward:
     def forward(call: Call, tensors: list[Tensor]) -> Any:
-        n = len(call.job.sample_shifts)
+        n = len(call.caller.sample_shifts)
         outputs = []
-        for i, shift in enumerate(call.job.sample_shifts):
-            own = [torch.empty_like(t) if w.trainable else t for w, t in zip(site.weights, tensors, strict=True)]
-            for w, t, target in zip(site.weights, tensors, own, strict=True):
+        for i, shift in enumerate(call.caller.sample_shifts):
+            own = [torch.empty_like(t) if w.trainable else t for w, t in zip(hooked.weights, tensors, strict=True)]
+            for w, t, target in zip(hooked.weights, tensors, own, strict=True):
                 if w.trainable:
-                    field.add(t.contiguous(), [shift], [target], param_id=w.param_id, shape=w.shape)
-            args = [_slice(site, argument, i, n) for argument in call.args]
-            kwargs = {name: _slice(site, argument, i, n) for name, argument in call.kwargs.items()}
-            with swapped(site.weights, own):
+                    law.add(t.contiguous(), [shift], [target], param_id=w.param_id, shape=w.shape)
+            args = [_slice(hooked, argument, i, n) for argument in call.args]
+            kwargs = {name: _slice(hooked, argument, i, n) for name, argument in call.kwargs.items()}
+            with swapped(hooked.weights, own):
                 outputs.append(real(*args, **kwargs))
         return pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)  # some give several tensors (routers)
 
     return forward
 
 
-def _slice(site: Site, argument: Any, i: int, n: int) -> Any:
+def _slice(hooked: HookedModule, argument: Any, i: int, n: int) -> Any:
     if not isinstance(argument, Tensor) or argument.dim() == 0:
         return argument
     if argument.shape[0] == 1:
         return argument
     if argument.shape[0] % n:
-        raise _not_by_sample(site, argument, n)
+        raise _not_by_sample(hooked, argument, n)
     per = argument.shape[0] // n
     return argument[i * per : (i + 1) * per]
 
 
-def _by_sample(site: Site, tensor: Tensor, num_samples: int) -> Tensor:
+def _by_sample(hooked: HookedModule, tensor: Tensor, num_samples: int) -> Tensor:
     """[n, tokens, features], from that or from [n * tokens, features] in sample order."""
     if tensor.shape[0] % num_samples or tensor.shape[0] == 0:
-        raise _not_by_sample(site, tensor, num_samples)
+        raise _not_by_sample(hooked, tensor, num_samples)
     return tensor.reshape(num_samples, -1, tensor.shape[-1])
 
 
-def _not_by_sample(site: Site, tensor: Tensor, num_samples: int) -> UserError:
-    names = ", ".join(weight.name for weight in site.weights if weight.trainable)
+def _not_by_sample(hooked: HookedModule, tensor: Tensor, num_samples: int) -> UserError:
+    names = ", ".join(weight.name for weight in hooked.weights if weight.trainable)
     return UserError(
-        f"algorithm.per_sample: module {site.name} gets a tensor {tuple(tensor.shape)} whose rows are not "
+        f"algorithm.per_sample: module {hooked.name} gets a tensor {tuple(tensor.shape)} whose rows are not "
         f"{num_samples} samples, so a direction per sample cannot be applied to {names}; set it to false, or leave "
         "them out with model.freeze"
     )

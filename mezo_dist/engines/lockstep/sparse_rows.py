@@ -14,29 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mezo_dist.engines.hooked import Site
+from mezo_dist.engines.hooked import HookedModule
 from mezo_dist.engines.lockstep.fanout import Call
-from mezo_dist.engines.lockstep.head_slice import RowLinear
+from mezo_dist.engines.lockstep.head_slice import SlicedHead
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows ``indices`` (int64 [k]) of every weight of a site, and the forward that works on those rows alone."""
+    """The rows ``indices`` (int64 [k]) of every weight of a hooked module, and the forward that works on those rows
+    alone."""
 
     indices: Tensor
     forward: Callable[[Call, list[Tensor]], Any]
 
 
-def plan_rows(site: Site, calls: Sequence[Call], real: Callable[..., Any]) -> Rows | None:
-    """The rows that ``calls`` of ``site`` need, or None if its whole weights are needed.
+def plan_sparse_rows(hooked: HookedModule, calls: Sequence[Call], real: Callable[..., Any]) -> Rows | None:
+    """The rows that ``calls`` of ``hooked module`` need, or None if its whole weights are needed.
 
-    Only plain ``nn.Embedding`` lookups and heads under a `Readout` qualify: for any other class (scaled embeddings,
+    Only plain ``nn.Embedding`` lookups and heads under a `HeadSlice` qualify: for any other class (scaled embeddings,
     position tables) and any replaced forward the module's own code decides what it does with its weights.
     """
-    if isinstance(real, RowLinear):
+    if isinstance(real, SlicedHead):
         return Rows(real.rows, _linear_rows)
     is_plain = getattr(real, "__func__", None) is nn.Embedding.forward
-    if not isinstance(site.module, nn.Embedding) or not is_plain or site.module.max_norm is not None:
+    if not isinstance(hooked.module, nn.Embedding) or not is_plain or hooked.module.max_norm is not None:
         return None
     if any(len(call.args) != 1 or call.kwargs for call in calls):
         return None

@@ -15,8 +15,8 @@ from mezo_dist.engines.units import Unit
 
 
 @final
-class Gathers:
-    """Gathers units as passes come to them, and releases them behind.
+class UnshardSchedule:
+    """UnshardSchedule units as passes come to them, and releases them behind.
 
     Args:
         layout: where the weights live.
@@ -75,6 +75,6 @@ class Gathers:
             self._layout.release(unit)
 
     def _start(self, unit: Unit) -> None:
-        self._layout.meet(f"gather {unit.name}")
+        self._layout.synchronize(f"gather {unit.name}")
         with self.meter:
             self._layout.start(unit)

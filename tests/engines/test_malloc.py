@@ -12,9 +12,9 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from mezo_dist.engines.memory import keep_freed_memory
+from mezo_dist.engines.malloc import tune_malloc
 if {keep}:
-    keep_freed_memory()
+    tune_malloc(is_sharded=False)
 def work():
     kept = [torch.zeros(6_000_000) for _ in range(4)]  # 24 MB each, as a fan-out holds them
 def faults():
@@ -28,9 +28,9 @@ print(*(faults() for _ in range(5)))
 
 HOLES = """
 import torch
-from mezo_dist.engines.memory import give_back_freed_memory
+from mezo_dist.engines.malloc import tune_malloc
 if {give_back}:
-    give_back_freed_memory()
+    tune_malloc(is_sharded=True)
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
@@ -58,7 +58,7 @@ def test_page_faults_are_gone() -> None:
     for keep in (False, True):
         faults[keep] = run(SCRIPT.format(keep=keep))
     # Of several rounds, for malloc learns a little by itself, and some systems reclaim memory now and then.
-    assert max(faults[False]) > 2_000, "malloc has become wiser: mezo_dist/engines/memory.py can go"
+    assert max(faults[False]) > 2_000, "malloc has become wiser: mezo_dist/engines/malloc.py can go"
     assert min(faults[True]) * 2 < max(faults[False])
 
 
@@ -67,7 +67,7 @@ def test_what_is_freed_goes_back() -> None:
     grown = {}
     for give_back in (False, True):
         (grown[give_back],) = run(HOLES.format(give_back=give_back))
-    assert grown[False] > 10e6, "malloc has become wiser: give_back_freed_memory can go"  # 24 to 384 MB seen
+    assert grown[False] > 10e6, "malloc has become wiser: tune_malloc can go"  # 24 to 384 MB seen
     assert grown[True] < 10e6
 
 

@@ -30,7 +30,7 @@ KEPT = 2**31 - 1
 LARGEST_KEPT = 2**30
 """Bytes; larger blocks go back at once."""
 LARGEST_KEPT_IF_SHARDED = 2**20
-"""Bytes; a value that is set, malloc no longer raises by itself."""
+"""Bytes. Once this is set, malloc stops adapting it to the blocks that it sees."""
 
 
 def ask_for_huge_pages() -> None:
@@ -39,15 +39,15 @@ def ask_for_huge_pages() -> None:
 
 
 @functools.cache
-def keep_freed_memory() -> None:
-    """Let freed activations be used again as they are; for this process, once."""
-    _set("spend more time on page faults", (M_MMAP_THRESHOLD, LARGEST_KEPT), (M_TRIM_THRESHOLD, KEPT))
+def tune_malloc(*, is_sharded: bool) -> None:
+    """Say what becomes of freed blocks, for this process, once: kept with whole weights, given back with sharded ones.
 
-
-@functools.cache
-def give_back_freed_memory() -> None:
-    """Let freed blocks go back to the system at once; for this process, once."""
-    _set("hold more memory than they use", (M_MMAP_THRESHOLD, LARGEST_KEPT_IF_SHARDED))
+    The command line calls this. A library must not change the memory of somebody else's process.
+    """
+    if is_sharded:
+        _set("hold more memory than they use", (M_MMAP_THRESHOLD, LARGEST_KEPT_IF_SHARDED))
+    else:
+        _set("spend more time on page faults", (M_MMAP_THRESHOLD, LARGEST_KEPT), (M_TRIM_THRESHOLD, KEPT))
 
 
 def _set(otherwise: str, *settings: tuple[int, int]) -> None:

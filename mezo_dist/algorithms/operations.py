@@ -1,0 +1,106 @@
+"""What an update does to the weights: a short list of operations, which one function interprets (torch-free).
+
+An operation says what happens and nothing about how: where the weights live, and how sums are rounded to 16 bits, is
+the business of whatever owns them (`EditableWeights`). A further operation (a momentum buffer, Adam's statistics) is
+one more class here and one more case in `apply_updates`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Union
+
+from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class CopyAnchor:
+    """Copy the weights as they are, in place of the copy made before: variants with ``base="anchor"`` start there."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply the weights by ``factor``, an fp32 value (weight decay)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Add:
+    """Add ``combination`` to the weights."""
+
+    combination: Combination
+
+
+Operation = Union[CopyAnchor, Scale, Add]  # noqa: UP007 (evaluated on Python 3.10 too)
+
+
+class EditableWeights(Protocol):
+    """Weights that operations can be done to: an engine's, or a dict of tensors."""
+
+    def copy_anchor(self) -> None:
+        """Do `CopyAnchor`."""
+
+    def scale(self, factor: float, rounding_seed: int) -> None:
+        """Do `Scale`; ``rounding_seed`` is for weights that are rounded stochastically."""
+
+    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
+        """Do one `Add` after another, given as (combination, rounding seed): the same bits as one call for each."""
+
+
+def update_operations(combination: Combination, *, scale: float = 1.0, copy_anchor: bool = False) -> list[Operation]:
+    """The operations of a usual update, in order: copy the anchor, scale, add. What does nothing is left out."""
+    before: list[Operation] = [CopyAnchor()] if copy_anchor else []
+    return [*before, *([Scale(scale)] if scale != 1 else []), Add(combination)]
+
+
+def apply_updates(weights: EditableWeights, run_seed: int, updates: Iterable[tuple[int, Sequence[Operation]]]) -> None:
+    """Do the operations of one step after another.
+
+    Additions that follow one another go to `EditableWeights.advance` together: one pass over the weights.
+
+    Args:
+        weights: changed in place.
+        run_seed: seed of the run, from which the seeds of stochastic rounding are derived.
+        updates: (step, its operations), in order.
+    """
+    additions: list[tuple[Combination, int]] = []
+
+    def add_pending() -> None:
+        if additions:
+            weights.advance(list(additions))
+            additions.clear()
+
+    for step, operations in updates:
+        for operation in operations:
+            if isinstance(operation, Add):
+                if operation.combination:
+                    additions.append((operation.combination, derive_seed(run_seed, "rounding", step)))
+                continue
+            add_pending()
+            if isinstance(operation, Scale):
+                weights.scale(operation.factor, derive_seed(run_seed, "decay rounding", step))
+            else:
+                weights.copy_anchor()
+    add_pending()
+
+
+def encode(operations: Sequence[Operation]) -> bytes:
+    """Bytes that tell operations from any others: seeds as 64-bit words, coefficients and factors as fp32."""
+    return b"".join(_encode(operation) for operation in operations)
+
+
+def _encode(operation: Operation) -> bytes:
+    if isinstance(operation, Add):
+        return b"".join(struct.pack("<Qf", seed, c) for seed, c in operation.combination.terms)
+    if isinstance(operation, Scale):
+        return b"scale" + struct.pack("<f", operation.factor)
+    return b"copy"
+
+
+def total_added(operations: Sequence[Operation]) -> Combination:
+    """The sum of all that is added."""
+    return sum((o.combination for o in operations if isinstance(o, Add)), ZERO)
