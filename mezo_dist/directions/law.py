@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ BLOCK = 64
 BLOCKS_AT_ONCE = 64
 SEEDS_AT_ONCE = 32
 SCALED_AT_ONCE = 1 << 20
+
+LawName = Literal["gaussian", "rademacher", "lowrank"]
 
 
 @dataclass(frozen=True)

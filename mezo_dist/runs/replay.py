@@ -1,50 +1,23 @@
-"""From a trajectory back to weights: base + what the logged losses say was done to them."""
+"""A run goes on, or is made again: from its trajectory, and the newest snapshot that it has."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mezo_dist.algorithms.base import Algorithm, Evaluation, Update
-from mezo_dist.algorithms.operations import CopyAnchor, Operation, apply_updates
+from mezo_dist.algorithms.base import Algorithm
 from mezo_dist.algorithms.step import Progress
 from mezo_dist.config.schema import NO_RESULTS, RunConfig
 from mezo_dist.distributed.communicator import Communicator
-from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.runs.model import LoadedModel
 from mezo_dist.storage import snapshots
-from mezo_dist.storage.trajectory import Header, Log, Step, digest
+from mezo_dist.storage.replay import replay_steps
+from mezo_dist.storage.trajectory import Header, Log
 
 log = logging.getLogger(__name__)
-TERMS_AT_ONCE = 4096
-"""About how many terms are added in one pass over the weights; more would only take memory."""
-
-
-def replay_updates(
-    algorithm: Algorithm[Any], steps: Sequence[Step], progress: Progress[Any]
-) -> Iterator[Update[Any] | None]:
-    """What each of the logged steps did, None where it was skipped. ``progress`` is after the step that came last.
-
-    Raises:
-        UserError: the algorithm computes something else from the losses than it did in the run.
-    """
-    for step in steps:
-        if step.skipped:
-            progress.after(None)
-            yield None
-            continue
-        update = algorithm.update(progress.state, step.step, step.rounds)
-        if isinstance(update, Evaluation) or digest(update.operations) != step.update:
-            raise UserError(
-                f"step {step.step} is not what this version of the algorithm makes of its losses; the trajectory's "
-                "header names the version of mezo_dist that can rebuild it"
-            )
-        progress.after(update)
-        yield update
 
 
 def check_config(config: RunConfig, header: Header) -> None:
@@ -77,71 +50,6 @@ def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
         names = (mine.keys() | theirs.keys()) - (set() if path else set(NO_RESULTS))
         return [d for n in names for d in _differences(mine.get(n), theirs.get(n), f"{path}.{n}" if path else n)]
     return [path] if mine != theirs else []
-
-
-def replay_steps(
-    engine: Engine,
-    run_seed: int,
-    algorithm: Algorithm[Any],
-    recorded: Log,
-    num_steps: int,
-    *,
-    start: int = 0,
-    verify: bool = True,
-    anchor: bool = False,
-) -> Progress[Any]:
-    """Bring weights that are those after ``start`` steps to where they were after ``num_steps``. Collective.
-
-    Args:
-        engine: owns the weights: the base model's, or what a snapshot made of them.
-        run_seed: seed of the run.
-        algorithm: the run's planner.
-        recorded: the trajectory.
-        num_steps: at most as many as it has.
-        start: steps that the weights have seen.
-        verify: compare the weights with all fingerprints on the way, which costs a pass over them for each.
-        anchor: also make the copies that the run made (`CopyAnchor`); a run that goes on needs the last of them.
-
-    Raises:
-        UserError: the weights are not what they were, or see `replay_updates`.
-    """
-    progress = Progress(algorithm.init())
-    pending: list[tuple[int, Sequence[Operation]]] = []
-    num_terms = 0
-    for update in replay_updates(algorithm, recorded.steps[:num_steps], progress):
-        if progress.step <= start:
-            continue
-        if update is not None:
-            pending.append((progress.step - 1, update.operations))
-            num_terms += len(update.combination)
-        marked = verify and progress.step in recorded.marks
-        if marked or num_terms >= TERMS_AT_ONCE:
-            apply_updates(engine, run_seed, _with_last_copy(pending, anchor=anchor))
-            pending, num_terms = [], 0
-        if marked:
-            _check_mark(engine, recorded.marks[progress.step], progress.step)
-    apply_updates(engine, run_seed, _with_last_copy(pending, anchor=anchor))
-    return progress
-
-
-def _with_last_copy(
-    updates: Sequence[tuple[int, Sequence[Operation]]], *, anchor: bool
-) -> list[tuple[int, list[Operation]]]:
-    """The updates without copies that a later one replaces (without any, if no ``anchor`` is wanted)."""
-    copying = [step for step, operations in updates if CopyAnchor() in operations]
-    last = copying[-1] if copying and anchor else None
-    return [
-        (step, [o for o in operations if not isinstance(o, CopyAnchor) or step == last]) for step, operations in updates
-    ]
-
-
-def _check_mark(engine: Engine, recorded: str, step: int) -> None:
-    fingerprint = engine.fingerprint()
-    if fingerprint != recorded:
-        raise UserError(
-            f"after step {step} the weights have the fingerprint {fingerprint}, but had {recorded} in the run: it was "
-            "made on another kind of machine, with other software, or on a faulty one"
-        )
 
 
 def replay_from_newest(

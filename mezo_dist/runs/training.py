@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from mezo_dist.algorithms.base import Evaluation, Losses
 from mezo_dist.algorithms.operations import apply_updates
 from mezo_dist.algorithms.step import Progress, StepResult, run_step
@@ -29,13 +31,19 @@ from mezo_dist.runs.replay import check_config, check_header, replay_from_newest
 from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_results, save_config, write_results
-from mezo_dist.storage.trajectory import Log, Step, digest
+from mezo_dist.storage.replay import logged_step
+from mezo_dist.storage.trajectory import Log
 
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, comm: Communicator) -> Path:
+def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path:
     """Run the whole job on this rank: evaluate, train, evaluate, export. Returns the run folder.
+
+    Args:
+        config: the settings.
+        comm: the ranks.
+        quiet: show nothing on the console; files are written all the same.
 
     Raises:
         UserError: bad input, or too many steps in a row without a finite loss.
@@ -55,6 +63,7 @@ def train(config: RunConfig, comm: Communicator) -> Path:
                 is_main=is_main,
                 num_steps=config.train.steps,
                 first_step=progress.step,
+                console=Console(quiet=True) if quiet else None,
             ) as monitor,
         ):
             _train(run, claim, progress, monitor)
@@ -136,7 +145,7 @@ def _loop(run: Run, progress: Progress[Any], recorder: RunRecorder, monitor: Mon
         result, num_forwards = evaluate_step(run, progress.state, progress.step)
         evaluated = time.perf_counter()
         # Logged before the weights change: what is on disk can be replayed, and what is not has never happened.
-        recorder.append(logged(result))
+        recorder.append(logged_step(result))
         apply_step(run, result)
         progress.after(result.update)
         _check_skips(progress, result, config, monitor)
@@ -195,13 +204,6 @@ def apply_step(run: Run, result: StepResult[Any]) -> None:
     """Do to the weights what a step found; nothing, if it is skipped."""
     if result.update is not None:
         apply_updates(run.engine, run.config.seed, [(result.step, result.update.operations)])
-
-
-def logged(result: StepResult[Any]) -> Step:
-    """The line of the trajectory that a step becomes."""
-    if result.update is None:
-        return Step(result.step, (), skipped=result.skipped)
-    return Step(result.step, result.rounds, digest(result.update.operations))
 
 
 def _check_skips(progress: Progress[Any], result: StepResult[Any], config: TrainConfig, monitor: Monitor) -> None:

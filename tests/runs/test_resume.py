@@ -19,9 +19,10 @@ from torch import nn
 from mezo_dist import cli
 from mezo_dist.config import reader
 from mezo_dist.runs import build
-from mezo_dist.runs import replay
 from mezo_dist.runs import training
+from mezo_dist.storage import replay as storage_replay
 from mezo_dist.storage import trajectory
+from mezo_dist.storage.replay import replay_steps
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.errors import UserError
 from mezo_dist.runs.export import export_model
@@ -120,13 +121,13 @@ def test_a_run_cut_short_ends_as_the_undisturbed_one(
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("terms_at_once", [replay.TERMS_AT_ONCE, 3])
+@pytest.mark.parametrize("terms_at_once", [storage_replay.TERMS_AT_ONCE, 3])
 def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms_at_once: int
 ) -> None:
     """Of the steps 0 .. 6, 0 and 5 are anchors. The run dies in step 5 or in 6, and goes on from the weights after 4
     steps, or with anchors left out, from the base."""
-    monkeypatch.setattr(replay, "TERMS_AT_ONCE", terms_at_once)
+    monkeypatch.setattr(storage_replay, "TERMS_AT_ONCE", terms_at_once)
     options = [f"output.dir={tmp_path / 'run'}", "output.snapshot_every=4", "output.export=false"]
     training.train(load(root, "stored", *options), Communicator())
     lines = (tmp_path / "run" / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
@@ -152,7 +153,7 @@ def test_a_resumed_run_counts_the_steps_that_were_skipped(root: Path, tmp_path: 
     writer.close()
     run = build.build_run(load(root, "mezo"), Communicator())
     found = trajectory.read(folder / "trajectory.jsonl")
-    progress = replay.replay_steps(run.engine, 0, run.algorithm, found, 6)
+    progress = replay_steps(run.engine, 0, run.algorithm, found, 6)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (6, 2, 2)
 
 

@@ -35,6 +35,7 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.errors import UserError
 from mezo_dist.objectives.classification import Scores
 from mezo_dist.testing import spawn, write_tiny_config, write_tiny_data, write_tiny_model
+from mezo_dist.storage.replay import replay_updates
 from mezo_dist.storage.trajectory import Step
 from mezo_dist.distributed.communicator import OutOfStepError, Communicator
 
@@ -254,7 +255,7 @@ def test_directions_of_all_steps_differ(found: dict[int, list[Found]], root: Pat
 def updates_of(root: Path, name: str) -> list[Combination]:
     run = build.build_run(load(Communicator(), root, name), Communicator())
     steps = steps_of(root, name, 1)
-    updates = replay.replay_updates(run.algorithm, steps, Progress(run.algorithm.init()))
+    updates = replay_updates(run.algorithm, steps, Progress(run.algorithm.init()))
     return [update.combination for update in updates if update is not None]
 
 

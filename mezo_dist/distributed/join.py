@@ -1,0 +1,50 @@
+"""The one communicator of a process, for code that has not been started by `mezo-dist`."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.distributed.connect import connect
+from mezo_dist.distributed.watchdog import Watchdog
+from mezo_dist.errors import UserError
+
+_joined: Communicator | None = None
+
+
+def join(timeout_s: float = 600.0, patience_s: float = 30.0) -> Communicator:
+    """The processes of this job, as the launcher started them (torchrun, deepspeed, mpirun, srun), or this one alone.
+
+    The first call connects to the others; later ones return the same communicator. If the program has a process group
+    already (``torch.distributed.init_process_group``, accelerate), that is used; it must have gloo for tensors on the
+    CPU, since that is where losses are added up. Collective at its first call.
+
+    Args:
+        timeout_s: seconds after which a collective gives up on a rank that does not answer.
+        patience_s: seconds after which a rank that waits for another one says so, and for which.
+
+    Returns:
+        The communicator; ``rank`` and ``world_size`` are its attributes.
+
+    Raises:
+        UserError: the other ranks do not answer in time, or the process group has no gloo.
+
+    >>> join().world_size
+    1
+    """
+    global _joined
+    if _joined is None:
+        _joined = _adopt(patience_s) if dist.is_initialized() else connect(timeout_s, patience_s=patience_s)
+    return _joined
+
+
+def _adopt(patience_s: float) -> Communicator:
+    """A communicator over the process group that is there."""
+    if "gloo" not in str(dist.get_backend_config()):
+        raise UserError(
+            f"the process group has the backend {dist.get_backend()}, which cannot add up numbers on the CPU: call "
+            "torch.distributed.init_process_group('cpu:gloo,cuda:nccl'), or let mezo_dist connect the processes"
+        )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    return Communicator(rank, world_size, Watchdog(store, rank, world_size, patience_s))

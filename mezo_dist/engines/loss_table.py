@@ -1,0 +1,74 @@
+"""Losses of a round, added up exactly: over micro-batches, over ranks, in whatever order they come."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mezo_dist.algorithms.base import Losses
+from mezo_dist.distributed.communicator import Communicator, LostRankError
+from mezo_dist.distributed.fixed_point import MAX_SUM, mean, to_fixed
+
+
+@final
+class LossTable:
+    """Sums of losses and weights for every variant of a round, as fixed-point integers on this rank.
+
+    Args:
+        num_variants: variants of the round.
+        num_samples: samples of the batch over all ranks, if each sample's loss is wanted; 0: one sum per variant.
+        world_size: number of ranks whose tables are added.
+    """
+
+    def __init__(self, num_variants: int, num_samples: int, world_size: int) -> None:
+        self._each_sample = num_samples > 0
+        self._table = torch.zeros(num_variants, max(num_samples, 1), 2, dtype=torch.int64)
+        self._largest = MAX_SUM // world_size
+        self._is_finite, self._failed = True, False
+
+    def add(self, variant: int, slots: tuple[int, ...], loss: Tensor, weight: Tensor) -> None:
+        """Add the losses of one micro-batch under one variant.
+
+        Args:
+            variant: its number.
+            slots: places of the samples in the batch; not looked at where one sum per variant is wanted.
+            loss: fp32 or fp64 [n], sums over what ``weight`` counts.
+            weight: int64 [n].
+        """
+        fixed, is_finite = to_fixed(loss)
+        row = self._table[variant]
+        self._is_finite = self._is_finite and bool(is_finite.all()) and self._fits(row, fixed)
+        columns = torch.tensor(slots) if self._each_sample else torch.zeros(len(fixed), dtype=torch.int64)
+        row.index_add_(0, columns, torch.stack([fixed, weight.cpu()], dim=1))
+
+    def fail(self) -> None:
+        """Make `total` raise on the other ranks: this one has run into an error and will not go on."""
+        self._failed = True
+
+    def total(self, comm: Communicator, mark: int) -> Losses | None:
+        """Means over all ranks, the same bits on each of them; None if a loss is not finite anywhere. Collective.
+
+        Args:
+            comm: the ranks.
+            mark: `mezo_dist.distributed.communicator.fingerprint` of what is evaluated; see `Communicator.round`.
+
+        Raises:
+            LostRankError: another rank called `fail`.
+        """
+        message = torch.cat([torch.tensor([not self._is_finite, self._failed]).long(), self._table.flatten()])
+        total = comm.round(message, mark)
+        if int(total[1]):
+            raise LostRankError(f"{comm.place}: another rank failed in its forward passes; its own message says why")
+        if int(total[0]):
+            return None
+        sums = total[2:].view(self._table.shape).tolist()
+        means = tuple(mean(sum(loss for loss, _ in row), sum(weight for _, weight in row)) for row in sums)
+        each = tuple(tuple(mean(loss, weight) for loss, weight in row) for row in sums) if self._each_sample else ()
+        return Losses(means, each)
+
+    def _fits(self, row: Tensor, loss: Tensor) -> bool:
+        """The sums stay below 62 bits, also after those of the other ranks are added."""
+        magnitude = sum(abs(value) for value in loss.tolist()) + max(abs(value) for value in row[:, 0].tolist())
+        return magnitude < self._largest

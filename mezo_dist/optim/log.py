@@ -1,0 +1,209 @@
+"""The trajectory of an `Optimizer`: every step in a file from which the weights can be made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+
+import mezo_dist
+from mezo_dist import algorithms
+from mezo_dist.algorithms.base import Algorithm, Problem, state_from_json
+from mezo_dist.algorithms.step import Progress, StepResult
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.distributed.join import join
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.errors import UserError
+from mezo_dist.storage.replay import logged_step, replay_steps
+from mezo_dist.storage.trajectory import Header, Log, Mark, parse, read_bytes
+from mezo_dist.storage.trajectory_writer import TrajectoryWriter
+
+
+def describe(algorithm: Any, law: Law, problem: Problem) -> dict[str, Any]:
+    """The settings of an `Optimizer` in JSON types: what a trajectory's header needs to make its steps again."""
+    return json.loads(
+        json.dumps(
+            {
+                "algorithm": dataclasses.asdict(algorithm),
+                "law": law.name,
+                "direction_rank": law.rank,
+                "problem": dataclasses.asdict(problem),
+            }
+        )
+    )
+
+
+def planner_of(settings: dict[str, Any], source: str) -> Algorithm[Any]:
+    """The planner that `describe` described. Raises UserError, naming ``source``, if it does not fit this version."""
+    try:
+        name = settings["algorithm"]["name"]
+        kind = algorithms.ALGORITHMS[name][0]
+        config: Any = state_from_json(kind, settings["algorithm"])
+        return algorithms.build(name, config, Problem(**settings["problem"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source}: not the trajectory of a mezo_dist.Optimizer of this version ({error!r})") from error
+
+
+@final
+class TrajectoryLog:
+    """The log of one `Optimizer`; `open` makes one. Rank 0 writes."""
+
+    def __init__(self, recorded: Log | None, writer: TrajectoryWriter | None) -> None:
+        self._recorded, self._writer = recorded, writer
+
+    @staticmethod
+    def open(
+        path: Path, settings: dict[str, Any], engine: Engine, comm: Communicator, *, resume: bool
+    ) -> TrajectoryLog:
+        """Begin a trajectory, or go on with one. Collective.
+
+        Args:
+            path: of the file.
+            settings: from `describe`.
+            engine: owns the base weights.
+            comm: the processes.
+            resume: go on with the file if there is one.
+
+        Raises:
+            UserError: on all processes: the file exists and is not to be resumed, is damaged, or is of other settings
+                or
+                another base model; or it cannot be written.
+        """
+        header = _header(settings, engine)
+        writers: list[TrajectoryWriter] = []
+
+        def begin() -> str:
+            if comm.rank != 0:
+                return ""
+            if path.exists() and not resume:
+                raise UserError(f"trajectory: {path} exists; name another file, or go on with it (resume=True)")
+            data = read_bytes(path) if path.exists() else b""
+            log = parse(data, path)
+            if log is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                writers.append(TrajectoryWriter.begin(path, header))
+                return ""
+            _check_same(header, log.header, path)
+            writers.append(TrajectoryWriter.go_on(path, log))
+            return data.decode()
+
+        text = comm.collect(begin)[0]
+        recorded = parse(text.encode(), path) if text else None
+        return TrajectoryLog(recorded, writers[0] if writers else None)
+
+    def replay(self, engine: Engine, planner: Algorithm[Any]) -> Progress[Any]:
+        """Bring base weights to where the log ends. Collective."""
+        if self._recorded is None:
+            return Progress(planner.init())
+        log = self._recorded
+        return replay_steps(engine, log.header.seed, planner, log, len(log.steps), anchor=True)
+
+    def append(self, result: StepResult[Any]) -> None:
+        """Log a step; it is on disk when this returns. Raises UserError if that failed."""
+        if self._writer is not None:
+            self._writer.append(logged_step(result))
+
+    def close(self, engine: Engine, num_steps: int) -> None:
+        """Log the fingerprint of the weights after ``num_steps`` steps, and close the file. Collective."""
+        weights = engine.fingerprint()
+        if self._writer is not None:
+            if self._recorded is None or max(self._recorded.marks, default=-1) < num_steps:
+                self._writer.append(Mark(num_steps, weights))
+            self._writer.close()
+
+
+def replay(
+    model: nn.Module,
+    trajectory: str | Path,
+    num_steps: int | None = None,
+    *,
+    layout: Layout | None = None,
+    comm: Communicator | None = None,
+) -> int:
+    """Make a trained model of its base model and the trajectory that an `Optimizer` wrote. Collective.
+
+    No data and no forward pass is needed: directions follow from the seed, and what was added from the logged losses.
+    Fingerprints recorded on the way are verified.
+
+    Args:
+        model: with the base weights; changed in place.
+        trajectory: the file.
+        num_steps: how many of its steps; all if None.
+        layout: where the weights live, from `mezo_dist.shard`; whole in every process if None.
+        comm: the processes; those of the launcher if None.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        UserError: the file is missing or damaged, has fewer steps, or belongs to another base model.
+
+    >>> import tempfile, torch
+    >>> from mezo_dist import MeZO, Optimizer, replay
+    >>> model, again = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    >>> _ = again.load_state_dict(model.state_dict())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Optimizer(model, MeZO(lr=0.1), trajectory=f"{folder}/steps.jsonl") as opt:
+    ...         for _ in range(5):
+    ...             loss = opt.step(lambda model, x: model(x).square().mean(), torch.ones(4, 3))
+    ...     replay(again, f"{folder}/steps.jsonl")
+    5
+    >>> torch.equal(model.weight, again.weight)
+    True
+    """
+    path, comm = Path(trajectory), comm or join()
+
+    def read() -> str:
+        if comm.rank != 0:
+            return ""
+        if not path.is_file():
+            raise UserError(f"trajectory: {path} does not exist")
+        return read_bytes(path).decode()
+
+    log = parse(comm.collect(read)[0].encode(), path)
+    if log is None:
+        raise UserError(f"trajectory: {path} has no steps")
+    wanted = len(log.steps) if num_steps is None else num_steps
+    if not 0 <= wanted <= len(log.steps):
+        raise UserError(f"num_steps: {path} has {len(log.steps)} steps, not {wanted}")
+    settings = log.header.config
+    planner = planner_of(settings, str(path))
+    law = Law(settings["law"], settings["direction_rank"])
+    engine = Engine(model, law, layout, stochastic_rounding="stochastic" in log.header.weights)
+    _check_same(_header(settings, engine), log.header, path)
+    replay_steps(engine, log.header.seed, planner, log, wanted)
+    return wanted
+
+
+def _header(settings: dict[str, Any], engine: Engine) -> Header:
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in engine.model.parameters() if p.requires_grad})
+    rounding = "stochastic rounding" if engine.stochastic_rounding else "to nearest"
+    return Header(
+        settings,
+        hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        type(engine.model).__name__,
+        engine.fingerprint(),
+        engine.law.version,
+        f"{' and '.join(dtypes)}, {rounding}",
+        settings["problem"]["seed"],
+        settings["problem"]["full_size"],
+        mezo_dist.__version__,
+    )
+
+
+def _check_same(here: Header, there: Header, path: Path) -> None:
+    facts = {
+        "settings": "config",
+        "base weights": "base_fingerprint",
+        "law": "law_version",
+        "kind of weights": "weights",
+    }
+    differing = [what for what, name in facts.items() if getattr(here, name) != getattr(there, name)]
+    if differing:
+        raise UserError(f"trajectory: {path} was made with another {' and another '.join(differing)}")

@@ -1,0 +1,114 @@
+"""One round of an `Optimizer`'s step: a user's loss function on all variants, added up over the processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, final
+
+from torch import Tensor, nn
+
+from mezo_dist.algorithms.base import Evaluation, Losses
+from mezo_dist.distributed.communicator import Communicator, LostRankError, OutOfStepError, fingerprint
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.loss_table import LossTable
+from mezo_dist.errors import UserError
+from mezo_dist.optim.losses import BatchT, LossFunction, loss_and_weight
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch(Generic[BatchT]):
+    """What goes through the model in one forward pass."""
+
+    content: BatchT
+    slots: tuple[int, ...] = ()
+    """Places of its samples in the batch of all processes, where samples have directions of their own."""
+
+
+@final
+class Rounds(Generic[BatchT]):
+    """Evaluates rounds.
+
+    Args:
+        engine: owns the weights.
+        comm: the processes.
+        num_samples: number of samples of a micro-batch.
+    """
+
+    def __init__(self, engine: Engine, comm: Communicator, num_samples: Callable[[BatchT], int]) -> None:
+        self._engine, self._comm, self._num_samples = engine, comm, num_samples
+
+    def count(self, batch: Sequence[BatchT]) -> tuple[int, int, int]:
+        """Samples of the processes before this one, samples of all processes, and the largest number of micro-batches
+        that one of them has. Collective."""
+        counts = self._comm.collect(lambda: [sum(map(self._num_samples, batch)), len(batch)])
+        return sum(n for n, _ in counts[: self._comm.rank]), sum(n for n, _ in counts), max(m for _, m in counts)
+
+    def losses(
+        self, request: Evaluation, loss: LossFunction[BatchT], batch: Sequence[BatchT], place: tuple[int, int]
+    ) -> Losses | None:
+        """Losses of all variants over the batches of all processes; None if one is not finite. Collective.
+
+        Args:
+            request: what to evaluate.
+            loss: the user's function.
+            batch: this process's micro-batches.
+            place: step and number of the round, which must be the same on all processes.
+
+        Raises:
+            UserError: the loss function returned nothing usable, or a batch has another number of samples than
+                directions. LostRankError: the forward passes of another process failed.
+        """
+        items, num_samples, most = self._items(request, batch)
+        table = LossTable(len(request.variants), num_samples, self._comm.world_size)
+        mark = fingerprint("optimizer", *place, len(request.variants), num_samples)
+        self._comm.place = f"step {place[0] + 1}"
+
+        def forward(model: nn.Module, item: MicroBatch[BatchT]) -> tuple[Tensor, Tensor]:
+            losses, weights = loss_and_weight(loss(model, item.content))
+            if num_samples and len(losses) != len(item.slots):
+                raise UserError(
+                    f"per_sample: the loss function returned {len(losses)} losses for {len(item.slots)} samples; it "
+                    "must return one for each"
+                )
+            return losses, weights
+
+        try:
+            rows = self._engine.evaluate(
+                request.variants, items, forward, most=most, filler=items[0] if items else None
+            )
+        except Exception:
+            self._tell_others(table, mark)
+            raise
+        for item, row in zip(items, rows, strict=True):
+            for variant, (losses, weights) in enumerate(row):
+                table.add(variant, item.slots, losses, weights)
+        return table.total(self._comm, mark)
+
+    def _items(self, request: Evaluation, batch: Sequence[BatchT]) -> tuple[list[MicroBatch[BatchT]], int, int]:
+        """Micro-batches with the places of their samples, if those count; samples of all processes, or 0 if they do
+        not; and the largest number of micro-batches that a process has."""
+        if not request.each_sample and not self._engine.layout.is_sharded:
+            return [MicroBatch(content) for content in batch], 0, len(batch)
+        place, total, most = self.count(batch)
+        if not batch and self._engine.layout.is_sharded:
+            raise UserError("micro_batches: where weights are cut over the processes, each needs at least one")
+        if not request.each_sample:
+            return [MicroBatch(content) for content in batch], 0, most
+        expected = max(len(variant.per_sample) for variant in request.variants)
+        if total != expected:
+            raise UserError(f"batch_size: directions for {expected} samples, but the {request.batch} has {total}")
+        items: list[MicroBatch[Any]] = []
+        for content in batch:
+            stop = place + self._num_samples(content)
+            items.append(MicroBatch(content, tuple(range(place, stop))))
+            place = stop
+        return items, total, most
+
+    def _tell_others(self, table: LossTable, mark: int) -> None:
+        """Let the other processes end at once, where they would wait for this one's losses."""
+        if self._comm.world_size > 1:
+            table.fail()
+            with contextlib.suppress(LostRankError, OutOfStepError):
+                table.total(self._comm, mark)
