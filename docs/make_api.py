@@ -1,10 +1,12 @@
 """Write docs/api.md: every public name of mezo_dist, with its signature and docstring.
 
-    python docs/make_api.py
+python docs/make_api.py
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
 import textwrap
 from pathlib import Path
@@ -37,23 +39,61 @@ def document() -> str:
 
 def _entry(name: str) -> str:
     value = getattr(mezo_dist, name)
+    methods = [
+        f"#### `{name}.{method}`\n\n{_block(function, method)}"
+        for method, function in vars(value).items()
+        if inspect.isclass(value) and inspect.isfunction(function) and not method.startswith("_")
+    ]
+    return "\n".join([f"### `{name}`\n\n{_block(value, name)}", *methods])
+
+
+def _block(value: object, name: str) -> str:
+    signature = "" if inspect.isclass(value) and issubclass(value, Exception) else _signature(value)
     kind = "class" if inspect.isclass(value) else "def"
-    signature = "" if inspect.isclass(value) and issubclass(value, Exception) else str(inspect.signature(value))
-    shown = textwrap.fill(f"{kind} {name}{signature}", 110, subsequent_indent="    ", break_long_words=False)
-    text = inspect.getdoc(value) or ""
-    return f"### `{name}`\n\n```text\n{shown}\n```\n\n```text\n{text}{_fields(value)}\n```\n"
+    return f"```text\n{kind} {name}{signature}\n\n{inspect.getdoc(value) or ''}{_fields(value)}\n```\n"
+
+
+def _signature(value: object) -> str:
+    """A parameter a line, as people write them."""
+    signature = inspect.signature(value)  # type: ignore[arg-type]
+    lines, keyword_only = [], False
+    for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            lines.append("*")
+        annotation = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
+        lines.append(f"{parameter.name}{annotation}{_default(parameter)}")
+    returns = signature.return_annotation
+    arrow = "" if returns in (signature.empty, None, "None") or inspect.isclass(value) else f" -> {returns}"
+    return f"(\n{''.join(f'    {line},{chr(10)}' for line in lines)}){arrow}" if lines else f"(){arrow}"
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    default = parameter.default
+    if default is parameter.empty:
+        return ""
+    if repr(default) == "<factory>":
+        return " = ..."
+    return f" = {getattr(default, '__name__', None) or repr(default)}"
 
 
 def _fields(value: object) -> str:
-    """Settings are documented field by field, below each field."""
-    if not (inspect.isclass(value) and hasattr(value, "__dataclass_fields__")):
+    """The settings of a dataclass, which are documented below each field."""
+    if not (inspect.isclass(value) and dataclasses.is_dataclass(value)):
         return ""
-    from mezo_dist.config.docstrings import field_docstrings
-
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(value))).body
+    assert isinstance(tree, ast.ClassDef)
     lines = [
-        f"{name}: {' '.join(text.split())}" for name, text in field_docstrings(value).items() if not name.startswith("_")
+        f"{ast.unparse(field.target)}: {' '.join(text.value.value.split())}"
+        for field, text in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
     ]
-    return "\n\n" + "\n".join(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)
+    return "".join(f"\n\n{textwrap.fill(line, 110, subsequent_indent='    ')}" for line in lines)
 
 
 if __name__ == "__main__":

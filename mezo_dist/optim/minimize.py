@@ -71,8 +71,8 @@ def minimize(
     The same arguments give the same weights, bit for bit, if the function is deterministic.
 
     Args:
-        function: value at some weights, which are its own to keep. A value that is not finite makes the step a skipped
-            one.
+        function: called with the parameters (a dict of tensors of the shapes of ``start``, which it may keep or change)
+            and a `Draw`; it returns a number. A number that is not finite makes the step a skipped one.
         start: named tensors, fp32, bf16 or fp16 (fp32 is best: 16 bits lose small updates, though bf16 is rounded
             stochastically); they are not changed. Names are part of what a seed means.
         algorithm: settings of any algorithm, such as ``MeZO(lr=1e-2)``.
@@ -86,7 +86,18 @@ def minimize(
         max_skipped: steps in a row that may be skipped.
 
     Raises:
-        UserError: settings or tensors that cannot be used; too many steps in a row without a finite value.
+        UserError: settings or tensors that cannot be used, a function that returns no number, or too many steps in a
+            row
+            without a finite value.
+
+    >>> import torch
+    >>> from mezo_dist import MeZO, minimize
+    >>> target = torch.tensor([1.0, -2.0, 3.0])
+    >>> def distance(params, draw):
+    ...     return float((params["x"] - target).abs().sum())
+    >>> minimum = minimize(distance, {"x": torch.zeros(3)}, MeZO(lr=0.02), steps=500)
+    >>> bool(distance(minimum.weights, None) < 0.3), minimum.calls
+    (True, 1000)
     """
     params = _copies(start)
     if getattr(algorithm, "per_sample", False):
@@ -101,7 +112,7 @@ def minimize(
         variants = weights.variants(request.variants)
         calls += len(variants)
         draws = [Draw(progress.step, request.batch)] * len(variants)
-        return Losses(tuple(map(float, mapper(function, variants, draws))))
+        return Losses(tuple(map(_number, mapper(function, variants, draws))))
 
     while progress.step < steps:
         update = take_step(planner, progress, evaluate, weights, seed).update
@@ -116,7 +127,19 @@ def minimize(
     return Minimum(params, tuple(losses), calls)
 
 
+def _number(value: Any) -> float:
+    """What the function returned. Raises UserError if that is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        what = "None" if value is None else f"a {type(value).__name__}{shape}"
+        raise UserError(f"the function returned {what}; it must return one number, the value to make small") from error
+
+
 def _copies(start: Mapping[str, Tensor]) -> Params:
+    if not isinstance(start, Mapping) or not all(isinstance(tensor, Tensor) for tensor in start.values()):
+        raise UserError('start: must be a dict of named tensors, such as {"x": torch.zeros(3)}')
     params = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
     for name, tensor in params.items():
         if tensor.dtype not in DTYPES:

@@ -16,7 +16,7 @@ from mezo_dist.algorithms.base import Evaluation, Losses, Problem, state_from_js
 from mezo_dist.algorithms.operations import apply_updates
 from mezo_dist.algorithms.step import Progress, run_step
 from mezo_dist.directions.law import Law, LawName
-from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.join import join
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
@@ -114,7 +114,7 @@ class Optimizer(Generic[BatchT]):
         resume: bool = False,
         max_skipped: int = 10,
     ) -> None:
-        comm = comm or join()
+        self._comm = comm = comm or join()
         per_sample = bool(getattr(algorithm, "per_sample", False))
         if per_sample and (law != "lowrank" or batch_size is None):
             raise UserError("per_sample: a direction per sample needs law='lowrank' and batch_size=...")
@@ -181,8 +181,10 @@ class Optimizer(Generic[BatchT]):
 
         def evaluate(request: Evaluation, round_number: int) -> Losses | None:
             chosen = items if request.batch == "minibatch" else self._full_batch
-            return self._rounds.losses(request, loss, chosen or [], (self._progress.step, round_number))
+            mark = fingerprint(self._settings, self._progress.step, round_number)
+            return self._rounds.losses(request, loss, chosen or [], mark)
 
+        self._comm.place = f"step {self._progress.step + 1}"
         result = run_step(self._planner, self._progress.state, self._progress.step, evaluate)
         if self._log is not None:
             self._log.append(result)

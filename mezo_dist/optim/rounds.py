@@ -10,7 +10,7 @@ from typing import Any, Generic, final
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Evaluation, Losses
-from mezo_dist.distributed.communicator import Communicator, LostRankError, OutOfStepError, fingerprint
+from mezo_dist.distributed.communicator import Communicator, LostRankError, OutOfStepError
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.loss_table import LossTable
 from mezo_dist.errors import UserError
@@ -46,7 +46,7 @@ class Rounds(Generic[BatchT]):
         return sum(n for n, _ in counts[: self._comm.rank]), sum(n for n, _ in counts), max(m for _, m in counts)
 
     def losses(
-        self, request: Evaluation, loss: LossFunction[BatchT], batch: Sequence[BatchT], place: tuple[int, int]
+        self, request: Evaluation, loss: LossFunction[BatchT], batch: Sequence[BatchT], mark: int
     ) -> Losses | None:
         """Losses of all variants over the batches of all processes; None if one is not finite. Collective.
 
@@ -54,7 +54,7 @@ class Rounds(Generic[BatchT]):
             request: what to evaluate.
             loss: the user's function.
             batch: this process's micro-batches.
-            place: step and number of the round, which must be the same on all processes.
+            mark: `fingerprint` of settings, step and number of the round, which must be the same on all processes.
 
         Raises:
             UserError: the loss function returned nothing usable, or a batch has another number of samples than
@@ -62,8 +62,6 @@ class Rounds(Generic[BatchT]):
         """
         items, num_samples, most = self._items(request, batch)
         table = LossTable(len(request.variants), num_samples, self._comm.world_size)
-        mark = fingerprint("optimizer", *place, len(request.variants), num_samples)
-        self._comm.place = f"step {place[0] + 1}"
 
         def forward(model: nn.Module, item: MicroBatch[BatchT]) -> tuple[Tensor, Tensor]:
             losses, weights = loss_and_weight(loss(model, item.content))
