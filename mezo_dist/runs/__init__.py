@@ -1,0 +1,1 @@
+"""A run: built from a config, trained, replayed, exported."""

@@ -1,0 +1,101 @@
+"""Opening a run folder: the run that lies there, rebuilt at any of its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mezo_dist.config.reader import from_dict
+from mezo_dist.config.schema import LayoutConfig, RunConfig
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.errors import UserError
+from mezo_dist.runs.build import Run, build_algorithm, build_run
+from mezo_dist.runs.model import LoadedModel, check_agreement, load_base
+from mezo_dist.runs.replay import check_header, replay_from_newest
+from mezo_dist.storage import trajectory
+from mezo_dist.storage.replay import replay_steps
+from mezo_dist.storage.run_folder import SNAPSHOTS, read_log
+from mezo_dist.storage.trajectory import Log
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run folder that was read; no model has been loaded yet."""
+
+    folder: Path
+    log: Log
+    config: RunConfig
+    num_steps: int
+    """How many of its steps are wanted."""
+
+
+def open_run(
+    folder: Path, num_steps: int | None, comm: Communicator, *, trust_remote_code: bool = False
+) -> OpenedRun:
+    """Read the trajectory in ``folder``. Collective.
+
+    Args:
+        folder: of the run.
+        num_steps: how many of its steps are wanted; None: all.
+        comm: the ranks.
+        trust_remote_code: let the model's own code run, if the run did.
+
+    Raises:
+        UserError: no run there, damaged, or shorter than asked for; or its model brings code that is not trusted.
+    """
+    log = read_log(folder, comm)
+    wanted = len(log.steps) if num_steps is None else num_steps
+    if not 0 <= wanted <= len(log.steps):
+        raise UserError(f"--step {wanted}: {folder} has {len(log.steps)} steps")
+    config = from_dict(log.header.config, str(folder / trajectory.FILE))
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{folder}: model {config.model.name} brings code of its own. A run folder from somebody else must not "
+            "start that unasked: add --trust-remote-code if you do trust it"
+        )
+    if comm.world_size == 1:
+        config = dataclasses.replace(config, layout=LayoutConfig())  # the same bits, and no processes to shard over
+    return OpenedRun(folder, log, config, wanted)
+
+
+def load_run(opened: OpenedRun, comm: Communicator) -> Run:
+    """The opened run, built, with the weights that it had after the wanted steps. Collective.
+
+    Raises:
+        UserError: data, model or weights are not those of the run.
+    """
+    run = build_run(opened.config, comm)
+    check_header(run.header(), opened.log.header)
+    replay_from_newest(run.loaded, run.algorithm, opened.log, opened.num_steps, opened.folder / SNAPSHOTS, comm)
+    return dataclasses.replace(run, step=opened.num_steps)
+
+
+def audit(opened: OpenedRun, comm: Communicator) -> tuple[LoadedModel, str]:
+    """Rebuild weights from base and trajectory alone, no snapshot and no data, and verify all recorded fingerprints.
+
+    Returns:
+        The model, and what was done, for people.
+
+    Raises:
+        UserError: something is missing, damaged or not as it was.
+    """
+    loaded = load_base(opened.config, comm)
+    check_agreement(loaded, comm)
+    header = opened.log.header
+    check_header(loaded.header(header.full_size), header)
+    began = time.perf_counter()
+    algorithm = build_algorithm(opened.config, header.full_size)
+    progress = replay_steps(loaded.engine, header.seed, algorithm, opened.log, opened.num_steps)
+    seconds = time.perf_counter() - began
+    verified = [done for done in opened.log.marks if done <= opened.num_steps]
+    updated = sum(p.numel() for p in loaded.pretrained.model.parameters() if p.requires_grad) * progress.step
+    return loaded, "\n".join(
+        [
+            f"{header.base_model} + {progress.step} steps ({progress.skipped} skipped) in {seconds:.1f} s "
+            f"({updated / max(seconds, 1e-9) / 1e9:.2f} billion weights x steps per second)",
+            f"fingerprint {loaded.engine.fingerprint()}",
+            f"verified {len(verified)} recorded fingerprint(s), after steps {verified}",
+        ]
+    )

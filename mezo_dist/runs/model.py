@@ -1,0 +1,113 @@
+"""The model of a run and the engine that owns its weights: all that a trajectory needs to become a model again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import mezo_dist
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.distributed.environment import code_digest
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.layouts.replicated import Replicated
+from mezo_dist.models.load import Pretrained, load_model
+from mezo_dist.models.sliced_checkpoint import fill
+from mezo_dist.storage.trajectory import Header
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The base model of a run in an engine, on this rank."""
+
+    config: RunConfig
+    pretrained: Pretrained
+    engine: Engine
+    base_fingerprint: str
+    """Fingerprint of the weights before step 0."""
+
+    def header(self, full_size: int) -> Header:
+        """The header of a trajectory that begins here; ``full_size`` is the number of samples of a full batch."""
+        config, model = self.config, self.config.model
+        return Header(
+            config.to_dict(),
+            config.digest(),
+            f"{model.name}@{model.revision}" if model.revision else model.name,
+            self.base_fingerprint,
+            self.engine.law.version,
+            f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
+            config.seed,
+            full_size,
+            mezo_dist.__version__,
+        )
+
+
+def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
+    """Load the base model into an engine of the configured layout. Collective.
+
+    Raises:
+        UserError: ranks disagree about the settings, or the model cannot be loaded or laid out so.
+    """
+    is_sharded = config.layout.name != "replicated"
+    comm.agree({"config": config.digest(), "layout": repr(config.layout)})  # before anybody shards
+    pretrained = load_model(config.model, num_labels=len(config.task.labels), seed=config.seed, whole=not is_sharded)
+    engine = Engine(  # built before a head slice is attached: it is to see the model's modules as they are
+        pretrained.model,
+        Law(config.law, config.direction_rank),
+        _layout(config, pretrained.model, comm),
+        compute_dtype=dtype_of(config.model.compute) if config.model.compute else None,
+        stochastic_rounding=config.model.weights == "bfloat16",
+        prefetch=config.layout.prefetch,
+    )
+    if pretrained.source is not None:
+        fill(pretrained.source, engine.shards())
+    return LoadedModel(config, pretrained, engine, engine.fingerprint())
+
+
+def check_agreement(loaded: LoadedModel, comm: Communicator, **more: str) -> None:
+    """Check that all ranks run the same code, settings and base model, and agree about the facts in ``more``.
+
+    Raises:
+        UserError: they do not; the message names the fact and the ranks.
+    """
+    comm.agree(
+        {
+            "version of mezo_dist": mezo_dist.__version__,
+            "code of mezo_dist": code_digest(),
+            "version of torch": torch.__version__,
+            "config": loaded.config.digest(),
+            "base model": loaded.base_fingerprint,
+            **more,
+        }
+    )
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a setting such as ``bfloat16``."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _layout(config: RunConfig, model: nn.Module, comm: Communicator) -> Layout:
+    layout = config.layout
+    if layout.name == "fsdp":
+        from mezo_dist.engines.layouts.fsdp import Fsdp
+
+        gather = layout.gather or config.model.compute
+        return Fsdp(
+            model,
+            comm,
+            replicate=layout.replicate,
+            block_classes=layout.blocks,
+            gather_dtype=dtype_of(gather) if gather else None,
+            offload=layout.offload,
+        )
+    if layout.name == "zero":
+        from mezo_dist.engines.layouts.zero import Zero, read_config
+
+        return Zero(model, comm, read_config(layout.ds_config, config.model.weights), block_classes=layout.blocks)
+    return Replicated(model)
