@@ -121,7 +121,8 @@ def evaluate(
 
 
 def export(run: Run | str | Path, folder: str | Path, *, comm: Communicator | None = None) -> Path:
-    """Write a run's model as a folder that ``from_pretrained`` loads (of peft, if the run trained adapters). Collective.
+    """Write a run's model as a folder that ``from_pretrained`` loads (of peft, if the run trained adapters).
+    Collective.
 
     Args:
         run: from `load_run`, or a run folder.

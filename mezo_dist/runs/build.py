@@ -16,8 +16,8 @@ from mezo_dist.algorithms.base import Algorithm, Batch, Problem, Variant
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
-from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.capacity import tokens_at_once
+from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import RunModel, attach_frozen_cache, run_whole
 from mezo_dist.models.load import Pretrained

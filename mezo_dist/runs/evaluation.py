@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
-from mezo_dist.objectives.calibration import best_offsets, calibrated_loss
-from mezo_dist.tasks.batches import MicroBatch
-from mezo_dist.engines.engine import Engine
-from mezo_dist.objectives.classification import Objective, Scores, cross_entropy
-from mezo_dist.runs.work_split import WorkSplit
-from mezo_dist.tasks.metrics import measure
 from mezo_dist.config.task import Metric
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.fixed_point import MAX_SUM, ONE, mean, to_fixed
+from mezo_dist.engines.engine import Engine
+from mezo_dist.objectives.calibration import best_offsets, calibrated_loss
+from mezo_dist.objectives.classification import Objective, Scores, cross_entropy
+from mezo_dist.runs.work_split import WorkSplit
+from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.tasks.metrics import measure
 
 
 @dataclass(frozen=True)

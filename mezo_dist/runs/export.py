@@ -21,13 +21,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mezo_dist.models import adapters
-from mezo_dist.storage import safetensors_io
-from mezo_dist.objectives.calibration import FILE as CALIBRATION_FILE
-from mezo_dist.objectives.calibration import Calibration
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
-from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.models import adapters
+from mezo_dist.objectives.calibration import FILE as CALIBRATION_FILE
+from mezo_dist.objectives.calibration import Calibration
+from mezo_dist.storage import safetensors_io
 
 FILE_BYTES = 5_000_000_000
 """Largest size of one file, unless a single weight is larger."""

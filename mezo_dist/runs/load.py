@@ -31,9 +31,7 @@ class OpenedRun:
     """How many of its steps are wanted."""
 
 
-def open_run(
-    folder: Path, num_steps: int | None, comm: Communicator, *, trust_remote_code: bool = False
-) -> OpenedRun:
+def open_run(folder: Path, num_steps: int | None, comm: Communicator, *, trust_remote_code: bool = False) -> OpenedRun:
     """Read the trajectory in ``folder``. Collective.
 
     Args:

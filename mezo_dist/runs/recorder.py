@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from typing import final
 
-from mezo_dist.storage import snapshots
 from mezo_dist.errors import UserError
-from mezo_dist.storage.run_folder import Claim, note
-from mezo_dist.storage.trajectory_writer import TrajectoryWriter
-from mezo_dist.runs.replay import snapshot_facts
 from mezo_dist.runs.build import Run
+from mezo_dist.runs.replay import snapshot_facts
+from mezo_dist.storage import snapshots
+from mezo_dist.storage.run_folder import Claim, note
 from mezo_dist.storage.trajectory import Mark, Step
+from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mezo_dist.storage import trajectory
 from mezo_dist.runs.build import Run
+from mezo_dist.storage import trajectory
 
 
 def facts(run: Run, folder: Path) -> list[tuple[str, str]]:

@@ -30,8 +30,8 @@ from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, replay_from_newest
 from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
-from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_results, save_config, write_results
 from mezo_dist.storage.replay import logged_step
+from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_results, save_config, write_results
 from mezo_dist.storage.trajectory import Log
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ tests look at what it found.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from mezo_dist.engines.units import find_units
 from mezo_dist.errors import UserError
 from mezo_dist.testing import spawn, tiny_model
 from tests.engines.models import KINDS, TOYS, VARIANTS, Broken, explode, make
+from tests.parts import Parts, run_parts
 
 pytestmark = pytest.mark.distributed
 
@@ -79,16 +81,18 @@ def pass_one(comm: Communicator, layout: str, law: str, name: str) -> Passed:
     return Passed([[r.numpy() for r in row] for row in found], ends, gathers, num_bytes, size, engine.never_used())
 
 
-def everything(comm: Communicator) -> dict[str, Any]:
-    found: dict[str, Any] = {f"{layout} {law}": pass_all(comm, layout, law) for layout, law in SHARDED}
+def everything(comm: Communicator) -> Parts:
+    parts: dict[str, Callable[[], Any]] = {
+        f"{layout} {law}": functools.partial(pass_all, comm, layout, law) for layout, law in SHARDED
+    }
     for name, make_layout in list(LAYOUTS.items())[1:]:
-        found[f"{name} faults"] = faults(comm, make_layout)
-        found[f"{name} filled"] = fill_meta(comm, make_layout)
-    found["offload"] = offload(comm)
-    found["bf16"] = {name: bf16(comm, make_layout) for name, make_layout in LAYOUTS.items()}
-    found["gather in bf16"] = gather_in_bf16(comm)
-    found["does not divide"] = message_of(lambda: Fsdp(tiny_model("opt"), comm, replicate=2))
-    return found
+        parts[f"{name} faults"] = functools.partial(faults, comm, make_layout)
+        parts[f"{name} filled"] = functools.partial(fill_meta, comm, make_layout)
+    parts["offload"] = lambda: offload(comm)
+    parts["bf16"] = lambda: {name: bf16(comm, make_layout) for name, make_layout in LAYOUTS.items()}
+    parts["gather in bf16"] = lambda: gather_in_bf16(comm)
+    parts["does not divide"] = lambda: message_of(lambda: Fsdp(tiny_model("opt"), comm, replicate=2))
+    return run_parts(parts)
 
 
 SHARDED = [("fsdp", "gaussian"), ("zero", "gaussian"), ("fsdp", "lowrank")]
@@ -192,7 +196,7 @@ def whole() -> dict[str, dict[str, Passed]]:
 
 
 @pytest.fixture(scope="module")
-def sharded() -> list[dict[str, Any]]:
+def sharded() -> list[Parts]:
     return spawn(everything, WORLD, timeout_s=280)
 
 
@@ -202,7 +206,7 @@ every_layout = pytest.mark.parametrize("layout", ["fsdp", "zero"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("layout", "law"), SHARDED)
 def test_sharded_weights_give_the_bits_of_whole_ones(
-    whole: dict[str, dict[str, Passed]], sharded: list[dict[str, Any]], layout: str, law: str, name: str
+    whole: dict[str, dict[str, Passed]], sharded: list[Parts], layout: str, law: str, name: str
 ) -> None:
     alone = whole[law][name]
     for rank, found in enumerate(sharded):
@@ -217,7 +221,7 @@ def test_sharded_weights_give_the_bits_of_whole_ones(
 
 @pytest.mark.parametrize("name", NAMES)
 @every_layout
-def test_a_pass_gathers_every_weight_once(sharded: list[dict[str, Any]], layout: str, name: str) -> None:
+def test_a_pass_gathers_every_weight_once(sharded: list[Parts], layout: str, name: str) -> None:
     """For all variants and both micro-batches together. Padding makes it a little more on tiny weights."""
     units = len(find_units(make(name)[0])) + AGAIN.get(name, 0)
     for found in sharded:
@@ -231,7 +235,7 @@ TOY_NAMES = [toy.__name__ for toy in TOYS]
 
 
 @every_layout
-def test_ranks_that_take_different_ways_are_told(sharded: list[dict[str, Any]], layout: str) -> None:
+def test_ranks_that_take_different_ways_are_told(sharded: list[Parts], layout: str) -> None:
     for found in sharded:
         faults: dict[str, str] = found[f"{layout} faults"]
         for what in ("path", "groups"):
@@ -240,20 +244,20 @@ def test_ranks_that_take_different_ways_are_told(sharded: list[dict[str, Any]], 
 
 
 @every_layout
-def test_an_error_in_a_pass_leaves_the_engine_whole(sharded: list[dict[str, Any]], layout: str) -> None:
+def test_an_error_in_a_pass_leaves_the_engine_whole(sharded: list[Parts], layout: str) -> None:
     for found in sharded:
         assert found[f"{layout} faults"]["error"].startswith("Broken")
         assert found[f"{layout} faults"]["after error"] == ""
 
 
 @every_layout
-def test_models_without_data_are_filled_by_shards(sharded: list[dict[str, Any]], layout: str) -> None:
+def test_models_without_data_are_filled_by_shards(sharded: list[Parts], layout: str) -> None:
     wanted = Engine(tiny_model("llama-tied"), Law("gaussian")).fingerprint()
     for found in sharded:
         assert found[f"{layout} filled"] == [wanted, "True"]
 
 
-def test_shards_in_host_memory(whole: dict[str, dict[str, Passed]], sharded: list[dict[str, Any]]) -> None:
+def test_shards_in_host_memory(whole: dict[str, dict[str, Passed]], sharded: list[Parts]) -> None:
     model, _, _ = make("opt")
     engine = Engine(model, Law("gaussian"))
     before = engine.fingerprint()
@@ -262,12 +266,12 @@ def test_shards_in_host_memory(whole: dict[str, dict[str, Passed]], sharded: lis
         assert found["offload"] == (before, engine.fingerprint(), True)
 
 
-def test_bf16_shards_are_rounded_as_whole_weights(sharded: list[dict[str, Any]]) -> None:
+def test_bf16_shards_are_rounded_as_whole_weights(sharded: list[Parts]) -> None:
     for found in sharded:
         assert found["bf16"]["fsdp"] == found["bf16"]["zero"] == found["bf16"]["replicated"]
 
 
-def test_fp32_shards_gathered_in_bf16(sharded: list[dict[str, Any]]) -> None:
+def test_fp32_shards_gathered_in_bf16(sharded: list[Parts]) -> None:
     """Half the bytes. Weights are rounded once more, before the perturbation, by up to half a unit in the last place
     (2**-9 of their size): the logits of a model of two blocks move by a few such units."""
     for found in sharded:
@@ -278,7 +282,7 @@ def test_fp32_shards_gathered_in_bf16(sharded: list[dict[str, Any]]) -> None:
             assert (one == other).all() == (not variant.shift)
 
 
-def test_copies_that_cannot_be_made(sharded: list[dict[str, Any]]) -> None:
+def test_copies_that_cannot_be_made(sharded: list[Parts]) -> None:
     for found in sharded:
         assert found["does not divide"] == "UserError: layout.replicate: 2 copies cannot be made on 3 process(es)"
 

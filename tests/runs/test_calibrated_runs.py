@@ -16,12 +16,11 @@ from torch.nn import functional as F
 
 from mezo_dist import cli
 from mezo_dist.config import reader
-from mezo_dist.runs import build
-from mezo_dist.runs import training
-from mezo_dist.objectives.calibration import best_offsets
 from mezo_dist.config.schema import RunConfig
-from mezo_dist.testing import write_tiny_config
 from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.objectives.calibration import best_offsets
+from mezo_dist.runs import build, training
+from mezo_dist.testing import write_tiny_config
 from tests.run_folders import results
 
 CLASSIFIER = "model.head=classifier"

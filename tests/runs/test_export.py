@@ -14,15 +14,15 @@ import torch
 import transformers as t
 from torch import Tensor
 
-from mezo_dist.storage import safetensors_io
-from mezo_dist.models.sliced_checkpoint import materialise, open_checkpoint
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
+from mezo_dist.models.sliced_checkpoint import materialise, open_checkpoint
 from mezo_dist.runs.export import export_model
+from mezo_dist.storage import safetensors_io
 from mezo_dist.testing import spawn, tiny_model, tiny_tokenizer
-from mezo_dist.distributed.communicator import Communicator
 
 KINDS = "llama llama-tied opt gpt2 bert roberta distilbert t5 mixtral".split()
 DEEPSEEK: dict[str, Any] = {

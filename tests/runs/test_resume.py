@@ -18,69 +18,34 @@ from torch import nn
 
 from mezo_dist import cli
 from mezo_dist.config import reader
-from mezo_dist.runs import build
-from mezo_dist.runs import training
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.errors import UserError
+from mezo_dist.runs import build, training
+from mezo_dist.runs.export import export_model
 from mezo_dist.storage import replay as storage_replay
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.replay import replay_steps
-from mezo_dist.config.schema import RunConfig
-from mezo_dist.errors import UserError
-from mezo_dist.runs.export import export_model
+from mezo_dist.storage.trajectory import Header, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 from mezo_dist.testing import write_tiny_config
-from mezo_dist.storage.trajectory import Header, Step
-from mezo_dist.distributed.communicator import Communicator
+from tests.cases import CASES, RESUMED
 from tests.run_folders import loaded_run, results
 
-PER_SAMPLE = ["law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3"]
-RUNS = {
-    "mezo": ("gpt2", "mezo", ["algorithm.lr=1e-3"]),
-    "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
-    "bf16": ("llama", "mezo-svrg", ["algorithm.lr=1e-3", "model.weights=bfloat16", "law=rademacher"]),
-    "per-sample": ("opt", "mezo-svrg", PER_SAMPLE),
-    "several per sample": ("opt", "mezo", [*PER_SAMPLE, "algorithm.directions=2", "algorithm.one_sided=true"]),
-    "every option": (
-        "opt",
-        "mezo",
-        [
-            f"algorithm.{option}"
-            for option in (
-                "lr=1e-3",
-                "directions=3",
-                "one_sided=true",
-                "scaling=normalised",
-                "clip=9",
-                "momentum.decay=0.7",
-                "pool=8",
-                "pull=0.1",
-            )
-        ],
-    ),
-    "stored": (
-        "gpt2",
-        "mezo-svrg",
-        ["algorithm.lr=1e-3", "algorithm.q=5", "algorithm.anchor=stored", "model.weights=bfloat16"],
-    ),
-    "decay": (
-        "gpt2",
-        "mezo-svrg",
-        ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.anchor=auto", "algorithm.weight_decay=0.2"],
-    ),
-    "two rounds": ("gpt2", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
-}
 STEPS = 7
 TORN = b'{"step":3,"loss":[{"mean":[0.69'
 
 
 def load(root: Path, name: str, *options: str) -> RunConfig:
-    return reader.load(root / name / "config.yaml", [*RUNS[name][2], *options])
+    return reader.load(root / name / "config.yaml", [*CASES[name].options, *options])
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Undisturbed runs, each in NAME/run."""
     root = tmp_path_factory.mktemp("resume")
-    for name, (kind, algorithm, _) in RUNS.items():
+    for name in RESUMED:
+        kind, algorithm = CASES[name].model, CASES[name].algorithm
         write_tiny_config(root / name, kind, algorithm, steps=STEPS, batch_size=5, micro_batch=3)
         training.train(load(root, name), Communicator())
     return root
@@ -97,13 +62,13 @@ def killed(root: Path, name: str, num_steps: int, to: Path, torn: bytes = TORN) 
     return to
 
 
-every_run = pytest.mark.parametrize("name", RUNS)
+every_run = pytest.mark.parametrize("name", RESUMED)
 
 
 @pytest.mark.parametrize(
     ("name", "num_steps", "torn"),
     [
-        *((name, 4, TORN) for name in RUNS),  # of mezo-svrg: in the middle between two anchors
+        *((name, 4, TORN) for name in RESUMED),  # of mezo-svrg: in the middle between two anchors
         ("mezo-svrg", 3, b""),  # right before an anchor
         ("mezo-svrg", 0, TORN),
         ("mezo-svrg", STEPS, b""),  # before the last evaluation

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.config.schema import DistributedConfig
-from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.runs.work_split import Share, WorkSplit
+from mezo_dist.tasks.batches import MicroBatch
 
 
 def batch(*costs: int) -> list[MicroBatch]:

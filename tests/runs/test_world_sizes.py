@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,22 +22,22 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from mezo_dist.config import reader
-from mezo_dist.runs import build
-from mezo_dist.runs import replay
-from mezo_dist.runs import training
-from mezo_dist.storage import trajectory
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
 from mezo_dist.algorithms.step import Progress
+from mezo_dist.config import reader
 from mezo_dist.config.schema import RunConfig
-from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.directions.combination import Combination
+from mezo_dist.distributed.communicator import Communicator, OutOfStepError
 from mezo_dist.errors import UserError
 from mezo_dist.objectives.classification import Scores
-from mezo_dist.testing import spawn, write_tiny_config, write_tiny_data, write_tiny_model
+from mezo_dist.runs import build, training
+from mezo_dist.storage import trajectory
 from mezo_dist.storage.replay import replay_updates
 from mezo_dist.storage.trajectory import Step
-from mezo_dist.distributed.communicator import OutOfStepError, Communicator
+from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.testing import spawn, write_tiny_config, write_tiny_data, write_tiny_model
+from tests.cases import CASES, WORLD_SIZES
+from tests.parts import Parts, run_parts
 
 pytestmark = pytest.mark.distributed
 
@@ -45,62 +45,28 @@ WORLDS = (1, 2, 3)
 # A minibatch of 5 makes micro-batches of 3 and 2, the full batch of 30 makes ten of unequal cost:
 # with three ranks one has nothing to do in a step of mezo, and none of them has as much as another in an anchor step.
 SIZES = {"steps": 6, "batch_size": 5, "micro_batch": 3}
-RUNS: dict[str, tuple[str, str, list[str]]] = {
-    "mezo": ("opt", "mezo", ["algorithm.lr=1e-3"]),
-    "mezo-svrg": ("llama-tied", "mezo-svrg", ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=3"]),
-    "per-sample": ("bert", "mezo-svrg", ["algorithm.lr=1e-3", "law=lowrank", "algorithm.per_sample=true"]),
-    "stored": (
-        "gpt2",
-        "mezo-svrg",
-        # Its four variants are shared out, too; those of other runs where that leaves the busiest process less to do.
-        [
-            "algorithm.lr=1e-3",
-            "algorithm.q=4",
-            "algorithm.anchor=stored",
-            "model.weights=bfloat16",
-            "algorithm.weight_decay=0.9",
-            "distributed.variant_groups=4",
-        ],
-    ),
-    "calibrated": ("distilbert", "mezo-svrg", ["algorithm.lr=1e-2", "algorithm.directions=2", "train.calibrate=true"]),
-    "two rounds": ("opt", "mezo-svrg-released", ["algorithm.lr=1e-3", "algorithm.q=3"]),
-}
 BAD_SAMPLE = 7
 MAX_SKIPPED = 3
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one rank of a world found."""
-
-    fingerprints: dict[str, str]
-    """Of the weights at the end of each run."""
-    out_of_step: list[str]
-    """Messages of rounds in which the last rank was elsewhere, and the weights' fingerprint before and after."""
-    disagreements: dict[str, str]
-    """What the last rank had different -> the message."""
-    each_sample: Losses | None
-    given_up: str
-    """Message of the run that had no finite loss."""
 
 
 # What every rank does (this part runs in processes of its own)
 
 
-def everything(comm: Communicator, root: Path) -> Found:
-    return Found(
-        {name: train(comm, root, name) for name in [*RUNS, "one bad sample"]},
-        get_out_of_step(comm, load(comm, root, "mezo")),
-        disagree(comm, root) if comm.world_size > 1 else {},
-        losses_of_samples(comm, load(comm, root, "mezo")),
-        give_up(comm, root),
-    )
+def everything(comm: Communicator, root: Path) -> Parts:
+    parts: dict[str, Callable[[], Any]] = {
+        f"weights of {name}": functools.partial(train, comm, root, name) for name in [*WORLD_SIZES, "one bad sample"]
+    }
+    parts["out of step"] = lambda: get_out_of_step(comm, load(comm, root, "mezo"))
+    parts["disagreements"] = lambda: disagree(comm, root) if comm.world_size > 1 else {}
+    parts["each sample"] = lambda: losses_of_samples(comm, load(comm, root, "mezo"))
+    parts["given up"] = lambda: give_up(comm, root)
+    return run_parts(parts)
 
 
 def load(comm: Communicator, root: Path, name: str) -> RunConfig:
-    folder, options = ("mezo", RUNS["mezo"][2]) if name == "one bad sample" else (name, RUNS[name][2])
+    folder = "mezo" if name == "one bad sample" else name
     output = f"output.dir={root / f'{name} on {comm.world_size}'}"
-    return reader.load(root / folder / "config.yaml", [*options, output])
+    return reader.load(root / folder / "config.yaml", [*CASES[folder].options, output])
 
 
 def train(comm: Communicator, root: Path, name: str) -> str:
@@ -186,8 +152,8 @@ def give_up(comm: Communicator, root: Path) -> str:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("layouts")
-    for name, (kind, algorithm, _) in RUNS.items():
-        write_tiny_config(root / name, kind, algorithm, **SIZES)
+    for name in WORLD_SIZES:
+        write_tiny_config(root / name, CASES[name].model, CASES[name].algorithm, **SIZES)
     for name in ("agree", "agree, other data", "agree, other base model"):
         write_tiny_config(root / name, "llama", "mezo", **SIZES)
     write_tiny_data(root / "agree, other data" / "data.jsonl", seed=1)
@@ -201,9 +167,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(root: Path) -> dict[int, list[Found]]:
-    worlds = {n: spawn(everything, n, root, timeout_s=200) for n in WORLDS if n > 1}
-    return {1: [everything(Communicator(), root)], **worlds}
+def worlds(root: Path) -> dict[int, list[Parts]]:
+    several = {n: spawn(everything, n, root, timeout_s=200) for n in WORLDS if n > 1}
+    return {1: [everything(Communicator(), root)], **several}
 
 
 def steps_of(root: Path, name: str, world: int) -> list[Step]:
@@ -214,11 +180,11 @@ def lines_of(root: Path, name: str, world: int) -> list[bytes]:
     return (root / f"{name} on {world}" / "trajectory.jsonl").read_bytes().splitlines()[1:]
 
 
-every_run = pytest.mark.parametrize("name", [*RUNS, "one bad sample"])
+every_run = pytest.mark.parametrize("name", [*WORLD_SIZES, "one bad sample"])
 
 
 @every_run
-def test_any_number_of_processes_takes_the_same_steps(found: dict[int, list[Found]], root: Path, name: str) -> None:
+def test_any_number_of_processes_takes_the_same_steps(worlds: dict[int, list[Parts]], root: Path, name: str) -> None:
     alone = lines_of(root, name, 1)
     assert len(alone) == SIZES["steps"] + 1, "the last line is the fingerprint of the weights"
     for world in WORLDS[1:]:
@@ -228,15 +194,15 @@ def test_any_number_of_processes_takes_the_same_steps(found: dict[int, list[Foun
 
 
 @every_run
-def test_all_ranks_end_at_the_same_weights(found: dict[int, list[Found]], root: Path, name: str) -> None:
-    ends = {rank.fingerprints[name] for ranks in found.values() for rank in ranks}
+def test_all_ranks_end_at_the_same_weights(worlds: dict[int, list[Parts]], root: Path, name: str) -> None:
+    ends = {rank[f"weights of {name}"] for ranks in worlds.values() for rank in ranks}
     base = trajectory.read(root / f"{name} on 1" / "trajectory.jsonl").header.base_fingerprint
     assert len(ends) == 1
     assert ends != {base}
 
 
 @every_run
-def test_results_and_exported_models_are_the_same(found: dict[int, list[Found]], root: Path, name: str) -> None:
+def test_results_and_exported_models_are_the_same(worlds: dict[int, list[Parts]], root: Path, name: str) -> None:
     results = [json.loads((root / f"{name} on {world}" / "results.json").read_text()) for world in WORLDS]
     for result in results:
         del result["training_s"]
@@ -245,7 +211,7 @@ def test_results_and_exported_models_are_the_same(found: dict[int, list[Found]],
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_directions_of_all_steps_differ(found: dict[int, list[Found]], root: Path) -> None:
+def test_directions_of_all_steps_differ(worlds: dict[int, list[Parts]], root: Path) -> None:
     """That runs are equal says little if their steps are all the same."""
     updates = updates_of(root, "mezo")
     assert len({seed for update in updates for seed, _ in update.terms}) == len(updates) == SIZES["steps"]
@@ -261,7 +227,7 @@ def updates_of(root: Path, name: str) -> list[Combination]:
 
 @pytest.mark.parametrize("name", ["mezo", "mezo-svrg"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_step_sends_at_most_256_bytes(found: dict[int, list[Found]], root: Path, name: str, world: int) -> None:
+def test_a_step_sends_at_most_256_bytes(worlds: dict[int, list[Parts]], root: Path, name: str, world: int) -> None:
     lines = (root / f"{name} on {world}" / "metrics.jsonl").read_text().splitlines()
     scalars = [json.loads(line)["scalars"] for line in lines]
     sent = [line["communicator/payload_bytes_per_step"] for line in scalars if "loss/train" in line]
@@ -269,9 +235,9 @@ def test_a_step_sends_at_most_256_bytes(found: dict[int, list[Found]], root: Pat
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
-def test_a_rank_out_of_step_is_named_on_all_ranks(found: dict[int, list[Found]], world: int) -> None:
-    for rank, result in enumerate(found[world]):
-        before, *messages, after = result.out_of_step
+def test_a_rank_out_of_step_is_named_on_all_ranks(worlds: dict[int, list[Parts]], world: int) -> None:
+    for rank, result in enumerate(worlds[world]):
+        before, *messages, after = result["out of step"]
         assert len(messages) == 4
         for message in messages:
             assert f"rank(s) [{world - 1}] evaluate another round" in message
@@ -281,15 +247,15 @@ def test_a_rank_out_of_step_is_named_on_all_ranks(found: dict[int, list[Found]],
 
 @pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.parametrize("what", ["config", "data", "base model"])
-def test_ranks_that_start_from_something_else_are_named(found: dict[int, list[Found]], world: int, what: str) -> None:
-    for result in found[world]:
-        assert result.disagreements[what].startswith(f"{what} of rank(s) [{world - 1}] differs")
+def test_ranks_that_start_from_something_else_are_named(worlds: dict[int, list[Parts]], world: int, what: str) -> None:
+    for result in worlds[world]:
+        assert result["disagreements"][what].startswith(f"{what} of rank(s) [{world - 1}] differs")
 
 
-def test_losses_of_samples_come_in_batch_order_on_any_rank(found: dict[int, list[Found]], root: Path) -> None:
-    losses = found[1][0].each_sample
+def test_losses_of_samples_come_in_batch_order_on_any_rank(worlds: dict[int, list[Parts]], root: Path) -> None:
+    losses = worlds[1][0]["each sample"]
     assert losses is not None
-    assert all(rank.each_sample == losses for ranks in found.values() for rank in ranks)
+    assert all(rank["each sample"] == losses for ranks in worlds.values() for rank in ranks)
     run = build.build_run(load(Communicator(), root, "mezo"), Communicator())
     alone = []
     for sample in [run.splits["train"][i] for i in run.full_order.batch(0)]:
@@ -303,7 +269,7 @@ def test_losses_of_samples_come_in_batch_order_on_any_rank(found: dict[int, list
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_loss_that_is_not_finite_skips_the_step(found: dict[int, list[Found]], root: Path, world: int) -> None:
+def test_a_loss_that_is_not_finite_skips_the_step(worlds: dict[int, list[Parts]], root: Path, world: int) -> None:
     run = build.build_run(load(Communicator(), root, "mezo"), Communicator())
     bad = [step for step in range(SIZES["steps"]) if BAD_SAMPLE in run.order.batch(step)]
     steps = steps_of(root, "one bad sample", world)
@@ -317,10 +283,10 @@ def test_a_loss_that_is_not_finite_skips_the_step(found: dict[int, list[Found]],
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_run_without_finite_losses_gives_up_on_all_ranks(
-    found: dict[int, list[Found]], root: Path, world: int
+    worlds: dict[int, list[Parts]], root: Path, world: int
 ) -> None:
-    for result in found[world]:
-        assert f"train.max_skipped: {MAX_SKIPPED} steps in a row had no finite loss" in result.given_up
+    for result in worlds[world]:
+        assert f"train.max_skipped: {MAX_SKIPPED} steps in a row had no finite loss" in result["given up"]
     steps = steps_of(root, "given up", world)
     assert [bool(step.skipped) for step in steps] == [True] * MAX_SKIPPED
 
