@@ -139,7 +139,7 @@ PRELOAD = [
 
 
 def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """Call ``function(wire, *args)`` on ``world_size`` processes joined over gloo; one thread each.
+    """Call ``function(comm, *args)`` on ``world_size`` processes joined over gloo; one thread each.
 
     The processes are forked off a helper process that has imported what takes long and done nothing else, so that
     only the first call waits for imports. They get the environment of the call.

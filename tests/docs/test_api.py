@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,20 @@ def test_examples_in_docstrings_run(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert tests, f"{name} has no example"
     for test in tests:
         assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
+
+
+def test_the_tour_names_every_module() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A tour")[2].partition("\n## ")[0]
+    modules = {path for path in (ROOT / "mezo_dist").rglob("*.py") if path.name != "__init__.py"}
+    missing = sorted(str(path.relative_to(ROOT)) for path in modules if f"`{path.name}`" not in tour)
+    assert not missing, f"name them in CONTRIBUTING.md's tour: {missing}"
+    named = set(re.findall(r"`(\w+\.py)`", tour))
+    assert named <= {path.name for path in modules} | {"__main__.py"}, "the tour names a module that is not there"
+
+
+def test_the_readme_names_every_folder() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree")[2]
+    folders = {
+        path.parent.relative_to(ROOT / "mezo_dist").parts[0] for path in (ROOT / "mezo_dist").glob("*/__init__.py")
+    }
+    assert all(re.search(rf"^  {folder}/ ", tree, re.MULTILINE) for folder in folders)
