@@ -80,7 +80,7 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
 
 
 def write_tiny_model(folder: Path, kind: str, seed: int = 0) -> Path:
-    """`tiny_model` and `tiny_tokenizer` as a folder that ``from_pretrained`` loads."""
+    """Save `tiny_model` and `tiny_tokenizer` in ``folder``, for ``from_pretrained`` to load; returns the folder."""
     tiny_model(kind, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

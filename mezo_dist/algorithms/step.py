@@ -63,7 +63,7 @@ class Progress(Generic[StateT]):
     """Where a run is."""
 
     state: StateT
-    """Of the planner."""
+    """The planner's state after them."""
     step: int = 0
     """Steps done."""
     skipped: int = 0

@@ -44,11 +44,11 @@ class Draw:
 
 @dataclass(frozen=True, eq=False)
 class Minimum:
-    """What `minimize` found."""
+    """The result of `minimize`."""
 
     weights: Params
     losses: tuple[float, ...]
-    """Of every step, around the weights before it; not a number where the step was skipped."""
+    """The loss of every step, around the weights before it; nan where the step was skipped."""
     calls: int
     """How often the function was called."""
 

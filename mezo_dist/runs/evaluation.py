@@ -161,7 +161,7 @@ class Evaluator:
 
         Each with the scores of this rank's variants, whose places in ``variants`` come with them.
         """
-        share = (self.sharing or WorkSplit(self.comm.world_size)).share(self.comm.rank, variants, batch)
+        share = (self.sharing or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
         width = self.width or max(1, self.capacity // (share.most_variants * max(item.cost for item in batch)))
         for first in range(0, share.most_micro_batches, width):
             some = share.micro_batches[first : first + width]

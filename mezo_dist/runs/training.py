@@ -229,7 +229,15 @@ def calibrate(run: Run, monitor: Monitor) -> Calibration | None:
 def score(
     run: Run, split: str, monitor: Monitor, step: int, calibration: Calibration | None = None
 ) -> dict[str, float]:
-    """Loss and metric of the current weights on a split, shown and logged. Collective."""
+    """Loss and metric of the current weights on a split, shown and logged. Collective.
+
+    Args:
+        run: data, model and engine.
+        split: ``train``, ``validation`` or ``test``.
+        monitor: shows progress and result.
+        step: steps that the weights have seen.
+        calibration: offsets that predictions take, if losses are calibrated.
+    """
     samples, task = run.splits[split], run.config.task
     offsets = calibration.offsets if calibration else None
     with monitor.evaluation(split, len(samples)) as advance:

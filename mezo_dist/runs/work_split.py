@@ -1,8 +1,8 @@
-"""Which rank evaluates what of a round: some of its variants, on some of its micro-batches. Changes no result.
+"""The work split: which variants of a round a rank evaluates, on which micro-batches. It changes no result.
 
-Every rank can evaluate all variants on its own micro-batches; that is all there is to share out where several ranks
-hold the weights together. Where they hold several copies, groups of ranks may take some of the variants each (several
-directions in parallel), and share the micro-batches out within the group. That pays where a batch has fewer
+Where several ranks hold the weights together, every rank evaluates all variants, on its part of the micro-batches.
+Where there are several copies of the weights, the ranks can form groups: each group evaluates some of the variants
+(several directions in parallel), and splits the micro-batches over its ranks. That pays where a batch has fewer
 micro-batches than there are ranks, or a number of them that does not divide well.
 """
 
@@ -16,21 +16,21 @@ from mezo_dist.tasks.batches import MicroBatch, deal
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank evaluates: each of its variants on each of its micro-batches."""
+class RankWork:
+    """The work of one rank in a round: each of its variants on each of its micro-batches."""
 
     variants: tuple[int, ...]
     """Places among the variants of the round."""
     micro_batches: Sequence[MicroBatch]
     most_variants: int
-    """Of any rank."""
+    """The largest number of variants that a rank has."""
     most_micro_batches: int
-    """Of any rank."""
+    """The largest number of micro-batches that a rank has."""
 
 
 @dataclass(frozen=True)
 class WorkSplit:
-    """How rounds are shared out.
+    """How rounds are split over the ranks.
 
     Args:
         world_size: number of ranks.
@@ -45,14 +45,20 @@ class WorkSplit:
     groups: int | None = None
     by_base: bool = False
 
-    def share(self, rank: int, variants: Sequence[Variant], batch: Sequence[MicroBatch]) -> Share:
-        """Of ``rank``."""
+    def of_rank(self, rank: int, variants: Sequence[Variant], batch: Sequence[MicroBatch]) -> RankWork:
+        """The work of one rank.
+
+        Args:
+            rank: its number.
+            variants: all variants of the round.
+            batch: all micro-batches of the batch.
+        """
         sets = self._sets(variants)
         groups = self._num_groups(sets, batch)
         group, place = divmod(rank, self.world_size // groups)
         dealt = deal(batch, self.world_size // groups)
-        own = [v for s in sets for v in s[group * len(s) // groups : (group + 1) * len(s) // groups]]
-        return Share(tuple(own), dealt[place], _most_variants(sets, groups), max(map(len, dealt)))
+        chosen = [v for s in sets for v in s[group * len(s) // groups : (group + 1) * len(s) // groups]]
+        return RankWork(tuple(chosen), dealt[place], _most_variants(sets, groups), max(map(len, dealt)))
 
     def _sets(self, variants: Sequence[Variant]) -> list[list[int]]:
         """Places of the variants of each base."""

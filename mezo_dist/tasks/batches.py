@@ -64,7 +64,13 @@ def _epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
 
 
 def cut(samples: Sequence[Sample], micro_batch: int, pad_id: int) -> list[MicroBatch]:
-    """Cut a batch into micro-batches of samples of similar length (less padding), shortest first."""
+    """Cut a batch into micro-batches of samples of similar length (less padding), shortest first.
+
+    Args:
+        samples: the batch, in order; a sample's place in it becomes its slot.
+        micro_batch: samples per micro-batch; the last one may have fewer.
+        pad_id: token id that sequences are filled up with, on the right.
+    """
     by_length = sorted(range(len(samples)), key=lambda slot: (len(samples[slot].ids), slot))
     groups = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
     return [_collate([samples[slot] for slot in group], tuple(group), pad_id) for group in groups]

@@ -8,9 +8,16 @@ from mezo_dist.config.task import Metric
 
 
 def measure(metric: Metric, prediction: Tensor, label: Tensor, num_classes: int) -> float:
-    """The ``metric`` of predicted against true classes (int64 [n] each); 0..1, for ``matthews`` -1..1.
+    """The figure of merit of a split, computed by torchmetrics.
 
-    ``f1`` is that of the second of two classes, ``macro-f1`` the unweighted mean over classes.
+    Args:
+        metric: its name. ``f1`` is that of the second of two classes, ``macro-f1`` the unweighted mean over classes.
+        prediction: int64 [n], predicted classes.
+        label: int64 [n], true classes.
+        num_classes: number of classes.
+
+    Returns:
+        A number from 0 to 1; for ``matthews`` from -1 to 1.
     """
     from torchmetrics.functional import classification as tm
 

@@ -26,7 +26,7 @@ def batch(*costs: int) -> list[MicroBatch]:
 
 def shares(sharing: WorkSplit, num_variants: int, items: list[MicroBatch], num_anchor: int = 0) -> list[Share]:
     variants = [Variant()] * num_variants + [Variant(base="anchor")] * num_anchor
-    return [sharing.share(rank, variants, items) for rank in range(sharing.world_size)]
+    return [sharing.of_rank(rank, variants, items) for rank in range(sharing.world_size)]
 
 
 @given(
