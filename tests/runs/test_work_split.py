@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.config.schema import DistributedConfig
-from mezo_dist.runs.work_split import Share, WorkSplit
+from mezo_dist.runs.work_split import RankWork, WorkSplit
 from mezo_dist.tasks.batches import MicroBatch
 
 
@@ -24,7 +24,7 @@ def batch(*costs: int) -> list[MicroBatch]:
     ]
 
 
-def shares(sharing: WorkSplit, num_variants: int, items: list[MicroBatch], num_anchor: int = 0) -> list[Share]:
+def shares(sharing: WorkSplit, num_variants: int, items: list[MicroBatch], num_anchor: int = 0) -> list[RankWork]:
     variants = [Variant()] * num_variants + [Variant(base="anchor")] * num_anchor
     return [sharing.of_rank(rank, variants, items) for rank in range(sharing.world_size)]
 
