@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import mezo_dist
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
-from mezo_dist.errors import Stopped, UserError
+from mezo_dist.errors import Stopped, UserError, printable
 
 if TYPE_CHECKING:
     from mezo_dist.distributed.communicator import Communicator
@@ -38,15 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known.command(known)
     except Stopped as stop:
-        print(f"mezo-dist: {stop}", file=sys.stderr)
+        print(f"mezo-dist: {_indented(str(stop))}", file=sys.stderr)
         return stop.status
     except UserError as error:
-        print(f"mezo-dist{_rank_in_words()}: error: {error}", file=sys.stderr)
+        print(f"mezo-dist{_rank_in_words()}: error: {_indented(str(error))}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("mezo-dist: stopped; go on with --output.if_exists=resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _indented(message: str) -> str:
+    """A message that may name what a file holds: no line of it can pass for one of another origin."""
+    return printable(message, keep="\n").replace("\n", "\n  ")
 
 
 def _rank_in_words() -> str:
@@ -177,7 +182,7 @@ def _replay(arguments: argparse.Namespace) -> None:
 
         loaded, about = load.audit(_opened(arguments, comm), comm)
         if comm.rank == 0:
-            print(about)
+            print(printable(about, keep="\n"))
         if arguments.export is not None:
             if loaded.config.train.calibrate:
                 log.warning("%s: without data there are no offsets (train.calibrate); `export` has them", arguments.run)

@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard, as opposed to bugs of ours."""
+"""Errors meant for the person at the keyboard, as opposed to bugs of ours, and how text from files is shown to them."""
 
 
 class UserError(ValueError):
@@ -18,3 +18,18 @@ class Stopped(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with an escape, such as ``\x1b``, in place of every character that is not visible.
+
+    Names in a foreign file may hold control sequences that clear the screen, retitle the terminal or forge a line of
+    output. All that is shown and comes from a file passes through here.
+
+    Args:
+        text: what is to be shown.
+        keep: characters that are left as they are all the same, such as a newline in a text of several lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

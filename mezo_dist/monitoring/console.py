@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from mezo_dist.monitoring.scalars import Curves
+from mezo_dist.errors import printable
+from mezo_dist.monitoring.scalars import Curves, train_loss_tag
 
 Clock = Callable[[], float]
 """Seconds from any origin."""
@@ -28,13 +29,27 @@ LINE_INTERVAL_S = 10.0
 """Without a terminal, the least time between two progress lines."""
 RECENT_STEPS = 20
 """Steps that samples/s is averaged over."""
-HEADLINE = {"loss/train": "loss {:.4f}", "projected_gradient": "proj.grad {:+.1e}"}
+HEADLINE = {
+    train_loss_tag(calibrated=False): "loss {:.4f}",
+    train_loss_tag(calibrated=True): "calib.loss {:.4f}",
+    "projected_gradient": "proj.grad {:+.1e}",
+}
 """The scalars of a step that the console shows, and how: a line fits 80 columns. Files get all scalars."""
 
 
 @final
 class Monitor:
-    """The console and the files of one run. `open` makes one; on ranks other than 0 it does nothing."""
+    """The console and the files of one run. `open` makes one; on ranks other than 0 it does nothing.
+
+    Control characters in what is shown are replaced: model names, paths and metrics come from files.
+
+    Args:
+        console: where to show.
+        files: metrics.jsonl and TensorBoard's files; None for the console alone.
+        num_steps: steps of the whole run.
+        first_step: steps done before.
+        clock: times the run.
+    """
 
     def __init__(self, console: Console, files: Curves | None, num_steps: int, first_step: int, clock: Clock) -> None:
         self._console, self._files, self._clock = console, files, clock
@@ -64,7 +79,10 @@ class Monitor:
             first_step: steps done before, if this run resumes one. Then ``metrics.jsonl`` is appended to, and
                 TensorBoard drops what it has of later steps. If 0, an older ``metrics.jsonl`` is replaced.
             console: where to show; None: standard output. Bars need a terminal; anything else gets lines.
-            clock: what times the run.
+            clock: times the run.
+
+        Raises:
+            OSError: ``folder`` cannot be written to.
         """
         with ExitStack() as stack:
             if not is_main:
@@ -78,13 +96,14 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Show a line as it is, above the bars."""
-        self._print(Text(text))
+        self._print(Text(printable(text)))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show rows of (name, value) under a title; one line each, so that grep finds them."""
-        width = max((len(name) for name, _ in rows), default=0)
-        self._print(Text(title, style="bold"))
-        for name, value in rows:
+        shown = [(printable(name), printable(value)) for name, value in rows]
+        width = max((len(name) for name, _ in shown), default=0)
+        self._print(Text(printable(title), style="bold"))
+        for name, value in shown:
             self._print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", value))
 
     def text(self, tag: str, markdown: str) -> None:
@@ -113,11 +132,11 @@ class Monitor:
 
     @contextmanager
     def evaluation(self, split: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Context manager around an evaluation of ``total`` samples, with a bar of its own.
+        """Context manager around an evaluation of ``total`` samples of a split, with a bar of its own.
 
         It gives ``advance(n)``, to be called after every ``n`` samples. Its time does not count in samples/s.
         """
-        began_s, done = self._clock(), 0
+        began_s, done, split = self._clock(), 0, printable(split)
         bar = self._add_bar(f"evaluate {split} 0/{total}", total)
 
         def advance(num_samples: int) -> None:
@@ -135,7 +154,13 @@ class Monitor:
             self._pace.leave_out(self._clock() - began_s)
 
     def result(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Report metrics of a split after ``step`` steps: a line, and scalars ``eval/<split>/<name>``."""
+        """Report metrics of a split: a line, and scalars ``eval/<split>/<name>``.
+
+        Args:
+            split: its name.
+            step: steps done.
+            metrics: name -> value, the loss among them.
+        """
         self._record(step, {f"eval/{split}/{name}": value for name, value in metrics.items()}, split=split)
         shown = [f"{name} {value:.4f}" for name, value in metrics.items()]
         self.say("  ".join([f"eval {split} step {step}/{self._num_steps}", *shown]))
@@ -179,7 +204,7 @@ class Monitor:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds in at most two units: ``45s``, ``1m23s``, ``2h05m``, ``3d04h``."""
+    """Write seconds in at most two units: ``45s``, ``1m23s``, ``2h05m``, ``3d04h``."""
     minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -195,13 +220,25 @@ def configure_logging(rank: int, is_terminal: bool) -> None:
 
     Only the command line calls it, since a library leaves logging to its user. Lines name their rank and,
     without a terminal, date and module. Calling it again replaces what it set up.
+
+    Args:
+        rank: this process's.
+        is_terminal: whether standard error is one.
     """
     short, full = "%(levelname)s: %(message)s", "%(asctime)s %(levelname)s %(name)s: %(message)s"
     handler = logging.StreamHandler(_CurrentStderr())
-    handler.setFormatter(logging.Formatter(f"[rank {rank}] {short if is_terminal else full}"))
+    handler.setFormatter(_PrintableFormatter(f"[rank {rank}] {short if is_terminal else full}"))
     logger = logging.getLogger("mezo_dist")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Replaces control characters in messages; a traceback after the message keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 class _CurrentStderr:
@@ -212,7 +249,7 @@ class _CurrentStderr:
 
 
 class _Pace:
-    """How fast steps go. Time starts at the end of the first, which compiles kernels and fills caches."""
+    """The rate of steps. Time starts at the end of the first, which compiles kernels and fills caches."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -221,12 +258,14 @@ class _Pace:
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS + 1)  # training s, samples so far
 
     def leave_out(self, seconds: float) -> None:
+        """Do not count that much time in samples/s."""
         self._left_out_s += seconds
 
     def add(self, num_samples: int) -> tuple[float, float] | None:
         """Count a step that just ended. Returns (samples/s, s/step), None after the first step.
 
-        The former is of recent steps alone; the latter, for the time left, of the whole run with evaluations.
+        Samples/s are those of the most recent steps. Seconds per step, from which the time left follows, are those of
+        the whole run, evaluations included.
         """
         now_s = self._clock()
         self._num_steps += 1

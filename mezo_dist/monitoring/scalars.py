@@ -1,10 +1,14 @@
-"""``metrics.jsonl`` and TensorBoard's event files: the same scalars in both."""
+"""``metrics.jsonl`` and TensorBoard's event files: the same scalars in both.
+
+The run does not depend on these files: what a resume meets in their place and cannot append to is moved aside.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import os
 import sys
 import threading
 import types
@@ -13,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, final
 
-from mezo_dist.storage.files import cut_torn_line
+from mezo_dist.storage.files import move_aside, open_log
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -21,9 +25,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def train_loss_tag(*, calibrated: bool) -> str:
+    """The tag of a step's loss.
+
+    The calibrated loss of a minibatch has a tag that says so: it is biased low, as the offsets of the classes are
+    fitted to that minibatch, and must not be compared with a validation loss.
+    """
+    return "loss/train_calibrated_biased_low" if calibrated else "loss/train"
+
+
 @final
 class Curves:
-    """The files of one run; `open` makes them."""
+    """The curve files of one run. `open` makes one.
+
+    Args:
+        jsonl: metrics.jsonl, opened to append to.
+        tensorboard: the writer of the event files.
+    """
 
     def __init__(self, jsonl: TextIO, tensorboard: SummaryWriter) -> None:
         self._jsonl = jsonl
@@ -32,7 +50,15 @@ class Curves:
     @staticmethod
     @contextmanager
     def open(folder: Path, first_step: int) -> Iterator[Curves]:
-        """Files in ``folder`` that go on after ``first_step`` steps, or start anew if that is 0."""
+        """Context manager around the files of a run; leaving it closes them.
+
+        Args:
+            folder: the run folder; made if it is missing.
+            first_step: steps done before. If there are any, the files go on after them; if 0, they start anew.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
         # TensorBoard's own switch; without it, it imports TensorFlow wherever that is installed: seconds, and
         # memory that would be reported as ours.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
@@ -40,14 +66,12 @@ class Curves:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
         resumed = first_step > 0
-        if resumed and path.exists():
-            cut_torn_line(path)
         # An evaluation after first_step steps was done before the break: only later steps are purged.
         purge_step = first_step + 1 if resumed else 0
-        with path.open("a" if resumed else "w", encoding="utf-8") as jsonl, _writer_thread_is_quiet():
-            tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+        events = _events_folder(folder / "tensorboard")
+        with open_log(folder / "metrics.jsonl", anew=not resumed) as jsonl, _writer_thread_is_quiet():
+            tensorboard = SummaryWriter(str(events), purge_step=purge_step, flush_secs=10)
             try:
                 yield Curves(jsonl, tensorboard)
             finally:
@@ -57,11 +81,22 @@ class Curves:
                     log.warning("TensorBoard's files in %s lack their end (%s)", folder, error)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        """Put a text under ``tag`` in TensorBoard."""
+        """Put a text under ``tag`` in TensorBoard.
+
+        Args:
+            tag: its name there.
+            markdown: the text.
+            step: steps done.
+        """
         self._tensorboard.add_text(tag, markdown, step)
 
     def write(self, step: int, scalars: Mapping[str, float], **facts: float | str) -> None:
-        """One line, on its way to disk when this returns; TensorBoard follows within seconds.
+        """Write one line, which the operating system has when this returns; TensorBoard's follows within seconds.
+
+        Args:
+            step: steps done.
+            scalars: tag -> value. One that is not finite becomes null in the line, as JSON has no NaN.
+            facts: stand in the line beside the scalars, and not in TensorBoard.
 
         Raises:
             OSError: a file could not be written, this time or, TensorBoard's, before.
@@ -71,6 +106,14 @@ class Curves:
         self._jsonl.flush()
         for tag, value in scalars.items():
             self._tensorboard.add_scalar(tag, value, step)
+
+
+def _events_folder(path: Path) -> Path:
+    """``path``, free for a folder or one that can be written to; anything else there is moved aside."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or not os.access(path, os.W_OK | os.X_OK)):
+        log.warning("%s is not a folder that can be written to", path)
+        move_aside(path)
+    return path
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from mezo_dist.config.reader import from_dict
 from mezo_dist.config.schema import LayoutConfig, RunConfig
 from mezo_dist.distributed.communicator import Communicator
-from mezo_dist.errors import UserError
+from mezo_dist.errors import UserError, printable
 from mezo_dist.runs.build import Run, build_algorithm, build_run
 from mezo_dist.runs.model import LoadedModel, check_agreement, load_base
 from mezo_dist.runs.replay import check_header, replay_from_newest
@@ -91,7 +91,7 @@ def audit(opened: OpenedRun, comm: Communicator) -> tuple[LoadedModel, str]:
     updated = sum(p.numel() for p in loaded.pretrained.model.parameters() if p.requires_grad) * progress.step
     return loaded, "\n".join(
         [
-            f"{header.base_model} + {progress.step} steps ({progress.skipped} skipped) in {seconds:.1f} s "
+            f"{printable(header.base_model)} + {progress.step} steps ({progress.skipped} skipped) in {seconds:.1f} s "
             f"({updated / max(seconds, 1e-9) / 1e9:.2f} billion weights x steps per second)",
             f"fingerprint {loaded.engine.fingerprint()}",
             f"verified {len(verified)} recorded fingerprint(s), after steps {verified}",

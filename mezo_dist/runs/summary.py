@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from mezo_dist.storage import trajectory
 
 
 def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
-    """What is about to happen, for people: shown before step 1."""
+    """What is about to happen, as rows of (name, value): shown before step 1."""
     config, loaded = run.config, run.pretrained
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     sizes = ", ".join(f"{len(samples)} {name}" for name, samples in run.splits.items())
@@ -21,32 +23,52 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
         ("task", f"{config.task.name}: {sizes} samples"),
         ("algorithm", f"{config.algorithm.name}: {algorithm}"),
         ("directions", f"{config.law}, run seed {config.seed}"),
-        ("losses", "calibrated" if config.train.calibrate else "plain"),
-        ("engine", f"{config.layout.name}, {run.comm.world_size} process(es)"),
+        ("losses", _LOSSES[config.train.calibrate]),
+        ("layout", f"{config.layout.name}, {run.comm.world_size} process(es)"),
         ("steps", f"{config.train.steps} of {config.train.batch_size} samples"),
         ("run folder", str(folder)),
     ]
 
 
-def summary(run: Run, folder: Path, results: dict[str, Any]) -> str:
-    """What happened, in plain words, and what to try next."""
+_LOSSES = {False: "plain", True: "calibrated (biased low: not to be compared with validation losses)"}
+
+
+def summary(run: Run, folder: Path, results: dict[str, Any]) -> list[str]:
+    """What happened, and what to try next.
+
+    Args:
+        run: the run.
+        folder: its folder.
+        results: what results.json gets. ``before`` may come from an older results.json, which anybody can edit.
+
+    Returns:
+        Lines.
+    """
     metric, log = run.config.task.metric, folder / trajectory.FILE
+    before, after = (_figures(results.get(key), (metric, "loss")) for key in ("before", "after"))
     lines = [""]
-    if results.get("before") and results.get("after"):
-        before = {key: math.nan if value is None else value for key, value in results["before"].items()}
-        after = results["after"]
+    if before and after:
         lines.append(
-            f"On {len(run.splits['test'])} held-out test samples {metric} went from {before[metric]:.3f} to "
-            f"{after[metric]:.3f} and the loss from {before['loss']:.3f} to {after['loss']:.3f}, with forward passes "
+            f"On {len(run.splits['test'])} held-out test samples {metric} went from {before[0]:.3f} to "
+            f"{after[0]:.3f} and the loss from {before[1]:.3f} to {after[1]:.3f}, with forward passes "
             f"only, in {results['steps']} steps ({results['training_s']:.0f} s)."
         )
     lines += [
         f"The whole fine-tuning is in {log} ({log.stat().st_size / 1024:.0f} KiB): base model + this file = the "
         "fine-tuned model.",
         "What to try next:",
-        f"  tensorboard --logdir {folder}",
+        f"  tensorboard --logdir {shlex.quote(str(folder))}",
     ]
     if run.config.output.export:
         package, loader = run.pretrained.loader
-        lines.append(f"  python -c \"import {package} as t; t.{loader}.from_pretrained('{folder / 'model'}')\"")
-    return "\n".join([*lines, f"  mezo-dist evaluate {folder}"])
+        code = f"import {package} as t; t.{loader}.from_pretrained({json.dumps(str(folder / 'model'))})"
+        lines.append(f"  python -c {shlex.quote(code)}")
+    return [*lines, f"  mezo-dist evaluate {shlex.quote(str(folder))}"]
+
+
+def _figures(metrics: object, names: tuple[str, ...]) -> list[float] | None:
+    """The named metrics, NaN for one that was not finite; None unless all are there as numbers."""
+    if not isinstance(metrics, dict) or any(name not in metrics for name in names):
+        return None
+    values = [math.nan if metrics[name] is None else metrics[name] for name in names]
+    return values if all(isinstance(value, float) for value in values) else None

@@ -23,6 +23,7 @@ from mezo_dist.config.schema import RunConfig, TrainConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import Stopped, UserError
 from mezo_dist.monitoring.console import Monitor
+from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.export import export_model
@@ -150,7 +151,8 @@ def _loop(run: Run, progress: Progress[Any], recorder: RunRecorder, monitor: Mon
         progress.after(result.update)
         _check_skips(progress, result, config, monitor)
         metrics = result.update.metrics if result.update else {}
-        scalars = {"loss/train" if name == "loss" else name: value for name, value in metrics.items()}
+        loss_tag = train_loss_tag(calibrated=config.calibrate)
+        scalars = {loss_tag if name == "loss" else name: value for name, value in metrics.items()}
         scalars |= {
             "time/evaluate_s": evaluated - began,
             "time/update_s": time.perf_counter() - evaluated,
@@ -265,7 +267,9 @@ def _finish(
         export_model(run.engine, run.pretrained.tokenizer, folder / "model", run.comm, calibration=calibration)
     for name in run.engine.never_used():
         log.warning("no forward pass ever used %s; its updates were noise (freeze it)", name)
-    monitor.say(summary(run, folder, results))
+    if is_main:  # other ranks may not see the folder
+        for line in summary(run, folder, results):
+            monitor.say(line)
 
 
 def peak_rss_gib() -> float:

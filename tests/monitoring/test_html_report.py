@@ -14,7 +14,7 @@ import pytest
 from mezo_dist import cli
 from mezo_dist.algorithms.base import Losses
 from mezo_dist.errors import UserError
-from mezo_dist.monitoring import html_report
+from mezo_dist.monitoring import html_report, run_data
 from mezo_dist.storage.trajectory import Header, Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
@@ -65,7 +65,7 @@ TITLES = [
 def test_a_trajectory_alone_is_enough(run: Path) -> None:
     text = page(run)
     assert titles(text) == ["Training loss"]
-    assert html_report._scalars(run / "metrics.jsonl") == {}
+    assert run_data.read_scalars(run / "metrics.jsonl", []) == {}
     for fact in (
         "3 of 4",
         "1 steps without a finite loss",
@@ -106,7 +106,7 @@ def test_it_is_the_same_page_every_time(run: Path) -> None:
 
 def test_lines_that_are_no_json_are_passed_over(run: Path) -> None:
     (run / "metrics.jsonl").write_bytes(b'{"step": 1, "scalars": {"loss/train": 0.5}}\n\xff\n[1]\n{"step": 2, "sca')
-    assert html_report._scalars(run / "metrics.jsonl") == {"loss/train": {1: 0.5}}
+    assert run_data.read_scalars(run / "metrics.jsonl", []) == {"loss/train": {1: 0.5}}
     page(run)
 
 
