@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mezo_dist.monitoring import console as monitor_module
 from mezo_dist.monitoring.console import Monitor
+from mezo_dist.monitoring.scalars import train_loss_tag
 from tests.monitoring.consoles import Clock, plain, scalars, shown, terminal, without_codes
 
 BAR = "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
@@ -187,3 +188,44 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     with Monitor.open(None, is_main=True, num_steps=2, console=console) as monitor:
         monitor.step(1, scalars(0.5), samples=1)
     assert shown(console) == "step 1/2  loss 0.5000  proj.grad +5.0e-01\n"
+
+
+# Names come from files
+
+
+NAME = "a\x1b[2J\x07\x9b31m\nb\u202e"
+SEEN = r"a\x1b[2J\x07\x9b31m\nb\u202e"
+
+
+def test_control_characters_are_shown_and_not_sent() -> None:
+    console = plain(width=400)
+    with Monitor.open(None, is_main=True, num_steps=1, console=console) as monitor:
+        monitor.say(NAME)
+        monitor.table(NAME, [(NAME, NAME), ("b", "c")])
+        with monitor.evaluation(NAME, 1) as advance:
+            advance(1)
+        monitor.result(NAME, 1, {NAME: 0.5})
+    assert shown(console).splitlines() == [
+        SEEN,
+        SEEN,
+        f"  {SEEN}  {SEEN}",
+        f"  b{' ' * (len(SEEN) - 1)}  c",
+        f"eval {SEEN} step 1/1  {SEEN} 0.5000",
+    ]
+
+
+def test_control_characters_are_not_drawn_on_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = terminal(monkeypatch, width=200)
+    with (
+        Monitor.open(None, is_main=True, num_steps=1, console=console) as monitor,
+        monitor.evaluation(NAME, 4) as advance,
+    ):
+        advance(1)
+        drawn_with(console, f"evaluate {SEEN} 1/4")
+
+
+def test_a_calibrated_loss_says_so() -> None:
+    console = plain()
+    with Monitor.open(None, is_main=True, num_steps=1, console=console) as monitor:
+        monitor.step(1, {train_loss_tag(calibrated=True): 0.5}, samples=1)
+    assert shown(console) == "step 1/1  calib.loss 0.5000\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -14,7 +16,8 @@ import pytest
 from mezo_dist import cli
 from mezo_dist.algorithms.base import Losses
 from mezo_dist.errors import UserError
-from mezo_dist.monitoring import html_report, run_data
+from mezo_dist.monitoring import html_report, plots
+from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.storage.trajectory import Header, Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
@@ -54,6 +57,7 @@ def titles(text: str) -> list[str]:
 
 TITLES = [
     "Training loss",
+    "Calibrated training loss",
     "Evaluation: accuracy",
     "Evaluation: loss",
     "Throughput",
@@ -65,7 +69,6 @@ TITLES = [
 def test_a_trajectory_alone_is_enough(run: Path) -> None:
     text = page(run)
     assert titles(text) == ["Training loss"]
-    assert run_data.read_scalars(run / "metrics.jsonl", []) == {}
     for fact in (
         "3 of 4",
         "1 steps without a finite loss",
@@ -91,7 +94,7 @@ def test_what_a_run_leaves_is_shown(run: Path) -> None:
     (run / "results.json").write_text(json.dumps({"before": {"loss": None, "accuracy": 0.5}, "after": {"loss": 0.25}}))
     (run / "config.yaml").write_text("a: <b>\n")
     text = page(run)
-    assert titles(text) == TITLES
+    assert titles(text) == [title for title in TITLES if title != "Calibrated training loss"]
     assert "<td>not finite</td><td>0.5000</td>" in text
     assert "<td>0.2500</td>" in text
     assert "1 restarts, 0 times told to stop" in text
@@ -104,10 +107,79 @@ def test_it_is_the_same_page_every_time(run: Path) -> None:
     assert page(run) == page(run)
 
 
-def test_lines_that_are_no_json_are_passed_over(run: Path) -> None:
-    (run / "metrics.jsonl").write_bytes(b'{"step": 1, "scalars": {"loss/train": 0.5}}\n\xff\n[1]\n{"step": 2, "sca')
-    assert run_data.read_scalars(run / "metrics.jsonl", []) == {"loss/train": {1: 0.5}}
+def test_names_are_text_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    """Not markup of HTML, of SVG or of matplotlib, and no control characters."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    name = "$\\frac{<script>\x1b[2J\n\ud800\ufffe</svg>"
+    config = {"task": {"name": name}, "train": {"steps": 10**400, "calibrate": True}, "algorithm": {"name": [[]]}}
+    header = dataclasses.replace(HEADER, config=config, base_model=name, version="v" * 10**6)
+    writer = TrajectoryWriter.begin(folder / "trajectory.jsonl", header)
+    writer.append(Step(0, (Losses((1e308, 1e308)),), "0" * 8))
+    writer.close()
+    tags = [f"eval/{split}/{name}" for split in ("_one", name.replace("/", ""))] + ["eval/test/" + "long" * 10**5]
+    lines(folder / "metrics.jsonl", {"step": 1, "scalars": dict.fromkeys(tags, 1e100)})
+    lines(folder / "events.jsonl", {"time": [name], "event": name, "step": {}, name: name, "deep": [[[]]]})
+    (folder / "results.json").write_text(json.dumps({"before": {name: 1e308, "n": 10**400, "t": name}, "after": 3}))
+    (folder / "config.yaml").write_bytes(b"a: <script>\x1b[2J\r\nb: 1\n")
+    text = page(folder)
+    assert "<script" not in text
+    assert "&lt;script&gt;\\x1b[2J\\n\\ud800\\ufffe" in text
+    assert "a: &lt;script&gt;\\x1b[2J\nb: 1" in text
+    assert "$\\frac{" in "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert " _one</text>" in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    assert len(text) < 200_000
+
+
+def test_what_cannot_be_read_is_named(run: Path) -> None:
+    os.mkfifo(run / "metrics.jsonl")
+    (run / "events.jsonl").symlink_to("/dev/zero")
+    (run / "results.json").write_text("[" * 10**5)
+    (run / "config.yaml").mkdir()
+    text = page(run)
+    assert titles(text) == ["Training loss"]
+    problems = re.findall("<li>(.*?)</li>", text)
+    assert problems == [
+        "metrics.jsonl cannot be read: not a regular file",
+        "events.jsonl cannot be read: a symbolic link, which is not followed",
+        "results.json cannot be read: it is no JSON object",
+        "config.yaml cannot be read: not a regular file",
+    ]
+
+
+def test_the_number_of_plots_and_events_is_bounded(run: Path) -> None:
+    tags = {f"eval/test/name{number:03}": 0.5 for number in range(300)} | {"lr": 1e-6, "other": 1.0}
+    lines(run / "metrics.jsonl", {"step": 1, "scalars": tags})
+    lines(run / "events.jsonl", *({"event": f"event{number}", "step": number} for number in range(1000)))
+    text = page(run)
+    assert text.count("<svg") == plots.MOST_PLOTS
+    assert "TensorBoard: eval/test/name018, eval/test/name019" in text
+    assert "name027 and 273 more." in text
+    assert "The 800 events before these" in text
+    assert text.count("event9") == 100  # 900 to 999
+
+
+def test_a_calibrated_loss_says_so(run: Path) -> None:
+    lines(run / "metrics.jsonl", {"step": 1, "scalars": {train_loss_tag(calibrated=True): 0.5}})
+    assert "Do not compare" not in page(run)
+    header = dataclasses.replace(HEADER, config={**CONFIG, "train": {"steps": 4, "calibrate": True}})
+    (run / "trajectory.jsonl").unlink()
+    TrajectoryWriter.begin(run / "trajectory.jsonl", header).close()
+    text = page(run)
+    assert titles(text) == ["Calibrated training loss"]
+    assert "calibrated loss (biased low)" in text
+    assert "Do not compare it with the validation loss" in text
+
+
+def test_a_report_is_not_written_through_a_link(run: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("report.html", ".report.html.part"):
+        (run / name).symlink_to(victim)
     page(run)
+    assert victim.read_text() == "precious"
+    assert not (run / "report.html").is_symlink()
 
 
 def test_where_it_cannot_be_written(run: Path, tmp_path: Path) -> None:

@@ -70,3 +70,14 @@ def test_logs_go_above_the_bars_unless_they_go_elsewhere(
     line = "[rank 0] WARNING: skipped\n"
     assert (line in without_codes(shown(console))) is stderr_is_terminal
     assert capsys.readouterr().err == ("" if stderr_is_terminal else line)
+
+
+def test_control_characters_are_shown_and_not_sent(log: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(0, is_terminal=True)
+    try:
+        raise KeyError("reason")
+    except KeyError:
+        log.exception("%s is damaged", "run\x1b[2J\n[rank 1] INFO: all is well")
+    message, *traceback = capsys.readouterr().err.splitlines()
+    assert message == r"[rank 0] ERROR: run\x1b[2J\n[rank 1] INFO: all is well is damaged"
+    assert traceback[0].startswith("Traceback")

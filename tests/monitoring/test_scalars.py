@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mezo_dist.monitoring.console import Monitor
+from mezo_dist.monitoring.scalars import train_loss_tag
 from tests.monitoring.consoles import Clock, plain, scalars, shown, terminal
 
 
@@ -163,3 +165,47 @@ def test_a_full_disk_is_an_error_of_the_run_and_not_of_a_thread(
         run()
     (line,) = [record.getMessage() for record in caplog.records]
     assert "lack their end ([Errno 28] No space left on device)" in line
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link", "dangling"])
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_what_lies_in_place_of_the_files_does_not_stop_a_run(tmp_path: Path, kind: str, first_step: int) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("precious")
+    for name, target in (("metrics.jsonl", elsewhere / "file"), ("tensorboard", elsewhere)):
+        match kind:
+            case "folder" if name == "metrics.jsonl":
+                (folder / name).mkdir()
+            case "folder":
+                (folder / name).write_text("a file")
+            case "fifo":
+                os.mkfifo(folder / name)
+            case "link":
+                (folder / name).symlink_to(target)
+            case "dangling":
+                (folder / name).symlink_to(tmp_path / "nowhere")
+    with Monitor.open(folder, is_main=True, num_steps=9, first_step=first_step, console=plain()) as monitor:
+        monitor.step(first_step + 1, {"loss/train": 0.5}, samples=1)
+    assert [line["step"] for line in jsonl(folder)] == [first_step + 1]
+    assert points(folder, "loss/train") == [(first_step + 1, 0.5)]
+    assert [path.name for path in elsewhere.iterdir()] == ["file"]
+    assert (elsewhere / "file").read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
+    assert os.path.lexists(folder / "metrics.jsonl.aside")
+    assert os.path.lexists(folder / "tensorboard.aside")
+
+
+def test_damage_in_an_older_part_stays_where_it_is(tmp_path: Path) -> None:
+    damaged = b"\xff" * 100 + b"\n" + b"[" * 10**5 + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(damaged + b"torn")
+    with Monitor.open(tmp_path, is_main=True, num_steps=9, first_step=2, console=plain()) as monitor:
+        monitor.step(3, {"loss/train": 0.5}, samples=1)
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert content.startswith(damaged + b'{"step": 3')
+
+
+def test_the_tag_of_a_calibrated_loss_says_so() -> None:
+    assert train_loss_tag(calibrated=False) == "loss/train"
+    assert "biased_low" in train_loss_tag(calibrated=True)
