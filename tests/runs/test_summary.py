@@ -12,10 +12,13 @@ from typing import Any, cast
 import pytest
 
 from mezo_dist import cli
+from mezo_dist.config import reader
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.runs import training
 from mezo_dist.runs.build import Run
 from mezo_dist.runs.summary import summary
 from mezo_dist.storage import trajectory
-from mezo_dist.testing import write_tiny_config
+from mezo_dist.testing import spawn, write_tiny_config
 
 
 def stub() -> Run:
@@ -77,3 +80,19 @@ def test_side_files_do_not_stop_a_resume(tmp_path: Path) -> None:
     assert json.loads((run / "results.json").read_text())["weights"] == outcome["weights"]
     assert sorted((tmp_path / "elsewhere").iterdir()) == events
     assert (run / "metrics.jsonl").is_file()
+
+
+def train_apart(comm: Communicator, root: Path) -> None:
+    """Train in a folder that other ranks do not see."""
+    home = root / f"host{comm.rank}"
+    home.mkdir()
+    os.chdir(home)
+    training.train(reader.load(root / "config.yaml", ["output.dir=run", "output.export=false", "train.steps=1"]), comm)
+
+
+@pytest.mark.distributed
+def test_ranks_need_not_see_the_run_folder(tmp_path: Path) -> None:
+    write_tiny_config(tmp_path)
+    spawn(train_apart, 2, tmp_path)
+    assert (tmp_path / "host0" / "run" / "results.json").exists()
+    assert list((tmp_path / "host1").iterdir()) == []
