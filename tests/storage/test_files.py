@@ -66,6 +66,16 @@ def test_a_part_that_was_planted_is_not_written_through(tmp_path: Path, victim: 
     assert not os.path.lexists(tmp_path / ".file.part")
 
 
+def test_a_part_that_appears_meanwhile_is_not_written_to(
+    tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.link(victim, tmp_path / ".file.part")
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    with pytest.raises(FileExistsError):
+        replace_file(tmp_path / "file", b"new")
+    assert victim.read_text() == "precious"
+
+
 def test_a_link_is_replaced_and_a_folder_is_not(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "file").symlink_to(victim)
     replace_file(tmp_path / "file", b"new")
