@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mezo_dist.errors import printable
 from mezo_dist.storage import trajectory
-from mezo_dist.storage.files import open_regular, read_regular
+from mezo_dist.storage.files import open_in_place, read_in_place
 from mezo_dist.storage.run_folder import CONFIG, EVENTS, RESULTS
 
 METRICS = "metrics.jsonl"
@@ -125,7 +125,7 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[Json]:
 
 def _lines(path: Path, problems: list[str]) -> Iterator[bytes]:
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with os.fdopen(open_in_place(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - MOST_LOG_BYTES))
             content = io.BytesIO(file.read(MOST_LOG_BYTES))
@@ -154,7 +154,7 @@ def _parse(text: str | bytes) -> object:
 
 def _read_text(path: Path, problems: list[str]) -> str:
     try:
-        return read_regular(path, MOST_FILE_BYTES).decode()
+        return read_in_place(path, MOST_FILE_BYTES).decode()
     except FileNotFoundError:
         return ""
     except OSError as error:

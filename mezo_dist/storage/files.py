@@ -30,7 +30,7 @@ def replace_file(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     if os.path.lexists(part):  # left by a process that was killed, or planted
         move_aside(part) if part.is_dir() and not part.is_symlink() else part.unlink()
-    handle = open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    handle = open_in_place(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -52,7 +52,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_in_place(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file without following a symbolic link or waiting for the other end of a pipe.
 
     Args:
@@ -77,13 +77,13 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     return handle
 
 
-def read_regular(path: Path, limit: int) -> bytes:
+def read_in_place(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
 
     Raises:
-        OSError: it cannot be read, is not a regular file (see `open_regular`), or is larger.
+        OSError: it cannot be read, is not a regular file (see `open_in_place`), or is larger.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with os.fdopen(open_in_place(path), "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than the {limit:,} bytes that are read", str(path))
@@ -106,13 +106,13 @@ def open_log(path: Path, *, anew: bool = False) -> TextIO:
     try:
         if not anew and os.path.lexists(path):
             cut_torn_line(path)
-        handle = open_regular(path, flags | (os.O_TRUNC if anew else 0))
+        handle = open_in_place(path, flags | (os.O_TRUNC if anew else 0))
     except OSError as error:
         if error.errno in DISK_FAULTS or not os.path.lexists(path):
             raise
         log.warning("%s cannot be appended to (%s)", path, error.strerror)
         move_aside(path)
-        handle = open_regular(path, flags | os.O_EXCL)
+        handle = open_in_place(path, flags | os.O_EXCL)
     return os.fdopen(handle, "a", encoding="utf-8")
 
 
@@ -135,9 +135,9 @@ def cut_torn_line(path: Path) -> None:
     """Remove a last line without its end, so that the file can be appended to.
 
     Raises:
-        OSError: it is not a regular file (see `open_regular`), or cannot be written to.
+        OSError: it is not a regular file (see `open_in_place`), or cannot be written to.
     """
-    handle = open_regular(path, os.O_RDWR)
+    handle = open_in_place(path, os.O_RDWR)
     try:
         size = os.fstat(handle).st_size
         whole = _end_of_last_line(handle, size)

@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
+GENERATED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
 # A caller's PYTHONPATH would hide a broken install; make's own variables would reach the make started here.
 ENV = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "MAKEFLAGS", "MAKELEVEL"}}
 
@@ -42,7 +42,12 @@ def output(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] = ENV) ->
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources: building leaves files behind, and takes up old ones."""
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("tree") / "mezo_dist", ignore=NOT_SOURCE))
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        outputs = {"runs"} if Path(folder) == ROOT else set()  # mezo_dist/runs is a package
+        return GENERATED(folder, names) | outputs
+
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("tree") / "mezo_dist", ignore=ignore))
 
 
 @pytest.fixture(scope="session")

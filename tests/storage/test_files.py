@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mezo_dist.storage import files
-from mezo_dist.storage.files import cut_torn_line, move_aside, open_log, open_regular, read_regular, replace_file
+from mezo_dist.storage.files import cut_torn_line, move_aside, open_in_place, open_log, read_in_place, replace_file
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ KINDS = ["folder", "fifo", "link", "dangling", "device"]
 def test_only_regular_files_are_read(tmp_path: Path, victim: Path, kind: str) -> None:
     place(tmp_path / "file", kind, victim)
     for call in (
-        lambda: read_regular(tmp_path / "file", 100),
-        lambda: open_regular(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+        lambda: read_in_place(tmp_path / "file", 100),
+        lambda: open_in_place(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
         lambda: cut_torn_line(tmp_path / "file"),
     ):
         with pytest.raises(OSError, match=r"regular file|not followed|Is a directory|No such device"):
@@ -51,9 +51,9 @@ def test_only_regular_files_are_read(tmp_path: Path, victim: Path, kind: str) ->
 
 
 def test_a_large_file_is_not_read(victim: Path) -> None:
-    assert read_regular(victim, 8) == b"precious"
+    assert read_in_place(victim, 8) == b"precious"
     with pytest.raises(OSError, match="larger than the 7 bytes"):
-        read_regular(victim, 7)
+        read_in_place(victim, 7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
