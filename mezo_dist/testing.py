@@ -128,7 +128,7 @@ _SIZES = {"train": 30, "validation": 20, "test": 20}
 
 PRELOAD = [
     "mezo_dist.config.reader",
-    "mezo_dist.directions.kernels.cpu_advance",
+    "mezo_dist.directions.kernels.cpu",
     "mezo_dist.runs.training",
     "datasets",
     "torch.utils.tensorboard",

@@ -1,7 +1,9 @@
-"""The one primitive, `add`: everything that MeZO and SVRG do to weights is "add a combination of directions".
+"""The one primitive: everything that MeZO and SVRG do to weights is "add a combination of directions".
 
-Three implementations of one contract: `reference` (plain torch, the definition), `cpu` (numba) and `gpu` (Triton).
-This file checks the arguments and picks the fastest one that can do the job; results have the same bits.
+`add` is one update, written to any number of outputs; `advance` is many updates of a weight in place. Three modules
+implement both: `kernels.reference` (plain torch, the definition), `kernels.cpu` (numba) and `kernels.gpu` (Triton).
+This file checks the arguments and picks the fastest module that can do the work. Invariant: all of them give the same
+bits, and `advance` gives those of one `add` per update.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -21,6 +23,8 @@ from mezo_dist.directions.kernels import reference
 
 log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Updates = Sequence[tuple[Combination, int | None]]
+"""(combination, seed of stochastic rounding or None), one after another."""
 
 
 def add(
@@ -45,7 +49,7 @@ def add(
         outputs: contiguous tensors with as many elements as ``weight``, on its device. An output may be ``weight``
             itself (update in place, then it must be the only one that overlaps it).
         param_id: see `seeds.param_id`.
-        bits: law of the directions, as a layout of bits.
+        bits: bit layout of the directions.
         offsets: index of each piece's first element in the flattened full parameter.
         rounding_seed: with a seed, bf16 outputs are rounded stochastically with the bits of stream 1 of that seed;
             without, to nearest even.
@@ -53,10 +57,14 @@ def add(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
-    _check(weight, combinations, outputs, offsets, rounding_seed)
+    if len(combinations) != len(outputs):
+        raise ValueError(f"{len(combinations)} combinations for {len(outputs)} outputs")
+    if not offsets or weight.numel() % len(offsets):
+        raise ValueError(f"{weight.numel()} elements do not make {len(offsets)} equal pieces")
+    _check(weight, outputs, is_stochastic=rounding_seed is not None)
     if weight.numel() == 0:
         return
-    implementation(weight.device.type)(
+    implementation(weight.device.type).add(
         weight,
         combinations,
         outputs,
@@ -67,36 +75,53 @@ def add(
     )
 
 
+def advance(weight: Tensor, updates: Updates, *, param_id: int, bits: BitLayout, offset: int = 0) -> None:
+    """``weight <- cast(weight + combination)`` for one update after another, in place.
+
+    Stepping reads and writes all weights for every step, and on most machines waits for memory. On the CPU a chunk of
+    the weight goes through all its updates, each rounded as it was at its time, while it is in the cache.
+
+    Args:
+        weight: fp32, bf16 or fp16, contiguous: a piece of one flattened full parameter.
+        updates: see `Updates`; rounding seeds for bf16 weights only, and then for all updates or for none.
+        param_id: see `seeds.param_id`.
+        bits: bit layout of the directions.
+        offset: index of the first element in the flattened full parameter.
+
+    Raises:
+        ValueError: a weight or rounding seeds that are not as described.
+    """
+    num_stochastic = sum(seed is not None for _, seed in updates)
+    if num_stochastic not in (0, len(updates)):
+        raise ValueError("either all updates are rounded stochastically or none")
+    _check(weight, [weight], is_stochastic=num_stochastic > 0)
+    if weight.numel() and updates:
+        implementation(weight.device.type).advance(weight, updates, param_id=param_id, bits=bits, offset=offset)
+
+
 @functools.cache
-def implementation(device_type: str) -> Callable[..., None]:
-    """The fastest ``add`` for tensors on ``device_type``; says in the log, once, when that is only the reference."""
+def implementation(device_type: str) -> ModuleType:
+    """The module with the fastest `add` and `advance` for tensors on a kind of device.
+
+    If that is only the reference, the log says so once.
+    """
     name = {"cpu": "cpu", "cuda": "gpu"}.get(device_type)
     if name is None:
-        log.warning("no fused kernel for device %r: directions are made by the (slow) torch reference", device_type)
-        return reference.add
+        log.warning("no fused kernel for device %r: the (slow) torch reference generates directions", device_type)
+        return reference
     try:
-        module: ModuleType = importlib.import_module(f"mezo_dist.directions.kernels.{name}")
+        return importlib.import_module(f"mezo_dist.directions.kernels.{name}")
     except ImportError as error:
-        log.warning("fused %s kernels are off (%s): directions are made by the (slow) torch reference", name, error)
-        return reference.add
-    return module.add
+        log.warning("fused %s kernels are off (%s): the (slow) torch reference generates directions", name, error)
+        return reference
 
 
-def _check(
-    weight: Tensor,
-    combinations: Sequence[Combination],
-    outputs: Sequence[Tensor],
-    offsets: Sequence[int],
-    rounding_seed: int | None,
-) -> None:
-    if len(combinations) != len(outputs):
-        raise ValueError(f"{len(combinations)} combinations for {len(outputs)} outputs")
-    if not offsets or weight.numel() % len(offsets):
-        raise ValueError(f"{weight.numel()} elements do not make {len(offsets)} equal pieces")
+def _check(weight: Tensor, outputs: Sequence[Tensor], *, is_stochastic: bool) -> None:
+    """Raise ValueError for tensors that no implementation takes."""
     for tensor in (weight, *outputs):
         if tensor.dtype not in DTYPES or not tensor.is_contiguous():
             raise ValueError(f"weights and outputs must be contiguous fp32, bf16 or fp16, not {tensor.dtype}")
         if tensor.numel() != weight.numel() or tensor.device != weight.device:
             raise ValueError("weight and outputs must have the same number of elements and the same device")
-    if rounding_seed is not None and any(output.dtype != torch.bfloat16 for output in outputs):
+    if is_stochastic and any(output.dtype != torch.bfloat16 for output in outputs):
         raise ValueError("stochastic rounding is defined for bf16 outputs")

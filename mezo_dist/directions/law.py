@@ -19,8 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.add import add
-from mezo_dist.directions.advance import advance
+from mezo_dist.directions.add import Updates, add, advance
 from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 
@@ -104,7 +103,7 @@ class Law:
     def advance(
         self,
         weight: Tensor,
-        updates: Sequence[tuple[Combination, int | None]],
+        updates: Updates,
         *,
         param_id: int,
         shape: torch.Size,

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mezo_dist.directions.add import add
-from mezo_dist.directions.advance import advance
+from mezo_dist.directions.add import add, advance
 from mezo_dist.directions.bits import FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import cpu, reference

@@ -23,7 +23,7 @@ from mezo_dist.directions.kernels import numba_cache, reference
 def test_without_numba_the_reference_does_it_and_the_log_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("cpu", "cpu_jobs", "cpu_kernel", "numba_cache", "threads"):
+    for name in ("cpu", "cpu_arguments", "cpu_kernel", "numba_cache", "threads"):
         monkeypatch.delitem(sys.modules, f"mezo_dist.directions.kernels.{name}", raising=False)
         monkeypatch.delattr(mezo_dist.directions.kernels, name, raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)  # `import numba` raises ImportError
@@ -33,7 +33,7 @@ def test_without_numba_the_reference_does_it_and_the_log_says_so_once(
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
                 add(weight, [Combination.single(1, 1.0)], [weight], param_id=2, bits=GAUSSIAN)
-        assert implementation("cpu") is reference.add
+        assert implementation("cpu") is reference
     finally:
         implementation.cache_clear()
     assert [record.getMessage().count("numba") for record in caplog.records] == [1]

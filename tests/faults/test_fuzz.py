@@ -191,7 +191,7 @@ def test_no_code_comes_with_a_run_folder(
         if path.is_file() and path.name != "trajectory.jsonl":
             path.write_bytes(pickle.dumps({"weights": 1}))
     importlib.import_module(
-        "mezo_dist.directions.kernels.cpu_advance"
+        "mezo_dist.directions.kernels.cpu"
     )  # numba keeps compiled kernels as pickles, in its cache
     with monkeypatch.context() as patch:
         for name in ("load", "loads", "Unpickler"):

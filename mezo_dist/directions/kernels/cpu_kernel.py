@@ -14,12 +14,12 @@ import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-from numpy import float32, int64, uint16, uint32, uint64
+from numpy import float32, uint16, uint32, uint64
 
 from mezo_dist.directions import bits, philox
-from mezo_dist.directions.bits import CHUNK, RADEMACHER
-from mezo_dist.directions.kernels import cpu_jobs
-from mezo_dist.directions.kernels.cpu_jobs import JOB, claim, view
+from mezo_dist.directions.bits import CHUNK, RADEMACHER, TABLE_SIZE
+from mezo_dist.directions.kernels import cpu_arguments
+from mezo_dist.directions.kernels.cpu_arguments import SIGNATURE, arguments_at, claim, view
 from mezo_dist.directions.kernels.numba_cache import compiled
 
 FP32, BF16, FP16 = range(3)
@@ -193,88 +193,111 @@ def _store(address, kind, start, values, stochastic, noise):
 
 
 @numba.njit
-def _total(address, kind, start, scratch):
-    """Where an output is summed up: fp32 where it belongs, a 16-bit one in ``scratch`` until it is cast."""
-    return view(address, np.float32, start, start + len(scratch)) if kind == FP32 else scratch
+def _direction(arguments, seed, chunk, table, words, z):
+    """z[:] = the values of one chunk of a direction.
+
+    Args:
+        arguments: the record `Arguments`.
+        seed: uint64, of the direction.
+        chunk: number of the chunk in the full parameter.
+        table: fp32 [65536], the values of the gaussian law.
+        words: uint32 [4, 128], scratch.
+        z: fp32 [1024].
+    """
+    if arguments.is_gaussian:
+        _philox(words, seed, uint64(chunk * BLOCKS), arguments.param_id, arguments.stream, BLOCKS)
+        _gaussian(words, table, z)
+    else:
+        first_block = uint64(chunk * BLOCKS_OF_BITS)
+        _philox(words, seed, first_block, arguments.param_id, arguments.stream, BLOCKS_OF_BITS)
+        _rademacher(words, z)
 
 
 @numba.njit
-def _add_chunks(
-    addresses, kinds, length, chunks_per_row, offsets, seeds, coefficients,
-    param_id, stream, gaussian, stochastic, rounding_seed, table, first, stop,
-):  # fmt: skip
-    """Do the tasks [first, stop): task t is chunk t % chunks_per_row of row t // chunks_per_row.
+def _noise(arguments, seed, chunk, words, out):
+    """out[:] = the bits of stochastic rounding of one chunk, below 2**16.
 
-    ``addresses`` and ``kinds`` [1 + num_outputs] describe the weight and the outputs; ``seeds`` [num_seeds] ascend;
-    ``coefficients`` [num_seeds, num_outputs] are zero where an output has no such term: it is skipped, for even
-    adding 0 * z is not always nothing (-0.0).
+    Args:
+        arguments: the record `Arguments`.
+        seed: uint64, of the rounding.
+        chunk: number of the chunk in the full parameter.
+        words: uint32 [4, 128], scratch.
+        out: uint32 [1024].
     """
-    num_outputs = len(addresses) - 1
-    words, z = np.empty((4, BLOCKS), np.uint32), np.empty(CHUNK, np.float32)
-    scratch, noise = np.empty((num_outputs, CHUNK), np.float32), np.empty(CHUNK, np.uint32)
-    for task in range(first, stop):
-        row = task // chunks_per_row
-        chunk = offsets[row] // CHUNK + task % chunks_per_row
-        before = offsets[row] - chunk * CHUNK  # elements of the chunk before the row, negative after its first chunk
-        low, high = max(before, 0), min(before + length, CHUNK)
-        if low >= high:
-            continue
-        start = row * length + low - before
-        for v in range(num_outputs):
-            address, kind = addresses[v + 1], kinds[v + 1]
-            if kind != FP32 or address != addresses[0]:
-                _load(addresses[0], kinds[0], start, _total(address, kind, start, scratch[v, low:high]))
-        for k in range(len(seeds)):
-            if gaussian:
-                if k == 0:
-                    for i in range(len(addresses)):
-                        _prefetch(addresses[i], kinds[i], start + CHUNK)
-                _philox(words, seeds[k], uint64(chunk * BLOCKS), param_id, stream, BLOCKS)
-                _gaussian(words, table, z)
-            else:
-                _philox(words, seeds[k], uint64(chunk * BLOCKS_OF_BITS), param_id, stream, BLOCKS_OF_BITS)
-                _rademacher(words, z)
-            for v in range(num_outputs):
-                if coefficients[k, v] != 0:
-                    total = _total(addresses[v + 1], kinds[v + 1], start, scratch[v, low:high])
-                    _multiply_add(total, coefficients[k, v], z[low:high])
-        if stochastic:
-            _philox(words, rounding_seed, uint64(chunk * BLOCKS), param_id, uint64(STREAM_ROUNDING), BLOCKS)
-            _halves(words, noise)
-        for v in range(num_outputs):
-            if kinds[v + 1] != FP32:
-                _store(addresses[v + 1], kinds[v + 1], start, scratch[v, low:high], stochastic, noise[low:high])
+    _philox(words, seed, uint64(chunk * BLOCKS), arguments.param_id, uint64(STREAM_ROUNDING), BLOCKS)
+    _halves(words, out)
 
 
-def _add(job):
-    """What a thread does. The words are those that `mezo_dist.directions.kernels.cpu.add` writes, in that order."""
-    words = view(job, np.uint64, 3, 16)
-    num_outputs, num_rows, num_seeds = int64(words[0]), int64(words[1]), int64(words[2])
-    tensors, end = 16 + 1 + num_outputs, 16 + 2 * (1 + num_outputs)
+@numba.njit
+def _place(arguments, offsets, task):
+    """Where task ``task`` lies: chunk ``task % chunks_per_row`` of row ``task // chunks_per_row``.
+
+    Returns:
+        (number of the chunk in the full parameter, first element in the tensors, range of the elements in the chunk);
+        the range is empty if the row does not reach that chunk.
+    """
+    row = task // arguments.chunks_per_row
+    chunk = offsets[row] // CHUNK + task % arguments.chunks_per_row
+    before = offsets[row] - chunk * CHUNK  # elements of the chunk before the row, negative after its first chunk
+    low, high = max(before, 0), min(before + arguments.row_length, CHUNK)
+    return chunk, row * arguments.row_length + low - before, low, high
+
+
+def _run(address):
+    """The work of one thread: take one chunk after another through all updates, until all chunks are claimed.
+
+    A term that an output lacks is skipped, for even adding 0 * z is not always nothing (-0.0). An fp32 output is summed
+    up where it lies. A 16-bit one is summed up in scratch and stored after every update; the next update loads it
+    again, which rounds it as stepping does, in the nearest cache.
+    """
+    arguments = arguments_at(address)
+    num_outputs, num_updates, num_terms = arguments.num_outputs, arguments.num_updates, arguments.num_terms
+    outputs = view(arguments.outputs, np.uint64, 0, num_outputs)
+    kinds = view(arguments.kinds, np.int64, 0, num_outputs)
+    offsets = view(arguments.offsets, np.int64, 0, arguments.num_rows)
+    seeds = view(arguments.seeds, np.uint64, 0, num_terms)
+    coefficients = view(arguments.coefficients, np.float32, 0, num_terms * num_outputs)
+    ends = view(arguments.ends, np.int64, 0, num_updates)
+    rounding_seeds = view(arguments.rounding_seeds, np.uint64, 0, num_updates)
+    table = view(arguments.table, np.float32, 0, TABLE_SIZE)
+    words, z, noise = np.empty((4, BLOCKS), np.uint32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint32)
+    scratch, totals = np.empty((num_outputs, CHUNK), np.float32), np.empty(num_outputs, np.uint64)
     while True:
-        first, stop = claim(job)
+        first, stop = claim(address)
         if first >= stop:
             return
-        _add_chunks(
-            view(job, np.uint64, 16, tensors),
-            view(job, np.int64, tensors, end),
-            int64(words[3]),
-            int64(words[4]),
-            view(job, np.int64, end, end + num_rows),
-            view(words[5], np.uint64, 0, num_seeds),
-            view(words[6], np.float32, 0, num_seeds * num_outputs).reshape(num_seeds, num_outputs),
-            words[7],
-            words[8],
-            words[9] != 0,
-            words[10] != 0,
-            words[11],
-            view(words[12], np.float32, 0, 1 << 16),
-            first,
-            stop,
-        )
+        for task in range(first, stop):
+            chunk, start, low, high = _place(arguments, offsets, task)
+            if low >= high:
+                continue
+            length = high - low
+            for v in range(num_outputs):
+                totals[v] = outputs[v] + uint64(4 * start) if kinds[v] == FP32 else uint64(scratch[v].ctypes.data)
+            if arguments.is_gaussian and num_terms > 0:
+                _prefetch(arguments.weight, arguments.weight_kind, start + CHUNK)
+                for v in range(num_outputs):
+                    _prefetch(outputs[v], kinds[v], start + CHUNK)
+            k = 0
+            for u in range(num_updates):
+                for v in range(num_outputs):
+                    if kinds[v] != FP32 or outputs[v] != arguments.weight:
+                        _load(arguments.weight, arguments.weight_kind, start, view(totals[v], np.float32, 0, length))
+                while k < ends[u]:
+                    _direction(arguments, seeds[k], chunk, table, words, z)
+                    for v in range(num_outputs):
+                        coefficient = coefficients[k * num_outputs + v]
+                        if coefficient != 0:
+                            _multiply_add(view(totals[v], np.float32, 0, length), coefficient, z[low:high])
+                    k += 1
+                if arguments.is_stochastic:
+                    _noise(arguments, rounding_seeds[u], chunk, words, noise)
+                for v in range(num_outputs):
+                    if kinds[v] != FP32:
+                        total = view(totals[v], np.float32, 0, length)
+                        _store(outputs[v], kinds[v], start, total, arguments.is_stochastic, noise[low:high])
 
 
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
-kernel = compiled(_add, JOB, uses=[cpu_jobs, bits, philox])
-"""`_add`, compiled."""
+kernel = compiled(_run, SIGNATURE, uses=[cpu_arguments, bits, philox])
+"""`_run`, compiled."""

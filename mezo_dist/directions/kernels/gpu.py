@@ -54,9 +54,9 @@ def add(
     bits: BitLayout,
     rounding_seed: int | None,
 ) -> None:
-    """See `mezo_dist.directions.add`."""
+    """See `mezo_dist.directions.add.add`."""
     if bits.values not in (GAUSSIAN.values, RADEMACHER.values):
-        raise ValueError(f"the GPU kernel does not know the law {bits.name!r}")
+        raise ValueError(f"the GPU kernel does not know the bit layout {bits.name!r}")
     rows, length = len(offsets), weight.numel() // len(offsets)
     # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
     chunks = 2 if bits.values is RADEMACHER.values and length >= 2 * CHUNK and len(outputs) <= 2 else 1
@@ -82,6 +82,19 @@ def add(
             CHUNKS=chunks,
             **OPTIONS,
         )
+
+
+def advance(
+    weight: Tensor,
+    updates: Sequence[tuple[Combination, int | None]],
+    *,
+    param_id: int,
+    bits: BitLayout,
+    offset: int,
+) -> None:
+    """See `mezo_dist.directions.add.advance`. One launch per update, which reads and writes the weight each time."""
+    for combination, seed in updates:
+        add(weight, [combination], [weight], param_id=param_id, offsets=[offset], bits=bits, rounding_seed=seed)
 
 
 def _as_bits(tensor: Tensor) -> Tensor:

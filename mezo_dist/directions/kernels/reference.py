@@ -1,4 +1,4 @@
-"""The one primitive in plain torch: the definition that every fast path must equal bit for bit.
+"""`add` and `advance` in plain torch: the definition that every fast path must equal bit for bit.
 
 ``out = cast(w + sum_k c_k z_k)``: in fp32, terms in the combination's order, multiply then add, each rounded, one
 cast at the end. Memory: a few hundred KiB of scratch however large the parameter is.
@@ -29,7 +29,7 @@ def add(
     bits: BitLayout,
     rounding_seed: int | None,
 ) -> None:
-    """See `mezo_dist.directions.add`."""
+    """See `mezo_dist.directions.add.add`."""
     weight, *outputs = (tensor.detach().view(len(offsets), -1) for tensor in (weight, *outputs))
     length = weight.shape[1]
     for row, offset in enumerate(offsets):
@@ -53,8 +53,28 @@ def add(
             start = stop
 
 
+def advance(
+    weight: Tensor,
+    updates: Sequence[tuple[Combination, int | None]],
+    *,
+    param_id: int,
+    bits: BitLayout,
+    offset: int,
+) -> None:
+    """See `mezo_dist.directions.add.advance`."""
+    for combination, seed in updates:
+        add(weight, [combination], [weight], param_id=param_id, offsets=[offset], bits=bits, rounding_seed=seed)
+
+
 def _rounding_bits(seed: int, param_id: int, first_chunk: int, num_chunks: int) -> Tensor:
-    """16 random bits per element from stream 1, in the ``gaussian`` layout: int64 [num_chunks * 1024]."""
+    """16 random bits per element from stream 1, in the ``gaussian`` bit layout: int64 [num_chunks * 1024].
+
+    Args:
+        seed: of the rounding, not of a direction.
+        param_id: see `seeds.param_id`.
+        first_chunk: number of the first chunk in the full parameter.
+        num_chunks: number of chunks of 1024 elements.
+    """
     per = ROUNDING_BLOCKS_PER_CHUNK
     words = philox.direction_words(seed, param_id, philox.STREAM_ROUNDING, first_chunk * per, num_chunks * per)
     return halves(words).flatten()
@@ -65,7 +85,7 @@ def round_stochastically(value: Tensor, bits: Tensor) -> Tensor:
 
     Args:
         value: fp32 [n].
-        bits: int64 [n], uniform in 0..65535. They are added to the 16 bits that bf16 has not, and those are cut off:
+        bits: int64 [n], uniform in 0..65535. They are added to the 16 bits that bf16 lacks, and those are cut off:
             exact for every finite value, whatever its exponent. Values that are not finite pass unchanged.
 
     Returns:

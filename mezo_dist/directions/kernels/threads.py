@@ -18,42 +18,47 @@ from pathlib import Path
 
 import torch
 
-from mezo_dist.directions.kernels.cpu_jobs import Array
+from mezo_dist.directions.kernels.cpu_arguments import Arguments
 
 log = logging.getLogger(__name__)
 Parallel = Callable[[int, int, int, int], None]
 """``GOMP_parallel(function, argument, threads, flags)``: every thread of a team calls the function."""
 
 
-def in_threads(function: int, job: Array, num_tasks: int, least: int) -> None:
-    """Do the ``num_tasks`` tasks of a job, with ``least`` of them or more for every thread.
+def in_threads(kernel: int, arguments: Arguments, num_tasks: int, min_tasks: int) -> None:
+    """Do all tasks of a call of the kernel.
 
     Args:
-        function: address of a C function that is given the job's address, and works until all is claimed.
-        job: its first three words are filled in here.
+        kernel: address of a C function that gets the address of the arguments and works until all tasks are claimed.
+        arguments: how the tasks are shared out is filled in here.
+        num_tasks: tasks of the call, numbered from 0.
+        min_tasks: a thread is used only if there are as many tasks as this for every thread.
     """
-    threads = min(torch.get_num_threads(), num_tasks // least)
-    pieces = 4 * threads if threads > 1 else 1  # small ones, so that a thread that is held up can do fewer
-    job.values[:3] = 0, num_tasks, num_tasks // pieces + 1
-    if threads <= 1:
-        _callable(function)(job.address)
+    num_threads = min(torch.get_num_threads(), num_tasks // min_tasks)
+    num_pieces = 4 * num_threads if num_threads > 1 else 1  # small ones, so that a thread that is held up can do fewer
+    arguments.num_claimed = 0
+    arguments.num_tasks = num_tasks
+    arguments.tasks_per_piece = num_tasks // num_pieces + 1
+    address = ctypes.addressof(arguments)
+    if num_threads <= 1:
+        _callable(kernel)(address)
     # A forked process must not touch OpenMP, which would wait for ever for threads that did not come along.
-    elif os.getpid() == _BEGAN_AS and (parallel := torch_team()):
+    elif os.getpid() == _PID_AT_IMPORT and (parallel := torch_team()):
         # As many as torch has, whether or not there is work for all: a team of another size would be a new one.
-        parallel(function, job.address, torch.get_num_threads(), 0)
+        parallel(kernel, address, torch.get_num_threads(), 0)
     else:
-        _on_own_threads(_callable(function), job.address, threads)
+        _in_pool(_callable(kernel), address, num_threads)
 
 
 @functools.cache
-def _callable(function: int) -> Callable[[int], None]:
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+def _callable(kernel: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
 
 
-def _on_own_threads(body: Callable[[int], None], job: int, threads: int) -> None:
-    others = [_pool(threads - 1).submit(body, job) for _ in range(threads - 1)]
+def _in_pool(kernel: Callable[[int], None], address: int, num_threads: int) -> None:
+    others = [_pool(num_threads - 1).submit(kernel, address) for _ in range(num_threads - 1)]
     try:
-        body(job)
+        kernel(address)
     finally:
         wait(others)  # also on Ctrl-C: nobody may write to tensors that the caller has given up
 
@@ -92,4 +97,4 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-_BEGAN_AS = os.getpid()
+_PID_AT_IMPORT = os.getpid()
