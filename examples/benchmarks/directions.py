@@ -1,4 +1,4 @@
-"""What a direction costs: `mezo_dist.directions.add` on the parameters of OPT-125M (random weights).
+"""What a direction costs: `mezo_dist.directions.add` on the parameters of OPT-125M's shape (random weights).
 
     python examples/benchmarks/directions.py                  # this machine's CPU
     python examples/benchmarks/directions.py --device cuda
@@ -24,13 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.add import add
+from mezo_dist.directions.add import add, advance
 from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import Combination
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MINUS, PLUS = Combination.single(1, -1e-3), Combination.single(1, 1e-3)
 SHIFT = Combination.single(2, 1e-5)
+NUM_UPDATES = 8
 HIDDEN, LAYERS = 768, 12
 
 
@@ -74,25 +75,31 @@ def contenders(dtype: torch.dtype, scratch: Scratch) -> list[Contender]:
         weight.add_(z.normal_(), alpha=1e-3)
 
     def in_place(bits: BitLayout, rounding_seed: int | None = None) -> Callable[[int, Tensor], None]:
-        return lambda i, weight: add(weight, [PLUS], [weight], param_id=i, bits=law, rounding_seed=rounding_seed)
+        return lambda i, weight: add(weight, [PLUS], [weight], param_id=i, bits=bits, rounding_seed=rounding_seed)
 
     def variants(bits: BitLayout, sums: list[Combination]) -> Callable[[int, Tensor], None]:
-        return lambda i, weight: add(weight, sums, scratch.like(weight, len(sums)), param_id=i, bits=law)
+        return lambda i, weight: add(weight, sums, scratch.like(weight, len(sums)), param_id=i, bits=bits)
 
-    made = [Contender("textbook: normal_, add_", textbook, 2), Contender("plain copy", copy, 2)]
-    for law in (GAUSSIAN, RADEMACHER):
-        made += [
-            Contender(f"{law.name}, in place", in_place(law), 2),
-            Contender(f"{law.name}, 2 variants", variants(law, [PLUS, MINUS]), 3),
+    def updates(bits: BitLayout, rounding_seed: int | None = None) -> Callable[[int, Tensor], None]:
+        return lambda i, weight: advance(weight, [(PLUS, rounding_seed)] * NUM_UPDATES, param_id=i, bits=bits)
+
+    entrants = [Contender("textbook: normal_, add_", textbook, 2), Contender("plain copy", copy, 2)]
+    for bits in (GAUSSIAN, RADEMACHER):
+        entrants += [
+            Contender(f"{bits.name}, in place", in_place(bits), 2),
+            Contender(f"{bits.name}, 2 variants", variants(bits, [PLUS, MINUS]), 3),
             Contender(
-                f"{law.name}, 4 variants of 2 directions",
-                variants(law, [PLUS, MINUS, PLUS + SHIFT, MINUS + SHIFT]),
+                f"{bits.name}, 4 variants of 2 directions",
+                variants(bits, [PLUS, MINUS, PLUS + SHIFT, MINUS + SHIFT]),
                 5,
             ),
+            Contender(f"{bits.name}, {NUM_UPDATES} updates in one pass", updates(bits), 2),
         ]
         if dtype == torch.bfloat16:
-            made.append(Contender(f"{law.name}, in place, stochastic rounding", in_place(law, rounding_seed=3), 2))
-    return made
+            entrants.append(
+                Contender(f"{bits.name}, in place, stochastic rounding", in_place(bits, rounding_seed=3), 2)
+            )
+    return entrants
 
 
 def seconds(contender: Contender, weights: list[Tensor], device: str) -> float:
@@ -145,8 +152,8 @@ def main() -> None:
         for dtype in dict.fromkeys(["fp32", *arguments.dtypes]) if arguments.json else arguments.dtypes:
             speedups = measure(dtype, threads, arguments.rounds, arguments.device)
             if dtype == "fp32" and threads == max(arguments.threads):
-                for law in (GAUSSIAN, RADEMACHER):
-                    result[f"{law.name}_speedup"] = round(speedups[f"{law.name}, in place"], 2)
+                for bits in (GAUSSIAN, RADEMACHER):
+                    result[f"{bits.name}_speedup"] = round(speedups[f"{bits.name}, in place"], 2)
     if arguments.json:
         print(json.dumps(result))
 

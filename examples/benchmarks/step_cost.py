@@ -1,6 +1,7 @@
 """What a step costs, in forward passes of the same batch: mezo_dist against the textbook's in-place way.
 
     python examples/benchmarks/step_cost.py [--json] [--repeats 5] [--shape opt-125m] [--threads 2]
+    python examples/benchmarks/step_cost.py --nogil-pool     # what torch's own threads gain over threads of Python
 
 A MeZO step cannot cost less than 2 forward passes, a MeZO-SVRG inner step not less than 4; what is above that is the
 price of perturbing and updating weights. Contenders run in turn in one process, on the same model with random weights
@@ -8,17 +9,27 @@ and the same random tokens; every figure is the median over rounds of (contender
 
 The textbook's way, as the released codes of MeZO and MeZO-SVRG do it: seed the generator, draw ``torch.normal_`` for
 one parameter after another, add +eps z in place, run, add -2 eps z, run, add +eps z, then draw once more to update.
+
+``--nogil-pool`` compares the same steps on two kinds of threads at 16 x 32 tokens: torch's own, as
+`mezo_dist.directions.kernels.threads` uses them, and a `ThreadPoolExecutor` that runs the same kernel compiled with
+``nogil=True``. Figures are the median over rounds of (pool / torch's threads), and that of the fastest rounds, with the
+load of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
+from unittest import mock
 
+import numba
 import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -27,6 +38,9 @@ from mezo_dist.algorithms.base import Evaluation, Losses, Problem
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
 from mezo_dist.algorithms.step import Progress, take_step
 from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
+from mezo_dist.directions.kernels import cpu, cpu_kernel
+from mezo_dist.directions.kernels.cpu_arguments import SIGNATURE, Arguments
+from mezo_dist.directions.kernels.threads import share_out
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
@@ -165,6 +179,59 @@ def measure(shape: str, length: int, repeats: int) -> dict[str, float]:
     return {**ratios, "forward": statistics.median(times["forward"])}
 
 
+def nogil_pool() -> Callable[[int, Arguments, int, int], None]:
+    """The plain alternative to `threads.in_threads`: numba's ``nogil=True`` and a pool of Python threads."""
+    run = numba.njit(SIGNATURE, nogil=True)(cpu_kernel._run)
+    pool = ThreadPoolExecutor(max(1, torch.get_num_threads() - 1))
+
+    def launch(kernel: int, arguments: Arguments, num_tasks: int, min_tasks: int) -> None:
+        num_threads = share_out(arguments, num_tasks, min_tasks)
+        address = ctypes.addressof(arguments)
+        others = [pool.submit(run, address) for _ in range(num_threads - 1)]
+        run(address)
+        wait(others)
+
+    return launch
+
+
+def compare_threads(shape: str, rounds: int) -> None:
+    """Print how much longer steps and their forward passes take on Python's threads than on torch's.
+
+    Args:
+        shape: a key of `SHAPES`.
+        rounds: in each of them, every step runs once on both kinds of threads, in turns first.
+    """
+    model, batch, launch = make_model(shape), make_batch(16, 32), nogil_pool()
+    engine = Engine(model, Law("gaussian"))
+    problem = Problem(seed=0, num_steps=1000, batch_size=16, full_size=16)
+    objective = LabelWords(model, [100, 200], batch)
+    planners = {
+        "MeZO step": MeZOPlanner(MeZO(lr=LR, eps=EPS), problem),
+        "MeZO-SVRG inner step": SVRGPlanner(MeZOSVRG(lr=LR, anchor_lr=LR, eps=EPS), problem),
+    }
+    steps = {name: ours(engine, planner, objective, batch) for name, planner in planners.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    print(f"load {os.getloadavg()[0]:.1f} before, {torch.get_num_threads()} threads")
+    for round_number in range(rounds + 1):  # the first warms up and does not count
+        for name, step in steps.items():
+            seconds = [0.0, 0.0]
+            for pooled in (0, 1) if round_number % 2 else (1, 0):
+                with mock.patch.object(cpu, "in_threads", launch if pooled else cpu.in_threads):
+                    began = time.perf_counter()
+                    step()
+                    seconds[pooled] = time.perf_counter() - began
+            if round_number:
+                times[name].append((seconds[0], seconds[1]))
+    for name, pairs in times.items():
+        lower, middle, upper = statistics.quantiles((pool / torch_team for torch_team, pool in pairs), n=4)
+        fastest = min(pool for _, pool in pairs) / min(torch_team for torch_team, _ in pairs)
+        print(
+            f"{name:22} pool / torch's threads {middle:.3f} (quartiles {lower:.3f} to {upper:.3f}, {rounds} rounds), "
+            f"of the fastest {fastest:.3f}"
+        )
+    print(f"load {os.getloadavg()[0]:.1f} after")
+
+
 def main() -> None:
     """Measure both lengths, print a table and, with --json, one last line for machines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -172,21 +239,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--nogil-pool", action="store_true", help="compare torch's threads with Python's instead")
     arguments = parser.parse_args()
     ask_for_huge_pages()  # as the command line does
     tune_malloc(is_sharded=False)
     torch.set_num_threads(arguments.threads)
-    found = {f"16x{n}": measure(arguments.shape, n, arguments.repeats) for n in (32, 128)}
+    if arguments.nogil_pool:
+        compare_threads(arguments.shape, arguments.repeats)
+        return
+    measured = {f"16x{n}": measure(arguments.shape, n, arguments.repeats) for n in (32, 128)}
     print(
         f"{arguments.shape}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 = one forward pass"
     )
-    print(f"{'':28}" + "".join(f"{name:>10}" for name in found))
-    rows = [name for name in next(iter(found.values())) if name != "forward"]
+    print(f"{'':28}" + "".join(f"{name:>10}" for name in measured))
+    rows = [name for name in next(iter(measured.values())) if name != "forward"]
     for name in rows:
-        print(f"{name:28}" + "".join(f"{ratios[name]:10.2f}" for ratios in found.values()))
-    print(f"{'one forward pass (s)':28}" + "".join(f"{ratios['forward']:10.3f}" for ratios in found.values()))
+        print(f"{name:28}" + "".join(f"{ratios[name]:10.2f}" for ratios in measured.values()))
+    print(f"{'one forward pass (s)':28}" + "".join(f"{ratios['forward']:10.3f}" for ratios in measured.values()))
     if arguments.json:
-        print(json.dumps({size: {name: round(r[name], 3) for name in rows} for size, r in found.items()}))
+        print(json.dumps({size: {name: round(r[name], 3) for name in rows} for size, r in measured.items()}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Laws: how the words of the generator become the numbers of a direction.
+"""Bit layouts: how the words of the generator become the numbers of a direction.
 
-Elements of a flattened full parameter are grouped in chunks of 1024. A law says how many generator blocks make a
-chunk and which bits make which element, so that values depend on (seed, parameter, global element index) alone.
+Elements of a flattened full parameter are grouped in chunks of 1024. A bit layout says how many generator blocks a
+chunk takes and which bits an element takes. Invariant: a value depends on (seed, parameter, global element index) alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def gaussian_table() -> np.ndarray:
     """fp32 [65536], read-only: the quantiles Phi^-1((u + 0.5) / 65536), scaled to unit variance over the set.
 
     Raises:
-        RuntimeError: this machine's arithmetic gave other floats than the law's version promises.
+        RuntimeError: this machine's arithmetic gave other floats than the bit layout's version promises.
     """
     normal = NormalDist()
     quantiles = [normal.inv_cdf((u + 0.5) / TABLE_SIZE) for u in range(TABLE_SIZE // 2, TABLE_SIZE)]
@@ -38,7 +38,7 @@ def gaussian_table() -> np.ndarray:
     table = np.concatenate([-upper[::-1], upper])  # the lower half by symmetry, so that the mean is exactly zero
     digest = hashlib.sha256(table.astype("<f4").tobytes()).hexdigest()
     if digest != GAUSSIAN_TABLE_SHA256:
-        raise RuntimeError(f"the gaussian table has SHA-256 {digest}, the law promises {GAUSSIAN_TABLE_SHA256}")
+        raise RuntimeError(f"the gaussian table has SHA-256 {digest}, the bit layout promises {GAUSSIAN_TABLE_SHA256}")
     table.flags.writeable = False
     return table
 
@@ -49,7 +49,7 @@ def _gaussian_table_torch() -> Tensor:
 
 
 def halves(words: Tensor) -> Tensor:
-    """The ``gaussian`` layout, 16 bits per element: int64 words [4, 128 n] -> int64 [n, 1024] in 0..65535.
+    """The ``gaussian`` bit layout, 16 bits per element: int64 words [4, 128 n] -> int64 [n, 1024] in 0..65535.
 
     Element e of a chunk takes word e // 256, half (e // 128) % 2 (0 = low bits), block e % 128.
     """
@@ -58,6 +58,7 @@ def halves(words: Tensor) -> Tensor:
 
 
 def _gaussian_values(words: Tensor) -> Tensor:
+    """The table's entry for the 16 bits of each element: int64 words [4, 128 n] -> fp32 [n, 1024]."""
     return _gaussian_table_torch()[halves(words)]
 
 
@@ -81,7 +82,17 @@ class BitLayout:
     """Stream of the generator that the words come from."""
 
     def chunks(self, seed: int, param_id: int, first_chunk: int, num_chunks: int) -> Tensor:
-        """Values of chunks ``first_chunk ..`` of the direction ``seed`` on one parameter: fp32 [num_chunks, 1024]."""
+        """The values of some chunks of a direction on one parameter, in plain torch on the CPU.
+
+        Args:
+            seed: the direction's, 64 bits.
+            param_id: see `seeds.param_id`.
+            first_chunk: number of the first chunk in the flattened full parameter.
+            num_chunks: number of chunks.
+
+        Returns:
+            fp32 [num_chunks, 1024].
+        """
         per = self.blocks_per_chunk
         words = philox.direction_words(seed, param_id, self.stream, first_chunk * per, num_chunks * per)
         return self.values(words)

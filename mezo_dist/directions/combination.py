@@ -18,7 +18,11 @@ class CoefficientError(ValueError):
 
 
 def to_fp32(value: float) -> float:
-    """``value`` rounded to the nearest fp32, as a Python float. Raises CoefficientError if it is not finite there."""
+    """``value`` rounded to the nearest fp32, as a Python float.
+
+    Raises:
+        CoefficientError: the value is not finite in fp32.
+    """
     try:
         rounded = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
@@ -90,7 +94,11 @@ class Combination:
 
     @staticmethod
     def from_json(data: Iterable[Iterable[int | float]]) -> Combination:
-        """Read `to_json` back. Raises ValueError on anything that is not a list of (seed, coefficient)."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: anything but a list of [seed, coefficient].
+        """
         terms = []
         for pair in data:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:

@@ -1,9 +1,11 @@
-"""`Law`: the random field of a run, that is, what every seed means on every parameter.
+"""`Law`: what every seed means on every parameter in a run.
+
+Invariant: a shard, some rows or the whole of a parameter get the same bits, on any number of ranks.
 
 For the element-wise laws (``gaussian``, ``rademacher``) a direction is a vector of independent entries. Under
 ``lowrank`` the direction of a matrix is ``z = U V^T / sqrt(rank)`` with gaussian factors (one row of U per row of the
-matrix, one row of V per column; any row range can be made alone), that of a vector is gaussian. Such a direction need
-not exist as weights: a linear layer can apply it to its input, a different one to every sample
+matrix, one row of V per column; any range of rows can be generated alone), that of a vector is gaussian. Such a
+direction need not exist as weights: a linear layer can apply it to its input, a different one to every sample
 (`mezo_dist.engines.lockstep.persample`).
 """
 
@@ -24,17 +26,34 @@ from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, 
 from mezo_dist.directions.combination import ZERO, Combination
 
 BLOCK = 64
-"""Rows of a low-rank direction that are made by one matrix product."""
+"""Rows of a low-rank direction that one matrix product computes."""
 BLOCKS_AT_ONCE = 64
+"""Blocks of rows whose rows of U are generated together."""
 SEEDS_AT_ONCE = 32
+"""Directions that one call of `add` generates."""
 SCALED_AT_ONCE = 1 << 20
+"""Elements that are scaled at a time: 4 MiB of scratch."""
 
 LawName = Literal["gaussian", "rademacher", "lowrank"]
 
 
 @dataclass(frozen=True)
 class Law:
-    """The law of a run's directions. ``rank`` matters to ``lowrank`` alone."""
+    """The law of a run's directions: a distribution, and the numbers that belong to every seed.
+
+    Args:
+        name: ``gaussian``, ``rademacher`` or ``lowrank``.
+        rank: number of columns of the thin factors; it matters to ``lowrank`` alone.
+
+    Raises:
+        ValueError: an unknown name, or a rank below 1.
+
+    >>> import torch
+    >>> weight = torch.zeros(3)
+    >>> Law("rademacher").add(weight, [Combination.single(7, 0.5)], [weight], param_id=1, shape=weight.shape)
+    >>> weight.abs()
+    tensor([0.5000, 0.5000, 0.5000])
+    """
 
     name: str
     rank: int = 1
@@ -76,13 +95,14 @@ class Law:
         """Write ``cast(weight + combinations[v])`` to ``outputs[v]``; see `mezo_dist.directions.add.add`.
 
         Args:
-            weight: a whole parameter, a shard of it, or some of its rows (indices along its first dimension).
+            weight: fp32, bf16 or fp16: a whole parameter, a shard of it, or some of its rows (indices along its first
+                dimension).
             combinations: one per output.
             outputs: shaped as ``weight``; one of them may be ``weight`` itself.
             param_id: see `seeds.param_id`.
-            shape: of the whole parameter.
-            offset: of a shard, where it starts in the flattened parameter.
-            rows: int64 [k], which rows ``weight`` holds; None: a shard, or all.
+            shape: the whole parameter's.
+            offset: index of a shard's first element in the flattened parameter.
+            rows: int64 [k], the rows that ``weight`` holds; None: a shard, or all.
             rounding_seed: for bf16 outputs that are to be rounded stochastically.
         """
         if self.is_lowrank and len(shape) >= 2:
@@ -115,13 +135,13 @@ class Law:
             weight: a whole parameter, or a shard of it.
             updates: (combination, seed of stochastic rounding or None).
             param_id: see `seeds.param_id`.
-            shape: of the whole parameter.
-            offset: of a shard, where it starts in the flattened parameter.
+            shape: the whole parameter's.
+            offset: index of a shard's first element in the flattened parameter.
         """
         if len(updates) > 1 and not (self.is_lowrank and len(shape) >= 2):
             advance(weight, updates, param_id=param_id, bits=self._bits, offset=offset)
             return
-        for combination, seed in updates:  # of a low-rank law: matrix products, and the matrix stays in the cache
+        for combination, seed in updates:  # lowrank: an update is matrix products, and the matrix stays in the cache
             self.add(weight, [combination], [weight], param_id=param_id, shape=shape, offset=offset, rounding_seed=seed)
 
     def scale(
@@ -133,7 +153,15 @@ class Law:
         offset: int = 0,
         rounding_seed: int | None = None,
     ) -> None:
-        """``weight <- cast(factor * weight)``, computed in fp32, in place; arguments as those of `add`."""
+        """``weight <- cast(factor * weight)``, computed in fp32, in place.
+
+        Args:
+            weight: fp32, bf16 or fp16: a whole parameter, or a shard of it.
+            factor: rounded to fp32 by torch.
+            param_id: see `seeds.param_id`; stochastic rounding needs it.
+            offset: index of a shard's first element in the flattened parameter.
+            rounding_seed: for a bf16 weight that is to be rounded stochastically.
+        """
         flat = weight.detach().view(-1)
         for start in range(0, flat.numel(), SCALED_AT_ONCE):
             piece = flat[start : start + SCALED_AT_ONCE]
@@ -146,17 +174,44 @@ class Law:
                     rounding_seed=rounding_seed)  # fmt: skip
 
     def factors(self, seeds: Sequence[int], param_id: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """U [num_seeds, rows, rank] and V [num_seeds, columns, rank] of a matrix (fp32); V carries 1 / sqrt(rank)."""
+        """The thin factors of a matrix's directions: ``z = U V^T``.
+
+        Args:
+            seeds: the directions'.
+            param_id: see `seeds.param_id`.
+            shape: the matrix's; dimensions after the first count as columns.
+
+        Returns:
+            U [num_seeds, rows, rank] and V [num_seeds, columns, rank], fp32; V carries the 1 / sqrt(rank).
+        """
         rows, columns = shape[0], math.prod(shape[1:])
         u = self._factor(FACTOR_U, seeds, param_id, 0, rows)
         v = self._factor(FACTOR_V, seeds, param_id, 0, columns)
         return u, v / math.sqrt(self.rank)
 
     def vector(self, seeds: Sequence[int], param_id: int, size: int) -> Tensor:
-        """The directions of a 1-D parameter: fp32 [num_seeds, size]."""
+        """The directions of a 1-D parameter.
+
+        Args:
+            seeds: the directions'.
+            param_id: see `seeds.param_id`.
+            size: number of elements.
+
+        Returns:
+            fp32 [num_seeds, size].
+        """
         return _fill(self._bits, seeds, param_id, 0, size)
 
     def _factor(self, bits: BitLayout, seeds: Sequence[int], param_id: int, first_row: int, num_rows: int) -> Tensor:
+        """Rows ``first_row ..`` of one factor of many directions, unscaled: fp32 [num_seeds, num_rows, rank].
+
+        Args:
+            bits: `FACTOR_U` or `FACTOR_V`.
+            seeds: the directions'.
+            param_id: see `seeds.param_id`.
+            first_row: number of the first row.
+            num_rows: number of rows.
+        """
         flat = _fill(bits, seeds, param_id, first_row * self.rank, num_rows * self.rank)
         return flat.view(len(seeds), num_rows, self.rank)
 
@@ -174,6 +229,15 @@ class Law:
 
         A product of another shape may be summed in another order. So all have the same shape, whatever the shard, and
         a row of a matrix gets the same bits wherever it lies.
+
+        Args:
+            weight: a shard of a matrix, or some of its rows.
+            combinations: one per output.
+            outputs: shaped as ``weight``.
+            param_id: see `seeds.param_id`.
+            shape: the whole matrix's.
+            pieces: blocks of rows that ``weight`` consists of.
+            rounding_seed: for bf16 outputs that are to be rounded stochastically.
         """
         columns = math.prod(shape[1:])
         source, targets = weight.view(-1), [output.view(-1) for output in outputs]
@@ -198,35 +262,49 @@ class Law:
     def _with_rows_of_u(
         self, pieces: Iterable[_Piece], seeds: Sequence[int], param_id: int
     ) -> Iterator[tuple[_Piece, Tensor]]:
-        """Each piece with its rows of U, filled up with zeros: [num_seeds, BLOCK, rank]. Made for many pieces at once:
-        numbers are generated in chunks that are longer than a block's."""
+        """Each piece with its rows of U, filled up with zeros: [num_seeds, BLOCK, rank].
+
+        They are generated for many pieces at once, because a chunk of the generator is longer than a block's rows.
+
+        Args:
+            pieces: of one shard (all consecutive), or of some rows.
+            seeds: the directions'.
+            param_id: see `seeds.param_id`.
+        """
         remaining = iter(pieces)
         while some := list(itertools.islice(remaining, BLOCKS_AT_ONCE)):
-            if isinstance(some[0].rows, range):  # so all follow one upon the other
+            if isinstance(some[0].rows, range):  # a shard: each piece follows the one before
                 first, last = some[0].rows[0], some[-1].rows[-1]
-                made = self._factor(FACTOR_U, seeds, param_id, first, last + 1 - first)
+                left = self._factor(FACTOR_U, seeds, param_id, first, last + 1 - first)
             else:
                 offsets = [row * self.rank for piece in some for row in piece.rows]
-                made = _fill(FACTOR_U, seeds, param_id, offsets, self.rank).view(len(seeds), -1, self.rank)
-            made = torch.nn.functional.pad(made, (0, 0, 0, -made.shape[1] % BLOCK))
-            yield from zip(some, made.split(BLOCK, dim=1), strict=True)
+                left = _fill(FACTOR_U, seeds, param_id, offsets, self.rank).view(len(seeds), -1, self.rank)
+            left = torch.nn.functional.pad(left, (0, 0, 0, -left.shape[1] % BLOCK))
+            yield from zip(some, left.split(BLOCK, dim=1), strict=True)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one product is added to: ``length`` elements from ``first`` on, of what `Law.add` was given.
-
-    They are those from ``skip`` on of the rows ``rows`` (at most `BLOCK`) of the matrix.
-    """
+    """The elements that one product is added to: those from ``skip`` on of some rows of the matrix."""
 
     rows: Sequence[int]
+    """Numbers of the rows, at most `BLOCK`."""
     skip: int
+    """Elements of these rows before the piece."""
     first: int
+    """Index of the piece's first element in the tensor that `Law.add` was given."""
     length: int
+    """Number of elements."""
 
 
 def _pieces_of_shard(offset: int, length: int, shape: torch.Size) -> Iterator[_Piece]:
-    """Blocks of rows, cut at multiples of `BLOCK` whatever the shard."""
+    """Blocks of rows, cut at multiples of `BLOCK` whatever the shard.
+
+    Args:
+        offset: index of the shard's first element in the flattened matrix.
+        length: elements of the shard.
+        shape: the whole matrix's.
+    """
     columns = math.prod(shape[1:])
     step = BLOCK * columns
     for start in range(offset // step * step if step else 0, offset + length, max(step, 1)):
@@ -236,6 +314,7 @@ def _pieces_of_shard(offset: int, length: int, shape: torch.Size) -> Iterator[_P
 
 
 def _pieces_of_rows(rows: Tensor, shape: torch.Size) -> Iterator[_Piece]:
+    """Blocks of the rows ``rows`` (int64 [k]), in that order."""
     columns, numbers = math.prod(shape[1:]), rows.tolist()
     for k in range(0, len(numbers), BLOCK):
         some = numbers[k : k + BLOCK]
@@ -243,7 +322,16 @@ def _pieces_of_rows(rows: Tensor, shape: torch.Size) -> Iterator[_Piece]:
 
 
 def _side_by_side(factor: Tensor, seeds: Sequence[int], combination: Combination) -> Tensor:
-    """The factors of a combination's terms as one matrix: [num_seeds, n, rank] -> [n, terms * rank]."""
+    """The factors of a combination's terms as one matrix.
+
+    Args:
+        factor: [num_seeds, n, rank].
+        seeds: the directions that ``factor`` holds, ascending.
+        combination: its seeds are some of ``seeds``.
+
+    Returns:
+        [n, number of terms * rank].
+    """
     if len(combination) < len(seeds):
         place = {seed: k for k, seed in enumerate(seeds)}
         factor = factor[[place[seed] for seed, _ in combination.terms]]
@@ -251,17 +339,28 @@ def _side_by_side(factor: Tensor, seeds: Sequence[int], combination: Combination
 
 
 @functools.lru_cache(maxsize=4096)
-def _one(seed: int) -> Combination:
+def _direction(seed: int) -> Combination:
     return Combination.single(seed, 1.0)
 
 
 def _fill(bits: BitLayout, seeds: Sequence[int], param_id: int, offset: int | list[int], length: int) -> Tensor:
-    """Values of many directions at the same places: fp32 [num_seeds, number of offsets * length]."""
+    """The values of many directions at the same places.
+
+    Args:
+        bits: bit layout of the directions.
+        seeds: the directions'.
+        param_id: see `seeds.param_id`.
+        offset: index of the first element in the flattened parameter, or of each piece's first element.
+        length: elements of a piece.
+
+    Returns:
+        fp32 [num_seeds, number of pieces * length].
+    """
     offsets = offset if isinstance(offset, list) else [offset]
-    made = torch.empty(len(seeds), len(offsets) * length)
+    values = torch.empty(len(seeds), len(offsets) * length)
     zero = torch.zeros(len(offsets) * length)
     for first in range(0, len(seeds), SEEDS_AT_ONCE):
         some = seeds[first : first + SEEDS_AT_ONCE]
-        outputs = list(made[first : first + SEEDS_AT_ONCE])
-        add(zero, [_one(seed) for seed in some], outputs, param_id=param_id, bits=bits, offsets=offsets)
-    return made
+        outputs = list(values[first : first + SEEDS_AT_ONCE])
+        add(zero, [_direction(seed) for seed in some], outputs, param_id=param_id, bits=bits, offsets=offsets)
+    return values

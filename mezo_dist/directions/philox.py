@@ -1,7 +1,7 @@
 """Philox4x32-10 in plain torch: the readable reference of the generator ``philox4x32-10/v1``.
 
 Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011). A counter-based generator has no
-state: the four 32-bit words of a block are a function of (key, counter), so any piece of a direction can be made
+state: the four 32-bit words of a block are a function of (key, counter), so any piece of a direction can be generated
 alone, anywhere. Here key = the direction's 64-bit seed, counter = (block low, block high, parameter id, stream).
 """
 
@@ -48,7 +48,18 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def direction_words(seed: int, param_id: int, stream: int, first_block: int, num_blocks: int) -> Tensor:
-    """The words of blocks ``first_block ..`` of one parameter's stream: int64 [4, num_blocks] on the CPU."""
+    """The words of some blocks of one parameter's stream.
+
+    Args:
+        seed: 64 bits, the key.
+        param_id: see `seeds.param_id`.
+        stream: one of the ``STREAM_`` numbers.
+        first_block: number of the first block, 64 bits.
+        num_blocks: number of blocks.
+
+    Returns:
+        int64 [4, num_blocks] on the CPU, values in 0..2**32-1.
+    """
     block = torch.arange(first_block, first_block + num_blocks, dtype=torch.int64)
     fixed = torch.ones_like(block)
     counter = (block & MASK32, (block >> 32) & MASK32, fixed * param_id, fixed * stream)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 def derive_seed(run_seed: int, *purpose: int | str) -> int:
-    """A 64-bit seed for ``purpose`` in the run with ``run_seed``.
+    """The 64-bit seed for ``purpose`` in the run with ``run_seed``.
 
     BLAKE2b (8-byte digest, little-endian) of the purpose written as text, so that neighbouring steps share nothing.
     Parts are joined by slashes; a slash or backslash inside a part follows a backslash, so that ``"a/b"`` is not
@@ -25,7 +25,11 @@ def derive_seed(run_seed: int, *purpose: int | str) -> int:
 
 
 def param_id(name: str) -> int:
-    """The 32-bit id of the parameter with canonical ``name``: first 4 bytes (little-endian) of its 64-byte BLAKE2b."""
+    """The 32-bit id of the parameter with canonical ``name``: first 4 bytes (little-endian) of its 64-byte BLAKE2b.
+
+    >>> param_id("model.norm.weight")
+    1747749143
+    """
     return int.from_bytes(hashlib.blake2b(name.encode()).digest()[:4], "little")
 
 

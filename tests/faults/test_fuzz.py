@@ -190,9 +190,7 @@ def test_no_code_comes_with_a_run_folder(
     for path in run.rglob("*"):
         if path.is_file() and path.name != "trajectory.jsonl":
             path.write_bytes(pickle.dumps({"weights": 1}))
-    importlib.import_module(
-        "mezo_dist.directions.kernels.cpu"
-    )  # numba keeps compiled kernels as pickles, in its cache
+    importlib.import_module("mezo_dist.directions.kernels.cpu")  # numba keeps compiled kernels as pickles, in its cache
     with monkeypatch.context() as patch:
         for name in ("load", "loads", "Unpickler"):
             patch.setattr(pickle, name, refuse)

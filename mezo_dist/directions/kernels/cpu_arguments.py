@@ -42,18 +42,18 @@ class Arguments(ctypes.Structure):
         ("num_outputs", ctypes.c_int64),
         ("num_rows", ctypes.c_int64),
         ("row_length", ctypes.c_int64),  # elements
-        ("chunks_per_row", ctypes.c_int64),  # of the row whose ends cut the most chunks
+        ("chunks_per_row", ctypes.c_int64),  # chunks that a row can touch, at worst
         ("num_updates", ctypes.c_int64),
-        ("num_terms", ctypes.c_int64),  # of all updates
+        ("num_terms", ctypes.c_int64),  # all updates together
         # Directions
         ("param_id", ctypes.c_uint64),
-        ("stream", ctypes.c_uint64),  # of the generator
+        ("stream", ctypes.c_uint64),  # the generator's
         ("is_gaussian", ctypes.c_bool),  # else rademacher
         ("is_stochastic", ctypes.c_bool),  # bf16 outputs are rounded stochastically
         # Addresses of arrays
         ("outputs", ctypes.c_uint64),  # uint64 [num_outputs]: their addresses
         ("kinds", ctypes.c_uint64),  # int64 [num_outputs]: their dtypes, as weight_kind
-        ("offsets", ctypes.c_uint64),  # int64 [num_rows]: of each row's first element in the full parameter
+        ("offsets", ctypes.c_uint64),  # int64 [num_rows]: index of each row's first element in the full parameter
         ("seeds", ctypes.c_uint64),  # uint64 [num_terms]
         ("coefficients", ctypes.c_uint64),  # fp32 [num_terms, num_outputs]; zero: this output has no such term
         ("ends", ctypes.c_uint64),  # int64 [num_updates]: update u has the terms ends[u - 1] .. ends[u]
@@ -95,7 +95,7 @@ def view(address, dtype, start, stop):
 
     Args:
         address: uint64.
-        dtype: of the array's elements.
+        dtype: the elements' dtype.
         start: first element.
         stop: the element after the last one.
     """
@@ -113,7 +113,7 @@ def claim(address):
     """Claim a piece of the tasks for the calling thread alone.
 
     Args:
-        address: uint64, of an `Arguments`.
+        address: uint64, that of an `Arguments`.
 
     Returns:
         (first task, task after the last one); the first is not below the second when all tasks are claimed.

@@ -1,7 +1,7 @@
 """`add` for tensors on a GPU: one Triton kernel, the same bits as `reference`.
 
-A program works on one tile of a few chunks: it reads the weights once, then makes each direction once and adds it to
-every output that wants it, casts and stores. The layouts of the laws were chosen for this: neighbouring lanes hold
+A program works on one tile of a few chunks: it reads the weights once, then generates each direction once and adds it
+to every output that has such a term, casts and stores. The bit layouts were chosen for this: neighbouring lanes hold
 neighbouring elements, so that every load and store of weights and outputs is coalesced.
 
 It has NEVER RUN ON A REAL GPU so far, and no speed is known. Its bits are checked against the reference in Triton's
@@ -60,7 +60,7 @@ def add(
     rows, length = len(offsets), weight.numel() // len(offsets)
     # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
     chunks = 2 if bits.values is RADEMACHER.values and length >= 2 * CHUNK and len(outputs) <= 2 else 1
-    tiles_per_row = triton.cdiv(length + CHUNK - 1, chunks * CHUNK)  # of the row that lies worst
+    tiles_per_row = triton.cdiv(length + CHUNK - 1, chunks * CHUNK)  # tiles that a row can touch, at worst
     with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
         place = _place(weight)
         seeds, coefficients = _table_of_terms(tuple(combinations), *place)
@@ -102,7 +102,7 @@ def _as_bits(tensor: Tensor) -> Tensor:
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:
-    """Device and current stream: memory that outlives a call is reused on the stream that it was allocated on only."""
+    """Device and current stream: memory that outlives a call is reused only on the stream that it was allocated on."""
     return tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
@@ -124,8 +124,13 @@ def _half_table(device: torch.device, stream: int) -> Tensor:
 def _table_of_terms(combinations: tuple[Combination, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     """All seeds in ascending order, int64 [k] (bits of uint64), and the coefficients, fp32 [k, len(combinations)].
 
-    Ascending is the order of every combination, so one pass serves all of them. Coefficient zero: no such term.
-    Cached, because a step adds the same few combinations to every parameter.
+    Ascending is the order of every combination, so one pass serves all of them. A coefficient is zero where an output
+    has no such term. Cached, because a step adds the same few combinations to every parameter.
+
+    Args:
+        combinations: one per output.
+        device: where the tables are needed.
+        stream: see `_place`.
     """
     seeds = sorted({seed for combination in combinations for seed, _ in combination.terms})
     by_seed = [dict(combination.terms) for combination in combinations]
@@ -139,9 +144,16 @@ def _table_of_terms(combinations: tuple[Combination, ...], device: torch.device,
 
 @triton.jit
 def _words(seed, first_block, param_id, stream, BLOCKS: tl.constexpr):
-    """uint32 [BLOCKS, 4]: the words of blocks ``first_block ..``; ``seed`` and ``first_block`` are 64-bit scalars.
+    """uint32 [BLOCKS, 4]: the words of blocks ``first_block ..``.
 
     Products are 64-bit: one wide multiplication gives both halves, compiled and in the interpreter.
+
+    Args:
+        seed: 64-bit scalar, the key.
+        first_block: 64-bit scalar.
+        param_id: uint32.
+        stream: uint32, the generator's.
+        BLOCKS: number of blocks.
     """
     block = first_block.to(tl.uint64) + tl.arange(0, BLOCKS).to(tl.uint64)
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
@@ -157,14 +169,23 @@ def _words(seed, first_block, param_id, stream, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _halves(words, CHUNKS: tl.constexpr):
-    """16 bits per element, layout of `laws.halves`: uint32 [128 CHUNKS, 4] -> [1024 CHUNKS]."""
+    """16 bits per element, bit layout of `bits.halves`: uint32 [128 CHUNKS, 4] -> [1024 CHUNKS]."""
     halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (CHUNKS, GAUSSIAN_BLOCKS, 8))
     return tl.reshape(tl.permute(halves, (0, 2, 1)), (CHUNKS * CHUNK_SIZE,))
 
 
 @triton.jit
 def _gaussian(seed, chunk, param_id, stream, half_table, CHUNKS: tl.constexpr):
-    """fp32 [1024 CHUNKS]: the values of chunks ``chunk ..``."""
+    """fp32 [1024 CHUNKS]: the values of some chunks of a gaussian direction.
+
+    Args:
+        seed: 64-bit scalar, the direction's.
+        chunk: 64-bit scalar, number of the first chunk in the full parameter.
+        param_id: uint32.
+        stream: uint32, the generator's.
+        half_table: see `_half_table`.
+        CHUNKS: number of chunks.
+    """
     words = _words(seed, chunk * GAUSSIAN_BLOCKS, param_id, stream, GAUSSIAN_BLOCKS * CHUNKS)
     index = _halves(words, CHUNKS).to(tl.int32) - HALF_TABLE
     magnitude = tl.load(half_table + (index ^ (index >> 31)))  # ~index where negative
@@ -173,7 +194,7 @@ def _gaussian(seed, chunk, param_id, stream, half_table, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _rademacher(seed, chunk, param_id, stream, CHUNKS: tl.constexpr):
-    """fp32 [1024 CHUNKS]: 1 bit per element; in memory order these are block, word, bit."""
+    """fp32 [1024 CHUNKS]: as `_gaussian`, 1 bit per element; in memory order these are block, word, bit."""
     words = _words(seed, chunk * RADEMACHER_BLOCKS, param_id, stream, RADEMACHER_BLOCKS * CHUNKS)
     bits = (words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
     return tl.where(tl.reshape(bits, (CHUNKS * CHUNK_SIZE,)) == 1, 1.0, -1.0)
@@ -181,7 +202,7 @@ def _rademacher(seed, chunk, param_id, stream, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _to_fp32(x):
-    """fp32 values of what was loaded; int16 stands for bf16."""
+    """The fp32 values of loaded elements; int16 stands for bf16."""
     if x.dtype == tl.int16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -202,7 +223,10 @@ def _sums(
     source, seeds, coefficients, num_seeds, chunk, param_id, stream, half_table,
     GAUSSIAN: tl.constexpr, NUM_OUTPUTS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """``source`` plus every output's combination, one after another: a tuple of fp32 [1024 CHUNKS]."""
+    """``source`` plus every output's combination: a tuple of fp32 [1024 CHUNKS], one per output.
+
+    Args: as those of `_kernel` and `_gaussian`; ``source`` is fp32 [1024 CHUNKS], the weights.
+    """
     totals = (source,) * NUM_OUTPUTS
     for k in range(num_seeds):
         seed = tl.load(seeds + k).to(tl.uint64, bitcast=True)
@@ -237,10 +261,26 @@ def _kernel(
     STOCHASTIC: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Program p does tile p % tiles_per_row of row p // tiles_per_row. ``outputs`` is a tuple of pointers.
+    """Program p does tile p % tiles_per_row of row p // tiles_per_row.
 
-    ``seeds`` [num_seeds] ascend; ``coefficients`` [num_seeds, len(outputs)] are zero where an output has no such term:
-    it is skipped, for even adding 0 * z is not always nothing (-0.0).
+    A term that an output lacks is skipped, for even adding 0 * z is not always nothing (-0.0).
+
+    Args:
+        weight: pointer; rows of ``length`` elements, one after another.
+        outputs: tuple of pointers, as ``weight``; int16 stands for bf16.
+        half_table: see `_half_table`.
+        seeds: int64 [num_seeds], ascending; the bits of uint64.
+        coefficients: fp32 [num_seeds, len(outputs)], zero where an output has no such term.
+        offsets: int64, index of each row's first element in the full parameter.
+        num_seeds: number of terms.
+        length: elements of a row.
+        tiles_per_row: tiles that a row can touch, at worst.
+        param_id: see `seeds.param_id`.
+        stream: the generator's.
+        rounding_seed: that of stochastic rounding.
+        GAUSSIAN: gaussian values, else rademacher.
+        STOCHASTIC: bf16 outputs are rounded stochastically.
+        CHUNKS: chunks of a tile.
     """
     TILE: tl.constexpr = CHUNKS * CHUNK_SIZE
     NUM_OUTPUTS: tl.constexpr = len(outputs)

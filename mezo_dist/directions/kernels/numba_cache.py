@@ -1,4 +1,7 @@
-"""Compile a function with numba, or take the machine code from numba's cache, whatever state that is in."""
+"""Compile a function with numba, or take the machine code from numba's cache, whatever state that is in.
+
+Invariant: machine code from the cache belongs to these sources, this numba and this processor, or is not used.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ def compiled(function: Callable[..., None], signature: str, uses: list[ModuleTyp
 
     Args:
         function: from a module of its own, for the cache knows nothing of compiled functions in other modules.
-        signature: its types, in numba's notation.
-        uses: other modules whose constants are compiled in.
+        signature: the function's types, in numba's notation.
+        uses: other modules whose functions or constants are compiled in.
     """
     try:
         # numba's files are named after the function, and it writes an index first, then the code. With one name for
@@ -43,7 +46,7 @@ def compiled(function: Callable[..., None], signature: str, uses: list[ModuleTyp
 
 
 def _fingerprint(sources: list[str]) -> str:
-    """Of all that machine code depends on: the sources, numba, the processor."""
-    made_by = (numba.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
-    text = b"".join(Path(source).read_bytes() for source in sources) + repr(made_by).encode()
+    """A digest of all that machine code depends on: the sources, numba, the processor."""
+    compiler = (numba.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+    text = b"".join(Path(source).read_bytes() for source in sources) + repr(compiler).encode()
     return hashlib.sha256(text).hexdigest()[:16]

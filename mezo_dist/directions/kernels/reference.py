@@ -70,7 +70,7 @@ def _rounding_bits(seed: int, param_id: int, first_chunk: int, num_chunks: int) 
     """16 random bits per element from stream 1, in the ``gaussian`` bit layout: int64 [num_chunks * 1024].
 
     Args:
-        seed: of the rounding, not of a direction.
+        seed: that of the rounding.
         param_id: see `seeds.param_id`.
         first_chunk: number of the first chunk in the full parameter.
         num_chunks: number of chunks of 1024 elements.

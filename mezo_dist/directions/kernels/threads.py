@@ -1,8 +1,10 @@
-"""Run a compiled job on as many threads as torch computes with: on torch's own ones, where they can be had.
+"""Run the compiled kernel on as many threads as torch computes with: on torch's own threads, where possible.
 
 Torch's OpenMP threads keep their cores busy for about a millisecond after every parallel operation, waiting for the
 next one. Other threads that want these cores in that time get half of them at best. So work is given to the very team
 that waits: through the entry point that compilers of OpenMP programs call, in the library that torch brought along.
+
+TODO-POOL
 """
 
 from __future__ import annotations
@@ -29,18 +31,14 @@ def in_threads(kernel: int, arguments: Arguments, num_tasks: int, min_tasks: int
     """Do all tasks of a call of the kernel.
 
     Args:
-        kernel: address of a C function that gets the address of the arguments and works until all tasks are claimed.
-        arguments: how the tasks are shared out is filled in here.
+        kernel: address of a C function that takes the address of the arguments and works until all tasks are claimed.
+        arguments: what the call computes.
         num_tasks: tasks of the call, numbered from 0.
         min_tasks: a thread is used only if there are as many tasks as this for every thread.
     """
-    num_threads = min(torch.get_num_threads(), num_tasks // min_tasks)
-    num_pieces = 4 * num_threads if num_threads > 1 else 1  # small ones, so that a thread that is held up can do fewer
-    arguments.num_claimed = 0
-    arguments.num_tasks = num_tasks
-    arguments.tasks_per_piece = num_tasks // num_pieces + 1
+    num_threads = share_out(arguments, num_tasks, min_tasks)
     address = ctypes.addressof(arguments)
-    if num_threads <= 1:
+    if num_threads == 1:
         _callable(kernel)(address)
     # A forked process must not touch OpenMP, which would wait for ever for threads that did not come along.
     elif os.getpid() == _PID_AT_IMPORT and (parallel := torch_team()):
@@ -50,12 +48,29 @@ def in_threads(kernel: int, arguments: Arguments, num_tasks: int, min_tasks: int
         _in_pool(_callable(kernel), address, num_threads)
 
 
+def share_out(arguments: Arguments, num_tasks: int, min_tasks: int) -> int:
+    """Cut the tasks into pieces for threads to claim, and return the number of threads that there is work for.
+
+    Args:
+        arguments: the pieces are written here.
+        num_tasks: tasks of the call, numbered from 0.
+        min_tasks: a thread is used only if there are as many tasks as this for every thread.
+    """
+    num_threads = max(1, min(torch.get_num_threads(), num_tasks // min_tasks))
+    num_pieces = 4 * num_threads if num_threads > 1 else 1  # small ones, so that a thread that is held up can do fewer
+    arguments.num_claimed = 0
+    arguments.num_tasks = num_tasks
+    arguments.tasks_per_piece = num_tasks // num_pieces + 1
+    return num_threads
+
+
 @functools.cache
 def _callable(kernel: int) -> Callable[[int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
 
 
 def _in_pool(kernel: Callable[[int], None], address: int, num_threads: int) -> None:
+    """Call the kernel on ``num_threads`` threads, the caller's among them, each with the address of the arguments."""
     others = [_pool(num_threads - 1).submit(kernel, address) for _ in range(num_threads - 1)]
     try:
         kernel(address)
@@ -65,14 +80,14 @@ def _in_pool(kernel: Callable[[int], None], address: int, num_threads: int) -> N
 
 @functools.cache
 def torch_team() -> Parallel | None:
-    """The entry point to torch's own threads; None, and a line in the log, if it is not found."""
+    """The entry point to torch's own threads; None, and a line in the log, if there is none."""
     library = _openmp_of_torch()
     try:
         if library is None:
             raise OSError("it brought no OpenMP library along")
         parallel = ctypes.CDLL(str(library)).GOMP_parallel  # of GNU's library; Intel's and LLVM's have it, too
     except (OSError, AttributeError) as error:
-        log.info("directions are made on threads beside torch's, which is slower (%s)", error)
+        log.info("directions are generated on threads beside torch's, which is slower (%s)", error)
         return None
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
@@ -85,10 +100,10 @@ def _openmp_of_torch() -> Path | None:
     if not maps.exists():
         return None
     mapped = {Path(line.split(maxsplit=5)[-1]) for line in maps.read_text().splitlines() if "/" in line}
-    found = sorted(path for path in mapped if re.match(r"lib(gomp|iomp5|omp)\b.*\.so", path.name))
+    libraries = sorted(path for path in mapped if re.match(r"lib(gomp|iomp5|omp)\b.*\.so", path.name))
     packages = Path(torch.__file__).parents[1]
-    own = [path for path in found if {packages / "torch", packages / "torch.libs"} & set(path.parents)]
-    return own[0] if own else found[0] if len(found) == 1 else None
+    torchs = [path for path in libraries if {packages / "torch", packages / "torch.libs"} & set(path.parents)]
+    return torchs[0] if torchs else libraries[0] if len(libraries) == 1 else None
 
 
 @functools.cache
