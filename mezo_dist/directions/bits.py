@@ -1,7 +1,9 @@
 """Bit layouts: how the words of the generator become the numbers of a direction.
 
 Elements of a flattened full parameter are grouped in chunks of 1024. A bit layout says how many generator blocks a
-chunk takes and which bits an element takes. Invariant: a value depends on (seed, parameter, global element index) alone.
+chunk takes and which bits an element takes.
+
+Invariant: a value depends on (seed, parameter, global element index) alone.
 """
 
 from __future__ import annotations
