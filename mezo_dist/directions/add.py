@@ -23,8 +23,6 @@ from mezo_dist.directions.kernels import reference
 
 log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Updates = Sequence[tuple[Combination, int | None]]
-"""(combination, seed of stochastic rounding or None), one after another."""
 
 
 def add(
@@ -75,7 +73,14 @@ def add(
     )
 
 
-def advance(weight: Tensor, updates: Updates, *, param_id: int, bits: BitLayout, offset: int = 0) -> None:
+def advance(
+    weight: Tensor,
+    updates: Sequence[tuple[Combination, int | None]],
+    *,
+    param_id: int,
+    bits: BitLayout,
+    offset: int = 0,
+) -> None:
     """``weight <- cast(weight + combination)`` for one update after another, in place.
 
     Stepping reads and writes all weights for every step, and on most machines waits for memory. On the CPU a chunk of
@@ -83,7 +88,8 @@ def advance(weight: Tensor, updates: Updates, *, param_id: int, bits: BitLayout,
 
     Args:
         weight: fp32, bf16 or fp16, contiguous: a piece of one flattened full parameter.
-        updates: see `Updates`; rounding seeds for bf16 weights only, and then for all updates or for none.
+        updates: (combination, seed of stochastic rounding or None), one after another; rounding seeds for bf16 weights
+            only, and then for all updates or for none.
         param_id: see `seeds.param_id`.
         bits: bit layout of the directions.
         offset: index of the first element in the flattened full parameter.

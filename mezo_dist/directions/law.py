@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.add import Updates, add, advance
+from mezo_dist.directions.add import add, advance
 from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 
@@ -123,7 +123,7 @@ class Law:
     def advance(
         self,
         weight: Tensor,
-        updates: Updates,
+        updates: Sequence[tuple[Combination, int | None]],
         *,
         param_id: int,
         shape: torch.Size,

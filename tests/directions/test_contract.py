@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.add import add
+from mezo_dist.directions.add import add, advance
 from mezo_dist.directions.bits import GAUSSIAN, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import cpu, reference
@@ -41,7 +41,7 @@ def direction(seed: int, count: int) -> Tensor:
 
 
 def random_weights(count: int) -> Tensor:
-    """Of all sizes that fp32 has."""
+    """Numbers of all sizes that fp32 has."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(count, generator=generator) * 2.0 ** torch.randint(-140, 120, (count,), generator=generator)
 
@@ -136,6 +136,29 @@ def test_arguments_that_do_not_fit_are_refused(message: str, change: dict[str, o
     with pytest.raises(ValueError, match=message):
         add(**{**arguments, "param_id": 1, "bits": GAUSSIAN, **change})  # type: ignore[arg-type]
     assert not W.any()
+
+
+@pytest.mark.parametrize(
+    ("message", "weight", "seeds"),
+    [
+        ("all updates are rounded", W.bfloat16(), [1, None]),
+        ("stochastic", W, [1, 2]),
+        ("contiguous", W.double(), [None, None]),
+        ("contiguous", torch.zeros(6, 2)[:, 0], [None, None]),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused(message: str, weight: Tensor, seeds: list[int | None]) -> None:
+    step = Combination.single(1, 1.0)
+    with pytest.raises(ValueError, match=message):
+        advance(weight, [(step, seed) for seed in seeds], param_id=1, bits=GAUSSIAN)
+    assert not weight.any()
+
+
+def test_no_updates_change_nothing() -> None:
+    weight = torch.full((6,), -0.0)
+    advance(weight, [], param_id=1, bits=GAUSSIAN)
+    advance(weight, [(ZERO, None), (ZERO, None)], param_id=1, bits=GAUSSIAN)
+    assert weight.signbit().all()
 
 
 def test_an_empty_weight_is_left_alone() -> None:

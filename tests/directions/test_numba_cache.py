@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mezo_dist.directions.kernels
-from mezo_dist.directions.add import add, implementation
+from mezo_dist.directions.add import add, advance, implementation
 from mezo_dist.directions.bits import GAUSSIAN
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import numba_cache, reference
@@ -29,15 +29,18 @@ def test_without_numba_the_reference_does_it_and_the_log_says_so_once(
     monkeypatch.setitem(sys.modules, "numba", None)  # `import numba` raises ImportError
     implementation.cache_clear()
     try:
-        weight = torch.zeros(10)
+        weight, advanced, step = torch.zeros(10), torch.zeros(10), Combination.single(1, 1.0)
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
-                add(weight, [Combination.single(1, 1.0)], [weight], param_id=2, bits=GAUSSIAN)
+                add(weight, [step], [weight], param_id=2, bits=GAUSSIAN)
+            advance(advanced, [(step, None), (step, None)], param_id=2, bits=GAUSSIAN)
         assert implementation("cpu") is reference
     finally:
         implementation.cache_clear()
     assert [record.getMessage().count("numba") for record in caplog.records] == [1]
-    assert torch.equal(weight, 2 * GAUSSIAN.chunks(1, 2, 0, 1)[0, :10])
+    direction = GAUSSIAN.chunks(1, 2, 0, 1)[0, :10]
+    assert torch.equal(weight, 2 * direction)
+    assert torch.equal(advanced, 2 * direction)
 
 
 @pytest.fixture
