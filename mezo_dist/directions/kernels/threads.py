@@ -4,7 +4,9 @@ Torch's OpenMP threads keep their cores busy for about a millisecond after every
 next one. Other threads that want these cores in that time get half of them at best. So work is given to the very team
 that waits: through the entry point that compilers of OpenMP programs call, in the library that torch brought along.
 
-TODO-POOL
+The plain alternative is a pool of Python threads that run the kernel without the GIL; `_in_pool` is that, for where
+torch brought no such library. ``examples/benchmarks/step_cost.py --nogil-pool`` compares the two in one run. No figure
+of that comparison stands here yet: it needs a machine whose cores are idle.
 """
 
 from __future__ import annotations
