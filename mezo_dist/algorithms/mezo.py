@@ -27,12 +27,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Union
+from typing import ClassVar, Literal
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
+from mezo_dist.algorithms.ranges import check_ranges
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -60,11 +61,11 @@ class MeZO:
     scaling: Scaling = "plain"
     """How far to go along a direction: by the projected gradient, by its sign, or by it over the standard deviation of
     those of the step. With the last two, the learning rate is the length of a step."""
-    clip: Union[float, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
+    clip: float | None = None
     """Largest size of a projected gradient; what is beyond is cut off. Null: no limit."""
     momentum: Momentum = field(default_factory=Momentum)
     """Momentum over past estimates; off by default."""
-    pool: Union[int, None] = None  # noqa: UP007
+    pool: int | None = None
     """Draw directions from a fixed pool of so many: all steps together then add that many numbers to the base model.
     Null: every step has directions of its own."""
     pull: float = 0.0
@@ -81,7 +82,8 @@ class MeZO:
     """Plateau rule on top of the schedule; off by default."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "lr", "eps", "directions", "clip", "pool")
+        check_positive(self, "lr", "eps", "clip")
+        check_ranges(self, "algorithm.", directions=(1, 10_000), pool=(1, 10**6))
         self.eps_schedule.check_never_zero("eps_schedule")
         if self.one_sided and self.scaling == "normalised" and self.directions < 2:
             raise ValueError("algorithm.directions: must be at least 2 for scaling: normalised with one_sided")

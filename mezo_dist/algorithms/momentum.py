@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mezo_dist.algorithms.ranges import check_ranges
 from mezo_dist.directions.combination import Combination
 
 
@@ -17,8 +18,9 @@ class Momentum:
     """Estimates that count. An update makes the directions of all of them, so it takes that many times as long."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1 or self.window < 1:
-            raise ValueError("algorithm.momentum: decay must be at least 0 and below 1, window at least 1")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay: must be at least 0 and below 1, not {self.decay}")
+        check_ranges(self, window=(1, 10_000))
 
 
 @dataclass(frozen=True)

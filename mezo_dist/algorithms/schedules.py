@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mezo_dist.algorithms.ranges import MANY, check_ranges
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -19,8 +21,7 @@ class Schedule:
     """Factor at the last step of a linear or cosine schedule (0..1)."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0 or not 0 <= self.final <= 1:
-            raise ValueError("algorithm.schedule: warmup_steps must be at least 0, and final must lie in 0..1")
+        check_ranges(self, warmup_steps=(0, MANY), final=(0, 1))
 
     def check_never_zero(self, name: str) -> None:
         """Raises ValueError for the setting ``name`` if the factor falls to 0, as that of a perturbation must not."""
@@ -54,8 +55,7 @@ class Annealing:
     """Ratio of mean losses above which the loss counts as no longer falling."""
 
     def __post_init__(self) -> None:
-        if not (1 <= self.divisor < math.inf and self.window >= 1 and self.threshold > 0):
-            raise ValueError("algorithm.annealing: divisor and window must be at least 1, threshold above 0")
+        check_ranges(self, divisor=(1, 10**6), window=(1, 10**6), threshold=(1e-6, 10**6))
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Union
+from typing import ClassVar, Literal
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
+from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -60,7 +61,7 @@ class MeZOSVRG:
     per_sample: bool = False
     """Give every sample of a batch directions of its own, at the price of one sample's (needs ``law: lowrank``): an
     anchor then averages as many directions as there are training samples."""
-    clip: Union[float, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
+    clip: float | None = None
     """Largest size of a projected gradient of an anchor, and of the difference of two in an inner step; what is beyond
     is cut off. Null: no limit."""
     momentum: Momentum = field(default_factory=Momentum)
@@ -81,7 +82,8 @@ class MeZOSVRG:
     where weights have 16 bits or decay, or where the updates of q steps have more than 8 directions; else replay."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "lr", "anchor_lr", "eps", "q", "directions", "anchor_directions", "clip")
+        check_positive(self, "lr", "anchor_lr", "eps", "clip")
+        check_ranges(self, "algorithm.", q=(1, MANY), directions=(1, 10_000), anchor_directions=(1, 10_000))
         self.eps_schedule.check_never_zero("eps_schedule")
         check_decay(self.weight_decay, self.lr, self.anchor_lr)
         if self.weight_decay and self.anchor == "replay":

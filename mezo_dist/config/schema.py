@@ -1,7 +1,8 @@
 """Every setting of a run, typed and documented (torch-free). `mezo_dist.config.reader` reads them from files.
 
-Contradictory settings are errors that name the setting, before any model is loaded. The resolved config (every
-setting, defaults included) is saved with the run.
+The annotations are what pydantic checks values against, and the docstrings are what ``mezo-dist train --help`` shows.
+Values out of range and contradictory settings raise a ValueError that begins with the setting's name, before any model
+is loaded. The resolved config (every setting, defaults included) is saved with the run.
 """
 
 from __future__ import annotations
@@ -9,45 +10,49 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal
 
-from mezo_dist.config.task import Task
+from pydantic import Discriminator
+
+from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms.ranges import MANY, check_ranges
+from mezo_dist.config.task import Task, check_lines
 
 NO_RESULTS = ("layout", "output", "distributed")
 """Sections that do not change what is computed: a run may go on with others."""
 ModelKind = Literal["causal", "masked", "classifier"]
 """What answers: the language-model head of a causal or a masked model, or a classification head."""
-MAX_TIMEOUT_S = 1e6  # 11 days; far below what overflows in torch's timers
+MAX_TIMEOUT_S = 10**6  # 11 days; far below what overflows in torch's timers
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class PeftConfig:
     """Train a few added weights in place of the model's own, with peft (``pip install 'mezo_dist[peft]'``)."""
 
-    method: Union[Literal["lora", "prefix"], None] = None  # noqa: UP007
-    """``lora``: low-rank matrices beside linear layers; ``prefix``: keys and values of virtual tokens before the text
-    (causal models). The weights of the checkpoint are frozen then; ``model.trainable`` and ``model.freeze`` choose
-    among the rest. What is exported is a folder that peft loads on top of the model. Null: neither."""
+    method: Literal["lora", "prefix"] | None = None
+    """What is trained. ``lora``: low-rank matrices beside linear layers; ``prefix``: keys and values of virtual tokens
+    before the text (causal models only); null: the model's own weights. With ``lora`` and ``prefix``, the weights of
+    the checkpoint are frozen, ``model.trainable`` and ``model.freeze`` choose among the added ones, and the exported
+    folder is one that peft loads on top of the model."""
     r: int = 8
-    """For ``lora``: rank."""
+    """Rank of the matrices, for ``lora``."""
     alpha: float = 16.0
-    """For ``lora``: what is added is scaled by ``alpha`` / ``r``."""
+    """Scale, for ``lora``: the product of the matrices is multiplied by ``alpha`` / ``r``."""
     target_modules: tuple[str, ...] = ()
-    """For ``lora``: ends of the names of the linear layers, such as ``q_proj`` or ``layers.29.mlp.up_proj``; if empty,
-    those that peft names for the architecture."""
+    """Linear layers that get matrices, for ``lora``: the ends of their names, such as ``q_proj`` or
+    ``layers.29.mlp.up_proj``. If empty, peft chooses by the architecture."""
     num_virtual_tokens: int = 16
-    """For ``prefix``: how many; they count in the model's window."""
+    """Number of virtual tokens, for ``prefix``. They count in the model's window."""
 
     def __post_init__(self) -> None:
         owners = {"r": "lora", "alpha": "lora", "target_modules": "lora", "num_virtual_tokens": "prefix"}
         for setting, owner in owners.items():
             if self.method != owner and getattr(self, setting) != getattr(PeftConfig, setting):
                 raise ValueError(f"model.peft.{setting}: is a setting of model.peft.method: {owner}")
-        for setting in ("r", "alpha", "num_virtual_tokens"):
-            if not 0 < getattr(self, setting) < math.inf:
-                raise ValueError(f"model.peft.{setting}: must be above 0, not {getattr(self, setting)}")
+        check_ranges(self, "model.peft.", r=(1, 10_000), alpha=(1e-6, 10**6), num_virtual_tokens=(1, 10**6))
 
 
 @dataclass(frozen=True)
@@ -57,28 +62,30 @@ class ModelConfig:
     name: str
     """Hub name, local folder, ``demo:NAME`` (``python -m mezo_dist.assets`` lists those), or ``random:PATH`` for random
     weights of the shape that a Hugging Face config (a folder, or its config.json) describes, for benchmarks."""
-    revision: Union[str, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
+    revision: str | None = None
     """Branch, tag or commit of a hub model."""
     head: Literal["label-words", "classifier"] = "label-words"
-    """``label-words``: the language-model head read at the task's label words (prompted, causal or masked);
-    ``classifier``: a fresh classification head on unprompted text (the paper's main setting)."""
+    """The head that answers. ``label-words``: the language-model head, read at the task's label words after a prompt;
+    ``classifier``: a fresh classification head on text without prompt (the main setting of the MeZO-SVRG paper)."""
     kind: Literal["auto", "causal", "masked"] = "auto"
-    """For ``label-words``: which head the model has; ``auto`` asks its config."""
+    """The language-model head that the model has, for ``label-words``. ``auto``: the one that its config names."""
     weights: Literal["float32", "bfloat16"] = "float32"
-    """dtype in which weights are kept and updated. bfloat16 weights are updated with stochastic rounding; float16
-    is not offered, as it loses small updates."""
-    compute: Union[Literal["float32", "bfloat16", "float16"], None] = None  # noqa: UP007
-    """dtype of the forward passes; that of the weights if null."""
+    """dtype in which weights are kept and updated. Updates of bfloat16 weights are rounded stochastically. float16 is
+    not offered, as small updates are lost in it."""
+    compute: Literal["float32", "bfloat16", "float16"] | None = None
+    """dtype of the forward passes. Null: that of the weights."""
     trainable: tuple[str, ...] = ("*",)
     """Weights to train: shell patterns over their names, such as ``*norm*`` or ``model.layers.2[0-9].*``."""
     freeze: tuple[str, ...] = ()
-    """Weights to leave alone among those: shell patterns too, such as ``*embed*`` or ``model.layers.[0-9].*``."""
+    """Weights among those of ``trainable`` that are not trained: shell patterns too, such as ``*embed*`` or
+    ``model.layers.[0-9].*``."""
     peft: PeftConfig = field(default_factory=PeftConfig)
     """LoRA or prefix tuning."""
     trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint. Off, as it is anybody's code."""
+    """Run Python code that comes with the checkpoint. Off by default, as that code may do anything."""
 
     def __post_init__(self) -> None:
+        check_lines(self, "model.", "name", "revision")
         if self.head == "classifier" and self.kind != "auto":
             raise ValueError(f"model.kind: {self.kind} is for model.head: label-words; leave it out")
         if self.peft.method == "prefix" and self.compute not in (None, self.weights):
@@ -90,134 +97,131 @@ class LayoutConfig:
     """Where the weights live."""
 
     name: Literal["replicated", "fsdp", "zero"] = "replicated"
-    """``replicated``: a copy in every process; ``fsdp``: sharded by torch's FSDP2; ``zero``: by DeepSpeed's ZeRO-3."""
+    """The layout. ``replicated``: whole weights in every process; ``fsdp``: sharded by torch's FSDP2; ``zero``: sharded
+    by DeepSpeed's ZeRO-3."""
     replicate: int = 1
-    """For ``fsdp``: copies of the weights, each sharded over (number of processes / ``replicate``) of them."""
+    """Copies of the weights, for ``fsdp``, each sharded over (number of processes / ``replicate``) processes."""
     blocks: tuple[str, ...] = ()
-    """Classes of the modules whose weights are gathered together, such as ``LlamaDecoderLayer``; if empty, the model
-    says so itself (``_no_split_modules``), or its longest list of equal blocks is taken."""
-    gather: Union[Literal["float32", "bfloat16", "float16"], None] = None  # noqa: UP007
-    """For ``fsdp``: dtype in which weights are gathered; ``model.compute`` if null. float32 with compute: bfloat16
-    gives the same bits as ``replicated``, at twice the traffic."""
+    """Classes of the modules whose weights are gathered together, such as ``LlamaDecoderLayer``. If empty, the model
+    names them (``_no_split_modules``), or else its longest list of equal blocks counts."""
+    gather: Literal["float32", "bfloat16", "float16"] | None = None
+    """dtype in which weights are gathered, for ``fsdp``. Null: ``model.compute``. float32 with compute: bfloat16 gives
+    the same bits as ``replicated``, at twice the traffic."""
     offload: bool = False
-    """For ``fsdp``: keep shards in host memory. ``zero`` takes offloading from ``ds_config``."""
+    """Keep shards in host memory, for ``fsdp``. (``zero`` takes this from ``ds_config``.)"""
     prefetch: bool = False
-    """Gather a block's weights while the one before it computes; one block more is held in memory."""
-    ds_config: Union[str, None] = None  # noqa: UP007
-    """For ``zero``: your DeepSpeed config, a JSON file. Of it the section ``zero_optimization`` counts."""
+    """Gather a block's weights while the block before it computes. One more block is held in memory."""
+    ds_config: str | None = None
+    """DeepSpeed config for ``zero``: a JSON file, of which the section ``zero_optimization`` counts."""
 
     def __post_init__(self) -> None:
         owners = {"replicate": "fsdp", "gather": "fsdp", "offload": "fsdp", "ds_config": "zero"}
         for setting, owner in owners.items():
             if self.name != owner and getattr(self, setting) not in (None, False, 1):
-                raise ValueError(f"engine.{setting}: is a setting of layout.name: {owner}, not of {self.name}")
-        if self.replicate < 1:
-            raise ValueError(f"layout.replicate: must be at least 1, not {self.replicate}")
+                raise ValueError(f"layout.{setting}: is a setting of layout.name: {owner}, not of {self.name}")
+        check_ranges(self, "layout.", replicate=(1, 10**6))
+        check_lines(self, "layout.", "ds_config")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     steps: int = 1000
-    """Steps, anchor steps included."""
+    """Number of steps, anchor steps included."""
     batch_size: int = 16
-    """Samples of a minibatch, over all ranks."""
-    full_size: Union[int, None] = None  # noqa: UP007
-    """Samples of a full batch (anchors): a fresh draw of so many for every anchor; all training samples if null."""
+    """Samples of a minibatch, over all ranks together."""
+    full_size: int | None = None
+    """Samples of a full batch (of an anchor step), drawn afresh for every anchor. Null: all training samples."""
     micro_batch: int = 8
-    """Samples per forward pass. Micro-batches are the unit of work dealt to ranks, the same on any number of them."""
-    width: Union[int, None] = None  # noqa: UP007
-    """Micro-batches that go through the model in lock step, sharing one gather of the weights and one making of the
-    variants; if null, as many as a quarter of the free memory holds. Changes no result."""
+    """Samples per forward pass. Micro-batches are what is shared out among ranks; they are the same on any number."""
+    width: int | None = None
+    """Micro-batches that go through the model in lock step, so that weights are gathered and variants are computed once
+    for all of them. Null: as many as a quarter of the free memory holds. Changes no result."""
     frozen_cache_gib: float = 1.0
-    """Memory for the frozen blocks, in GiB per process: where nothing in the first blocks is trainable
-    (``model.trainable``), what they give for a sample is remembered, and they are skipped from then on. Not done on
-    sharded engines; 0 where a run on one is to have the same bits."""
-    max_tokens: Union[int, None] = None  # noqa: UP007
-    """Longest sequence; the model's window if null."""
+    """Memory for the frozen cache, in GiB per process. Where nothing in the model's first blocks is trainable
+    (``model.trainable``), their output for a sample is remembered, and later steps skip them. Sharded layouts have no
+    frozen cache; choose 0 where a run on one of them must give the same bits."""
+    max_tokens: int | None = None
+    """Tokens of the longest sequence. Null: the model's window."""
     evaluate_every: int = 0
-    """Steps between evaluations on the validation split; 0: only at the end."""
+    """Steps between evaluations on the validation split. 0: at the end only."""
     calibrate: bool = False
-    """Take what the model says about a class in general out of the losses, which makes estimates far less noisy:
-    every batch is scored with the offsets of the classes' logits that suit it best, and predictions with those that
-    suit (up to 1,024) training samples best. Whoever uses the exported model must add them, too: they are in its
-    ``calibration.json``, unless its head has a bias, which then holds them."""
+    """Take the model's general preference for some classes out of the losses, which makes estimates far less noisy.
+    Every batch is scored with the offsets of the classes' logits that minimise its loss, and predictions use the
+    offsets that minimise the loss of (up to 1,024) training samples. Users of the exported model must add the latter,
+    too: they are in its ``calibration.json``, unless its head has a bias, which then holds them."""
     max_skipped: int = 10
-    """Steps in a row that may be skipped for a loss that is not finite before the run gives up."""
+    """Steps in a row that may be skipped, because a loss is not finite, before the run gives up."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "width", "max_skipped"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"train.{name}: must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.frozen_cache_gib < math.inf:
-            raise ValueError(f"train.frozen_cache_gib: must be at least 0, not {self.frozen_cache_gib}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"train.max_tokens: must be at least 1 or null, not {self.max_tokens}")
-        if self.evaluate_every < 0:
-            raise ValueError(f"train.evaluate_every: must be at least 0, not {self.evaluate_every}")
+        check_ranges(
+            self,
+            "train.",
+            steps=(1, MANY),
+            batch_size=(1, MANY),
+            full_size=(1, MANY),
+            micro_batch=(1, 10**6),
+            width=(1, 10**6),
+            frozen_cache_gib=(0, 10**6),
+            max_tokens=(1, MANY),
+            evaluate_every=(0, MANY),
+            max_skipped=(1, MANY),
+        )
         if self.full_size is not None and self.full_size < self.batch_size:
             raise ValueError(f"train.full_size: {self.full_size} is less than train.batch_size {self.batch_size}")
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """The run folder."""
+    """The run folder, and what is written into it."""
 
     dir: str = "runs/run"
-    """Folder for the trajectory, logs, resolved config and results."""
+    """The run folder: trajectory, logs, resolved config and results."""
     if_exists: Literal["error", "new", "resume", "replace"] = "error"
-    """What to do when the folder holds a run: stop, use the next free name (run-2, run-3 ...), go on with it, or rename
-    that folder (to run.old, run.old-2 ...) and start anew (``--force-new``). Nothing is ever deleted."""
-    sync_s: Union[float, None] = 0.0  # noqa: UP007
-    """Seconds between waits until the trajectory is on the disk. 0: every step, so that nothing is lost; null: never,
-    so what a dying machine had not written yet is lost (a dying process loses nothing)."""
+    """What to do when the folder holds a run. ``error``: stop; ``new``: use the next free name (run-2, run-3 ...);
+    ``resume``: go on with that run; ``replace``: rename that folder (to run.old, run.old-2 ...) and start anew, as
+    ``--force-new`` does. Nothing is ever deleted."""
+    sync_s: float | None = 0.0
+    """Seconds between waits until the trajectory is on the disk. 0: wait at every step, so that nothing is lost. Null:
+    never wait, so that steps are lost if the machine dies (if only the process dies, none are)."""
     snapshot_every: int = 0
-    """Steps between snapshots of the weights; 0: none. A run can go on without any, by adding up the trajectory again,
-    which a snapshot shortens."""
+    """Steps between snapshots of the weights. 0: no snapshots. A run can be resumed without any, from the base model
+    and the trajectory; a snapshot makes that faster."""
     snapshots_kept: int = 2
-    """How many snapshots are kept, the newest ones."""
+    """Number of snapshots to keep, the newest ones."""
     export: bool = True
-    """Write the fine-tuned model as a Hugging Face folder at the end."""
+    """Write the fine-tuned model as a Hugging Face folder at the end of the run."""
     test: bool = True
     """Evaluate on the test split before and after training."""
 
     def __post_init__(self) -> None:
-        if self.sync_s is not None and not self.sync_s >= 0:
-            raise ValueError(f"output.sync_s: must be at least 0, or null, not {self.sync_s}")
-        if self.snapshot_every < 0:
-            raise ValueError(f"output.snapshot_every: must be at least 0, not {self.snapshot_every}")
-        if self.snapshots_kept < 1:
-            raise ValueError(f"output.snapshots_kept: must be at least 1, not {self.snapshots_kept}")
+        check_lines(self, "output.", "dir")
+        check_ranges(self, "output.", sync_s=(0, MAX_TIMEOUT_S), snapshot_every=(0, MANY), snapshots_kept=(1, MANY))
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes talk."""
+    """How the processes of a run communicate."""
 
     timeout_s: float = 600.0
-    """Seconds after which a rank that does not answer ends the run."""
+    """Seconds after which the run ends, if a rank does not answer."""
     patience_s: float = 30.0
-    """Seconds after which a rank that waits for another one says so, and for which."""
-    variant_groups: Union[int, None] = None  # noqa: UP007
-    """Several directions in parallel, where processes hold several copies of the weights (engine ``replicated``, or
-    ``fsdp`` with ``replicate``): so many groups of them take a part of a step's variants each, and share out the
-    micro-batches within the group. 1: every process evaluates all variants. Null: whatever gives the busiest process
-    least to do, which splits if there are fewer micro-batches than processes. More groups make fewer variants of the
-    weights per process, which pays where that takes longer than the forward passes. Changes no result."""
+    """Seconds after which a waiting rank says which ranks it waits for."""
+    variant_groups: int | None = None
+    """Groups of processes that evaluate different variants of a step, where there are several copies of the weights
+    (layout ``replicated``, or ``fsdp`` with ``replicate``). The processes of a group share out the micro-batches. 1:
+    every process evaluates all variants. Null: the number that gives the busiest process least to do, which is above 1
+    if there are fewer micro-batches than processes. With more groups, a process computes fewer variants of the weights,
+    which pays where that takes longer than the forward passes. Changes no result."""
     stop_exit_code: int = 143
-    """Exit status after SIGTERM (which finishes the step and writes a snapshot): 143, as for any process that it ended,
-    or 0, so that a scheduler does not take it for a failure."""
+    """Exit status after SIGTERM, which lets the step finish and writes a snapshot: 143, as of any process that SIGTERM
+    ended, or 0, so that a scheduler does not count a failure."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout_s < MAX_TIMEOUT_S:
-            raise ValueError(f"distributed.timeout_s: must lie between 0 and {MAX_TIMEOUT_S:g}, not {self.timeout_s}")
-        if not self.patience_s > 0:
-            raise ValueError(f"distributed.patience_s: must be larger than 0, not {self.patience_s}")
-        if self.variant_groups is not None and self.variant_groups < 1:
-            raise ValueError(f"distributed.variant_groups: must be at least 1, or null, not {self.variant_groups}")
-        if not 0 <= self.stop_exit_code < 256:
-            raise ValueError(f"distributed.stop_exit_code: must lie between 0 and 255, not {self.stop_exit_code}")
+        seconds = (1e-3, MAX_TIMEOUT_S)
+        check_ranges(self, "distributed.", timeout_s=seconds, patience_s=seconds)
+        check_ranges(self, "distributed.", variant_groups=(1, 10**6), stop_exit_code=(0, 255))
 
 
 @dataclass(frozen=True)
@@ -228,27 +232,26 @@ class RunConfig:
     """Which model."""
     task: Task
     """What to learn: a task file, or its contents."""
-    algorithm: Any
-    """Settings of the algorithm ``algorithm.name``, an instance of its class in `mezo_dist.algorithms.ALGORITHMS`."""
+    algorithm: Annotated[Settings, Discriminator("name")]
+    """Settings of the algorithm ``algorithm.name``."""
     law: Literal["gaussian", "rademacher", "lowrank"] = "gaussian"
-    """Law of the directions. ``lowrank`` makes those of matrices products of thin gaussian factors, which allows
+    """Law of the directions. Those of ``lowrank`` are products of thin gaussian factors for matrices, which allows
     ``algorithm.per_sample``."""
     direction_rank: int = 1
     """Rank of low-rank directions."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Where the weights live."""
     seed: int = 0
-    """Seed of directions and batch order."""
+    """Seed of directions and of the order of batches."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
+    """The training loop."""
     output: OutputConfig = field(default_factory=OutputConfig)
-    """The run folder."""
+    """The run folder, and what is written into it."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """How the processes talk."""
+    """How the processes of a run communicate."""
 
     def __post_init__(self) -> None:
-        if self.direction_rank < 1:
-            raise ValueError(f"direction_rank: must be at least 1, not {self.direction_rank}")
+        check_ranges(self, direction_rank=(1, 10_000), seed=(-MAX_SEED, MAX_SEED))
         if getattr(self.algorithm, "per_sample", False) and self.law != "lowrank":
             raise ValueError(f"algorithm.per_sample: a direction per sample needs law: lowrank, not {self.law}")
         if getattr(self.algorithm, "per_sample", False) and self.train.calibrate:
@@ -265,8 +268,13 @@ class RunConfig:
 
     def digest(self) -> str:
         """SHA-256 of all settings except `NO_RESULTS`."""
-        data = {name: value for name, value in self.to_dict().items() if name not in NO_RESULTS}
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.to_dict())
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """The digest of a config as `RunConfig.to_dict` writes it, whether or not it can be read as one."""
+    data = {name: value for name, value in settings.items() if name not in NO_RESULTS}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

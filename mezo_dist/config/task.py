@@ -16,8 +16,11 @@ metric: accuracy
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import Literal
+
+from mezo_dist.algorithms.ranges import MANY, check_ranges
 
 Metric = Literal["accuracy", "f1", "macro-f1", "matthews"]
 ANSWER = "answer"
@@ -28,13 +31,13 @@ class Split:
     """Where the samples of a split come from."""
 
     source: str = "train"
-    """Split of the data set. Splits with the same source are cut from one seeded permutation and never overlap."""
-    size: Union[int, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
-    """Number of samples; all that remain in the source if null."""
+    """Split of the data set that the samples come from. Splits with the same source are cut from one seeded
+    permutation and never overlap."""
+    size: int | None = None
+    """Number of samples. Null: all that remain in the source."""
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"task.splits: size must be at least 1 or null, not {self.size}")
+        check_ranges(self, size=(1, MANY))
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,18 @@ class Splits:
     seed: int = 0
     """Seed of the permutation that the splits are cut from."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "task.splits.", seed=(-(2**63), 2**63))
+
 
 @dataclass(frozen=True)
 class Label:
     """One class."""
 
-    value: Union[str, int]  # noqa: UP007
+    value: str | int
     """Value of the label field in the data."""
     word: str
-    """Word that stands for the class in the prompt; also its display name."""
+    """Word that stands for the class in the prompt and in reports."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,11 @@ class Task:
     """A classification task: data, prompt, label words, metric."""
 
     name: str
-    """Short name, used in logs."""
+    """Short name of the task, for logs."""
     data: str
-    """``demo:NAME``, a hub name, a local .jsonl, .json, .csv, .tsv, .parquet or .arrow file (its rows are the split
-    ``train``), a folder of such files named after their splits, or one written by ``save_to_disk`` of `datasets`.
-    Relative paths start at the current folder."""
+    """The data set: ``demo:NAME``, a hub name, a local .jsonl, .json, .csv, .tsv, .parquet or .arrow file (whose rows
+    are the split ``train``), a folder of such files named after their splits, or a folder written by ``save_to_disk``
+    of ``datasets``. Relative paths start at the current folder."""
     prompt: str
     """jinja2 template over the fields of a sample, with ``{{ answer }}`` where the label word goes (at the very end
     for causal models, where the mask token goes for masked models)."""
@@ -79,17 +85,18 @@ class Task:
     plain: tuple[str, ...] = ()
     """One or two jinja2 templates without prompt, for a fresh classification head."""
     label: str = "label"
-    """Law with the label."""
-    subset: Union[str, None] = None  # noqa: UP007
-    """Configuration name of a hub data set."""
+    """Name of the data's field that holds the label."""
+    subset: str | None = None
+    """Configuration of a hub data set, by its name."""
     splits: Splits = field(default_factory=Splits)
     """Which samples are used for what."""
     truncate: tuple[str, ...] = ("text",)
-    """Fields that may be shortened, longest first, when a prompt exceeds the model's window; nothing else ever is."""
+    """Fields that are shortened, the longest first, when a prompt exceeds the model's window. Nothing else is."""
     metric: Metric = "accuracy"
     """Figure of merit, between 0 and 1 (matthews: -1 and 1)."""
 
     def __post_init__(self) -> None:
+        check_lines(self, "task.", "name", "data", "label", "subset")
         if len(self.labels) < 2:
             raise ValueError("task.labels: a classification task needs at least two labels")
         for what, names in (("value", [str(x.value) for x in self.labels]), ("word", [x.word for x in self.labels])):
@@ -106,3 +113,25 @@ class Task:
     def words(self) -> list[str]:
         """Label words, in class order."""
         return [label.word for label in self.labels]
+
+
+def check_lines(section: object, prefix: str, *names: str) -> None:
+    """Raises ValueError naming the first setting whose text is empty or cannot stand on a line. None is let pass.
+
+    Such text is a name or a path: it is printed, logged and handed to the operating system, and control characters in
+    it could do something to a terminal.
+
+    Args:
+        section: the dataclass that holds the settings.
+        prefix: what stands before their names in a config, such as ``output.``.
+        names: of the settings.
+    """
+    for name in names:
+        text = getattr(section, name)
+        if text is None:
+            continue
+        if not text.strip():
+            raise ValueError(f"{prefix}{name}: must not be empty")
+        bad = [character for character in text if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")]
+        if bad:
+            raise ValueError(f"{prefix}{name}: must be one line of text without control characters, not {text!r}")

@@ -15,7 +15,7 @@ import pytest
 
 from mezo_dist import cli
 from mezo_dist.algorithms import ALGORITHMS
-from mezo_dist.config.reader import help_text
+from mezo_dist.config.help import help_text
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.config.task import Label
 from tests.config.configs import Write

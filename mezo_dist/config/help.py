@@ -1,0 +1,86 @@
+"""The text of ``mezo-dist train --help``: every setting, explained by the docstring under its field (torch-free)."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import sys
+import typing
+from typing import Any
+
+from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.config.settings import Setting, algorithm_name, all_settings, choices, describe
+from mezo_dist.config.yaml_file import shown
+
+
+def help_text(algorithm: str = "mezo-svrg") -> str:
+    """Every setting with its meaning, type and default, for the terminal.
+
+    Raises:
+        UserError: there is no such algorithm.
+    """
+    parser = argparse.ArgumentParser(
+        usage="mezo-dist train CONFIG [--SETTING VALUE ...]",
+        description="CONFIG is a YAML file of the settings below; those on the command line count more.",
+        epilog="Settings of another algorithm: mezo-dist train --help --algorithm.name=NAME",
+        add_help=False,
+    )
+    groups = {"": parser.add_argument_group("general")}
+    for setting in all_settings(algorithm_name(algorithm, "command line")).values():
+        if setting.is_section:
+            about = (inspect.getdoc(setting.kind) or "").partition("\n\n")[0]
+            groups[setting.name] = parser.add_argument_group(setting.name, _plain(about))
+        if not setting.is_section or setting.name == "task":
+            section = setting.name if setting.is_section else setting.name.rpartition(".")[0]
+            words, explanation = _explained(setting)
+            groups[section].add_argument(f"--{setting.name}", metavar=words, help=_plain(explanation))
+    return parser.format_help()
+
+
+def _explained(setting: Setting) -> tuple[str, str]:
+    """What stands for its value, and what is said about it."""
+    if setting.name == "task":
+        return "FILE", "Task file with the settings below, such as those in configs/tasks."
+    if setting.name == "algorithm.name":
+        listed = ",".join(sorted(ALGORITHMS))
+        return f"{{{listed}}}", "The algorithm. Which other settings there are depends on it. (required)"
+    listed = ",".join(choices(setting.kind))
+    kind = "" if listed else f"{describe(setting.kind)}; "
+    default = "required" if setting.default is dataclasses.MISSING else f"default: {shown(setting.default)}"
+    return (
+        f"{{{listed}}}" if listed else _metavar(setting.kind),
+        f"{meanings(setting.owner)[setting.name.rpartition('.')[2]]} ({kind}{default})",
+    )
+
+
+def _metavar(kind: Any) -> str:
+    first = next((item for item in typing.get_args(kind) if item is not type(None)), kind)
+    if typing.get_origin(kind) is tuple:
+        return "[ITEM,...]"
+    return {int: "N", float: "X"}.get(first, "TEXT")
+
+
+def _plain(text: str) -> str:
+    """Without markup, and with the percent signs that argparse asks for."""
+    return text.replace("``", "`").replace("%", "%%")
+
+
+def meanings(section: type) -> dict[str, str]:
+    """Field -> the docstring under it. Python does not keep those, so they are read from the source."""
+    body = _classes(section.__module__)[section.__qualname__].body
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}

@@ -1,0 +1,132 @@
+"""The settings that there are, by their dotted names: types, defaults, and words for people (torch-free)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.errors import UserError
+
+HELP = "`mezo-dist train --help` lists every setting"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting, or a section of settings."""
+
+    name: str
+    """Dotted, such as ``train.steps``; of a section, ``train``."""
+    kind: Any
+    """Its type; that of a section is its dataclass."""
+    default: Any
+    """`dataclasses.MISSING` where a value must be given."""
+    owner: type
+    """The section that it is a field of."""
+
+    @property
+    def is_section(self) -> bool:
+        """It holds settings."""
+        return dataclasses.is_dataclass(self.kind)
+
+    @property
+    def is_text(self) -> bool:
+        """Its value is text (or null), so that text is never taken for anything else."""
+        kinds = typing.get_args(self.kind) if self.is_nullable else (self.kind,)
+        return all(kind in (str, type(None)) or typing.get_origin(kind) is Literal for kind in kinds)
+
+    @property
+    def is_nullable(self) -> bool:
+        """It may be null."""
+        return _is_nullable(self.kind)
+
+
+def all_settings(algorithm: str) -> dict[str, Setting]:
+    """Dotted name -> setting, sections before what they hold; those of ``algorithm`` under that name."""
+    return {setting.name: setting for setting in _walk(RunConfig, "", None, algorithm)}
+
+
+def _walk(section: type, prefix: str, default: Any, algorithm: str) -> Iterator[Setting]:
+    """The fields of a section whose value by default is ``default``; None if its own defaults count."""
+    kinds = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        name = prefix + field.name
+        kind = ALGORITHMS[algorithm][0] if name == "algorithm" else kinds[field.name]
+        value = _default(field) if default is None else getattr(default, field.name)
+        yield Setting(name, kind, value, section)
+        if dataclasses.is_dataclass(kind):
+            yield from _walk(
+                typing.cast(type, kind), f"{name}.", None if value is dataclasses.MISSING else value, algorithm
+            )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def algorithm_name(name: Any, where: str) -> str:
+    """``name``, if there is such an algorithm.
+
+    Raises:
+        UserError: there is none; the message says that the name was given ``where``.
+    """
+    if isinstance(name, str) and name in ALGORITHMS:
+        return name
+    fault = "missing" if name is None else f"{name!r} does not exist"
+    raise UserError(f"{where}: algorithm.name: {fault}; choose one of {', '.join(sorted(ALGORITHMS))}\n{HELP}")
+
+
+def unknown(name: str, settings: Mapping[str, Setting], algorithm: str) -> str:
+    """What to say about a name that is no setting: whose it is, the nearest one, or those that there are."""
+    if name in settings:
+        section, _, leaf = name.rpartition(".")
+        return f"{name} must stand in its section {section}, as {leaf}"
+    owners = [other for other in ALGORITHMS if name in all_settings(other)]
+    if owners:
+        return f"{name} is a setting of {' and '.join(owners)}, not of {algorithm}; leave it out"
+    section = name.rpartition(".")[0]
+    beside = [other for other in settings if other.rpartition(".")[0] == section]
+    for candidates in (beside, list(settings)):
+        # Of settings with the same last part, the one nearest to the top: it comes last and stays.
+        leaves = {other.rpartition(".")[2]: other for other in sorted(candidates, key=lambda other: -other.count("."))}
+        near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
+        if near:
+            return f"unknown setting {name!r}; did you mean {leaves[near[0]]!r}?"
+    there = beside or [other for other in settings if "." not in other]
+    return f"unknown setting {name!r}; there are {', '.join(there)}"
+
+
+def describe(kind: Any) -> str:
+    """What a value of a type looks like in a config file."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if kind in words:
+        return words[kind]
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {describe(arguments[0])}"
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(arguments)
+    if dataclasses.is_dataclass(kind):
+        return f"{{{', '.join(f'{name}: {describe(item)}' for name, item in typing.get_type_hints(kind).items())}}}"
+    return " or ".join(describe(argument) for argument in arguments)
+
+
+def choices(kind: Any) -> list[str]:
+    """The values that a type allows where they can be listed; else empty."""
+    if kind is bool:
+        return ["true", "false"]
+    if typing.get_origin(kind) is Literal:
+        return list(typing.get_args(kind))
+    if _is_nullable(kind):
+        rest = [choices(item) for item in typing.get_args(kind) if item is not type(None)]
+        return [*rest[0], "null"] if len(rest) == 1 and rest[0] else []
+    return []
+
+
+def _is_nullable(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind)
