@@ -24,10 +24,18 @@ if TYPE_CHECKING:
     from mezo_dist.runs.model import LoadedModel
 
 log = logging.getLogger("mezo_dist")
+MAX_SECONDS = 10**6  # far below what overflows in torch's timers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, that of the error, or see `Stopped`."""
+    """Run one command.
+
+    Args:
+        arguments: what stands after ``mezo-dist``; None: those of this process.
+
+    Returns:
+        The exit status: 0, that of the error (see `UserError`), or that of an orderly stop (see `Stopped`).
+    """
     parser = _parser()
     known, extra = parser.parse_known_args(arguments)
     if known.command is _train:
@@ -59,8 +67,8 @@ def _rank_in_words() -> str:
     from mezo_dist.distributed import environment
 
     try:
-        found = environment.discover(os.environ)
-        rank = str(found.rank) if found.launcher else ""
+        cluster = environment.discover(os.environ)
+        rank = str(cluster.rank) if cluster.launcher else ""
     except UserError:  # what the launcher said is what is wrong
         rank = os.environ.get("RANK", "")
     return f" (rank {rank})" if rank else ""
@@ -73,17 +81,19 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Many processes: torchrun --nproc-per-node 2 -m mezo_dist train CONFIG",
     )
     parser.add_argument("--version", action="version", version=f"mezo_dist {mezo_dist.__version__}")
-    # DeepSpeed puts it before the command; it is in the environment, too.
+    # DeepSpeed's launcher puts this option before the command. It is in the environment, too, and read there.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    # Without arguments of its own: `_train` gets all as they are, since settings may stand there in any form.
+    # No arguments are declared: `_train` gets them as they are, since settings may stand there in several forms.
     train = commands.add_parser("train", help="fine-tune as a config file says", add_help=False)
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("evaluate", help="loss and metric of a run's model on a split")
     _add_run(evaluate, _evaluate)
-    evaluate.add_argument("--split", choices=["train", "validation", "test"], default="test")
+    evaluate.add_argument(
+        "--split", choices=["train", "validation", "test"], default="test", help="split of the task; test by default"
+    )
 
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
     _add_run(export, _export)
@@ -100,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--folder", type=Path, default=Path(), help="folder that all ranks must see; this one by default"
     )
-    doctor.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for ranks that do not answer")
+    doctor.add_argument("--timeout", type=_seconds, default=30.0, help="seconds to wait for ranks that do not answer")
     doctor.set_defaults(command=_doctor)
 
     report = commands.add_parser("report", help="one HTML page about a run, from its files")
@@ -108,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--to", type=Path, metavar="FILE", help="where to write; RUN/report.html by default")
     report.set_defaults(command=_report)
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most {MAX_SECONDS:,}, not {text}")
+    return seconds
 
 
 def _add_run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
@@ -123,11 +140,12 @@ def _add_run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namesp
 
 def _train(arguments: argparse.Namespace) -> None:
     from mezo_dist.config import reader
+    from mezo_dist.config.help import help_text
 
     given = ["--output.if_exists=replace" if item == "--force-new" else item for item in arguments.arguments]
     if "-h" in given or "--help" in given:
         names = [item.partition("=")[2] for item in given if item.removeprefix("--").startswith("algorithm.name=")]
-        print(reader.help_text(*names[-1:]))
+        print(help_text(*names[-1:]))
         return
     if not given or given[0].startswith("-"):
         raise UserError("name a config file first, as in `mezo-dist train configs/quickstart.yaml --seed=1`")

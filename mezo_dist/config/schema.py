@@ -35,7 +35,7 @@ class PeftConfig:
     method: Literal["lora", "prefix"] | None = None
     """What is trained. ``lora``: low-rank matrices beside linear layers; ``prefix``: keys and values of virtual tokens
     before the text (causal models only); null: the model's own weights. With ``lora`` and ``prefix``, the weights of
-    the checkpoint are frozen, ``model.trainable`` and ``model.freeze`` choose among the added ones, and the exported
+    the checkpoint are frozen, ``model.trainable`` and ``model.freeze`` choose among the rest, and the exported
     folder is one that peft loads on top of the model."""
     r: int = 8
     """Rank of the matrices, for ``lora``."""

@@ -126,7 +126,7 @@ def _mapping(events: Iterator[yaml.Event], source: str, depth: int) -> dict[str,
     mapping: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for event in _until(yaml.MappingEndEvent, events):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if not isinstance(event, yaml.ScalarEvent) or not event.value:
             raise UserError(f"{source}, line {line}: the name of a setting must be text, before a colon")
         key = event.value

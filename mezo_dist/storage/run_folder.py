@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mezo_dist.config import yaml_file
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
@@ -167,7 +166,7 @@ def note(folder: Path, event: str, step: int, **facts: Any) -> None:
 
 def save_config(config: RunConfig, folder: Path) -> None:
     """Write the resolved config, which `mezo-dist train` reads, with its SHA-256 in the first line."""
-    body = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    body = yaml_file.dump(config.to_dict())
     digest = hashlib.sha256(body.encode()).hexdigest()
     replace_file(folder / CONFIG, f"# sha256 of the lines below: {digest}\n{body}".encode())
 

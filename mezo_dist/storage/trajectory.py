@@ -33,6 +33,7 @@ import numpy as np
 
 from mezo_dist.algorithms.base import Losses
 from mezo_dist.algorithms.operations import Operation, encode
+from mezo_dist.config.schema import digest_of
 from mezo_dist.errors import UserError
 
 FORMAT = "mezo_dist/trajectory/3"
@@ -229,6 +230,8 @@ def _header(content: dict[str, Any]) -> Header:
     for name, value in vars(header).items():
         if type(value) is not kinds.get(name, str):
             raise ValueError(f"damaged header: {name} is {value!r}")
+    if digest_of(header.config) != header.config_digest:
+        raise ValueError("the header's settings do not fit their digest (config_digest): they were edited")
     return header
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from mezo_dist import cli
 from mezo_dist.algorithms.base import Losses
+from mezo_dist.config.schema import digest_of
 from mezo_dist.errors import UserError
 from mezo_dist.monitoring import html_report, plots
 from mezo_dist.monitoring.scalars import train_loss_tag
@@ -22,7 +23,7 @@ from mezo_dist.storage.trajectory import Header, Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 CONFIG = {"task": {"name": "films <&>"}, "train": {"steps": 4}, "algorithm": {"name": "mezo-svrg"}}
-HEADER = Header(CONFIG, "d" * 64, "a/model", "0" * 16, "law/v1", "float32, to nearest", 0, 30, "0.1.0")
+HEADER = Header(CONFIG, digest_of(CONFIG), "a/model", "0" * 16, "law/v1", "float32, to nearest", 0, 30, "0.1.0")
 
 
 @pytest.fixture

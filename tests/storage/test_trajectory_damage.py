@@ -61,7 +61,7 @@ def test_lines_that_are_missing_moved_or_of_another_run(trajectory_path: Path) -
     other, _ = to_line({"format": FORMAT, **vars(HEADER), "base_fingerprint": "0" * 16}, "")
     with pytest.raises(UserError, match="line 2"):
         parse(b"".join([other, *lines]), trajectory_path)
-    elsewhere, _ = to_line({"format": FORMAT, **vars(HEADER), "config": {"output": {"dir": "x"}}}, "")
+    elsewhere, _ = to_line({"format": FORMAT, **vars(HEADER), "config": {**HEADER.config, "output": {"dir": "x"}}}, "")
     assert parse(b"".join([elsewhere, *lines]), trajectory_path) is not None, "the same run in another folder"
 
 

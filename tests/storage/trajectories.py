@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mezo_dist.algorithms.base import Losses
+from mezo_dist.config.schema import digest_of
 from mezo_dist.storage.trajectory import Header, Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 CONFIG = {"seed": 3, "train": {"steps": 2}}
-HEADER = Header(CONFIG, "d" * 64, "a/model@main", "0123456789abcdef", "law/v1", "float32, to nearest", 3, 30, "0.1")
+DIGEST = digest_of(CONFIG)
+HEADER = Header(CONFIG, DIGEST, "a/model@main", "0123456789abcdef", "law/v1", "float32, to nearest", 3, 30, "0.1")
 STEPS = [
     Step(0, (Losses((0.1, 1 / 3)),), "00000000"),
     Step(1, (), skipped="a loss is not finite"),
