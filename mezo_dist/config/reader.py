@@ -167,15 +167,14 @@ def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], algorithm: str
         place[1:2] = []  # the name of the algorithm
     if detail["type"] != UNKNOWN and place and str(place[-1]).startswith(UNION_MEMBERS):
         place.pop()
-    depth = max(n for n in range(len(place) + 1) if n == 0 or ".".join(map(str, place[:n])) in settings)
-    name, inner = ".".join(map(str, place[:depth])), place[depth:]
-    is_section = not name or settings[name].is_section
-    if detail["type"] == UNKNOWN and is_section:
-        name = ".".join(map(str, place))
-        return name, unknown(name, settings, algorithm)
+    names = [".".join(map(str, place[:depth])) for depth in range(len(place) + 1)]
+    if detail["type"] == UNKNOWN and (len(place) == 1 or (names[-2] in settings and settings[names[-2]].is_section)):
+        return names[-1], unknown(names[-1], settings, algorithm)
+    depth = max(depth for depth, name in enumerate(names) if not depth or name in settings)
+    name, inner = names[depth], place[depth:]
     if detail["type"] == "value_error":
         return _contradiction(str(detail["ctx"]["error"]), name, settings)
-    if is_section:
+    if settings[name].is_section:
         fields = ", ".join(field.name for field in dataclasses.fields(settings[name].kind))
         return name, f"{name}: must hold settings ({fields}), not {shown(detail['input'])}"
     wanted = describe(settings[name].kind)

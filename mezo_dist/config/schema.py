@@ -18,7 +18,8 @@ from pydantic import Discriminator
 
 from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.ranges import MANY, check_ranges
-from mezo_dist.config.task import Task, check_lines
+from mezo_dist.config.lines import check_lines
+from mezo_dist.config.task import Task
 
 NO_RESULTS = ("layout", "output", "distributed")
 """Sections that do not change what is computed: a run may go on with others."""

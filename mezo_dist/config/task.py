@@ -16,11 +16,11 @@ metric: accuracy
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mezo_dist.algorithms.ranges import MANY, check_ranges
+from mezo_dist.config.lines import check_lines
 
 Metric = Literal["accuracy", "f1", "macro-f1", "matthews"]
 ANSWER = "answer"
@@ -113,25 +113,3 @@ class Task:
     def words(self) -> list[str]:
         """Label words, in class order."""
         return [label.word for label in self.labels]
-
-
-def check_lines(section: object, prefix: str, *names: str) -> None:
-    """Raises ValueError naming the first setting whose text is empty or cannot stand on a line. None is let pass.
-
-    Such text is a name or a path: it is printed, logged and handed to the operating system, and control characters in
-    it could do something to a terminal.
-
-    Args:
-        section: the dataclass that holds the settings.
-        prefix: what stands before their names in a config, such as ``output.``.
-        names: of the settings.
-    """
-    for name in names:
-        text = getattr(section, name)
-        if text is None:
-            continue
-        if not text.strip():
-            raise ValueError(f"{prefix}{name}: must not be empty")
-        bad = [character for character in text if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")]
-        if bad:
-            raise ValueError(f"{prefix}{name}: must be one line of text without control characters, not {text!r}")

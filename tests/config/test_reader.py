@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mezo_dist.algorithms import ALGORITHMS
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config.reader import from_dict, load
-from mezo_dist.config.task import Label
+from mezo_dist.config.task import Label, Split
 from mezo_dist.errors import UserError
 from tests.config.configs import CONFIG, TASK, Write, fault
 
@@ -46,6 +48,35 @@ def test_text_that_looks_like_something_else_stays_text(write_config: Write) -> 
     assert load(write_config(), ["--model.revision=12"]).model.revision == "12"
     assert load(write_config(CONFIG.replace("some/model", '"007"'))).model.name == "007"
     assert load(write_config(task=TASK.replace("0, word: bad", '"00", word: "no"'))).task.labels[0] == Label("00", "no")
+    assert load(write_config(), ["--model.revision=null"]).model.revision is None
+    assert load(write_config(), ["--model.name=null"]).model.name == "null"
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off", "2024-01-01", "1:30", "1_000", "0x10", "=", "<<"])
+def test_words_that_yaml_1_1_takes_for_something_else_are_text(write_config: Write, word: str) -> None:
+    assert load(write_config(task=TASK.replace("word: bad", f"word: {word}"))).task.words == [word, "good"]
+
+
+def test_a_number_may_stand_for_another_kind_of_number_only_where_nothing_is_lost(write_config: Write) -> None:
+    config = load(write_config(CONFIG.replace("5e-5", "1")))
+    assert type(config.algorithm.lr) is float
+    assert fault(write_config(), "train.steps=10.0").startswith("command line: train.steps: must be a whole number")
+    assert fault(write_config(), "algorithm.lr='1'").startswith("command line: algorithm.lr: must be a number")
+    assert fault(write_config(), "train.steps=true").startswith("command line: train.steps: must be a whole number")
+
+
+@given(st.floats(min_value=5e-324, allow_infinity=False), st.integers(-(2**63) + 1, 2**63 - 1))
+def test_numbers_keep_every_bit(lr: float, seed: int) -> None:
+    data = {"model": {"name": "m"}, "task": yaml.safe_load(TASK), "algorithm": {"name": "mezo", "lr": lr}, "seed": seed}
+    config = from_dict(data, "here")
+    assert (config.algorithm.lr, config.seed) == (lr, seed)
+
+
+def test_a_section_given_in_part_keeps_the_defaults_that_it_has_there(write_config: Write) -> None:
+    """The plateau rule is off in mezo by default, and the validation split has a source of its own."""
+    config = load(write_config(), ["algorithm.annealing.threshold=2", "task.splits.validation.size=5"])
+    assert config.algorithm.annealing.divisor == 1
+    assert config.task.splits.validation == Split("validation", 5)
 
 
 def test_an_override_may_name_another_task_file_relative_to_the_current_folder(
@@ -69,7 +100,7 @@ def test_an_override_may_fill_in_what_the_file_lacks(write_config: Write) -> Non
 
 
 def test_the_name_picks_the_settings(write_config: Write) -> None:
-    assert load(write_config(CONFIG.replace("mezo,", "mezo-svrg, q: 5,"))).algorithm.q == 5
+    assert load(write_config(CONFIG.replace("mezo,", "mezo-svrg, q: 5,"))).algorithm == MeZOSVRG(lr=5e-5, q=5)
     assert "algorithm.q is a setting of mezo-svrg and mezo-svrg-released, not of mezo" in fault(
         write_config(CONFIG.replace("mezo,", "mezo, q: 5,"))
     )

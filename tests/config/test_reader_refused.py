@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_a_setting_given_twice(write_config: Write) -> None:
         ("model.head=tail", "model.head: must be label-words or classifier, not tail"),
         ("model.weights=float16", "model.weights: must be float32 or bfloat16, not float16"),
         ("task.plain=text", "task.plain: must be a list of text, not text"),
-        ("task.labels=[{value: 0, word: no}, {value: 1, word: yes}]", "task.labels: must be a list of "),
+        ("task.labels=[{value: 0, word: true}, {value: 1, word: '1'}]", "task.labels: must be a list of "),
         ("task.labels=[{value: 0}]", "task.labels: must be a list of {value: text or a whole number, word: text}; "),
     ],
 )
@@ -101,9 +102,37 @@ def test_wrong_types(write_config: Write, override: str, expected: str) -> None:
     assert fault(write_config(yaml.safe_dump(data))).startswith(f"run.yaml: {expected.rstrip()}")
 
 
-def test_label_words_that_yaml_takes_for_booleans(write_config: Write) -> None:
-    message = fault(write_config(task=TASK.replace("word: bad", "word: no")))
-    assert "word is False (quote yes, no, on, off: YAML reads true, false)" in message
+def test_the_place_inside_a_list_is_named(write_config: Write) -> None:
+    kind = "task.labels: must be a list of {value: text or a whole number, word: text}"
+    for old, new, expected in [
+        ("word: good", "word: false", "[1].word is false"),
+        ("value: 0", "value: 1.5", "[0].value is 1.5"),
+        ("word: good", "wrod: good", "[1].word is missing"),
+        ("word: good", "word: good, weight: 3", "[1].weight is unknown"),
+    ]:
+        message = fault(write_config(task=TASK.replace(old, new)))
+        assert f"tasks/reviews.yaml: {kind}; {expected}\n" in message
+        assert message.count(expected) == 1
+
+
+def test_all_faults_are_told_at_once(write_config: Write) -> None:
+    path = write_config(CONFIG + "output: {dirr: x}\nlaw: uniform\n", TASK.replace("prompt:", "promt:"))
+    assert fault(path, "train.steps=0", "algorithm.lr=fast").splitlines() == [
+        "tasks/reviews.yaml: unknown setting 'task.promt'; did you mean 'task.prompt'?",
+        "run.yaml: unknown setting 'output.dirr'; did you mean 'output.dir'?",
+        "tasks/reviews.yaml: task.prompt: missing; it must be text",
+        "command line: algorithm.lr: must be a number, not fast",
+        "run.yaml: law: must be gaussian or rademacher or lowrank, not uniform",
+        "command line: train.steps: must be at least 1, not 0",
+        "`mezo-dist train --help` lists every setting",
+    ]
+    many = "".join(f"unknown_{number}: 1\n" for number in range(30))
+    assert "... and 20 more" in fault(write_config(CONFIG + many))
+
+
+def test_a_setting_outside_its_section(write_config: Write) -> None:
+    message = fault(write_config(CONFIG + "train.steps: 3\n"))
+    assert message.startswith("run.yaml: train.steps must stand in its section train, as steps")
 
 
 @pytest.mark.parametrize("value", ["3", "[a]", "", "text"])
@@ -124,14 +153,16 @@ def test_a_value_where_a_section_should_be(write_config: Write, value: str) -> N
         (["train.evaluate_every=-1"], "train.evaluate_every: must be at least 0"),
         (["train.full_size=3"], "train.full_size: 3 is less than train.batch_size 4"),
         (["direction_rank=0"], "rank: must be at least 1"),
-        (["distributed.timeout_s=0"], "distributed.timeout_s: must lie between 0 and"),
-        (["distributed.timeout_s=.nan"], "distributed.timeout_s: must lie between 0 and"),
-        (["distributed.timeout_s=.inf"], "distributed.timeout_s: must lie between 0 and"),
+        (["distributed.timeout_s=0"], "distributed.timeout_s: must be at least"),
+        (["distributed.timeout_s=.nan"], "distributed.timeout_s: must be at least"),
+        (["distributed.timeout_s=.inf"], "distributed.timeout_s: must be at most"),
         (["algorithm.lr=-1"], "algorithm.lr: must be above 0"),
         (["algorithm.lr=.nan"], "algorithm.lr: must be above 0"),
         (["algorithm.eps=.inf"], "algorithm.eps: must be above 0"),
-        (["algorithm.schedule.final=2"], "algorithm.schedule: warmup_steps must be at least 0, and final must lie"),
-        (["algorithm.annealing.divisor=0"], "algorithm.annealing: divisor and window must be at least 1"),
+        (["algorithm.schedule.final=2"], "algorithm.schedule.final: must be at most 1, not 2"),
+        (["algorithm.eps_schedule.warmup_steps=-1"], "algorithm.eps_schedule.warmup_steps: must be at least 0, not -1"),
+        (["algorithm.annealing.divisor=0"], "algorithm.annealing.divisor: must be at least 1"),
+        (["algorithm.momentum.decay=1"], "algorithm.momentum.decay: must be at least 0 and below 1, not 1"),
         (["algorithm.per_sample=true"], "algorithm.per_sample: a direction per sample needs law: lowrank"),
         (
             ["algorithm.per_sample=true", "law=lowrank", "train.calibrate=true"],
@@ -139,7 +170,7 @@ def test_a_value_where_a_section_should_be(write_config: Write, value: str) -> N
         ),
         (["model.head=classifier"], "task.plain: missing; model.head: classifier needs a text without prompt"),
         (["model.head=classifier", "task.plain=['{{ text }}']", "model.kind=masked"], "model.kind: masked is for"),
-        (["task.splits.test.size=0"], "task.splits: size must be at least 1 or null, not 0"),
+        (["task.splits.test.size=0"], "task.splits.test.size: must be at least 1, not 0"),
         (["task.labels=[{value: 0, word: a}]"], "task.labels: a classification task needs at least two labels"),
         (["task.labels=[{value: 0, word: a}, {value: 1, word: a}]"], "task.labels: two labels have the same word"),
         (["task.labels=[{value: 0, word: a}, {value: '0', word: b}]"], "task.labels: two labels have the same value"),
@@ -170,8 +201,17 @@ def test_values_out_of_range_and_contradictions(write_config: Write, overrides: 
         ("a: [b\nc: {", "config file run.yaml is not YAML: "),
         ("a:\n\tb: 1", "config file run.yaml is not YAML: "),
         ("a: \x07", "config file run.yaml is not YAML: "),
-        (CONFIG.replace("{name: some/model}", "{}"), "run.yaml: missing settings: model.name"),
-        (CONFIG.replace("task: tasks/reviews.yaml", ""), "run.yaml: missing settings: task.name, task.data, "),
+        (CONFIG.replace("{name: some/model}", "{}"), "run.yaml: model.name: missing; it must be text"),
+        (
+            CONFIG.replace("task: tasks/reviews.yaml", ""),
+            "run.yaml: task.name: missing; it must be text\nrun.yaml: task.",
+        ),
+        (CONFIG + "---\n" + CONFIG, "config file run.yaml holds 2 YAML documents; it must hold one"),
+        (CONFIG + "seed: !!int 3\n", "config file run.yaml, line 5: tags (tag:yaml.org,2002:int) are not taken"),
+        (CONFIG + "seed: &a 3\noutput: {dir: *a}\n", "config file run.yaml, line 6: aliases (*a) are not taken"),
+        (CONFIG + "? [a, b]\n: 3\n", "config file run.yaml, line 5: the name of a setting must be text"),
+        (CONFIG.replace("tasks/reviews.yaml", "x" * 5000), "task file "),
+        (CONFIG.replace("tasks/reviews.yaml", '"a\\0b"'), "task file "),
         (CONFIG.replace("reviews", "nowhere"), "task file tasks/nowhere.yaml does not exist"),
     ],
 )
@@ -184,7 +224,7 @@ def test_bad_files(write_config: Write, text: str, expected: str) -> None:
     [
         ("", "task file tasks/reviews.yaml is empty"),
         ("a: [b\nc: {", "task file tasks/reviews.yaml is not YAML: "),
-        ("name: reviews", "run.yaml: missing settings: task.data, task.prompt, task.labels"),
+        ("name: reviews", "tasks/reviews.yaml: task.data: missing; it must be text"),
     ],
 )
 def test_bad_task_files(write_config: Write, task: str, expected: str) -> None:
@@ -198,6 +238,74 @@ def test_a_missing_config_file_and_one_that_is_no_text(tmp_path: Path) -> None:
     assert fault(tmp_path / "binary").startswith("config file binary is not YAML: ")
 
 
+ABSURD = {
+    "direction_rank": 10**9,
+    "seed": 2**63,
+    "algorithm.directions": 10**9,
+    "algorithm.anchor_directions": 10**9,
+    "algorithm.pool": 10**9,
+    "algorithm.momentum.window": 10**9,
+    "algorithm.annealing.window": 10**12,
+    "algorithm.annealing.threshold": ".inf",
+    "algorithm.schedule.warmup_steps": 10**12,
+    "algorithm.q": 10**12,
+    "model.peft.r": 10**9,
+    "model.peft.num_virtual_tokens": 10**9,
+    "layout.replicate": 10**9,
+    "task.splits.seed": 10**30,
+    "task.splits.train.size": 10**12,
+    "train.steps": 10**12,
+    "train.batch_size": 10**12,
+    "train.full_size": 10**12,
+    "train.micro_batch": 10**9,
+    "train.width": 10**9,
+    "train.max_tokens": 10**12,
+    "train.evaluate_every": 10**12,
+    "train.max_skipped": 10**12,
+    "train.frozen_cache_gib": ".inf",
+    "output.sync_s": ".inf",
+    "output.snapshot_every": 10**12,
+    "output.snapshots_kept": 10**12,
+    "distributed.patience_s": ".inf",
+    "distributed.variant_groups": 10**9,
+    "distributed.stop_exit_code": 256,
+}
+WHERE = {
+    "algorithm.anchor_directions": ["algorithm.name=mezo-svrg"],
+    "algorithm.q": ["algorithm.name=mezo-svrg"],
+    "model.peft.r": ["model.peft.method=lora"],
+    "model.peft.num_virtual_tokens": ["model.peft.method=prefix"],
+    "layout.replicate": ["layout.name=fsdp"],
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_numbers_that_no_run_reaches(write_config: Write, name: str) -> None:
+    message = fault(write_config(), *WHERE.get(name, []), f"{name}={ABSURD[name]}")
+    assert message.startswith(f"command line: {name}: must be at most ")
+
+
+@pytest.mark.parametrize("name", ["output.dir", "model.name", "task.data", "task.name", "task.label"])
+@pytest.mark.parametrize("text", ["", " ", "a\nb", "a\x1b[2J", "a\x00", "a\u2028b", "a\udcff"])
+def test_names_and_paths_that_are_no_line_of_text(write_config: Write, name: str, text: str) -> None:
+    for message in (fault(write_config(), f"{name}={text}"), in_the_file(write_config, name, text)):
+        assert re.search(rf"\w: {name}: must (not be empty|be one line of text|be text in UTF-8)", message)
+        assert "`mezo-dist train --help`" in message
+
+
+def in_the_file(write_config: Write, name: str, text: str) -> str:
+    """The message about a text that stands in the config file, in the escapes of YAML."""
+    data = yaml.safe_load(CONFIG) | {"task": yaml.safe_load(TASK)}
+    data["algorithm"]["lr"] = 5e-5
+    section, last = name.split(".")
+    data.setdefault(section, {})[last] = text
+    return fault(write_config(json.dumps(data)))  # JSON is YAML, too
+
+
+def test_text_in_other_scripts(write_config: Write) -> None:
+    assert load(write_config(), ["output.dir=läufe/実行\u3000一"]).output.dir == "läufe/実行\u3000一"
+
+
 def test_a_folder_for_a_config_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config file .* does not exist"):
+    with pytest.raises(UserError, match=r"config file .* is not a file"):
         load(tmp_path)

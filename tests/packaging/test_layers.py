@@ -36,7 +36,13 @@ LAYERS = {
     "__main__": "cli",
 }
 
-NO_TORCH = ["mezo_dist", "mezo_dist.config.reader", "mezo_dist.algorithms", "mezo_dist.directions.combination"]
+NO_TORCH = [
+    "mezo_dist",
+    "mezo_dist.config.help",
+    "mezo_dist.config.reader",
+    "mezo_dist.algorithms",
+    "mezo_dist.directions.combination",
+]
 
 
 def modules() -> set[str]:

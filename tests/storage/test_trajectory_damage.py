@@ -107,6 +107,8 @@ def test_a_line_that_is_deep_or_no_object_is_an_error() -> None:
         (to_line({"format": "mezo_dist/trajectory/1"}, "")[0], "format 'mezo_dist/trajectory/1'; this version of mezo"),
         (to_line({"format": FORMAT, "seed": 3}, "")[0], "line 1 .*missing 8 required"),
         (to_line({"format": FORMAT, **vars(HEADER), "seed": "3"}, "")[0], "damaged header: seed is '3'"),
+        (to_line({"format": FORMAT, **vars(HEADER), "config": {"seed": 4}}, "")[0], "settings do not fit their digest"),
+        (to_line({"format": FORMAT, **vars(HEADER), "config_digest": "0" * 64}, "")[0], "do not fit their digest"),
         (to_line({"format": FORMAT, **vars(HEADER), "more": 3}, "")[0], "line 1 .*unexpected"),
         (b"\x00" * 3000, "not a trajectory"),
     ],
