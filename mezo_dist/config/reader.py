@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_FAULTS = 10
 UNKNOWN = "unexpected_keyword_argument"
-UNION_MEMBERS = ("str", "int", "float", "literal[")
+UNION_MEMBER = re.compile(r"str|int|float|literal\[.*")
 """Where a value may have several types, pydantic reports a fault for each, whose place ends in the name of the type."""
 
 
@@ -101,11 +102,12 @@ def _build(data: Mapping[str, Any], given: _Given) -> RunConfig:
     try:
         return _adapter().validate_json(json.dumps(_filled(data, options, settings)), strict=True, extra="forbid")
     except ValidationError as error:
-        details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != UNKNOWN)
-        faults = [_fault(detail, settings, algorithm) for detail in details]
-        lines = list(dict.fromkeys(f"{given.where(name)}: {text}" for name, text in faults))
-        more = [f"... and {len(lines) - MAX_FAULTS} more"] if len(lines) > MAX_FAULTS else []
-        raise UserError("\n".join([*lines[:MAX_FAULTS], *more, HELP])) from error
+        faults: dict[str, str] = {}
+        for detail in sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != UNKNOWN):
+            name, text = _fault(detail, settings, algorithm)
+            faults.setdefault(name, f"{given.where(name)}: {text}")  # one of each setting
+        more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+        raise UserError("\n".join([*list(faults.values())[:MAX_FAULTS], *more, HELP])) from error
 
 
 @functools.cache
@@ -165,7 +167,7 @@ def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], algorithm: str
     place = list(detail["loc"])
     if place[:1] == ["algorithm"]:
         place[1:2] = []  # the name of the algorithm
-    if detail["type"] != UNKNOWN and place and str(place[-1]).startswith(UNION_MEMBERS):
+    if detail["type"] != UNKNOWN and place and UNION_MEMBER.fullmatch(str(place[-1])):
         place.pop()
     names = [".".join(map(str, place[:depth])) for depth in range(len(place) + 1)]
     if detail["type"] == UNKNOWN and (len(place) == 1 or (names[-2] in settings and settings[names[-2]].is_section)):

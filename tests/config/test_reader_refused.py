@@ -107,7 +107,8 @@ def test_the_place_inside_a_list_is_named(write_config: Write) -> None:
     for old, new, expected in [
         ("word: good", "word: false", "[1].word is false"),
         ("value: 0", "value: 1.5", "[0].value is 1.5"),
-        ("word: good", "wrod: good", "[1].word is missing"),
+        ("word: good", "wrod: good", "[1].wrod is unknown"),
+        (", word: good", "", "[1].word is missing"),
         ("word: good", "word: good, weight: 3", "[1].weight is unknown"),
     ]:
         message = fault(write_config(task=TASK.replace(old, new)))

@@ -187,7 +187,7 @@ def test_without_peft_the_extra_is_named(root: Path, monkeypatch: pytest.MonkeyP
         ({"r": 4}, "model.peft.r: is a setting of model.peft.method: lora"),
         ({"method": "prefix", "alpha": 2.0}, "model.peft.alpha: is a setting of model.peft.method: lora"),
         ({"method": "lora", "num_virtual_tokens": 3}, "model.peft.num_virtual_tokens: is a setting of .*: prefix"),
-        ({"method": "lora", "r": 0}, "model.peft.r: must be above 0"),
+        ({"method": "lora", "r": 0}, "model.peft.r: must be at least 1"),
     ],
 )
 def test_contradictions_name_the_setting(settings: dict[str, Any], message: str) -> None:
