@@ -86,7 +86,6 @@ class ModelConfig:
     """Run Python code that comes with the checkpoint. Off by default, as that code may do anything."""
 
     def __post_init__(self) -> None:
-        check_lines(self, "model.", "name", "revision")
         if self.head == "classifier" and self.kind != "auto":
             raise ValueError(f"model.kind: {self.kind} is for model.head: label-words; leave it out")
         if self.peft.method == "prefix" and self.compute not in (None, self.weights):

@@ -286,7 +286,7 @@ def test_numbers_that_no_run_reaches(write_config: Write, name: str) -> None:
     assert message.startswith(f"command line: {name}: must be at most ")
 
 
-@pytest.mark.parametrize("name", ["output.dir", "model.name", "task.data", "task.name", "task.label"])
+@pytest.mark.parametrize("name", ["output.dir", "task.data", "task.name", "task.label"])
 @pytest.mark.parametrize("text", ["", " ", "a\nb", "a\x1b[2J", "a\x00", "a\u2028b", "a\udcff"])
 def test_names_and_paths_that_are_no_line_of_text(write_config: Write, name: str, text: str) -> None:
     for message in (fault(write_config(), f"{name}={text}"), in_the_file(write_config, name, text)):
