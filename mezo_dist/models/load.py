@@ -18,6 +18,7 @@ from mezo_dist.config.schema import ModelConfig, ModelKind
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
 from mezo_dist.models import adapters
+from mezo_dist.models.identity import config_digest, tokenizer_digest
 from mezo_dist.models.random_weights import open_random
 from mezo_dist.models.sliced_checkpoint import NotSliceableError, WeightSource, materialise, open_checkpoint
 
@@ -40,6 +41,10 @@ class Pretrained:
     window: int
     """Longest sequence that the model takes, in tokens."""
     pad_id: int
+    config_digest: str
+    """See `mezo_dist.models.identity`."""
+    tokenizer_digest: str
+    """See `mezo_dist.models.identity`."""
     source: WeightSource | None = None
     """If the parameters have device meta: what fills them (`checkpoint_reader.fill`), once an engine has cut them."""
 
@@ -73,6 +78,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     try:
         hf_config = transformers.AutoConfig.from_pretrained(source, **options)
         tokenizer = _tokenizer(source, options)
+        digests = config_digest(hf_config), tokenizer_digest(tokenizer)
         kind = _kind(config, hf_config)
         if kind == "masked" and tokenizer.mask_token is None:
             raise UserError(f"model.kind: the tokeniser of {config.name!r} has no mask token, which kind: masked needs")
@@ -100,7 +106,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
         if window < 1:
             raise UserError(f"model.peft.num_virtual_tokens: {config.peft.num_virtual_tokens} fill the model's window")
     _freeze(model, config)
-    return Pretrained(model.eval(), tokenizer, kind, window, pad_id, weights)
+    return Pretrained(model.eval(), tokenizer, kind, window, pad_id, *digests, weights)
 
 
 def _source(name: str) -> str:

@@ -48,6 +48,11 @@ def open_run(folder: Path, num_steps: int | None, comm: Communicator, *, trust_r
     if not 0 <= wanted <= len(log.steps):
         raise UserError(f"--step {wanted}: {folder} has {len(log.steps)} steps")
     config = from_dict(log.header.config, str(folder / trajectory.FILE))
+    if config.digest() != log.header.config_digest:
+        raise UserError(
+            f"{folder / trajectory.FILE}: its settings do not fit their digest: they were edited, or another version "
+            f"of mezo_dist ({log.header.version}) reads them otherwise"
+        )
     if config.model.trust_remote_code and not trust_remote_code:
         raise UserError(
             f"{folder}: model {config.model.name} brings code of its own. A run folder from somebody else must not "
@@ -82,7 +87,7 @@ def audit(opened: OpenedRun, comm: Communicator) -> tuple[LoadedModel, str]:
     loaded = load_base(opened.config, comm)
     check_agreement(loaded, comm)
     header = opened.log.header
-    check_header(loaded.header(header.full_size), header)
+    check_header(loaded.header(header.full_size, header.data), header)  # there is no data to compare
     began = time.perf_counter()
     algorithm = build_algorithm(opened.config, header.full_size)
     progress = replay_steps(loaded.engine, header.seed, algorithm, opened.log, opened.num_steps)

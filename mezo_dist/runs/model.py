@@ -30,19 +30,27 @@ class LoadedModel:
     base_fingerprint: str
     """Fingerprint of the weights before step 0."""
 
-    def header(self, full_size: int) -> Header:
-        """The header of a trajectory that begins here; ``full_size`` is the number of samples of a full batch."""
+    def header(self, full_size: int, data: dict[str, str]) -> Header:
+        """The header of a trajectory that begins here.
+
+        Args:
+            full_size: number of samples of a full batch.
+            data: split -> digest of its encoded samples.
+        """
         config, model = self.config, self.config.model
         return Header(
-            config.to_dict(),
-            config.digest(),
-            f"{model.name}@{model.revision}" if model.revision else model.name,
-            self.base_fingerprint,
-            self.engine.law.version,
-            f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
-            config.seed,
-            full_size,
-            mezo_dist.__version__,
+            config=config.to_dict(),
+            config_digest=config.digest(),
+            base_model=f"{model.name}@{model.revision}" if model.revision else model.name,
+            base_fingerprint=self.base_fingerprint,
+            model_config=self.pretrained.config_digest,
+            tokenizer=self.pretrained.tokenizer_digest,
+            data=data,
+            law_version=self.engine.law.version,
+            weights=f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
+            seed=config.seed,
+            full_size=full_size,
+            version=mezo_dist.__version__,
         )
 
 

@@ -30,19 +30,30 @@ def check_config(config: RunConfig, header: Header) -> None:
 
 
 def check_header(mine: Header, theirs: Header) -> None:
-    """Raises UserError if a trajectory was made from something else than what this run has loaded."""
-    for what, name in _FACTS.items():
-        here, there = getattr(mine, name), getattr(theirs, name)
-        if here != there:
-            raise UserError(f"the trajectory was made from another {what} ({there}) than this run's ({here})")
+    """Raises UserError, which names them, if a trajectory was made from other things than this run has loaded."""
+    here, there = _facts(mine), _facts(theirs)
+    others = [
+        f"{what} ({there.get(what)} there, {fact} here)" for what, fact in here.items() if there.get(what) != fact
+    ]
+    if others:
+        raise UserError(
+            f"the trajectory was made from another {', '.join(others)}: put back what it was, or begin a new run "
+            "(another output.dir, or --force-new)"
+        )
 
 
-_FACTS = {
-    "base model": "base_fingerprint",
-    "law": "law_version",
-    "kind of weights": "weights",
-    "full batch": "full_size",
-}
+def _facts(header: Header) -> dict[str, object]:
+    """What must not differ between a trajectory and the run that goes on with it, beside the settings."""
+    return {
+        "base model": header.base_fingerprint,
+        "model config": header.model_config,
+        "tokenizer": header.tokenizer,
+        "law": header.law_version,
+        "seed": header.seed,
+        "kind of weights": header.weights,
+        **{f"{name} split": digest for name, digest in header.data.items()},
+        "full batch": header.full_size,
+    }
 
 
 def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:

@@ -25,7 +25,7 @@ import json
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ class Header:
     """Name and revision of the model before step 0."""
     base_fingerprint: str
     """Fingerprint of its weights."""
+    model_config: str
+    """Digest of its config."""
+    tokenizer: str
+    """Digest of its tokenizer."""
+    data: dict[str, str]
+    """Split -> digest of its encoded samples."""
     law_version: str
     """Version of generator and law."""
     weights: str
@@ -70,8 +76,9 @@ class Header:
     @property
     def identity(self) -> str:
         """What all its lines are chained to: equal for runs that must have the same lines."""
-        facts = (self.config_digest, self.base_fingerprint, self.law_version)
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=4).hexdigest()
+        model = (self.base_fingerprint, self.model_config, self.tokenizer)
+        facts = (self.config_digest, *model, self.law_version, self.data)
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -224,11 +231,16 @@ def _header(content: dict[str, Any]) -> Header:
     found = content.pop("format")
     if found != FORMAT:
         raise ValueError(f"a trajectory of format {found!r}; this version of mezo_dist reads {FORMAT!r}")
+    names = {item.name for item in fields(Header)}
+    if content.keys() != names:
+        raise ValueError(f"damaged header: {sorted(content.keys() ^ names)} are missing, or unknown")
     header = Header(**content)
-    kinds = {"config": dict, "seed": int, "full_size": int}
+    kinds = {"config": dict, "data": dict, "seed": int, "full_size": int}
     for name, value in vars(header).items():
         if type(value) is not kinds.get(name, str):
             raise ValueError(f"damaged header: {name} is {value!r}")
+    if not all(type(value) is str for value in header.data.values()):
+        raise ValueError(f"damaged header: data is {header.data!r}")
     return header
 
 

@@ -18,11 +18,12 @@ from mezo_dist.algorithms.base import Losses
 from mezo_dist.errors import UserError
 from mezo_dist.monitoring import html_report, plots
 from mezo_dist.monitoring.scalars import train_loss_tag
-from mezo_dist.storage.trajectory import Header, Mark, Step
+from mezo_dist.storage.trajectory import Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
+from tests.storage import trajectories
 
 CONFIG = {"task": {"name": "films <&>"}, "train": {"steps": 4}, "algorithm": {"name": "mezo-svrg"}}
-HEADER = Header(CONFIG, "d" * 64, "a/model", "0" * 16, "law/v1", "float32, to nearest", 0, 30, "0.1.0")
+HEADER = dataclasses.replace(trajectories.HEADER, config=CONFIG, base_model="a/model", seed=0)
 
 
 @pytest.fixture
