@@ -36,6 +36,19 @@ class NotSliceableError(Exception):
     """The checkpoint can only be loaded whole; the message says why."""
 
 
+@final
+class WholeModel:
+    """See `WeightSource`: the weights of a model that was loaded whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = dict(model.named_parameters())
+
+    def read(self, name: str, out: Tensor, offset: int = 0) -> None:
+        """See `WeightSource.read`."""
+        flat = self._weights[name].detach().reshape(-1)
+        out.detach().view(-1).copy_(flat[offset : offset + out.numel()])
+
+
 def fill(source: WeightSource, shards: Iterable[Shard]) -> None:
     """Fill the shards of an engine whose model came without data."""
     for shard in shards:

@@ -86,7 +86,7 @@ def replay_steps(
             apply_updates(engine, run_seed, _with_last_copy(pending, anchor=anchor))
             pending, num_terms = [], 0
         if marked:
-            _check_mark(engine, recorded.marks[progress.step], progress.step)
+            _check_mark(engine, recorded.marks[progress.step].weights, progress.step)
     apply_updates(engine, run_seed, _with_last_copy(pending, anchor=anchor))
     return progress
 

@@ -116,7 +116,7 @@ def _claim(wanted: Path, if_exists: str) -> tuple[Path, int]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     if holds_run and if_exists == "replace":
-        _move_aside(folder)
+        move_aside(folder)
         os.close(lock)
         folder.mkdir()
         lock = _lock(folder)
@@ -143,13 +143,14 @@ def _lock(folder: Path) -> int:
     return handle
 
 
-def _move_aside(folder: Path) -> None:
+def move_aside(folder: Path) -> None:
+    """Rename a folder to the next free one of ``NAME.old``, ``NAME.old-2`` ..."""
     number, aside = 1, folder.with_name(f"{folder.name}.old")
     while aside.exists():
         number += 1
         aside = folder.with_name(f"{folder.name}.old-{number}")
     folder.rename(aside)
-    log.warning("the run that was in %s is in %s now", folder, aside)
+    log.warning("what was in %s is in %s now", folder, aside)
 
 
 def note(folder: Path, event: str, step: int, **facts: Any) -> None:

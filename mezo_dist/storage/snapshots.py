@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from mezo_dist.storage.files import sync_folder
 
 FORMAT = "mezo_dist/snapshot/1"
 INDEX = "snapshot.json"
+_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def save_snapshot(
     Raises:
         UserError: on all ranks, if one of them could not write (full disk, no permission).
     """
-    target = folder / f"step-{step:08d}"
+    target = folder / _name(step)
     part = target.with_name(f".{target.name}.part")
     try:
         _on_main(comm, _make_empty, part)
@@ -116,15 +118,26 @@ def save_snapshot(
 
 def snapshots(folder: Path) -> list[Path]:
     """Folders of the complete snapshots in ``folder`` (which need not exist), oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{INDEX}"))
+    return sorted(path.parent for path in folder.glob(f"step-*/{INDEX}") if _NAME.fullmatch(path.parent.name))
 
 
 def read_snapshot(folder: Path) -> Snapshot:
     """Read a snapshot's index.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or the snapshot was renamed to another step.
     """
+    snapshot = _read_index(folder)
+    if folder.name != _name(snapshot.step):
+        raise UserError(f"{folder}: was renamed, for its index says step {snapshot.step}")
+    return snapshot
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _read_index(folder: Path) -> Snapshot:
     path = folder / INDEX
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -155,25 +168,27 @@ def load_snapshot(folder: Path, engine: Engine, comm: Communicator, *, anchor: b
     Raises:
         UserError: on all ranks: the snapshot is incomplete or damaged, or belongs to another model.
     """
-    found: list[Snapshot] = []
+    checked: list[Snapshot] = []
 
     def check() -> None:
         snapshot = read_snapshot(folder)
         for number, (name, digest) in enumerate(sorted(snapshot.files.items())):
             if number % comm.world_size == comm.rank and safetensors_io.sha256(folder / name) != digest:
                 raise UserError(f"{folder / name}: damaged (its SHA-256 is not the one in {INDEX})")
-        _check_fits(snapshot, engine.shards())
-        found.append(snapshot)
+        _check_fits(snapshot, engine.shards(), is_anchor=False)
+        checked.append(snapshot)
 
     def fill() -> None:
-        _fill(engine.shards(), found[0])
-        if anchor and any(name.startswith(ANCHOR_PREFIX) for name in found[0].weights):
+        (snapshot,) = checked
+        _fill(engine.shards(), snapshot)
+        if anchor and any(name.startswith(ANCHOR_PREFIX) for name in snapshot.weights):
             engine.copy_anchor()  # makes room
-            _fill(engine.anchor_shards(), found[0])
+            _check_fits(snapshot, engine.anchor_shards(), is_anchor=True)
+            _fill(engine.anchor_shards(), snapshot)
 
     comm.collect(check)
     comm.collect(fill)
-    return found[0]
+    return checked[0]
 
 
 def _on_main(comm: Communicator, work: Callable[..., object], *args: Any) -> None:
@@ -242,7 +257,7 @@ def _publish(part: Path, target: Path, index: dict[str, Any], keep: int) -> None
         json.dump(index, file, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
-    read_snapshot(part)
+    _read_index(part)
     sync_folder(part)
     _remove(target)
     os.replace(part, target)
@@ -287,12 +302,12 @@ def _weight(name: str, item: Mapping[str, Any], files: Mapping[str, str]) -> Sav
     return weight
 
 
-def _check_fits(snapshot: Snapshot, shards: Iterable[Shard]) -> None:
-    own = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
-    saved_names = {name for name in snapshot.weights if not name.startswith(ANCHOR_PREFIX)}
-    if other := sorted(own.keys() ^ saved_names):
+def _check_fits(snapshot: Snapshot, shards: Iterable[Shard], *, is_anchor: bool) -> None:
+    needed = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
+    saved_names = {name for name in snapshot.weights if name.startswith(ANCHOR_PREFIX) == is_anchor}
+    if other := sorted(needed.keys() ^ saved_names):
         raise UserError(f"{snapshot.folder}: of another model: {', '.join(other[:3])} is only in one of the two")
-    for name, (shape, dtype) in own.items():
+    for name, (shape, dtype) in needed.items():
         saved = snapshot.weights[name]
         if (saved.shape, saved.dtype) != (shape, dtype):
             raise UserError(

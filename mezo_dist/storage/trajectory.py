@@ -116,6 +116,12 @@ class Mark:
     done: int
     weights: str
     """Fingerprint of all weights, which does not depend on their layout."""
+    anchor: str = ""
+    """Fingerprint of the copy that the run keeps of them (`Engine.copy_anchor`); empty if it keeps none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The line without its check."""
+        return {name: value for name, value in vars(self).items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,8 @@ class Log:
     torn: int
     """Bytes after it: of a line whose writing was interrupted."""
     steps: list[Step] = field(default_factory=list)
-    marks: dict[int, str] = field(default_factory=dict)
-    """Steps done -> fingerprint of the weights."""
+    marks: dict[int, Mark] = field(default_factory=dict)
+    """Steps done -> what the weights were."""
 
 
 def digest(operations: Sequence[Operation]) -> str:
@@ -177,7 +183,7 @@ def parse(data: bytes, path: Path) -> Log | None:
     _check_start(data[: len(_START)], path)
     header: Header | None = None
     steps: list[Step] = []
-    marks: dict[int, str] = {}
+    marks: dict[int, Mark] = {}
     check, offset = "", 0
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
@@ -186,7 +192,7 @@ def parse(data: bytes, path: Path) -> Log | None:
                 header = _header(content)
                 check = header.identity
             elif "done" in content:  # no link of the chain: runs that save more often have the same steps
-                marks.update([_mark(content, len(steps))])
+                marks[len(steps)] = _mark(content, len(steps))
             else:
                 steps.append(_step(content, len(steps)))
                 check = own
@@ -251,10 +257,10 @@ def _step(content: dict[str, Any], expected: int) -> Step:
     return step
 
 
-def _mark(content: dict[str, Any], done: int) -> tuple[int, str]:
+def _mark(content: dict[str, Any], done: int) -> Mark:
     if content["done"] != done:
-        raise ValueError(f"a fingerprint after {content['done']} steps where there are {done}")
-    return done, str(content["weights"])
+        raise ValueError(f"a fingerprint after {content['done']!r} steps where there are {done}")
+    return Mark(done, str(content["weights"]), str(content.get("anchor", "")))
 
 
 def _losses_to_json(losses: Losses) -> dict[str, Any]:

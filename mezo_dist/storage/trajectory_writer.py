@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from mezo_dist.errors import UserError
 from mezo_dist.storage.files import replace_file
@@ -77,8 +77,7 @@ class TrajectoryWriter:
             UserError: that failed (full disk, broken disk). The file is as it was before, so the run can go on later.
             ValueError: a number in it is not finite.
         """
-        content: dict[str, Any] = entry.to_json() if isinstance(entry, Step) else vars(entry)
-        line, check = to_line(content, self._check)
+        line, check = to_line(entry.to_json(), self._check)
         try:
             written = 0
             while written < len(line):

@@ -96,9 +96,9 @@ def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
     options = [f"output.dir={tmp_path / 'run'}", "output.snapshot_every=4", "output.export=false"]
     training.train(load(root, "stored", *options), Communicator())
     lines = (tmp_path / "run" / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
-    steps = [line for line in lines if b'"done"' not in line]
     for done, snapshot in ((5, 4), (6, 4), (5, 0), (6, 0)):
-        (tmp_path / "run" / "trajectory.jsonl").write_bytes(b"".join(steps[: 1 + done]))
+        stop = next(i for i, line in enumerate(lines) if line.startswith(b'{"step":%d,' % done))
+        (tmp_path / "run" / "trajectory.jsonl").write_bytes(b"".join(lines[:stop]))
         if not snapshot:
             shutil.rmtree(tmp_path / "run" / "snapshots", ignore_errors=True)
         training.train(load(root, "stored", *options, "output.if_exists=resume"), Communicator())

@@ -29,11 +29,11 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path, bad: float, count: in
 def test_going_on_appends(trajectory_path: Path) -> None:
     writer = TrajectoryWriter.go_on(trajectory_path, read(trajectory_path))
     writer.append(Step(3, (Losses((1.0,)),), "0" * 8))
-    writer.append(Mark(4, FINGERPRINT))
+    writer.append(Mark(4, FINGERPRINT, "a" * 16))
     writer.close()
     found = read(trajectory_path)
     assert [step.step for step in found.steps] == [0, 1, 2, 3]
-    assert found.marks == {2: FINGERPRINT, 4: FINGERPRINT}
+    assert found.marks == {2: Mark(2, FINGERPRINT), 4: Mark(4, FINGERPRINT, "a" * 16)}
 
 
 def test_a_new_trajectory_never_overwrites_one(trajectory_path: Path) -> None:
