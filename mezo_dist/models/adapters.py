@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
@@ -66,6 +67,7 @@ def attach(
     except ImportError as error:
         raise UserError(f"model.peft: needs peft: pip install 'mezo_dist[peft]' ({error})") from error
     own = list(model.named_parameters())
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     config = _peft_config(model, settings, kind, fresh)
     try:
         with warnings.catch_warnings():
@@ -75,9 +77,14 @@ def attach(
         setting = "target_modules" if settings.method == "lora" else "method"
         raise UserError(f"model.peft.{setting}: peft cannot do this to a {type(model).__name__}: {error}") from error
     config.base_model_name_or_path = model.config.name_or_path or None
-    for module in adapted.modules():
+    for name, module in adapted.named_modules():
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = False
+            if uses[id(getattr(module.get_base_layer(), "weight", None))] > 1:
+                raise UserError(
+                    f"model.peft.target_modules: {name.rpartition('.')[2]} shares its weight with another module "
+                    "(tie_word_embeddings); merged, its adapters would change that one, too: leave it out"
+                )
     return adapted, _filled(adapted, own, source, seed)
 
 

@@ -13,14 +13,13 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from mezo_dist.engines.layouts.base import Shard
-from mezo_dist.errors import UserError
+from mezo_dist.models.checkpoint_files import checkpoint_files
 from mezo_dist.storage import safetensors_io
 from mezo_dist.storage.safetensors_io import Entry
 
@@ -159,9 +158,8 @@ def open_checkpoint(
     """
     if getattr(config, "quantization_config", None) is not None:
         raise NotSliceableError("it is quantised")
-    entries = {
-        k: e for path in _files(source, options.get("revision")) for k, e in safetensors_io.read_header(path).items()
-    }
+    files = checkpoint_files(source, config, options.get("revision"))
+    entries = {key: entry for path in files for key, entry in safetensors_io.read_header(path).items()}
     model_class = class_of(auto_class, config, options.get("trust_remote_code", False))
     try:
         shapes = {key: (torch.Size(entry.shape), entry.dtype) for key, entry in entries.items()}
@@ -240,24 +238,6 @@ class _NoData:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
-
-
-def _files(source: str, revision: str | None) -> list[Path]:
-    """The checkpoint's safetensors files; fetched if ``source`` is a hub name."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    whole = cached_file(source, SAFE_WEIGHTS_NAME, **options)
-    if whole is not None:
-        return [Path(whole)]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
-    if index is not None:
-        return [Path(path) for path in get_checkpoint_shard_files(source, index, revision=revision)[0]]
-    raise UserError(
-        f"model.name: {source!r} has no {SAFE_WEIGHTS_NAME}, which is read by the slice (other formats are "
-        "pickles); convert it once on a large machine: AutoModel.from_pretrained(...).save_pretrained(...)"
-    )
 
 
 def _recipes(model: Any, entries: dict[str, Entry]) -> dict[str, _Recipe]:

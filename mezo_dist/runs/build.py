@@ -150,7 +150,7 @@ def _work_split(config: RunConfig, comm: Communicator) -> WorkSplit:
 
 def _encoder(config: RunConfig, pretrained: Pretrained) -> Encoder:
     max_tokens = min(config.train.max_tokens or pretrained.window, pretrained.window)
-    return Encoder(config.task, pretrained.tokenizer, pretrained.kind, max_tokens)
+    return Encoder(config.task, pretrained.tokenizer, pretrained.kind, max_tokens, pretrained.num_tokens)
 
 
 def _objective(loaded: LoadedModel, encoder: Encoder, rows: Rows, splits: dict[str, list[Sample]]) -> Objective:

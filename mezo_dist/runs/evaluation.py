@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from mezo_dist.objectives.classification import Objective, Scores, cross_entropy
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.tasks.metrics import measure
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,13 @@ class Evaluator:
         message = torch.cat([torch.tensor([failed]), table.flatten()])
         total = self.comm.round(message, fingerprint("score", num_samples, metric))
         loss, weight, prediction, label = total[1:].view(table.shape).unbind(dim=1)
-        value = mean(int(loss.sum()), int(weight.sum())) if not int(total[0]) else float("nan")
+        value = mean(sum(loss.tolist()), sum(weight.tolist()))  # sums of int64 tensors wrap
+        if int(total[0]):
+            value = float("nan")
+            if self.comm.rank == 0:
+                log.warning(
+                    "%d of %d losses are not finite, or far too large: their mean is NaN", total[0], num_samples
+                )
         return {"loss": value, metric: measure(metric, prediction, label, num_classes)}
 
     def _calibrated_losses(

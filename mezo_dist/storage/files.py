@@ -7,6 +7,7 @@ not followed, and a named pipe or a device is refused before a byte is read.
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import stat
@@ -17,6 +18,19 @@ log = logging.getLogger(__name__)
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 """Errors of the disk, as opposed to those of what lies at a path."""
 _BLOCK = 1 << 16
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file for reading, unbuffered; a pipe or a device, which may never end, is refused.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return io.FileIO(handle)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -153,6 +153,11 @@ TEMPLATES = {
     "classes": "{{ text.__class__.__mro__ }}",
     "calls": "{{ text.ljust(10 ** 10) }}",
     "chance": "{{ [1, 2, 3] | random }}",
+    "digits": "{{ 1.0 | round(1000000000, 'ceil') }}",
+    "digits of a field": "{{ text | length | round(-10 ** 9) }}",
+    "digits of digits": "{{ 1 | round(text | length | float) }}",
+    "a short cut": "{{ text | truncate(1) }}",
+    "no number": "{{ 'inf' | float | int }}",
     "depth": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
 }
 
