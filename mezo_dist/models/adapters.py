@@ -72,6 +72,7 @@ def attach(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in ways of the past
+            warnings.filterwarnings("ignore", ".*ensure_weight_tying")  # refused below
             adapted = peft.get_peft_model(model, config, _ADAPTER, autocast_adapter_dtype=False, revision=revision)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         setting = "target_modules" if settings.method == "lora" else "method"

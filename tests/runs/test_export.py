@@ -173,6 +173,7 @@ def test_a_failure_is_told_on_all_ranks(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_adapters_of_a_model_with_added_tokens_and_tied_embeddings_merge(tmp_path: Path) -> None:
     """Through peft alone, the merged model gives the logits of the run."""
     import peft
