@@ -28,6 +28,7 @@ from mezo_dist.models import adapters
 from mezo_dist.objectives.calibration import FILE as CALIBRATION_FILE
 from mezo_dist.objectives.calibration import Calibration
 from mezo_dist.storage import safetensors_io
+from mezo_dist.storage.files import remove
 
 FILE_BYTES = 5_000_000_000
 """Largest size of one file, unless a single weight is larger."""
@@ -95,7 +96,7 @@ def _write(
     calibration: Calibration | None,
 ) -> None:
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    remove(part)
     part.mkdir(parents=True)
     try:
         if calibration is not None:
@@ -107,8 +108,7 @@ def _write(
         else:
             _write_model(engine, weights, part, file_bytes)
         tokenizer.save_pretrained(part)
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove(folder)
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

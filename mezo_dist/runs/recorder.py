@@ -9,7 +9,8 @@ from mezo_dist.errors import UserError
 from mezo_dist.runs.build import Run
 from mezo_dist.runs.replay import snapshot_facts
 from mezo_dist.storage import snapshots
-from mezo_dist.storage.run_folder import Claim, move_aside, note
+from mezo_dist.storage.files import move_aside
+from mezo_dist.storage.run_folder import Claim, note
 from mezo_dist.storage.trajectory import Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 

@@ -29,7 +29,7 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 from mezo_dist.storage import safetensors_io
-from mezo_dist.storage.files import sync_folder
+from mezo_dist.storage.files import open_regular, remove, sync_folder
 
 FORMAT = "mezo_dist/snapshot/1"
 INDEX = "snapshot.json"
@@ -140,7 +140,8 @@ def _name(step: int) -> str:
 def _read_index(folder: Path) -> Snapshot:
     path = folder / INDEX
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = json.loads(file.read())
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r} is not {FORMAT}")
         files = {str(name): str(digest) for name, digest in data["files"].items()}
@@ -150,7 +151,7 @@ def _read_index(folder: Path) -> Snapshot:
         return Snapshot(folder, int(data["step"]), dict(data["facts"]), files, weights)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); not a complete snapshot") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: damaged, or of another version of mezo_dist ({error!r})") from error
 
 
@@ -175,6 +176,7 @@ def load_snapshot(folder: Path, engine: Engine, comm: Communicator, *, anchor: b
         for number, (name, digest) in enumerate(sorted(snapshot.files.items())):
             if number % comm.world_size == comm.rank and safetensors_io.sha256(folder / name) != digest:
                 raise UserError(f"{folder / name}: damaged (its SHA-256 is not the one in {INDEX})")
+        _check_pieces(snapshot)
         _check_fits(snapshot, engine.shards(), is_anchor=False)
         checked.append(snapshot)
 
@@ -197,8 +199,7 @@ def _on_main(comm: Communicator, work: Callable[..., object], *args: Any) -> Non
 
 
 def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     folder.mkdir(parents=True)
 
 
@@ -273,6 +274,16 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
         shutil.rmtree(aside)
+
+
+def _check_pieces(snapshot: Snapshot) -> None:
+    """Raises UserError if the files do not hold what the index says."""
+    entries = {name: safetensors_io.read_header(snapshot.folder / name) for name in snapshot.files}
+    for name, weight in snapshot.weights.items():
+        for piece in weight.pieces:
+            entry = entries[piece.file].get(_key(name, piece.offset))
+            if entry is None or (entry.dtype, entry.num_elements) != (weight.dtype, piece.size):
+                raise UserError(f"{snapshot.folder / piece.file}: does not hold {name} as {INDEX} says")
 
 
 def _fill(shards: Iterable[Shard], snapshot: Snapshot) -> None:

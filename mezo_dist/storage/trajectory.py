@@ -34,6 +34,7 @@ import numpy as np
 from mezo_dist.algorithms.base import Losses
 from mezo_dist.algorithms.operations import Operation, encode
 from mezo_dist.errors import UserError
+from mezo_dist.storage.files import open_regular
 
 FORMAT = "mezo_dist/trajectory/3"
 FILE = "trajectory.jsonl"
@@ -172,10 +173,13 @@ def read(path: Path) -> Log:
 
 def read_bytes(path: Path) -> bytes:
     """What is in the file; its start is looked at before the rest is taken into memory. Raises as `read` does."""
-    with path.open("rb") as file:
-        start = file.read(len(_START))
-        _check_start(start, path)
-        return start + file.read()
+    try:
+        with open_regular(path) as file:
+            start = file.read(len(_START))
+            _check_start(start, path)
+            return start + file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def parse(data: bytes, path: Path) -> Log | None:
