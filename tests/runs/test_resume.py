@@ -215,7 +215,7 @@ def test_a_run_folder_that_is_renamed_while_the_run_goes_on(
         real(self, step)
 
     arguments = ["train", str(root / "mezo" / "config.yaml"), f"--output.dir={folder}", "--output.if_exists=resume"]
-    arguments += [f"--{option}" for option in RUNS["mezo"][2]]
+    arguments += [f"--{option}" for option in CASES["mezo"].options]
     with monkeypatch.context() as patch:
         patch.setattr(recorder.RunRecorder, "append", append)
         assert cli.main(arguments) == 2
