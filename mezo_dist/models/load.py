@@ -1,4 +1,4 @@
-"""Loading unmodified Hugging Face models and their tokenisers."""
+"""Loading unmodified Hugging Face models and their tokenizers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AUTO_CLASSES: dict[ModelKind, str] = {
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in eval mode with its tokeniser."""
+    """A model in eval mode with its tokenizer."""
 
     model: nn.Module
     tokenizer: Any
@@ -61,7 +61,7 @@ class Pretrained:
 
 
 def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool = True) -> Pretrained:
-    """Load model and tokeniser in ``config.weights``.
+    """Load model and tokenizer in ``config.weights``.
 
     Args:
         config: which model.
@@ -86,7 +86,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
         hf_config.return_dict = True  # outputs are asked for by name
         kind = _kind(config, hf_config)
         if kind == "masked" and tokenizer.mask_token is None:
-            raise UserError(f"model.kind: the tokeniser of {config.name!r} has no mask token, which kind: masked needs")
+            raise UserError(f"model.kind: the tokenizer of {config.name!r} has no mask token, which kind: masked needs")
         if kind == "classifier":
             hf_config.num_labels = num_labels
         model, report, weights = _build(config, source, kind, hf_config, seed, whole=whole)
@@ -148,7 +148,7 @@ def _config(source: str, options: dict[str, Any]) -> Any:
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> Any:
-    """The model's own; for random weights that come with a config alone, one that takes every byte for a token."""
+    """The tokenizer of the model; for random weights with a config alone, one that takes every byte for a token."""
     import transformers
 
     if Path(source).is_file():

@@ -1,8 +1,8 @@
 """Loading a Hugging Face checkpoint by the slice: a model without data, and a reader that fills any piece of it.
 
-The model comes out of transformers' own ``from_pretrained``, which is given tensors that have a shape and no data. So
-names, renamings, tied weights, dtypes, fresh heads, buffers and the report of what is missing are the model class's
-own doing, and no rank ever holds more weights than it asks `CheckpointReader.read` for. The one exception are weights
+The model comes out of ``from_pretrained`` of transformers, which is given tensors that have a shape and no data. So
+the model class itself takes care of names, renamings, tied weights, dtypes, fresh heads, buffers and the report of what
+is missing, and no rank ever holds more weights than it asks `CheckpointReader.read` for. The one exception are weights
 that transformers assembles from several tensors of the checkpoint (the experts of a mixture, say): those are made
 whole, one at a time.
 """
@@ -95,10 +95,10 @@ class CheckpointReader:
         for name, tensor in _tensors(model, with_aliases=True):
             if name in recipes:
                 self._key.setdefault(canonical[id(tensor)], name)
-        own = dict(_tensors(model))
-        self._dtypes = {name: tensor.dtype for name, tensor in own.items()}
-        self._fresh = {name: tensor.detach() for name, tensor in own.items() if not tensor.is_meta}
-        assert self._key.keys() | self._fresh.keys() == own.keys()
+        tensors = dict(_tensors(model))
+        self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        self._fresh = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.is_meta}
+        assert self._key.keys() | self._fresh.keys() == tensors.keys()
         self._made: tuple[_Recipe | None, dict[str, Tensor]] = (None, {})
         """The last weights that had to be made whole: the next read is most often of the same."""
 
@@ -218,7 +218,7 @@ def without_data(
     model, report = model_class.from_pretrained(
         None,
         config=config,
-        state_dict={key: _NoData(shape, own) for key, (shape, own) in tensors.items()},
+        state_dict={key: _NoData(shape, kept) for key, (shape, kept) in tensors.items()},
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -266,8 +266,8 @@ def _recipes(model: Any, entries: dict[str, Entry]) -> dict[str, _Recipe]:
             rule = copy.deepcopy(by_pattern[sources[0][1]])
             for key, pattern in sources:
                 rule.add_tensor(name, key, pattern, tensors[key])
-            made = rule.convert(name, model=model, config=model.config)
-            return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+            weights = rule.convert(name, model=model, config=model.config)
+            return {target: value[0] if isinstance(value, list) else value for target, value in weights.items()}
 
         recipe = _Recipe(tuple(key for key, _ in sources), convert)
         no_data = {key: torch.empty(entries[key].shape, dtype=entries[key].dtype, device="meta") for key in recipe.keys}

@@ -43,9 +43,9 @@ class Run:
     loaded: LoadedModel
     splits: dict[str, list[Sample]]
     order: BatchOrder
-    """Of minibatches."""
+    """Order of the samples in minibatches."""
     full_order: BatchOrder
-    """Of full batches: all training samples, or a fresh draw of ``train.full_size`` of them."""
+    """Order in full batches: all training samples, or a fresh draw of ``train.full_size`` of them."""
     evaluator: Evaluator
     algorithm: Algorithm[Any]
     data: dict[str, str]
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def pretrained(self) -> Pretrained:
-        """Model and tokeniser."""
+        """Model and tokenizer."""
         return self.loaded.pretrained
 
     def batch(self, kind: Batch, step: int) -> list[MicroBatch]:

@@ -31,6 +31,7 @@ from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, replay_from_newest
 from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
+from mezo_dist.storage.files import DISK_FAULTS
 from mezo_dist.storage.replay import logged_step
 from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_scores, save_config, write_results
 from mezo_dist.storage.trajectory import Log
@@ -111,7 +112,7 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         is_gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE) and not folder.is_dir()
-        if not is_gone and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        if not is_gone and error.errno not in DISK_FAULTS:
             raise
         remedy = "put it back where it was" if is_gone else "make room"
         raise UserError(

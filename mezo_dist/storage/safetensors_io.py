@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def num_elements(self) -> int:
-        """Of the whole tensor."""
+        """Number of elements of the whole tensor."""
         return math.prod(self.shape)
 
     def read(self, out: Tensor, offset: int = 0) -> None:

@@ -86,11 +86,11 @@ def save_snapshot(
     ranks must call it.
 
     Args:
-        folder: of all snapshots of the run; made if need be.
+        folder: holds all snapshots of the run; it is created if need be.
         engine: whose weights.
         step: number of steps that they have seen.
         comm: between the ranks.
-        facts: JSON types, to be found in `Snapshot.facts`; rank 0's count.
+        facts: JSON types, which `Snapshot.facts` will hold; those of rank 0 are saved.
         keep: how many complete snapshots may stay, this one included; older ones are removed once it is there.
 
     Returns:
@@ -103,10 +103,10 @@ def save_snapshot(
     part = target.with_name(f".{target.name}.part")
     try:
         _on_main(comm, _make_empty, part)
-        own = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
-        replicas = comm.collect(lambda: hashlib.sha256(json.dumps(own).encode()).hexdigest())
+        pieces = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
+        replicas = comm.collect(lambda: hashlib.sha256(json.dumps(pieces).encode()).hexdigest())
         mine = [rank for rank, digest in enumerate(replicas) if digest == replicas[comm.rank]]
-        share = _share(own, mine.index(comm.rank), len(mine))
+        share = _share(pieces, mine.index(comm.rank), len(mine))
         parts = comm.collect(lambda: _write_part(part, f"rank-{comm.rank:05d}.safetensors", engine, share))
         _on_main(comm, _publish, part, target, _index(step, dict(facts or {}), parts), keep)
     except UserError as error:
@@ -215,11 +215,11 @@ def _piece(shard: Shard) -> dict[str, Any]:
     return {"name": shard.name, "dtype": code, "shape": list(shard.shape), "offset": shard.offset, "size": size}
 
 
-def _share(own: Sequence[dict[str, Any]], place: int, num_replicas: int) -> dict[str, dict[str, Any]]:
+def _share(pieces: Sequence[dict[str, Any]], place: int, num_replicas: int) -> dict[str, dict[str, Any]]:
     """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far."""
     loads = [0] * num_replicas
     share = {}
-    for piece in own:
+    for piece in pieces:
         least = loads.index(min(loads))
         loads[least] += piece["size"]
         if least == place:

@@ -191,7 +191,7 @@ def parse(data: bytes, path: Path) -> Log | None:
     check, offset = "", 0
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
-            content, own = _content(line + b"\n", check)
+            content, line_check = _content(line + b"\n", check)
             if header is None:
                 header = _header(content)
                 check = header.identity
@@ -199,7 +199,7 @@ def parse(data: bytes, path: Path) -> Log | None:
                 marks[len(steps)] = _mark(content, len(steps))
             else:
                 steps.append(_step(content, len(steps)))
-                check = own
+                check = line_check
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}, line {number} (offset {offset}): {_reason(error)}") from error
         offset += len(line) + 1
@@ -238,9 +238,9 @@ def _refuse(constant: str) -> Any:
 
 
 def _header(content: dict[str, Any]) -> Header:
-    found = content.pop("format")
-    if found != FORMAT:
-        raise ValueError(f"a trajectory of format {found!r}; this version of mezo_dist reads {FORMAT!r}")
+    version = content.pop("format")
+    if version != FORMAT:
+        raise ValueError(f"a trajectory of format {version!r}; this version of mezo_dist reads {FORMAT!r}")
     names = {item.name for item in fields(Header)}
     if content.keys() != names:
         raise ValueError(f"damaged header: {sorted(content.keys() ^ names)} are missing, or unknown")

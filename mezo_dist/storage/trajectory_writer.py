@@ -105,7 +105,7 @@ class TrajectoryWriter:
         os.close(self._file)
 
     def _check_place(self) -> None:
-        """What is written to a file that was removed, or renamed, would not be found again."""
+        """Raises UserError if the file was removed or renamed: nobody would see what is written to it."""
         mine, there = os.fstat(self._file), None
         with contextlib.suppress(OSError):
             there = os.stat(self._path, follow_symlinks=False)

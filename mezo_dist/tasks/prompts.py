@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows into samples, for one task, tokeniser and kind of model."""
+    """Turns rows into samples, for one task, tokenizer and kind of model."""
 
     task: Task
     tokenizer: Any
@@ -81,14 +81,14 @@ class Encoder:
         Raises:
             UserError: a label word is not one known token there, or two words share one.
         """
-        found: dict[int, str] = {}
+        word_of: dict[int, str] = {}
         ids, row = self._fit(row)
         for word in self.task.words:
             token = self._answer_token(ids, self._tokenize(self._prompt(row, word)), word)
-            if token in found:
-                raise UserError(f"task.labels: {found[token]!r} and {word!r} are the same token; choose other words")
-            found[token] = word
-        return list(found)
+            if token in word_of:
+                raise UserError(f"task.labels: {word_of[token]!r} and {word!r} are the same token; choose other words")
+            word_of[token] = word
+        return list(word_of)
 
     def _sample(self, row: Row) -> Sample:
         label = self._label(row)
@@ -175,7 +175,7 @@ class Encoder:
         return places[0]
 
     def _answer_token(self, plain: list[int], filled: list[int], word: str) -> int:
-        """The one token that ``word`` adds; found in context, since spaces belong to tokens in some vocabularies."""
+        """The one token that ``word`` adds in its context: in some vocabularies the space before it belongs to the token."""
         if self.kind == "masked":
             place = self._mask_position(plain)
             new, rest = filled[place : place + 1 + len(filled) - len(plain)], filled[:place] == plain[:place]

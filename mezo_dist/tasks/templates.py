@@ -50,7 +50,7 @@ NODES = (
     nodes.Neg,
     nodes.Pos,
 )
-"""What a template may be made of."""
+"""Elements that a template may consist of."""
 LONGEST = 10_000_000
 """Characters that `replace` may make."""
 

@@ -122,9 +122,9 @@ def test_snapshots_whose_trajectory_is_gone_are_moved_aside(
     for snapshot in snapshots.snapshots(folder / "snapshots"):
         forge(snapshot)
     assert cli.main(arguments(root, folder, "--output.snapshot_every=0")) == 0
-    assert "snapshots is in " in capsys.readouterr().err
+    assert "snapshots is at " in capsys.readouterr().err
     assert not (folder / "snapshots").exists()
-    assert len(snapshots.snapshots(folder / "snapshots.old")) == 2
+    assert len(snapshots.snapshots(folder / "snapshots.aside")) == 2
     assert weights(folder) == weights(root / "undisturbed")
 
 

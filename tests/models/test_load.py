@@ -185,7 +185,7 @@ def test_damaged_folders(
 def test_a_masked_model_whose_tokenizer_has_no_mask(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["bert"], tmp_path / "model")
     change(folder, "tokenizer_config.json", mask_token=None)
-    assert f"model.kind: the tokeniser of '{folder}' has no mask token, which kind: masked needs" in fault(folder)
+    assert f"model.kind: the tokenizer of '{folder}' has no mask token, which kind: masked needs" in fault(folder)
 
 
 def test_a_model_that_is_no_language_model(folders: dict[str, Path]) -> None:
