@@ -175,7 +175,7 @@ class Encoder:
         return places[0]
 
     def _answer_token(self, plain: list[int], filled: list[int], word: str) -> int:
-        """The one token that ``word`` adds in its context: in some vocabularies the space before it belongs to the token."""
+        """The one token that ``word`` adds in its context: in some vocabularies a space belongs to the token."""
         if self.kind == "masked":
             place = self._mask_position(plain)
             new, rest = filled[place : place + 1 + len(filled) - len(plain)], filled[:place] == plain[:place]

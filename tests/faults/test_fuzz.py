@@ -295,7 +295,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("what", FORGED)
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_forged_trajectories_with_right_checksums(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:

@@ -19,7 +19,7 @@ from mezo_dist.models.sliced_checkpoint import materialise
 from mezo_dist.testing import tiny_model, tiny_tokenizer
 
 INDEX = "model.safetensors.index.json"
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ for _name in ("results.json", "events.jsonl", "metrics.jsonl", "config.yaml", ".
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_no_damage_beside_the_trajectory_stops_a_run(root: Path, config: RunConfig, what: str) -> None:
     DAMAGE[what](Path(config.output.dir))
     folder = goes_on(root, config)
@@ -104,7 +104,7 @@ def test_links_in_a_run_folder_are_not_written_through(root: Path, config: RunCo
         training.train(config, Communicator())
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_pipe_as_trajectory(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(config.output.dir) / "trajectory.jsonl"
     path.unlink()
