@@ -183,9 +183,10 @@ class Encoder:
             new, rest = filled[len(plain) :], filled[: len(plain)] == plain
         pieces = self.tokenizer.convert_ids_to_tokens(new)
         if len(new) != 1 or not rest or new[0] == self.tokenizer.unk_token_id:
+            joined = "" if new and rest else ", or put a space before {{ answer }}"
             raise UserError(
                 f"task.labels: {word!r} is not one token after this prompt but {pieces or 'a part of the last one'}; "
-                "choose a word that is one, or put a space before {{ answer }}"
+                f"choose a word that is one{joined}"
             )
         return int(new[0])
 
