@@ -1,4 +1,4 @@
-"""LoRA and prefix tuning: the few weights that peft adds to a model are trained, the model's own are frozen.
+"""LoRA and prefix tuning: the few weights that peft adds to a model are trained, those of the model are frozen.
 
 peft makes the modules, and reads what is saved. Two things are done here: fresh values are a function of (run seed,
 name of the weight), so that all ranks and layouts have the same ones, whether a model comes with data or without; and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, final
 
@@ -22,7 +23,7 @@ from mezo_dist.models.sliced_checkpoint import WeightSource
 
 FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX_STD = 0.02
-"""Of fresh prefixes (keys and values of virtual tokens)."""
+"""Standard deviation of fresh prefixes (keys and values of virtual tokens)."""
 _ADAPTER = "default"
 _COPY = f".modules_to_save.{_ADAPTER}."
 LOADERS: Mapping[ModelKind, str] = {
@@ -65,20 +66,27 @@ def attach(
         import peft
     except ImportError as error:
         raise UserError(f"model.peft: needs peft: pip install 'mezo_dist[peft]' ({error})") from error
-    own = list(model.named_parameters())
+    base = list(model.named_parameters())
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     config = _peft_config(model, settings, kind, fresh)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in ways of the past
+            warnings.filterwarnings("ignore", ".*ensure_weight_tying")  # refused below
             adapted = peft.get_peft_model(model, config, _ADAPTER, autocast_adapter_dtype=False, revision=revision)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         setting = "target_modules" if settings.method == "lora" else "method"
         raise UserError(f"model.peft.{setting}: peft cannot do this to a {type(model).__name__}: {error}") from error
     config.base_model_name_or_path = model.config.name_or_path or None
-    for module in adapted.modules():
+    for name, module in adapted.named_modules():
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = False
-    return adapted, _filled(adapted, own, source, seed)
+            if uses[id(getattr(module.get_base_layer(), "weight", None))] > 1:
+                raise UserError(
+                    f"model.peft.target_modules: {name.rpartition('.')[2]} shares its weight with another module "
+                    "(tie_word_embeddings); merged, its adapters would change that one, too: leave it out"
+                )
+    return adapted, _filled(adapted, base, source, seed)
 
 
 def _peft_config(model: Any, settings: PeftConfig, kind: ModelKind, fresh: Iterable[str]) -> Any:
@@ -102,11 +110,11 @@ def _peft_config(model: Any, settings: PeftConfig, kind: ModelKind, fresh: Itera
 
 
 def _filled(
-    adapted: nn.Module, own: list[tuple[str, nn.Parameter]], source: WeightSource | None, seed: int
+    adapted: nn.Module, base: list[tuple[str, nn.Parameter]], source: WeightSource | None, seed: int
 ) -> WeightSource | None:
     """Give the weights that peft added their values, now or when `WeightSource.read` asks for them."""
-    name_of = {id(parameter): name for name, parameter in own}
-    dtype = own[0][1].dtype
+    name_of = {id(parameter): name for name, parameter in base}
+    dtype = base[0][1].dtype
     known: dict[str, str] = {}
     fresh: dict[str, torch.Size] = {}
     for name, parameter in adapted.named_parameters():
@@ -154,7 +162,7 @@ def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """`attach` made it."""
+    """Whether the model comes from `attach`."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
@@ -170,8 +178,8 @@ def saved_weights(model: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor
     if model.peft_config[_ADAPTER].is_prompt_learning:
         (prefix,) = trained.values()
         return {"prompt_embeddings": prefix}
-    found: dict[str, Tensor] = peft.get_peft_model_state_dict(model, dict(trained), save_embedding_layers=False)
-    return found
+    saved: dict[str, Tensor] = peft.get_peft_model_state_dict(model, dict(trained), save_embedding_layers=False)
+    return saved
 
 
 def names_to_save(model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""Loading unmodified Hugging Face models and their tokenisers."""
+"""Loading unmodified Hugging Face models and their tokenizers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from mezo_dist.assets.registry import is_demo, resolve_model
 from mezo_dist.config.schema import ModelConfig, ModelKind
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
-from mezo_dist.models import adapters
+from mezo_dist.models import adapters, fresh_weights
+from mezo_dist.models.checkpoint_files import checkpoint_files
+from mezo_dist.models.identity import config_digest, tokenizer_digest
 from mezo_dist.models.random_weights import open_random
 from mezo_dist.models.sliced_checkpoint import NotSliceableError, WeightSource, materialise, open_checkpoint
+from mezo_dist.models.window import num_tokens_of, window_of
 
 log = logging.getLogger(__name__)
 RANDOM = "random:"
@@ -32,14 +35,20 @@ AUTO_CLASSES: dict[ModelKind, str] = {
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in eval mode with its tokeniser."""
+    """A model in eval mode with its tokenizer."""
 
     model: nn.Module
     tokenizer: Any
     kind: ModelKind
     window: int
     """Longest sequence that the model takes, in tokens."""
+    num_tokens: int | None
+    """Tokens that the model knows; None if it does not say."""
     pad_id: int
+    config_digest: str
+    """See `mezo_dist.models.identity`."""
+    tokenizer_digest: str
+    """See `mezo_dist.models.identity`."""
     source: WeightSource | None = None
     """If the parameters have device meta: what fills them (`checkpoint_reader.fill`), once an engine has cut them."""
 
@@ -52,7 +61,7 @@ class Pretrained:
 
 
 def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool = True) -> Pretrained:
-    """Load model and tokeniser in ``config.weights``.
+    """Load model and tokenizer in ``config.weights``.
 
     Args:
         config: which model.
@@ -71,11 +80,13 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     source = _source(config.name.removeprefix(RANDOM))
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        hf_config = transformers.AutoConfig.from_pretrained(source, **options)
+        hf_config = _config(source, options)
         tokenizer = _tokenizer(source, options)
+        digests = config_digest(hf_config), tokenizer_digest(tokenizer)
+        hf_config.return_dict = True  # outputs are asked for by name
         kind = _kind(config, hf_config)
         if kind == "masked" and tokenizer.mask_token is None:
-            raise UserError(f"model.kind: the tokeniser of {config.name!r} has no mask token, which kind: masked needs")
+            raise UserError(f"model.kind: the tokenizer of {config.name!r} has no mask token, which kind: masked needs")
         if kind == "classifier":
             hf_config.num_labels = num_labels
         model, report, weights = _build(config, source, kind, hf_config, seed, whole=whole)
@@ -88,10 +99,17 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
             f"kind: {config.kind}: {_shortened(str(error))}"
         ) from error
     _check_complete(report, kind, config.name)
+    fresh_weights.draw(model, report["missing_keys"], seed)
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    num_tokens = num_tokens_of(model)
+    if num_tokens is not None and pad_id >= num_tokens:
+        raise UserError(
+            f"model.name: the padding token of {config.name!r} has the id {pad_id}, but the model knows {num_tokens} "
+            "tokens: resize its embeddings (resize_token_embeddings), or let the tokenizer pad with another token"
+        )
     model.config.pad_token_id = pad_id
     model.config.use_cache = False
-    window = _window(tokenizer, hf_config)
+    window = window_of(tokenizer, model, hf_config)
     if config.peft.method is not None:
         fresh = report["missing_keys"]
         model, weights = adapters.attach(model, config.peft, kind, weights, seed, fresh=fresh, revision=config.revision)
@@ -100,7 +118,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
         if window < 1:
             raise UserError(f"model.peft.num_virtual_tokens: {config.peft.num_virtual_tokens} fill the model's window")
     _freeze(model, config)
-    return Pretrained(model.eval(), tokenizer, kind, window, pad_id, weights)
+    return Pretrained(model.eval(), tokenizer, kind, window, num_tokens, pad_id, *digests, weights)
 
 
 def _source(name: str) -> str:
@@ -108,6 +126,11 @@ def _source(name: str) -> str:
     if is_demo(name):
         return str(resolve_model(name))
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix in (".gguf", ".safetensors", ".bin", ".pt", ".pth"):
+        raise UserError(
+            f"model.name: {name} is a single file; name a folder with config.json, tokenizer and model.safetensors, as "
+            "save_pretrained writes it"
+        )
     if path.is_dir() or path.suffix == ".json":
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name looks like that
@@ -115,14 +138,29 @@ def _source(name: str) -> str:
     return name
 
 
+def _config(source: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # whatever it stumbles on in files from anywhere
+        raise ValueError(f"its config: {error}") from error
+
+
 def _tokenizer(source: str, options: dict[str, Any]) -> Any:
-    """The model's own; for random weights that come with a config alone, one that takes every byte for a token."""
+    """The tokenizer of the model; for random weights with a config alone, one that takes every byte for a token."""
     import transformers
 
     if Path(source).is_file():
         log.info("%s is a config alone: texts are cut into bytes", source)
         return transformers.ByT5Tokenizer()
-    return transformers.AutoTokenizer.from_pretrained(source, **options)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # as above
+        raise ValueError(f"its tokenizer: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one for some architectures
+        raise ValueError("it has no tokenizer: save the model's tokenizer there, too (tokenizer.save_pretrained)")
+    return tokenizer
 
 
 def _build(
@@ -149,9 +187,9 @@ def _build(
                 return open_checkpoint(auto_class, source, hf_config, dtype, **options)
             except NotSliceableError as reason:
                 log.warning("%s is loaded whole on every rank before it is cut: %s", config.name, reason)
+        checkpoint_files(source, hf_config, config.revision)  # only to check them: transformers looks for itself
         options |= {"config": hf_config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        if Path(source).is_dir():
-            options["use_safetensors"] = True  # a folder may come from anybody, and a .bin file is a pickle
+        options["use_safetensors"] = True  # a checkpoint may come from anybody, and a .bin file is a pickle
         return *auto_class.from_pretrained(source, **options), None
 
 
@@ -202,15 +240,6 @@ def _kind(config: ModelConfig, hf_config: Any) -> ModelKind:
         f"model.kind: the checkpoint {config.name!r} ({', '.join(architectures) or 'of unknown kind'}) is neither a "
         "causal nor a masked language model; set model.head: classifier, or model.kind if it is one nevertheless"
     )
-
-
-def _window(tokenizer: Any, hf_config: Any) -> int:
-    limits = [tokenizer.model_max_length]
-    if hasattr(hf_config, "max_position_embeddings"):
-        # RoBERTa-like models number positions from padding_idx + 1, so two entries of the table are never used.
-        reserved = 2 if hf_config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer") else 0
-        limits.append(hf_config.max_position_embeddings - reserved)
-    return int(min(limits))
 
 
 def _shortened(text: str) -> str:

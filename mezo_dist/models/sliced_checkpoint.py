@@ -1,8 +1,8 @@
 """Loading a Hugging Face checkpoint by the slice: a model without data, and a reader that fills any piece of it.
 
-The model comes out of transformers' own ``from_pretrained``, which is given tensors that have a shape and no data. So
-names, renamings, tied weights, dtypes, fresh heads, buffers and the report of what is missing are the model class's
-own doing, and no rank ever holds more weights than it asks `CheckpointReader.read` for. The one exception are weights
+The model comes out of ``from_pretrained`` of transformers, which is given tensors that have a shape and no data. So
+the model class itself takes care of names, renamings, tied weights, dtypes, fresh heads, buffers and the report of what
+is missing, and no rank ever holds more weights than it asks `CheckpointReader.read` for. The one exception are weights
 that transformers assembles from several tensors of the checkpoint (the experts of a mixture, say): those are made
 whole, one at a time.
 """
@@ -13,14 +13,13 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from mezo_dist.engines.layouts.base import Shard
-from mezo_dist.errors import UserError
+from mezo_dist.models.checkpoint_files import checkpoint_files
 from mezo_dist.storage import safetensors_io
 from mezo_dist.storage.safetensors_io import Entry
 
@@ -34,6 +33,19 @@ class WeightSource(Protocol):
 
 class NotSliceableError(Exception):
     """The checkpoint can only be loaded whole; the message says why."""
+
+
+@final
+class WholeModel:
+    """See `WeightSource`: the weights of a model that was loaded whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = dict(model.named_parameters())
+
+    def read(self, name: str, out: Tensor, offset: int = 0) -> None:
+        """See `WeightSource.read`."""
+        flat = self._weights[name].detach().reshape(-1)
+        out.detach().view(-1).copy_(flat[offset : offset + out.numel()])
 
 
 def fill(source: WeightSource, shards: Iterable[Shard]) -> None:
@@ -83,10 +95,10 @@ class CheckpointReader:
         for name, tensor in _tensors(model, with_aliases=True):
             if name in recipes:
                 self._key.setdefault(canonical[id(tensor)], name)
-        own = dict(_tensors(model))
-        self._dtypes = {name: tensor.dtype for name, tensor in own.items()}
-        self._fresh = {name: tensor.detach() for name, tensor in own.items() if not tensor.is_meta}
-        assert self._key.keys() | self._fresh.keys() == own.keys()
+        tensors = dict(_tensors(model))
+        self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        self._fresh = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.is_meta}
+        assert self._key.keys() | self._fresh.keys() == tensors.keys()
         self._made: tuple[_Recipe | None, dict[str, Tensor]] = (None, {})
         """The last weights that had to be made whole: the next read is most often of the same."""
 
@@ -146,9 +158,8 @@ def open_checkpoint(
     """
     if getattr(config, "quantization_config", None) is not None:
         raise NotSliceableError("it is quantised")
-    entries = {
-        k: e for path in _files(source, options.get("revision")) for k, e in safetensors_io.read_header(path).items()
-    }
+    files = checkpoint_files(source, config, options.get("revision"))
+    entries = {key: entry for path in files for key, entry in safetensors_io.read_header(path).items()}
     model_class = class_of(auto_class, config, options.get("trust_remote_code", False))
     try:
         shapes = {key: (torch.Size(entry.shape), entry.dtype) for key, entry in entries.items()}
@@ -207,7 +218,7 @@ def without_data(
     model, report = model_class.from_pretrained(
         None,
         config=config,
-        state_dict={key: _NoData(shape, own) for key, (shape, own) in tensors.items()},
+        state_dict={key: _NoData(shape, kept) for key, (shape, kept) in tensors.items()},
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -227,24 +238,6 @@ class _NoData:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
-
-
-def _files(source: str, revision: str | None) -> list[Path]:
-    """The checkpoint's safetensors files; fetched if ``source`` is a hub name."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    whole = cached_file(source, SAFE_WEIGHTS_NAME, **options)
-    if whole is not None:
-        return [Path(whole)]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
-    if index is not None:
-        return [Path(path) for path in get_checkpoint_shard_files(source, index, revision=revision)[0]]
-    raise UserError(
-        f"model.name: {source!r} has no {SAFE_WEIGHTS_NAME}, which is read by the slice (other formats are "
-        "pickles); convert it once on a large machine: AutoModel.from_pretrained(...).save_pretrained(...)"
-    )
 
 
 def _recipes(model: Any, entries: dict[str, Entry]) -> dict[str, _Recipe]:
@@ -273,8 +266,8 @@ def _recipes(model: Any, entries: dict[str, Entry]) -> dict[str, _Recipe]:
             rule = copy.deepcopy(by_pattern[sources[0][1]])
             for key, pattern in sources:
                 rule.add_tensor(name, key, pattern, tensors[key])
-            made = rule.convert(name, model=model, config=model.config)
-            return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+            weights = rule.convert(name, model=model, config=model.config)
+            return {target: value[0] if isinstance(value, list) else value for target, value in weights.items()}
 
         recipe = _Recipe(tuple(key for key, _ in sources), convert)
         no_data = {key: torch.empty(entries[key].shape, dtype=entries[key].dtype, device="meta") for key in recipe.keys}

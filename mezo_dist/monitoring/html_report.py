@@ -89,7 +89,10 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
             f"{recorded.size:,} bytes, {recorded.size / max(1, done):.0f} per step: with the base model, it is the "
             "fine-tuned one",
         ),
-        ("Weights", "no fingerprint yet" if last is None else f"{_words(recorded.marks[last])} after step {last}"),
+        (
+            "Weights",
+            "no fingerprint yet" if last is None else f"{_words(recorded.marks[last].weights)} after step {last}",
+        ),
         (
             "Interruptions",
             f"{kinds.count('resumed')} restarts, {kinds.count('stopped')} times told to stop, "

@@ -185,15 +185,18 @@ def _header(settings: dict[str, Any], engine: Engine) -> Header:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in engine.model.parameters() if p.requires_grad})
     rounding = "stochastic rounding" if engine.stochastic_rounding else "to nearest"
     return Header(
-        settings,
-        hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        type(engine.model).__name__,
-        engine.fingerprint(),
-        engine.law.version,
-        f"{' and '.join(dtypes)}, {rounding}",
-        settings["problem"]["seed"],
-        settings["problem"]["full_size"],
-        mezo_dist.__version__,
+        config=settings,
+        config_digest=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        base_model=type(engine.model).__name__,
+        base_fingerprint=engine.fingerprint(),
+        model_config="",  # model, tokenizer and data are the caller's
+        tokenizer="",
+        data={},
+        law_version=engine.law.version,
+        weights=f"{' and '.join(dtypes)}, {rounding}",
+        seed=settings["problem"]["seed"],
+        full_size=settings["problem"]["full_size"],
+        version=mezo_dist.__version__,
     )
 
 

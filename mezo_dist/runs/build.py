@@ -43,11 +43,13 @@ class Run:
     loaded: LoadedModel
     splits: dict[str, list[Sample]]
     order: BatchOrder
-    """Of minibatches."""
+    """Order of the samples in minibatches."""
     full_order: BatchOrder
-    """Of full batches: all training samples, or a fresh draw of ``train.full_size`` of them."""
+    """Order in full batches: all training samples, or a fresh draw of ``train.full_size`` of them."""
     evaluator: Evaluator
     algorithm: Algorithm[Any]
+    data: dict[str, str]
+    """Split -> digest of its encoded samples."""
     step: int = 0
     """Steps that the weights have seen, for a run that was loaded (`mezo_dist.load_run`)."""
 
@@ -58,7 +60,7 @@ class Run:
 
     @property
     def pretrained(self) -> Pretrained:
-        """Model and tokeniser."""
+        """Model and tokenizer."""
         return self.loaded.pretrained
 
     def batch(self, kind: Batch, step: int) -> list[MicroBatch]:
@@ -87,7 +89,7 @@ class Run:
 
     def header(self) -> Header:
         """The trajectory's header."""
-        return self.loaded.header(self.full_order.batch_size)
+        return self.loaded.header(self.full_order.batch_size, self.data)
 
 
 def build_run(config: RunConfig, comm: Communicator) -> Run:
@@ -104,7 +106,8 @@ def build_run(config: RunConfig, comm: Communicator) -> Run:
     loaded = load_base(config, comm)
     encoder = _encoder(config, loaded.pretrained)
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
-    check_agreement(loaded, comm, data=hashlib.sha256(repr(splits).encode()).hexdigest())
+    data = {name: _digest(samples) for name, samples in splits.items()}
+    check_agreement(loaded, comm, **{f"{name} split": digest for name, digest in data.items()})
     evaluator = Evaluator(
         loaded.engine,
         _objective(loaded, encoder, rows, splits),
@@ -115,7 +118,15 @@ def build_run(config: RunConfig, comm: Communicator) -> Run:
         len(config.task.labels) if config.train.calibrate else 0,
     )
     full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
-    return Run(config, comm, loaded, splits, order, full_order, evaluator, build_algorithm(config, full_size))
+    return Run(config, comm, loaded, splits, order, full_order, evaluator, build_algorithm(config, full_size), data)
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """32 hexadecimal digits over encoded samples, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        digest.update(repr(tuple(vars(sample).values())).encode())
+    return digest.hexdigest()
 
 
 def build_algorithm(config: RunConfig, full_size: int) -> Algorithm[Any]:
@@ -139,7 +150,7 @@ def _work_split(config: RunConfig, comm: Communicator) -> WorkSplit:
 
 def _encoder(config: RunConfig, pretrained: Pretrained) -> Encoder:
     max_tokens = min(config.train.max_tokens or pretrained.window, pretrained.window)
-    return Encoder(config.task, pretrained.tokenizer, pretrained.kind, max_tokens)
+    return Encoder(config.task, pretrained.tokenizer, pretrained.kind, max_tokens, pretrained.num_tokens)
 
 
 def _objective(loaded: LoadedModel, encoder: Encoder, rows: Rows, splits: dict[str, list[Sample]]) -> Objective:

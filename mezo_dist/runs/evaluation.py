@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from mezo_dist.objectives.classification import Objective, Scores, cross_entropy
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.tasks.metrics import measure
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class Evaluator:
         columns = num_samples if request.each_sample else 1
         table = torch.zeros(len(request.variants), columns, 2, dtype=torch.int64)
         sound = True
-        for micro_batch, found in self._evaluate(request.variants, batch):
+        for micro_batch, scores in self._evaluate(request.variants, batch):
             slots = (
                 torch.tensor(micro_batch.slots)
                 if request.each_sample
                 else torch.zeros(len(micro_batch.slots), dtype=torch.int64)
             )
-            for variant, score in found:
+            for variant, score in scores:
                 loss, finite = to_fixed(score.loss)
                 sound = sound and bool(finite.all()) and _fits(table[variant], loss, self.comm.world_size)
                 table[variant].index_add_(0, slots, torch.stack([loss, score.weight], dim=1))
@@ -110,7 +113,13 @@ class Evaluator:
         message = torch.cat([torch.tensor([failed]), table.flatten()])
         total = self.comm.round(message, fingerprint("score", num_samples, metric))
         loss, weight, prediction, label = total[1:].view(table.shape).unbind(dim=1)
-        value = mean(int(loss.sum()), int(weight.sum())) if not int(total[0]) else float("nan")
+        value = mean(sum(loss.tolist()), sum(weight.tolist()))  # sums of int64 tensors wrap
+        if int(total[0]):
+            value = float("nan")
+            if self.comm.rank == 0:
+                log.warning(
+                    "%d of %d losses are not finite, or far too large: their mean is NaN", total[0], num_samples
+                )
         return {"loss": value, metric: measure(metric, prediction, label, num_classes)}
 
     def _calibrated_losses(
@@ -121,8 +130,8 @@ class Evaluator:
         logits = self._logits(request.variants, batch, mark)
         if logits is None:
             return None
-        found = self._from_main(lambda: calibrated_loss(logits, _labels(batch)), logits.shape[:1], mark)
-        return Losses(tuple(found.tolist()))
+        losses = self._from_main(lambda: calibrated_loss(logits, _labels(batch)), logits.shape[:1], mark)
+        return Losses(tuple(losses.tolist()))
 
     def _logits(
         self,
@@ -135,8 +144,8 @@ class Evaluator:
         num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
         table = torch.zeros(len(variants), num_samples, self.calibrated_classes, dtype=torch.int64)
         sound = True
-        for micro_batch, found in self._evaluate(variants, batch):
-            for variant, score in found:
+        for micro_batch, scores in self._evaluate(variants, batch):
+            for variant, score in scores:
                 logits, finite = to_fixed(score.logits)
                 sound = sound and bool(finite.all())
                 table[variant, list(micro_batch.slots)] = logits
@@ -166,9 +175,9 @@ class Evaluator:
         for first in range(0, share.most_micro_batches, width):
             some = share.micro_batches[first : first + width]
             # Every rank comes here equally often and takes a pass along, so that all gather the same weights.
-            own = [variants[v] for v in share.variants]
-            found = self.engine.evaluate(own, some, self.objective, most=1, filler=batch[0])
-            for micro_batch, scores in zip(some, found, strict=True):
+            taken = [variants[v] for v in share.variants]
+            results = self.engine.evaluate(taken, some, self.objective, most=1, filler=batch[0])
+            for micro_batch, scores in zip(some, results, strict=True):
                 yield micro_batch, list(zip(share.variants, scores, strict=True))
 
 

@@ -1,6 +1,6 @@
 """Export to a Hugging Face folder, streamed: weights are gathered, converted and written one after another.
 
-Of a model with adapters (LoRA, prefixes) only these are written, as a folder that peft loads on top of the base model.
+If a model has adapters (LoRA, prefixes), only these are written, as a folder that peft loads on top of the base model.
 
 Names and shapes are those that ``save_pretrained`` gives them. Where transformers turns weights into other ones (the
 experts of a mixture become single matrices), those of one unit are held together; otherwise one weight at a time.
@@ -28,6 +28,7 @@ from mezo_dist.models import adapters
 from mezo_dist.objectives.calibration import FILE as CALIBRATION_FILE
 from mezo_dist.objectives.calibration import Calibration
 from mezo_dist.storage import safetensors_io
+from mezo_dist.storage.files import remove
 
 FILE_BYTES = 5_000_000_000
 """Largest size of one file, unless a single weight is larger."""
@@ -58,9 +59,9 @@ def export_model(
 
     Args:
         engine: whose weights, in the dtype in which they are kept.
-        tokenizer: goes with them.
+        tokenizer: is saved beside them.
         folder: is replaced if it exists.
-        comm: between the ranks.
+        comm: connects the ranks.
         file_bytes: weights are split into files of at most this size.
         calibration: what predictions need beside the weights, if they were trained so. The bias of a classification
             head takes it up; otherwise it stands in ``calibration.json``.
@@ -74,7 +75,7 @@ def export_model(
         try:
             if comm.rank == 0:
                 _write(engine, weights, tokenizer, folder, file_bytes, calibration)
-        except SafetensorError as error:  # of the tokeniser's or the model's own code
+        except SafetensorError as error:  # raised by the tokenizer's or the model's code
             raise UserError(str(error)) from error
         finally:
             for _ in weights:  # other ranks gather with us to the end, also after an error
@@ -95,7 +96,7 @@ def _write(
     calibration: Calibration | None,
 ) -> None:
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    remove(part)
     part.mkdir(parents=True)
     try:
         if calibration is not None:
@@ -107,8 +108,7 @@ def _write(
         else:
             _write_model(engine, weights, part, file_bytes)
         tokenizer.save_pretrained(part)
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove(folder)
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -119,8 +119,8 @@ def _head_bias(model: nn.Module, num_classes: int) -> str | None:
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
     bias = heads[-1].bias if heads else None
     names = adapters.names_to_save(model) if adapters.is_adapted(model) else None
-    found = [n for n, p in model.named_parameters() if p is bias and (names is None or n in names)]
-    return found[0] if found else None
+    matches = [n for n, p in model.named_parameters() if p is bias and (names is None or n in names)]
+    return matches[0] if matches else None
 
 
 def _with_added(
@@ -160,9 +160,9 @@ def _plan(engine: Engine) -> list[_Part]:
     parts: list[_Part] = []
     for unit in engine.layout.units:
         names = dict.fromkeys(w.name for hooked in unit.hooked_modules for w in hooked.weights if w.name in place)
-        own = {name: no_data[name] for name in names}
-        reverted = _revert(engine.model, own)
-        name_of = {id(tensor): name for name, tensor in own.items()}
+        weights = {name: no_data[name] for name in names}
+        reverted = _revert(engine.model, weights)
+        name_of = {id(tensor): name for name, tensor in weights.items()}
         kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in reverted.items()}
         kept = {output: name_of[id(tensor)] for output, tensor in reverted.items() if id(tensor) in name_of}
         parts += [_Part((name,), {output: kinds[output]}, True) for output, name in kept.items()]
@@ -193,9 +193,9 @@ def _tensors(
             continue
         held[name] = tensor.clone()  # it is gone when the next one comes
         if all(needed in held for needed in part.inputs):
-            made = _revert(model, {needed: held.pop(needed) for needed in part.inputs})
+            reverted = _revert(model, {needed: held.pop(needed) for needed in part.inputs})
             for output in part.outputs:
-                yield made.pop(output)
+                yield reverted.pop(output)
     yield from buffers.values()
 
 

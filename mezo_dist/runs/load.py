@@ -19,6 +19,9 @@ from mezo_dist.storage.replay import replay_steps
 from mezo_dist.storage.run_folder import SNAPSHOTS, read_log
 from mezo_dist.storage.trajectory import Log
 
+LEAST_SEEDS = 1 << 20
+"""Directions of a step that a trajectory of any size may ask for."""
+
 
 @dataclass(frozen=True)
 class OpenedRun:
@@ -48,6 +51,12 @@ def open_run(folder: Path, num_steps: int | None, comm: Communicator, *, trust_r
     if not 0 <= wanted <= len(log.steps):
         raise UserError(f"--step {wanted}: {folder} has {len(log.steps)} steps")
     config = from_dict(log.header.config, str(folder / trajectory.FILE))
+    if config.digest() != log.header.config_digest:
+        raise UserError(
+            f"{folder / trajectory.FILE}: its settings do not fit their digest: they were edited, or another version "
+            f"of mezo_dist ({log.header.version}) reads them otherwise"
+        )
+    _check_size(config, log)
     if config.model.trust_remote_code and not trust_remote_code:
         raise UserError(
             f"{folder}: model {config.model.name} brings code of its own. A run folder from somebody else must not "
@@ -56,6 +65,17 @@ def open_run(folder: Path, num_steps: int | None, comm: Communicator, *, trust_r
     if comm.world_size == 1:
         config = dataclasses.replace(config, layout=LayoutConfig())  # the same bits, and no processes to shard over
     return OpenedRun(folder, log, config, wanted)
+
+
+def _check_size(config: RunConfig, log: Log) -> None:
+    """Raises UserError if the planner would draw far more seeds for a step than the file can hold losses."""
+    algorithm, header = config.algorithm, log.header
+    directions = max(getattr(algorithm, name, 1) for name in ("directions", "anchor_directions"))
+    samples = max(header.full_size, config.train.batch_size) if getattr(algorithm, "per_sample", False) else 1
+    if log.steps and directions * samples > max(log.size, LEAST_SEEDS):
+        raise UserError(
+            f"algorithm.directions: a step would have {directions * samples} of them, but the file no losses"
+        )
 
 
 def load_run(opened: OpenedRun, comm: Communicator) -> Run:
@@ -82,7 +102,7 @@ def audit(opened: OpenedRun, comm: Communicator) -> tuple[LoadedModel, str]:
     loaded = load_base(opened.config, comm)
     check_agreement(loaded, comm)
     header = opened.log.header
-    check_header(loaded.header(header.full_size), header)
+    check_header(loaded.header(header.full_size, header.data), header)  # there is no data to compare
     began = time.perf_counter()
     algorithm = build_algorithm(opened.config, header.full_size)
     progress = replay_steps(loaded.engine, header.seed, algorithm, opened.log, opened.num_steps)

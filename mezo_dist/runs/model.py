@@ -15,8 +15,9 @@ from mezo_dist.distributed.environment import code_digest
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.layouts.replicated import Replicated
+from mezo_dist.errors import UserError
 from mezo_dist.models.load import Pretrained, load_model
-from mezo_dist.models.sliced_checkpoint import fill
+from mezo_dist.models.sliced_checkpoint import WeightSource, WholeModel, fill
 from mezo_dist.storage.trajectory import Header
 
 
@@ -30,19 +31,27 @@ class LoadedModel:
     base_fingerprint: str
     """Fingerprint of the weights before step 0."""
 
-    def header(self, full_size: int) -> Header:
-        """The header of a trajectory that begins here; ``full_size`` is the number of samples of a full batch."""
+    def header(self, full_size: int, data: dict[str, str]) -> Header:
+        """The header of a trajectory that begins here.
+
+        Args:
+            full_size: number of samples of a full batch.
+            data: split -> digest of its encoded samples.
+        """
         config, model = self.config, self.config.model
         return Header(
-            config.to_dict(),
-            config.digest(),
-            f"{model.name}@{model.revision}" if model.revision else model.name,
-            self.base_fingerprint,
-            self.engine.law.version,
-            f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
-            config.seed,
-            full_size,
-            mezo_dist.__version__,
+            config=config.to_dict(),
+            config_digest=config.digest(),
+            base_model=f"{model.name}@{model.revision}" if model.revision else model.name,
+            base_fingerprint=self.base_fingerprint,
+            model_config=self.pretrained.config_digest,
+            tokenizer=self.pretrained.tokenizer_digest,
+            data=data,
+            law_version=self.engine.law.version,
+            weights=f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
+            seed=config.seed,
+            full_size=full_size,
+            version=mezo_dist.__version__,
         )
 
 
@@ -54,7 +63,7 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
     """
     is_sharded = config.layout.name != "replicated"
     comm.agree({"config": config.digest(), "layout": repr(config.layout)})  # before anybody shards
-    pretrained = load_model(config.model, num_labels=len(config.task.labels), seed=config.seed, whole=not is_sharded)
+    pretrained = _load(config, whole=not is_sharded)
     engine = Engine(  # built before a head slice is attached: it is to see the model's modules as they are
         pretrained.model,
         Law(config.law, config.direction_rank),
@@ -66,6 +75,24 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
     if pretrained.source is not None:
         fill(pretrained.source, engine.shards())
     return LoadedModel(config, pretrained, engine, engine.fingerprint())
+
+
+def reload_base(loaded: LoadedModel) -> None:
+    """Give the engine the weights of the base model again. Collective.
+
+    Raises:
+        UserError: the checkpoint is no longer what it was.
+    """
+    source: WeightSource | None = loaded.pretrained.source
+    if source is None:
+        source = WholeModel(_load(loaded.config, whole=True).model)
+    fill(source, loaded.engine.shards())
+    if loaded.engine.fingerprint() != loaded.base_fingerprint:
+        raise UserError(f"model.name: the weights of {loaded.config.model.name} changed while the run was loading")
+
+
+def _load(config: RunConfig, *, whole: bool) -> Pretrained:
+    return load_model(config.model, num_labels=len(config.task.labels), seed=config.seed, whole=whole)
 
 
 def check_agreement(loaded: LoadedModel, comm: Communicator, **more: str) -> None:

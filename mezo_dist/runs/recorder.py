@@ -9,6 +9,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.runs.build import Run
 from mezo_dist.runs.replay import snapshot_facts
 from mezo_dist.storage import snapshots
+from mezo_dist.storage.files import move_aside
 from mezo_dist.storage.run_folder import Claim, note
 from mezo_dist.storage.trajectory import Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
@@ -37,6 +38,8 @@ class RunRecorder:
         sync_s = run.config.output.sync_s
         if claim.log is not None:
             return RunRecorder(run, claim, TrajectoryWriter.go_on(claim.trajectory, claim.log, sync_s))
+        if claim.snapshots.exists():
+            move_aside(claim.snapshots)  # of a run whose trajectory is gone
         writer = TrajectoryWriter.begin(claim.trajectory, run.header(), sync_s)
         note(claim.folder, "started", 0, ranks=run.comm.world_size)
         return RunRecorder(run, claim, writer)
@@ -57,12 +60,12 @@ class RunRecorder:
         Raises:
             UserError: the ranks' weights are not the same.
         """
-        fingerprint = self._run.engine.fingerprint()
-        self._run.comm.agree({f"weights after step {step}": fingerprint})
+        fingerprint, anchor = self._run.engine.fingerprint(), self._run.engine.anchor_fingerprint()
+        self._run.comm.agree({f"weights after step {step}": fingerprint, f"anchor after step {step}": anchor})
         if step > self._marked:
             self._marked = step
             if self._writer is not None:
-                self._writer.append(Mark(step, fingerprint))
+                self._writer.append(Mark(step, fingerprint, anchor))
         return fingerprint
 
     def snapshot(self, step: int) -> None:

@@ -11,11 +11,12 @@ from mezo_dist.algorithms.base import Algorithm
 from mezo_dist.algorithms.step import Progress
 from mezo_dist.config.schema import NO_RESULTS, RunConfig
 from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
-from mezo_dist.runs.model import LoadedModel
+from mezo_dist.runs.model import LoadedModel, reload_base
 from mezo_dist.storage import snapshots
 from mezo_dist.storage.replay import replay_steps
-from mezo_dist.storage.trajectory import Header, Log
+from mezo_dist.storage.trajectory import Header, Log, Mark
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +31,30 @@ def check_config(config: RunConfig, header: Header) -> None:
 
 
 def check_header(mine: Header, theirs: Header) -> None:
-    """Raises UserError if a trajectory was made from something else than what this run has loaded."""
-    for what, name in _FACTS.items():
-        here, there = getattr(mine, name), getattr(theirs, name)
-        if here != there:
-            raise UserError(f"the trajectory was made from another {what} ({there}) than this run's ({here})")
+    """Raises UserError, which names them, if a trajectory was made from other things than this run has loaded."""
+    here, there = _facts(mine), _facts(theirs)
+    others = [
+        f"{what} ({there.get(what)} there, {fact} here)" for what, fact in here.items() if there.get(what) != fact
+    ]
+    if others:
+        raise UserError(
+            f"the trajectory was made from another {', '.join(others)}: put back what it was, or begin a new run "
+            "(another output.dir, or --force-new)"
+        )
 
 
-_FACTS = {
-    "base model": "base_fingerprint",
-    "law": "law_version",
-    "kind of weights": "weights",
-    "full batch": "full_size",
-}
+def _facts(header: Header) -> dict[str, object]:
+    """What must not differ between a trajectory and the run that goes on with it, beside the settings."""
+    return {
+        "base model": header.base_fingerprint,
+        "model config": header.model_config,
+        "tokenizer": header.tokenizer,
+        "law": header.law_version,
+        "seed": header.seed,
+        "kind of weights": header.weights,
+        **{f"{name} split": digest for name, digest in header.data.items()},
+        "full batch": header.full_size,
+    }
 
 
 def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
@@ -93,21 +105,36 @@ def _load_newest(
     loaded: LoadedModel, recorded: Log, num_steps: int, folder: Path, comm: Communicator, *, anchor: bool
 ) -> int:
     """Load the newest snapshot that is sound and not after ``num_steps``. Returns its step, 0 if there is none."""
-    failed = False
+    tried = False
     names = comm.broadcast_text(" ".join(path.name for path in snapshots.snapshots(folder))).split()
     for name in reversed(names):
         try:
             about = comm.collect(lambda path=folder / name: _about(snapshots.read_snapshot(path)))[0]  # type: ignore[misc]
+            step = about["step"]
             if about["facts"] != snapshot_facts(recorded.header):
                 log.warning("%s belongs to another run; it is left alone", folder / name)
-            elif about["step"] <= num_steps:
-                return snapshots.load_snapshot(folder / name, loaded.engine, comm, anchor=anchor).step
+            elif step <= num_steps and step not in recorded.marks:
+                log.warning("%s: the trajectory has no fingerprint of it; it is left alone", folder / name)
+            elif step <= num_steps:
+                tried = True
+                snapshots.load_snapshot(folder / name, loaded.engine, comm, anchor=anchor)
+                _check_loaded(folder / name, loaded.engine, recorded.marks[step], anchor=anchor)
+                return step
         except UserError as error:
-            log.warning("a snapshot cannot be used, an older one may do: %s", error)
-            failed = True
-    if failed and loaded.engine.fingerprint() != recorded.header.base_fingerprint:
-        raise UserError(f"a snapshot in {folder} could be read in part only; remove it and start again")
+            log.warning("a snapshot cannot be used, so an older one is tried, or the base model: %s", error)
+    if (
+        tried and loaded.engine.fingerprint() != loaded.base_fingerprint
+    ):  # a snapshot took the place of the base's weights
+        reload_base(loaded)
     return 0
+
+
+def _check_loaded(snapshot: Path, engine: Engine, recorded: Mark, *, anchor: bool) -> None:
+    """Raises UserError if what was loaded is not what the trajectory says of that step."""
+    if engine.fingerprint() != recorded.weights:
+        raise UserError(f"{snapshot}: its weights are not those of the run (their fingerprint is another one)")
+    if anchor and engine.anchor_fingerprint() != recorded.anchor:
+        raise UserError(f"{snapshot}: its copy of the anchor is not the one of the run (another fingerprint)")
 
 
 def _about(snapshot: snapshots.Snapshot) -> dict[str, Any]:

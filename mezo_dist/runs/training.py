@@ -10,7 +10,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, replay_from_newest
 from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
+from mezo_dist.storage.files import DISK_FAULTS
 from mezo_dist.storage.replay import logged_step
-from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_results, save_config, write_results
+from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_scores, save_config, write_results
 from mezo_dist.storage.trajectory import Log
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,9 @@ def _train(run: Run, claim: Claim, progress: Progress[Any], monitor: Monitor) ->
     config, is_main = run.config, run.comm.rank == 0
     monitor.table("run", facts(run, claim.folder))
     monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
+    before: Mapping[str, float | None]
     if claim.log is not None:
-        before = read_results(claim.folder).get("before", {}) if is_main else {}
+        before = read_scores(claim.folder, "before", ["loss", config.task.metric]) if is_main else {}
     else:
         before = score(run, "test", monitor, 0, calibrate(run, monitor)) if config.output.test else {}
         if is_main:
@@ -109,11 +111,13 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        is_gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE) and not folder.is_dir()
+        if not is_gone and error.errno not in DISK_FAULTS:
             raise
+        remedy = "put it back where it was" if is_gone else "make room"
         raise UserError(
             f"output.dir: {folder} cannot be written to ({error.strerror}); no step in {trajectory.FILE} is lost: "
-            "make room, then go on with --output.if_exists=resume"
+            f"{remedy}, then go on with --output.if_exists=resume"
         ) from error
 
 
@@ -249,7 +253,12 @@ def score(
 
 
 def _finish(
-    run: Run, folder: Path, progress: Progress[Any], before: dict[str, float], seconds: float, monitor: Monitor
+    run: Run,
+    folder: Path,
+    progress: Progress[Any],
+    before: Mapping[str, float | None],
+    seconds: float,
+    monitor: Monitor,
 ) -> None:
     is_main = run.comm.rank == 0
     results: dict[str, Any] = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}

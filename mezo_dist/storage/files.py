@@ -7,8 +7,10 @@ not followed, and a named pipe or a device is refused before a byte is read.
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +19,20 @@ log = logging.getLogger(__name__)
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 """Errors of the disk, as opposed to those of what lies at a path."""
 _BLOCK = 1 << 16
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file for reading, unbuffered; a pipe or a device, which may never end, is refused. Links are followed:
+    this is for files that belong to the user, of a model for example (see `open_in_place`).
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return io.FileIO(handle)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -158,3 +174,23 @@ def _end_of_last_line(handle: int, size: int) -> int:
             return start + newline + 1
         end = start
     return 0
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether nothing but a regular file has that name: no link, folder, pipe or device. True if nothing has it."""
+    return not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode)
+
+
+def is_plain_folder(path: Path) -> bool:
+    """Whether nothing but a folder has that name, not even a link to one. True if nothing has it."""
+    return not os.path.lexists(path) or stat.S_ISDIR(path.lstat().st_mode)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if there is one; links are not followed."""
+    if not os.path.lexists(path):
+        return
+    if stat.S_ISDIR(path.lstat().st_mode):
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -36,8 +36,12 @@ def replay_updates(
             progress.after(None)
             yield None
             continue
-        update = algorithm.update(progress.state, step.step, step.rounds)
-        if isinstance(update, Evaluation) or digest(update.operations) != step.update:
+        try:
+            update = algorithm.update(progress.state, step.step, step.rounds)
+            fits = not isinstance(update, Evaluation) and digest(update.operations) == step.update
+        except (ValueError, ArithmeticError, LookupError, TypeError, AssertionError) as error:
+            raise UserError(f"step {step.step} has losses that no step of this run can have ({error})") from error
+        if isinstance(update, Evaluation) or not fits:
             raise UserError(
                 f"step {step.step} is not what this version of the algorithm makes of its losses; the trajectory's "
                 "header names the version of mezo_dist that can rebuild it"
@@ -86,7 +90,7 @@ def replay_steps(
             apply_updates(engine, run_seed, _with_last_copy(pending, anchor=anchor))
             pending, num_terms = [], 0
         if marked:
-            _check_mark(engine, recorded.marks[progress.step], progress.step)
+            _check_mark(engine, recorded.marks[progress.step].weights, progress.step)
     apply_updates(engine, run_seed, _with_last_copy(pending, anchor=anchor))
     return progress
 

@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,21 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.storage import trajectory
-from mezo_dist.storage.files import cut_torn_line, replace_file
+from mezo_dist.storage.files import (
+    is_plain_file,
+    is_plain_folder,
+    move_aside,
+    open_log,
+    open_regular,
+    remove,
+    replace_file,
+)
 
 log = logging.getLogger(__name__)
 CONFIG, EVENTS, RESULTS, SNAPSHOTS, LOCK = "config.yaml", "events.jsonl", "results.json", "snapshots", ".lock"
+_FILES = (CONFIG, EVENTS, RESULTS, "metrics.jsonl")
+_FOLDERS = (SNAPSHOTS, "tensorboard", "model")
+_UNFINISHED = (*(f".{name}.part" for name in (trajectory.FILE, CONFIG, RESULTS, "model")),)
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def claim_folder(config: RunConfig, comm: Communicator) -> Iterator[Claim]:
             try:
                 folder, lock = _claim(folder, config.output.if_exists)
                 path = folder / trajectory.FILE
-                data = trajectory.read_bytes(path) if config.output.if_exists == "resume" and path.exists() else b""
+                data = trajectory.read_bytes(path) if path.exists() else b""
             except UserError as error:
                 problem = str(error)
             except OSError as error:
@@ -102,11 +113,32 @@ def read_log(folder: Path, comm: Communicator) -> trajectory.Log:
 
 def _claim(wanted: Path, if_exists: str) -> tuple[Path, int]:
     """The folder to use, made if need be, and its lock (an open file)."""
+    folder, lock = _first_free(wanted) if if_exists == "new" else _claim_named(wanted, if_exists)
+    try:
+        _tidy(folder)
+    except BaseException:
+        os.close(lock)
+        raise
+    return folder, lock
+
+
+def _first_free(wanted: Path) -> tuple[Path, int]:
+    """The first of ``NAME``, ``NAME-2`` ... that holds no run and that no other job has just begun to use."""
     number, folder = 1, wanted
-    while if_exists == "new" and (folder / trajectory.FILE).exists():
+    while True:
+        if not os.path.lexists(folder / trajectory.FILE):
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(_InUseError):
+                lock = _lock(folder)
+                if not os.path.lexists(folder / trajectory.FILE):  # the other job may be done already
+                    return folder, lock
+                os.close(lock)
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
-    holds_run = (folder / trajectory.FILE).exists()
+
+
+def _claim_named(folder: Path, if_exists: str) -> tuple[Path, int]:
+    holds_run = os.path.lexists(folder / trajectory.FILE)
     if holds_run and if_exists == "error":
         raise UserError(
             f"{folder} already holds a run; go on with it (--output.if_exists=resume), keep it and use a new folder "
@@ -115,22 +147,58 @@ def _claim(wanted: Path, if_exists: str) -> tuple[Path, int]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     if holds_run and if_exists == "replace":
-        _move_aside(folder)
+        _rename_old(folder)
         os.close(lock)
         folder.mkdir()
         lock = _lock(folder)
     return folder, lock
 
 
+def _rename_old(folder: Path) -> None:
+    number, old = 1, folder.with_name(f"{folder.name}.old")
+    while os.path.lexists(old):
+        number += 1
+        old = folder.with_name(f"{folder.name}.old-{number}")
+    folder.rename(old)
+    log.warning("the run that was in %s is in %s now", folder, old)
+
+
+def _tidy(folder: Path) -> None:
+    """Prepare a folder that may come from anybody, or from a job that was killed.
+
+    What an interrupted write has left is removed. Links, and folders in the place of files, are moved aside: nothing
+    that is written is to end elsewhere, and no damage to a file beside the trajectory is to stop a run.
+    """
+    if not is_plain_file(folder / trajectory.FILE):
+        raise UserError(f"{folder / trajectory.FILE} is a link or a folder, not a file; put the file itself there")
+    for name in _FILES:
+        if not is_plain_file(folder / name):
+            move_aside(folder / name)
+    for name in _FOLDERS:
+        if not is_plain_folder(folder / name):
+            move_aside(folder / name)
+    snapshots = [folder / SNAPSHOTS / f".step-*.{end}" for end in ("part", "old")]
+    for path in [folder / name for name in _UNFINISHED] + [p for s in snapshots for p in s.parent.glob(s.name)]:
+        if os.path.lexists(path):
+            log.info("%s is removed: its writing was interrupted", path)
+            remove(path)
+
+
+class _InUseError(UserError):
+    """Another job has the lock."""
+
+
 def _lock(folder: Path) -> int:
-    """Take the folder's lock, or say who has it."""
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    """Take the folder's lock. Raises _InUseError, which says who has it."""
+    if not is_plain_file(folder / LOCK):
+        move_aside(folder / LOCK)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
         os.close(handle)
-        raise UserError(
+        raise _InUseError(
             f"{folder} is in use by another job ({owner}); end that one, or name another folder (--output.dir)"
         ) from error
     except OSError as error:
@@ -142,25 +210,13 @@ def _lock(folder: Path) -> int:
     return handle
 
 
-def _move_aside(folder: Path) -> None:
-    number, aside = 1, folder.with_name(f"{folder.name}.old")
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{folder.name}.old-{number}")
-    folder.rename(aside)
-    log.warning("the run that was in %s is in %s now", folder, aside)
-
-
 def note(folder: Path, event: str, step: int, **facts: Any) -> None:
     """Add to the diary of what happened to the run: starts, stops, faults. Only rank 0 may call it.
 
     Wall-clock time is for people alone: nothing in the run depends on it, so a clock may jump.
     """
-    path = folder / EVENTS
     time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    if path.exists():
-        cut_torn_line(path)
-    with path.open("a", encoding="utf-8") as file:
+    with open_log(folder / EVENTS) as file:
         file.write(json.dumps({"time": time, "event": event, "step": step, **facts}) + "\n")
 
 
@@ -180,11 +236,27 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 def read_results(folder: Path) -> dict[str, Any]:
     """What `write_results` wrote; empty if nothing readable is there."""
     try:
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with open_regular(folder / RESULTS) as file:
+            results = json.loads(file.read())
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("%s cannot be read (%s)", folder / RESULTS, error)
         return {}
-    return found if isinstance(found, dict) else {}
+    return results if isinstance(results, dict) else {}
+
+
+def read_scores(folder: Path, name: str, needed: Iterable[str]) -> dict[str, float | None]:
+    """The scores that ``results.json`` has under ``name``; empty unless they are numbers and all ``needed`` are there.
+
+    A score of null was not finite.
+    """
+    scores = read_results(folder).get(name, {})
+    if not isinstance(scores, dict) or not all(_is_score(value) for value in scores.values()):
+        return {}
+    return scores if set(needed) <= scores.keys() else {}
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**53)
 
 
 def _finite(value: Any) -> Any:

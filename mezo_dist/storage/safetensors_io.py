@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.errors import UserError
+from mezo_dist.storage.files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CHUNK_BYTES = 1 << 22
@@ -45,7 +46,7 @@ class Entry:
 
     @property
     def num_elements(self) -> int:
-        """Of the whole tensor."""
+        """Number of elements of the whole tensor."""
         return math.prod(self.shape)
 
     def read(self, out: Tensor, offset: int = 0) -> None:
@@ -63,7 +64,7 @@ class Entry:
         in_place = flat.dtype == self.dtype and flat.device.type == "cpu"
         step = CHUNK_BYTES // self.dtype.itemsize
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open_regular(self.path) as file:
                 file.seek(self.start + offset * self.dtype.itemsize)
                 for piece in flat.split(step) if flat.numel() else ():
                     target = piece if in_place else torch.empty(len(piece), dtype=self.dtype)
@@ -81,9 +82,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         UserError: it is missing, no safetensors file, or has a dtype that is not known here.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError("no header of that length")
             header = json.loads(file.read(length))
@@ -91,7 +92,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         entries = {name: _entry(path, item, 8 + length, size) for name, item in header.items()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
     return dict(sorted(entries.items(), key=lambda pair: pair[1].start))
 
@@ -157,7 +158,7 @@ def write(
 def sha256(path: Path) -> str:
     """SHA-256 of a file. Raises UserError if it cannot be read."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             digest, chunk = hashlib.sha256(), bytearray(CHUNK_BYTES)
             while count := file.readinto(chunk):
                 digest.update(memoryview(chunk)[:count])

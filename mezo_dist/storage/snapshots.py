@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 from mezo_dist.storage import safetensors_io
-from mezo_dist.storage.files import sync_folder
+from mezo_dist.storage.files import open_regular, remove, sync_folder
 
 FORMAT = "mezo_dist/snapshot/1"
 INDEX = "snapshot.json"
+_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ def save_snapshot(
     ranks must call it.
 
     Args:
-        folder: of all snapshots of the run; made if need be.
+        folder: holds all snapshots of the run; it is created if need be.
         engine: whose weights.
         step: number of steps that they have seen.
         comm: between the ranks.
-        facts: JSON types, to be found in `Snapshot.facts`; rank 0's count.
+        facts: JSON types, which `Snapshot.facts` will hold; those of rank 0 are saved.
         keep: how many complete snapshots may stay, this one included; older ones are removed once it is there.
 
     Returns:
@@ -97,14 +99,14 @@ def save_snapshot(
     Raises:
         UserError: on all ranks, if one of them could not write (full disk, no permission).
     """
-    target = folder / f"step-{step:08d}"
+    target = folder / _name(step)
     part = target.with_name(f".{target.name}.part")
     try:
         _on_main(comm, _make_empty, part)
-        own = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
-        replicas = comm.collect(lambda: hashlib.sha256(json.dumps(own).encode()).hexdigest())
+        pieces = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
+        replicas = comm.collect(lambda: hashlib.sha256(json.dumps(pieces).encode()).hexdigest())
         mine = [rank for rank, digest in enumerate(replicas) if digest == replicas[comm.rank]]
-        share = _share(own, mine.index(comm.rank), len(mine))
+        share = _share(pieces, mine.index(comm.rank), len(mine))
         parts = comm.collect(lambda: _write_part(part, f"rank-{comm.rank:05d}.safetensors", engine, share))
         _on_main(comm, _publish, part, target, _index(step, dict(facts or {}), parts), keep)
     except UserError as error:
@@ -116,18 +118,30 @@ def save_snapshot(
 
 def snapshots(folder: Path) -> list[Path]:
     """Folders of the complete snapshots in ``folder`` (which need not exist), oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{INDEX}"))
+    return sorted(path.parent for path in folder.glob(f"step-*/{INDEX}") if _NAME.fullmatch(path.parent.name))
 
 
 def read_snapshot(folder: Path) -> Snapshot:
     """Read a snapshot's index.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or the snapshot was renamed to another step.
     """
+    snapshot = _read_index(folder)
+    if folder.name != _name(snapshot.step):
+        raise UserError(f"{folder}: was renamed, for its index says step {snapshot.step}")
+    return snapshot
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _read_index(folder: Path) -> Snapshot:
     path = folder / INDEX
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = json.loads(file.read())
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r} is not {FORMAT}")
         files = {str(name): str(digest) for name, digest in data["files"].items()}
@@ -137,7 +151,7 @@ def read_snapshot(folder: Path) -> Snapshot:
         return Snapshot(folder, int(data["step"]), dict(data["facts"]), files, weights)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); not a complete snapshot") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: damaged, or of another version of mezo_dist ({error!r})") from error
 
 
@@ -155,25 +169,28 @@ def load_snapshot(folder: Path, engine: Engine, comm: Communicator, *, anchor: b
     Raises:
         UserError: on all ranks: the snapshot is incomplete or damaged, or belongs to another model.
     """
-    found: list[Snapshot] = []
+    checked: list[Snapshot] = []
 
     def check() -> None:
         snapshot = read_snapshot(folder)
         for number, (name, digest) in enumerate(sorted(snapshot.files.items())):
             if number % comm.world_size == comm.rank and safetensors_io.sha256(folder / name) != digest:
                 raise UserError(f"{folder / name}: damaged (its SHA-256 is not the one in {INDEX})")
-        _check_fits(snapshot, engine.shards())
-        found.append(snapshot)
+        _check_pieces(snapshot)
+        _check_fits(snapshot, engine.shards(), is_anchor=False)
+        checked.append(snapshot)
 
     def fill() -> None:
-        _fill(engine.shards(), found[0])
-        if anchor and any(name.startswith(ANCHOR_PREFIX) for name in found[0].weights):
+        (snapshot,) = checked
+        _fill(engine.shards(), snapshot)
+        if anchor and any(name.startswith(ANCHOR_PREFIX) for name in snapshot.weights):
             engine.copy_anchor()  # makes room
-            _fill(engine.anchor_shards(), found[0])
+            _check_fits(snapshot, engine.anchor_shards(), is_anchor=True)
+            _fill(engine.anchor_shards(), snapshot)
 
     comm.collect(check)
     comm.collect(fill)
-    return found[0]
+    return checked[0]
 
 
 def _on_main(comm: Communicator, work: Callable[..., object], *args: Any) -> None:
@@ -182,8 +199,7 @@ def _on_main(comm: Communicator, work: Callable[..., object], *args: Any) -> Non
 
 
 def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     folder.mkdir(parents=True)
 
 
@@ -199,11 +215,11 @@ def _piece(shard: Shard) -> dict[str, Any]:
     return {"name": shard.name, "dtype": code, "shape": list(shard.shape), "offset": shard.offset, "size": size}
 
 
-def _share(own: Sequence[dict[str, Any]], place: int, num_replicas: int) -> dict[str, dict[str, Any]]:
+def _share(pieces: Sequence[dict[str, Any]], place: int, num_replicas: int) -> dict[str, dict[str, Any]]:
     """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far."""
     loads = [0] * num_replicas
     share = {}
-    for piece in own:
+    for piece in pieces:
         least = loads.index(min(loads))
         loads[least] += piece["size"]
         if least == place:
@@ -242,7 +258,7 @@ def _publish(part: Path, target: Path, index: dict[str, Any], keep: int) -> None
         json.dump(index, file, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
-    read_snapshot(part)
+    _read_index(part)
     sync_folder(part)
     _remove(target)
     os.replace(part, target)
@@ -258,6 +274,16 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
         shutil.rmtree(aside)
+
+
+def _check_pieces(snapshot: Snapshot) -> None:
+    """Raises UserError if the files do not hold what the index says."""
+    entries = {name: safetensors_io.read_header(snapshot.folder / name) for name in snapshot.files}
+    for name, weight in snapshot.weights.items():
+        for piece in weight.pieces:
+            entry = entries[piece.file].get(_key(name, piece.offset))
+            if entry is None or (entry.dtype, entry.num_elements) != (weight.dtype, piece.size):
+                raise UserError(f"{snapshot.folder / piece.file}: does not hold {name} as {INDEX} says")
 
 
 def _fill(shards: Iterable[Shard], snapshot: Snapshot) -> None:
@@ -287,12 +313,12 @@ def _weight(name: str, item: Mapping[str, Any], files: Mapping[str, str]) -> Sav
     return weight
 
 
-def _check_fits(snapshot: Snapshot, shards: Iterable[Shard]) -> None:
-    own = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
-    saved_names = {name for name in snapshot.weights if not name.startswith(ANCHOR_PREFIX)}
-    if other := sorted(own.keys() ^ saved_names):
+def _check_fits(snapshot: Snapshot, shards: Iterable[Shard], *, is_anchor: bool) -> None:
+    needed = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
+    saved_names = {name for name in snapshot.weights if name.startswith(ANCHOR_PREFIX) == is_anchor}
+    if other := sorted(needed.keys() ^ saved_names):
         raise UserError(f"{snapshot.folder}: of another model: {', '.join(other[:3])} is only in one of the two")
-    for name, (shape, dtype) in own.items():
+    for name, (shape, dtype) in needed.items():
         saved = snapshot.weights[name]
         if (saved.shape, saved.dtype) != (shape, dtype):
             raise UserError(

@@ -25,7 +25,7 @@ import json
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from mezo_dist.algorithms.base import Losses
 from mezo_dist.algorithms.operations import Operation, encode
 from mezo_dist.config.schema import digest_of
 from mezo_dist.errors import UserError
+from mezo_dist.storage.files import open_regular
 
 FORMAT = "mezo_dist/trajectory/3"
 FILE = "trajectory.jsonl"
@@ -57,6 +58,12 @@ class Header:
     """Name and revision of the model before step 0."""
     base_fingerprint: str
     """Fingerprint of its weights."""
+    model_config: str
+    """Digest of its config."""
+    tokenizer: str
+    """Digest of its tokenizer."""
+    data: dict[str, str]
+    """Split -> digest of its encoded samples."""
     law_version: str
     """Version of generator and law."""
     weights: str
@@ -71,8 +78,9 @@ class Header:
     @property
     def identity(self) -> str:
         """What all its lines are chained to: equal for runs that must have the same lines."""
-        facts = (self.config_digest, self.base_fingerprint, self.law_version)
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=4).hexdigest()
+        model = (self.base_fingerprint, self.model_config, self.tokenizer)
+        facts = (self.config_digest, *model, self.law_version, self.data)
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,12 @@ class Mark:
     done: int
     weights: str
     """Fingerprint of all weights, which does not depend on their layout."""
+    anchor: str = ""
+    """Fingerprint of the copy that the run keeps of them (`Engine.copy_anchor`); empty if it keeps none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The line without its check."""
+        return {name: value for name, value in vars(self).items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -124,8 +138,8 @@ class Log:
     torn: int
     """Bytes after it: of a line whose writing was interrupted."""
     steps: list[Step] = field(default_factory=list)
-    marks: dict[int, str] = field(default_factory=dict)
-    """Steps done -> fingerprint of the weights."""
+    marks: dict[int, Mark] = field(default_factory=dict)
+    """Steps done -> what the weights were."""
 
 
 def digest(operations: Sequence[Operation]) -> str:
@@ -160,10 +174,13 @@ def read(path: Path) -> Log:
 
 def read_bytes(path: Path) -> bytes:
     """What is in the file; its start is looked at before the rest is taken into memory. Raises as `read` does."""
-    with path.open("rb") as file:
-        start = file.read(len(_START))
-        _check_start(start, path)
-        return start + file.read()
+    try:
+        with open_regular(path) as file:
+            start = file.read(len(_START))
+            _check_start(start, path)
+            return start + file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def parse(data: bytes, path: Path) -> Log | None:
@@ -171,19 +188,19 @@ def parse(data: bytes, path: Path) -> Log | None:
     _check_start(data[: len(_START)], path)
     header: Header | None = None
     steps: list[Step] = []
-    marks: dict[int, str] = {}
+    marks: dict[int, Mark] = {}
     check, offset = "", 0
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
-            content, own = _content(line + b"\n", check)
+            content, line_check = _content(line + b"\n", check)
             if header is None:
                 header = _header(content)
                 check = header.identity
             elif "done" in content:  # no link of the chain: runs that save more often have the same steps
-                marks.update([_mark(content, len(steps))])
+                marks[len(steps)] = _mark(content, len(steps))
             else:
                 steps.append(_step(content, len(steps)))
-                check = own
+                check = line_check
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}, line {number} (offset {offset}): {_reason(error)}") from error
         offset += len(line) + 1
@@ -222,16 +239,21 @@ def _refuse(constant: str) -> Any:
 
 
 def _header(content: dict[str, Any]) -> Header:
-    found = content.pop("format")
-    if found != FORMAT:
-        raise ValueError(f"a trajectory of format {found!r}; this version of mezo_dist reads {FORMAT!r}")
+    version = content.pop("format")
+    if version != FORMAT:
+        raise ValueError(f"a trajectory of format {version!r}; this version of mezo_dist reads {FORMAT!r}")
+    names = {item.name for item in fields(Header)}
+    if content.keys() != names:
+        raise ValueError(f"damaged header: {sorted(content.keys() ^ names)} are missing, or unknown")
     header = Header(**content)
-    kinds = {"config": dict, "seed": int, "full_size": int}
+    kinds = {"config": dict, "data": dict, "seed": int, "full_size": int}
     for name, value in vars(header).items():
         if type(value) is not kinds.get(name, str):
             raise ValueError(f"damaged header: {name} is {value!r}")
     if digest_of(header.config) != header.config_digest:
         raise ValueError("the header's settings do not fit their digest (config_digest): they were edited")
+    if not all(type(value) is str for value in header.data.values()):
+        raise ValueError(f"damaged header: data is {header.data!r}")
     return header
 
 
@@ -242,10 +264,10 @@ def _step(content: dict[str, Any], expected: int) -> Step:
     return step
 
 
-def _mark(content: dict[str, Any], done: int) -> tuple[int, str]:
+def _mark(content: dict[str, Any], done: int) -> Mark:
     if content["done"] != done:
-        raise ValueError(f"a fingerprint after {content['done']} steps where there are {done}")
-    return done, str(content["weights"])
+        raise ValueError(f"a fingerprint after {content['done']!r} steps where there are {done}")
+    return Mark(done, str(content["weights"]), str(content.get("anchor", "")))
 
 
 def _losses_to_json(losses: Losses) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from mezo_dist.errors import UserError
 from mezo_dist.storage.files import replace_file
@@ -32,7 +33,7 @@ class TrajectoryWriter:
         self, path: Path, check: str, sync_s: float | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._path, self._check, self._sync_s, self._clock = path, check, sync_s, clock
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         self.size = os.fstat(self._file).st_size
         self._synced_s = clock()
 
@@ -54,19 +55,21 @@ class TrajectoryWriter:
         return TrajectoryWriter(path, header.identity, sync_s)
 
     @staticmethod
-    def go_on(path: Path, found: Log, sync_s: float | None = 0.0) -> TrajectoryWriter:
-        """Go on with a file that was read as ``found``; a torn last line is cut.
+    def go_on(path: Path, recorded: Log, sync_s: float | None = 0.0) -> TrajectoryWriter:
+        """Go on with a file that was read as ``recorded``; a torn last line is cut.
 
         Raises:
             UserError: it cannot be written, or grew since it was read.
         """
         try:
-            if path.stat().st_size != found.size + found.torn:
+            writer = TrajectoryWriter(path, recorded.check, sync_s)
+            if writer.size != recorded.size + recorded.torn:
                 raise UserError(f"{path} changed since it was read: another job is writing to it")
-            if found.torn:
-                log.warning("%s: cut a torn last line of %d bytes", path, found.torn)
-                os.truncate(path, found.size)
-            return TrajectoryWriter(path, found.check, sync_s)
+            if recorded.torn:
+                log.warning("%s: cut a torn last line of %d bytes", path, recorded.torn)
+                os.ftruncate(writer._file, recorded.size)
+                writer.size = recorded.size
+            return writer
         except OSError as error:
             raise UserError(f"output.dir: {path} cannot be written ({error.strerror}); {_REMEDY}") from error
 
@@ -74,18 +77,20 @@ class TrajectoryWriter:
         """Write one line; it is on disk when this returns (see ``sync_s``).
 
         Raises:
-            UserError: that failed (full disk, broken disk). The file is as it was before, so the run can go on later.
+            UserError: that failed (full disk, broken disk), or the file is no longer there. It is as it was before, so
+                the run can go on later.
             ValueError: a number in it is not finite.
         """
-        content: dict[str, Any] = entry.to_json() if isinstance(entry, Step) else vars(entry)
-        line, check = to_line(content, self._check)
+        line, check = to_line(entry.to_json(), self._check)
+        self._check_place()
         try:
             written = 0
             while written < len(line):
                 written += os.write(self._file, line[written:])
             self._sync()
         except OSError as error:
-            os.ftruncate(self._file, self.size)
+            with contextlib.suppress(OSError):  # a torn line is cut when the run goes on
+                os.ftruncate(self._file, self.size)
             what = f"step {entry.step}" if isinstance(entry, Step) else "a fingerprint"
             raise UserError(
                 f"output.dir: {self._path}: {what} could not be logged ({error.strerror}), and so was not done; "
@@ -98,6 +103,17 @@ class TrajectoryWriter:
         if self._sync_s is not None:
             os.fsync(self._file)
         os.close(self._file)
+
+    def _check_place(self) -> None:
+        """Raises UserError if the file was removed or renamed: nobody would see what is written to it."""
+        mine, there = os.fstat(self._file), None
+        with contextlib.suppress(OSError):
+            there = os.stat(self._path, follow_symlinks=False)
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise UserError(
+                f"output.dir: {self._path} was removed or renamed while the run went on; if it was renamed, nothing is "
+                "lost: name it as it was, then go on with --output.if_exists=resume"
+            )
 
     def _sync(self) -> None:
         now = self._clock()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,14 @@ from mezo_dist.config.task import ANSWER, Task
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.rows import Row
 from mezo_dist.tasks.templates import render
+
+log = logging.getLogger(__name__)
+SILENT_S = 5.0
+"""Encoding that takes longer than that says how far it is."""
+LONG_TEXT = 50_000
+"""Characters up to which a text is tokenised as a whole, however few of them the window takes."""
+MARGIN_TOKENS = 64
+"""Tokens that are cut off after the window: the last ones of a cut text may not be those of the whole."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +40,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows into samples, for one task, tokeniser and kind of model."""
+    """Turns rows into samples, for one task, tokenizer and kind of model."""
 
     task: Task
     tokenizer: Any
     kind: ModelKind
     max_tokens: int
     """Longest sequence, special tokens included."""
+    num_tokens: int | None = None
+    """Tokens that the model knows; None if it does not say."""
 
     def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
         """Encode the rows of one split.
@@ -46,11 +58,21 @@ class Encoder:
                 sample.
         """
         samples = []
+        said_s = time.monotonic()
         for number, row in enumerate(rows):
+            if time.monotonic() - said_s > SILENT_S:
+                log.info("encoding the %s split: %d of %d samples are done", split, number, len(rows))
+                said_s = time.monotonic()
             try:
                 samples.append(self._sample(row))
             except UserError as error:
                 raise UserError(f"{split} sample {number}, {reprlib.repr(dict(row))}: {error}") from error
+            largest = max(samples[-1].ids)
+            if self.num_tokens is not None and largest >= self.num_tokens:
+                raise UserError(
+                    f"{split} sample {number}: the tokenizer makes token {largest} of it, but the model knows "
+                    f"{self.num_tokens} tokens: resize its embeddings (resize_token_embeddings)"
+                )
         return samples
 
     def label_ids(self, row: Row) -> list[int]:
@@ -59,24 +81,26 @@ class Encoder:
         Raises:
             UserError: a label word is not one known token there, or two words share one.
         """
-        found: dict[int, str] = {}
+        word_of: dict[int, str] = {}
         ids, row = self._fit(row)
         for word in self.task.words:
             token = self._answer_token(ids, self._tokenize(self._prompt(row, word)), word)
-            if token in found:
-                raise UserError(f"task.labels: {found[token]!r} and {word!r} are the same token; choose other words")
-            found[token] = word
-        return list(found)
+            if token in word_of:
+                raise UserError(f"task.labels: {word_of[token]!r} and {word!r} are the same token; choose other words")
+            word_of[token] = word
+        return list(word_of)
 
     def _sample(self, row: Row) -> Sample:
         label = self._label(row)
         if self.kind == "classifier":
-            texts = [_render(template, row) for template in self.task.plain]
+            texts = [self._cut(_render(template, row)) for template in self.task.plain]
             encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_tokens)
             if not encoded["input_ids"]:
                 raise UserError("task.plain: the text is empty; leave the row out")
             return Sample(tuple(encoded["input_ids"]), label, -1, tuple(encoded.get("token_type_ids", ())))
         ids, _ = self._fit(row)
+        if not ids:
+            raise UserError("task.prompt: nothing stands before {{ answer }}; leave the row out")
         return Sample(tuple(ids), label, len(ids) - 1 if self.kind == "causal" else self._mask_position(ids))
 
     def _label(self, row: Row) -> int:
@@ -98,16 +122,28 @@ class Encoder:
             raise UserError(f"task.prompt: {{{{ answer }}}} must come last for a causal model, not before {after!r}")
         if word is not None:
             return before + word + after
-        # The space before an answer is part of the answer's token, or of none.
-        return before.rstrip() + (self.tokenizer.mask_token + after if self.kind == "masked" else "")
+        # A space before an answer is part of the answer's token, or of none; a new line is a token of the prompt's.
+        return before.rstrip(" ") + (self.tokenizer.mask_token + after if self.kind == "masked" else "")
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]  # not verbose: too long texts are our matter
+        if self.kind == "causal":  # an end that the tokenizer appends would stand between prompt and answer
+            while ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
+                ids = ids[:-1]
         return ids
+
+    def _cut(self, text: str) -> str:
+        """``text``, but of a very long one no more than what surely fills the window: tokenising it takes seconds."""
+        length = max(LONG_TEXT, 16 * self.max_tokens)
+        while length < len(text):
+            if len(self._tokenize(text[:length])) > self.max_tokens + MARGIN_TOKENS:
+                return text[:length]
+            length *= 2
+        return text
 
     def _fit(self, row: Row) -> tuple[list[int], Row]:
         """Token ids of the prompt, and the row with the fields in ``task.truncate`` shortened until the prompt fits."""
-        fields = {name: str(row[name]) for name in self.task.truncate if row.get(name) is not None}
+        fields = {name: self._cut(str(row[name])) for name in self.task.truncate if row.get(name) is not None}
         while True:
             ids = self._tokenize(self._prompt({**row, **fields}))
             excess = len(ids) - self.max_tokens
@@ -139,7 +175,7 @@ class Encoder:
         return places[0]
 
     def _answer_token(self, plain: list[int], filled: list[int], word: str) -> int:
-        """The one token that ``word`` adds; found in context, since spaces belong to tokens in some vocabularies."""
+        """The one token that ``word`` adds in its context: in some vocabularies a space belongs to the token."""
         if self.kind == "masked":
             place = self._mask_position(plain)
             new, rest = filled[place : place + 1 + len(filled) - len(plain)], filled[:place] == plain[:place]
@@ -147,8 +183,10 @@ class Encoder:
             new, rest = filled[len(plain) :], filled[: len(plain)] == plain
         pieces = self.tokenizer.convert_ids_to_tokens(new)
         if len(new) != 1 or not rest or new[0] == self.tokenizer.unk_token_id:
+            joined = "" if new and rest else ", or put a space before {{ answer }}"
             raise UserError(
-                f"task.labels: {word!r} is not one token after this prompt but {pieces}; choose a word that is one"
+                f"task.labels: {word!r} is not one token after this prompt but {pieces or 'a part of the last one'}; "
+                f"choose a word that is one{joined}"
             )
         return int(new[0])
 

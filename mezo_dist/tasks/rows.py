@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def load_rows(task: Task) -> Rows:
 
 def _read_rows(name: str, source: Any, indices: list[int]) -> list[Row]:
     try:
-        return [source[i] for i in indices]
+        rows: list[Row] = source.with_format("arrow")[indices].to_pylist()  # images and sounds stay undecoded
+        return rows
     except UnicodeDecodeError as error:  # pyarrow does not look into short strings when it reads a file
         raise UserError(f"task.data: {name} is not UTF-8 ({error}): convert it") from error
 
@@ -89,14 +91,17 @@ def _local_files(path: Path) -> dict[str, Path]:
     """Split -> file."""
     if not path.exists():
         raise UserError(f"task.data: file {path} does not exist (relative paths start at {Path.cwd()})")
-    found = [path] if path.is_file() else sorted(path.iterdir())
-    files = [file for file in found if file.suffix in BUILDERS]
+    candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in candidates if file.suffix in BUILDERS]
     if not files:
-        what = f"{path} is no file" if path.is_file() else f"folder {path} has no file"
+        what = f"folder {path} has no file" if path.is_dir() else f"{path} is no file"
         raise UserError(f"task.data: {what} ending in {', '.join(BUILDERS)}")
+    for file in files:
+        if not file.is_file():  # a pipe or a device may never end
+            raise UserError(f"task.data: {file} is not a regular file")
     if len({file.suffix for file in files}) > 1:
         raise UserError(f"task.data: folder {path} mixes file types {sorted({f.suffix for f in files})}; keep one")
-    return {"train" if path.is_file() else file.stem: file for file in files}
+    return {file.stem if path.is_dir() else "train": file for file in files}
 
 
 def _load_file(path: Path) -> Any:
@@ -111,11 +116,26 @@ def _load_file(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise UserError(f"task.data: {path} is empty")
     try:
-        return datasets.load_dataset(builder, data_files=[glob.escape(str(path))], split="train", **options)
+        return datasets.load_dataset(
+            builder,
+            data_files=[glob.escape(str(path))],
+            split="train",
+            # Its cache knows a file by size and time of change, which a file with other rows may share.
+            cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "mezo_dist" / _content_digest(path)),
+            **options,
+        )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = str(error.__cause__ or error)
         reason = "it has no rows" if "corresponds to no data" in cause else cause
         raise UserError(f"task.data: cannot read {path} as {builder}: {reason}") from error
+
+
+def _content_digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _load_saved(folder: Path) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
+from jinja2.filters import do_round
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mezo_dist.errors import UserError
@@ -21,6 +22,8 @@ from mezo_dist.errors import UserError
 FILTERS = (
     "abs capitalize default first int float last length lower replace round string striptags title trim truncate upper"
 ).split()
+MOST_DIGITS = 30
+"""After (or, if negative, before) the point, that `round` may be asked for: jinja2 computes that power of ten."""
 NODES = (
     nodes.Template,
     nodes.Output,
@@ -47,7 +50,7 @@ NODES = (
     nodes.Neg,
     nodes.Pos,
 )
-"""What a template may be made of."""
+"""Elements that a template may consist of."""
 LONGEST = 10_000_000
 """Characters that `replace` may make."""
 
@@ -65,10 +68,11 @@ def render(template: str, values: Mapping[str, Any], shown: list[str]) -> str:
     """
     try:
         return _compiled(template).render(values).strip()
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"task template {template!r}: {error} (the fields are {shown})") from error
     except RecursionError as error:
         raise UserError("task template: it is nested too deeply") from error
+    except Exception as error:  # a filter may raise whatever it likes, and the template is the user's
+        reason = str(error) or type(error).__name__
+        raise UserError(f"task template {template!r}: {reason} (the fields are {shown})") from error
 
 
 def _not_null(value: Any) -> Any:
@@ -84,9 +88,16 @@ def _replace(text: Any, old: Any, new: Any) -> str:
     return text.replace(old, new)
 
 
+def _round(value: Any, precision: Any = 0, method: str = "common") -> Any:
+    if type(precision) is not int or abs(precision) > MOST_DIGITS:
+        raise SecurityError(f"round takes a whole number of digits up to {MOST_DIGITS}, not {precision!r}")
+    return do_round(value, precision, method)  # type: ignore[arg-type]  # it checks the method itself
+
+
 _environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, finalize=_not_null)
 _environment.globals.clear()
-_environment.filters = {name: _environment.filters[name] for name in FILTERS} | {"replace": _replace}
+_environment.filters = {name: _environment.filters[name] for name in FILTERS}
+_environment.filters |= {"replace": _replace, "round": _round}
 
 
 @functools.lru_cache

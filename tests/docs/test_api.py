@@ -65,7 +65,9 @@ def test_examples_in_docstrings_run(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_the_tour_names_every_module() -> None:
     tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A tour")[2].partition("\n## ")[0]
     modules = {path for path in (ROOT / "mezo_dist").rglob("*.py") if path.name != "__init__.py"}
-    missing = sorted(str(path.relative_to(ROOT)) for path in modules if not re.search(rf"`([\w/]+/)?{path.name}`", tour))
+    missing = sorted(
+        str(path.relative_to(ROOT)) for path in modules if not re.search(rf"`([\w/]+/)?{path.name}`", tour)
+    )
     assert not missing, f"name them in CONTRIBUTING.md's tour: {missing}"
     named = set(re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", tour))
     assert named <= {path.name for path in modules} | {"__main__.py"}, "the tour names a module that is not there"

@@ -149,7 +149,7 @@ def test_a_masked_model_whose_tokenizer_has_no_mask(fault: Callable[..., str], t
     del settings["mask_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     message = fault(f"--model.name={folder}")
-    assert message == "model.kind: the tokeniser of 'bert' has no mask token, which kind: masked needs"
+    assert message == "model.kind: the tokenizer of 'bert' has no mask token, which kind: masked needs"
 
 
 def test_bad_data_is_found_before_a_model_is_looked_for(fault: Callable[..., str]) -> None:

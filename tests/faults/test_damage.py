@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,14 @@ from pathlib import Path
 import pytest
 
 from mezo_dist import cli
-from mezo_dist.storage import snapshots
+from mezo_dist.config import reader
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.runs import training
+from mezo_dist.storage import safetensors_io, snapshots
+from mezo_dist.testing import write_tiny_config
 from tests.faults.jobs import arguments
-from tests.faults.outcomes import finish
+from tests.faults.outcomes import finish, weights
+from tests.run_folders import loaded_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -33,6 +39,34 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def forge(snapshot: Path, *, anchor: bool = False) -> None:
+    """One bit of a weight becomes another, and the index says that this is right."""
+    path = snapshot / "rank-00000.safetensors"
+    names = [name for name in safetensors_io.read_header(path) if name.startswith("anchor:") == anchor]
+    data = bytearray(path.read_bytes())
+    data[safetensors_io.read_header(path)[names[0]].start + 1] ^= 16
+    path.write_bytes(data)
+    edit(snapshot, files={path.name: safetensors_io.sha256(path)})
+
+
+def forge_all(folder: Path) -> None:
+    for snapshot in snapshots.snapshots(folder):
+        forge(snapshot)
+
+
+def edit(snapshot: Path, **changes: object) -> None:
+    """Change the index."""
+    index = snapshot / "snapshot.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+
+
+def rename(snapshot: Path, step: int) -> None:
+    """The snapshot of step 4 takes the place of this one, which it calls step ``step``."""
+    shutil.rmtree(snapshot)
+    shutil.copytree(snapshot.with_name("step-00000004"), snapshot)
+    edit(snapshot, step=step)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
     "nothing": (lambda snapshot: None, 8),
     "a bit flipped": (lambda snapshot: flip(snapshot / "rank-00000.safetensors"), 4),
@@ -42,7 +76,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
     "index torn": (lambda snapshot: os.truncate(snapshot / "snapshot.json", 200), 4),
     "deleted": (shutil.rmtree, 4),
     "all deleted": (lambda snapshot: shutil.rmtree(snapshot.parent), 0),
+    "forged": (forge, 4),
+    "forged, all of them": (lambda snapshot: forge_all(snapshot.parent), 0),
+    "renamed": (lambda snapshot: rename(snapshot, 4), 4),
+    "renamed, the index too": (lambda snapshot: rename(snapshot, 8), 4),
 }
+SILENT = ("nothing", "index deleted", "deleted", "all deleted")
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -54,9 +93,39 @@ def test_a_damaged_snapshot_is_passed_over(
     damage(folder / "snapshots" / "step-00000008")
     said = finish(root, folder, capsys)
     assert f"rebuilt steps {start_from} to 10" in said
-    assert ("a snapshot cannot be used, an older one may do: " in said) == (
-        what in ("a bit flipped", "truncated", "data deleted", "index torn")
-    )
+    assert ("a snapshot cannot be used, so an older one is tried, or the base model: " in said) == (what not in SILENT)
+
+
+def test_a_forged_copy_of_the_anchor_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The planner asks for it in a run that stores its anchors, of which 0 and 5 are the first."""
+    options = ["algorithm.anchor=stored", "algorithm.q=5", "output.test=false", "output.export=false"]
+    options += ["output.snapshot_every=2", "output.snapshots_kept=9"]
+    config = write_tiny_config(tmp_path, "gpt2", "mezo-svrg", steps=7)
+    training.train(reader.load(config, options), Communicator())
+    path = tmp_path / "run" / "trajectory.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(line for line in whole.splitlines(keepends=True) if not line.startswith(b'{"step":6')))
+    path.write_bytes(path.read_bytes()[: path.read_bytes().index(b'{"done":7')])
+    forge(tmp_path / "run" / "snapshots" / "step-00000006", anchor=True)
+    loaded_run(tmp_path / "run")  # whoever evaluates needs no anchor
+    assert "cannot be used" not in caplog.text
+    training.train(reader.load(config, [*options, "output.if_exists=resume"]), Communicator())
+    assert "step-00000006: its copy of the anchor is not the one of the run" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_snapshots_whose_trajectory_is_gone_are_moved_aside(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished(root, tmp_path)
+    (folder / "trajectory.jsonl").unlink()
+    for snapshot in snapshots.snapshots(folder / "snapshots"):
+        forge(snapshot)
+    assert cli.main(arguments(root, folder, "--output.snapshot_every=0")) == 0
+    assert "snapshots is at " in capsys.readouterr().err
+    assert not (folder / "snapshots").exists()
+    assert len(snapshots.snapshots(folder / "snapshots.aside")) == 2
+    assert weights(folder) == weights(root / "undisturbed")
 
 
 def test_snapshots_of_another_run_or_of_later_steps_are_not_taken(

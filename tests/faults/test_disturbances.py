@@ -64,7 +64,7 @@ def test_a_clock_that_jumps_changes_nothing(
     monkeypatch.setattr(time, "time", jumping)
     finish(root, tmp_path / "run", capsys)
     assert calls[0] > 0
-    assert trajectory.read(tmp_path / "run" / "trajectory.jsonl").marks[STEPS] == weights(root / "undisturbed")
+    assert trajectory.read(tmp_path / "run" / "trajectory.jsonl").marks[STEPS].weights == weights(root / "undisturbed")
 
 
 def test_two_jobs_do_not_write_to_one_folder(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -24,6 +25,7 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.runs import training
+from mezo_dist.storage import trajectory
 from mezo_dist.tasks.rows import load_rows
 from mezo_dist.tasks.templates import render
 from mezo_dist.testing import write_tiny_config
@@ -153,6 +155,11 @@ TEMPLATES = {
     "classes": "{{ text.__class__.__mro__ }}",
     "calls": "{{ text.ljust(10 ** 10) }}",
     "chance": "{{ [1, 2, 3] | random }}",
+    "digits": "{{ 1.0 | round(1000000000, 'ceil') }}",
+    "digits of a field": "{{ text | length | round(-10 ** 9) }}",
+    "digits of digits": "{{ 1 | round(text | length | float) }}",
+    "a short cut": "{{ text | truncate(1) }}",
+    "no number": "{{ 'inf' | float | int }}",
     "depth": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
 }
 
@@ -238,3 +245,82 @@ def listening() -> set[str]:
         with contextlib.suppress(OSError):
             own.add(str(link.readlink()))
     return inodes & own
+
+
+def forged(tiny: Path, to: Path, change: Any) -> Path:
+    """A run folder whose trajectory was changed by ``change(lines)``, with digest and checks right again."""
+    lines = [json.loads(line) for line in (tiny / "run" / "trajectory.jsonl").read_bytes().splitlines()]
+    change(lines)
+    config = reader.from_dict(lines[0]["config"], "header")
+    lines[0] |= {"config_digest": config.digest()}
+    content, check = b"", ""
+    for number, line in enumerate(lines):
+        line.pop("check")
+        text, new = trajectory.to_line(line, check)
+        content += text
+        if number == 0:
+            new = trajectory.Header(**{k: v for k, v in line.items() if k != "format"}).identity
+        check = check if "done" in line else new
+    to.mkdir()
+    (to / "trajectory.jsonl").write_bytes(content)
+    return to
+
+
+def set_losses(*losses: Any) -> Any:
+    def change(lines: list[Any]) -> None:
+        lines[1]["loss"] = list(losses)
+
+    return change
+
+
+def set_directions(lines: list[Any]) -> None:
+    lines[0]["config"]["algorithm"]["anchor_directions"] = 10**9
+
+
+def set_samples(lines: list[Any]) -> None:
+    lines[0]["config"] |= {"law": "lowrank", "algorithm": lines[0]["config"]["algorithm"] | {"per_sample": True}}
+    lines[0]["full_size"] = 10**9
+
+
+FORGED = {
+    "no round": (set_losses(), "step 0 has losses that no step of this run can have"),
+    "no losses": (set_losses({"mean": []}), "step 0 has losses that no step of this run can have"),
+    "too few": (set_losses({"mean": [0.5]}), "step 0 has losses that no step of this run can have"),
+    "too many": (set_losses({"mean": [0.5] * 8}), "step 0 has losses that no step of this run can have"),
+    "huge": (set_losses({"mean": [1e308, -1e308]}), "step 0 has losses that no step of this run can have"),
+    "others": (set_losses({"mean": [0.5, 0.75]}), "step 0 is not what this version of the algorithm makes"),
+    "directions": (set_directions, "a step would have 1000000000 of them"),
+    "samples": (set_samples, "a step would have 1000000000 of them"),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+@pytest.mark.timeout(300)
+def test_forged_trajectories_with_right_checksums(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    change, expected = FORGED[what]
+    run = forged(tiny, tmp_path / "run", change)
+    with little_memory():
+        assert cli.main(["replay", str(run)]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_an_unchanged_one_can_be_written_again(tiny: Path, tmp_path: Path) -> None:
+    """So it is not the forging that is refused."""
+    run = forged(tiny, tmp_path / "run", lambda lines: None)
+    assert (run / "trajectory.jsonl").read_bytes() == (tiny / "run" / "trajectory.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["fifo.jsonl", "zero.jsonl", "fifo", "/dev/zero"])
+@pytest.mark.timeout(20)
+def test_data_that_never_ends(tiny: Path, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    task = dataclasses.replace(reader.load(tiny / "config.yaml").task, data=str(tmp_path / name))
+    with pytest.raises(UserError, match=r"task\.data: .*(is not a regular file|is no file ending in)"):
+        load_rows(task)
+    task = dataclasses.replace(task, data=str(tmp_path))
+    with pytest.raises(UserError, match=r"fifo\.jsonl is not a regular file"):
+        load_rows(task)

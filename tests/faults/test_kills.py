@@ -29,7 +29,7 @@ def check_equal(root: Path, folder: Path) -> None:
     """The run in ``folder`` ended as the undisturbed one, bit for bit."""
     assert steps_of(folder) == steps_of(root / "undisturbed")
     assert results(folder) == results(root / "undisturbed")
-    assert trajectory.read(folder / "trajectory.jsonl").marks[STEPS] == results(folder)["weights"]
+    assert trajectory.read(folder / "trajectory.jsonl").marks[STEPS].weights == results(folder)["weights"]
 
 
 # (function, call, rank, when): calls are counted so that the fault strikes in the middle of the run.

@@ -199,3 +199,12 @@ def test_the_settings_name_the_base_model(root: Path) -> None:
     settings = json.loads((root / "lora" / "run" / "model" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(root / "lora" / "model")
     assert (settings["r"], settings["lora_alpha"], settings["inference_mode"]) == (4, 16.0, True)
+
+
+def test_adapters_of_a_tied_head_are_refused(tmp_path: Path) -> None:
+    """Merged, they would change the embeddings, too."""
+    config = write_tiny_config(tmp_path, "llama-tied")
+    settings = reader.load(config, [*LORA, "model.peft.target_modules=[q_proj,lm_head]"]).model
+    for whole in (True, False):
+        with pytest.raises(UserError, match="target_modules: lm_head shares its weight with another module"):
+            load.load_model(settings, num_labels=2, seed=0, whole=whole)

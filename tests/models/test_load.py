@@ -75,6 +75,34 @@ def test_a_fresh_head_is_the_same_on_every_load_with_a_seed(folders: dict[str, P
     assert any(tensor.shape[0] == 3 for key, tensor in first.items() if key in changed)
 
 
+def test_a_pad_token_that_the_model_does_not_know(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"new{number}" for number in range(30)])
+    tokenizer.add_special_tokens({"pad_token": "<newpad>"})
+    tokenizer.save_pretrained(folder)
+    assert "has the id 73, but the model knows 64 tokens: resize its embeddings" in fault(folder)
+
+
+def test_a_model_whose_config_wants_tuples(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "model")
+    change(folder, "config.json", return_dict=False)
+    assert load(folder).model(input_ids=torch.tensor([[5]])).logits.shape == (1, 1, 64)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors"])
+def test_a_single_file_that_exists(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    assert f"{name} is a single file; name a folder with config.json" in fault(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_folder_without_tokenizer(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    drop_tokenizer(folder)
+    assert "it has no tokenizer: save the model's tokenizer there, too" in fault(folder)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @torch.no_grad()
 def test_a_classifier_takes_padded_batches(folders: dict[str, Path], name: str) -> None:
@@ -131,7 +159,7 @@ def drop_tokenizer(folder: Path) -> None:
     ("damage", "expected"),
     [
         (cut_weights, "could not be loaded from its folder as head: label-words, kind: auto: Error while"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "Error no file named model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors: only safe"),
         (lambda folder: (folder / "config.json").write_text("{"), "is not a valid JSON file"),
         (lambda folder: (folder / "config.json").unlink(), "Unrecognized model in"),
         (lambda folder: change(folder, "config.json", model_type="frob"), "model type `frob`"),
@@ -157,7 +185,7 @@ def test_damaged_folders(
 def test_a_masked_model_whose_tokenizer_has_no_mask(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["bert"], tmp_path / "model")
     change(folder, "tokenizer_config.json", mask_token=None)
-    assert f"model.kind: the tokeniser of '{folder}' has no mask token, which kind: masked needs" in fault(folder)
+    assert f"model.kind: the tokenizer of '{folder}' has no mask token, which kind: masked needs" in fault(folder)
 
 
 def test_a_model_that_is_no_language_model(folders: dict[str, Path]) -> None:

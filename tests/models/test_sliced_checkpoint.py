@@ -217,7 +217,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"has no model\.safetensors, .* \(other formats are pickles\); convert it"):
+    with pytest.raises(UserError, match=r"has no model\.safetensors: only safetensors are read, .*; convert"):
         open_checkpoint(t.AutoModelForCausalLM, str(tmp_path), model.config, torch.float32)
 
 

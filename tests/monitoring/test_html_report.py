@@ -19,11 +19,14 @@ from mezo_dist.config.schema import digest_of
 from mezo_dist.errors import UserError
 from mezo_dist.monitoring import html_report, plots
 from mezo_dist.monitoring.scalars import train_loss_tag
-from mezo_dist.storage.trajectory import Header, Mark, Step
+from mezo_dist.storage.trajectory import Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
+from tests.storage import trajectories
 
 CONFIG = {"task": {"name": "films <&>"}, "train": {"steps": 4}, "algorithm": {"name": "mezo-svrg"}}
-HEADER = Header(CONFIG, digest_of(CONFIG), "a/model", "0" * 16, "law/v1", "float32, to nearest", 0, 30, "0.1.0")
+HEADER = dataclasses.replace(
+    trajectories.HEADER, config=CONFIG, config_digest=digest_of(CONFIG), base_model="a/model", seed=0
+)
 
 
 @pytest.fixture

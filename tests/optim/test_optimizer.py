@@ -80,7 +80,7 @@ def test_it_makes_the_steps_of_a_run(tmp_path: Path) -> None:
     opt.close()
     logs = [trajectory.read(path) for path in (folder / "trajectory.jsonl", tmp_path / "own.jsonl")]
     assert logs[0].steps == logs[1].steps
-    assert logs[0].marks == logs[1].marks == {5: opt.fingerprint()}
+    assert logs[0].marks == logs[1].marks == {5: trajectory.Mark(5, opt.fingerprint())}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

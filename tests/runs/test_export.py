@@ -14,15 +14,18 @@ import torch
 import transformers as t
 from torch import Tensor
 
+from mezo_dist.config import reader
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.models.sliced_checkpoint import materialise, open_checkpoint
+from mezo_dist.runs import training
 from mezo_dist.runs.export import export_model
 from mezo_dist.storage import safetensors_io
-from mezo_dist.testing import spawn, tiny_model, tiny_tokenizer
+from mezo_dist.testing import spawn, tiny_model, tiny_tokenizer, write_tiny_config
+from tests.run_folders import loaded_run
 
 KINDS = "llama llama-tied opt gpt2 bert roberta distilbert t5 mixtral".split()
 DEEPSEEK: dict[str, Any] = {
@@ -168,3 +171,30 @@ def test_a_failure_is_told_on_all_ranks(tmp_path: Path) -> None:
     assert "failed: rank(s) [0]: [Errno 28] No space left on device; the trajectory still holds the run" in messages[0]
     assert seen[0] == seen[1] == len(list(tiny_model("llama").parameters()))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_adapters_of_a_model_with_added_tokens_and_tied_embeddings_merge(tmp_path: Path) -> None:
+    """Through peft alone, the merged model gives the logits of the run."""
+    import peft
+
+    config = write_tiny_config(tmp_path, "llama-tied", "mezo", steps=2)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["new1", "new2"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    base = tiny_model("llama-tied")
+    base.resize_token_embeddings(70)
+    base.save_pretrained(tmp_path / "model")
+    options = ["output.test=false", "algorithm.lr=1e-2", "model.peft.method=lora"]
+    training.train(reader.load(config, options), Communicator())
+    ids = tokenizer("a dull slow film . It was new1", return_tensors="pt")["input_ids"]
+    run = loaded_run(tmp_path / "run")
+    run.evaluator.objective._head_slice.detach()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        live = run.pretrained.model(input_ids=ids).logits
+        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        assert torch.equal(adapted(input_ids=ids).logits, live)
+        assert not torch.equal(base(input_ids=ids).logits, live)
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = t.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert torch.allclose(merged(input_ids=ids).logits, live, atol=1e-6)

@@ -4,7 +4,9 @@ and any of its models can be made again."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from mezo_dist.config import reader
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
-from mezo_dist.runs import build, training
+from mezo_dist.runs import build, recorder, training
 from mezo_dist.runs.export import export_model
 from mezo_dist.storage import replay as storage_replay
 from mezo_dist.storage import trajectory
@@ -96,9 +98,9 @@ def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
     options = [f"output.dir={tmp_path / 'run'}", "output.snapshot_every=4", "output.export=false"]
     training.train(load(root, "stored", *options), Communicator())
     lines = (tmp_path / "run" / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
-    steps = [line for line in lines if b'"done"' not in line]
     for done, snapshot in ((5, 4), (6, 4), (5, 0), (6, 0)):
-        (tmp_path / "run" / "trajectory.jsonl").write_bytes(b"".join(steps[: 1 + done]))
+        stop = next(i for i, line in enumerate(lines) if line.startswith(b'{"step":%d,' % done))
+        (tmp_path / "run" / "trajectory.jsonl").write_bytes(b"".join(lines[:stop]))
         if not snapshot:
             shutil.rmtree(tmp_path / "run" / "snapshots", ignore_errors=True)
         training.train(load(root, "stored", *options, "output.if_exists=resume"), Communicator())
@@ -199,6 +201,45 @@ def test_weights_that_are_not_what_they_were_are_noticed(root: Path, tmp_path: P
         UserError, match=f"after step {STEPS} the weights have the fingerprint .*, but had 0000000000000000"
     ):
         loaded_run(folder)
+
+
+def test_a_run_folder_that_is_renamed_while_the_run_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, real, count = tmp_path / "run", recorder.RunRecorder.append, [0]
+
+    def append(self: Any, step: Step) -> None:
+        count[0] += 1
+        if count[0] == 4:
+            folder.rename(tmp_path / "aside")
+        real(self, step)
+
+    arguments = ["train", str(root / "mezo" / "config.yaml"), f"--output.dir={folder}", "--output.if_exists=resume"]
+    arguments += [f"--{option}" for option in CASES["mezo"].options]
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.RunRecorder, "append", append)
+        assert cli.main(arguments) == 2
+    assert "was removed or renamed while the run went on" in capsys.readouterr().err
+    assert not folder.exists()
+    (tmp_path / "aside").rename(folder)
+    assert cli.main(arguments) == 0
+    assert results(folder) == results(root / "mezo" / "run")
+
+
+@pytest.mark.parametrize(
+    ("number", "is_there", "remedy"),
+    [
+        (errno.EFBIG, True, "make room"),
+        (errno.ENOENT, False, "put it back where it was"),
+        (errno.ENOENT, True, None),
+        (errno.EPERM, True, None),
+    ],
+)
+def test_errors_of_the_disk_are_explained(tmp_path: Path, number: int, is_there: bool, remedy: str | None) -> None:
+    folder = tmp_path if is_there else tmp_path / "gone"
+    expected = UserError if remedy else OSError
+    with pytest.raises(expected, match=remedy), training._disk_errors_explained(folder):
+        raise OSError(number, os.strerror(number))
 
 
 def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
 from mezo_dist.algorithms.operations import Add
 from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
 from mezo_dist.directions.combination import Combination
-from mezo_dist.storage.trajectory import Step, digest, read, to_line
+from mezo_dist.storage.trajectory import Mark, Step, digest, read, to_line
 from tests.storage.trajectories import FINGERPRINT, HEADER, STEPS
 
 
 def test_round_trip_is_exact(trajectory_path: Path) -> None:
     found = read(trajectory_path)
-    assert (found.header, found.steps, found.marks) == (HEADER, STEPS, {2: FINGERPRINT})
+    assert (found.header, found.steps, found.marks) == (HEADER, STEPS, {2: Mark(2, FINGERPRINT)})
     assert (found.size, found.torn) == (trajectory_path.stat().st_size, 0)
 
 

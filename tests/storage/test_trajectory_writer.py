@@ -29,11 +29,11 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path, bad: float, count: in
 def test_going_on_appends(trajectory_path: Path) -> None:
     writer = TrajectoryWriter.go_on(trajectory_path, read(trajectory_path))
     writer.append(Step(3, (Losses((1.0,)),), "0" * 8))
-    writer.append(Mark(4, FINGERPRINT))
+    writer.append(Mark(4, FINGERPRINT, "a" * 16))
     writer.close()
     found = read(trajectory_path)
     assert [step.step for step in found.steps] == [0, 1, 2, 3]
-    assert found.marks == {2: FINGERPRINT, 4: FINGERPRINT}
+    assert found.marks == {2: Mark(2, FINGERPRINT), 4: Mark(4, FINGERPRINT, "a" * 16)}
 
 
 def test_a_new_trajectory_never_overwrites_one(trajectory_path: Path) -> None:
@@ -102,3 +102,26 @@ def test_a_step_that_cannot_be_written_leaves_no_trace(
     assert trajectory_path.read_bytes() == whole
     writer.append(Step(3, (Losses((1.0,)),), "0" * 8))
     assert len(read(trajectory_path).steps) == 4
+
+
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
+def test_a_file_that_is_gone_is_noticed(trajectory_path: Path, how: str) -> None:
+    whole = trajectory_path.read_bytes()
+    writer = TrajectoryWriter.go_on(trajectory_path, read(trajectory_path))
+    aside = trajectory_path.rename(trajectory_path.with_name("aside"))
+    if how == "removed":
+        aside.unlink()
+    if how == "replaced":
+        trajectory_path.write_bytes(whole)
+    with pytest.raises(UserError, match="was removed or renamed while the run went on"):
+        writer.append(Step(3, (Losses((1.0,)),), "0" * 8))
+    if how != "removed":
+        assert aside.read_bytes() == whole
+
+
+def test_a_link_is_not_written_through(trajectory_path: Path) -> None:
+    recorded = read(trajectory_path)
+    trajectory_path.rename(trajectory_path.with_name("elsewhere"))
+    trajectory_path.symlink_to(trajectory_path.with_name("elsewhere"))
+    with pytest.raises(UserError, match=r"cannot be written \(Too many levels of symbolic links\)"):
+        TrajectoryWriter.go_on(trajectory_path, recorded)

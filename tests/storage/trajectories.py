@@ -10,8 +10,20 @@ from mezo_dist.storage.trajectory import Header, Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 CONFIG = {"seed": 3, "train": {"steps": 2}}
-DIGEST = digest_of(CONFIG)
-HEADER = Header(CONFIG, DIGEST, "a/model@main", "0123456789abcdef", "law/v1", "float32, to nearest", 3, 30, "0.1")
+HEADER = Header(
+    config=CONFIG,
+    config_digest=digest_of(CONFIG),
+    base_model="a/model@main",
+    base_fingerprint="0123456789abcdef",
+    model_config="c" * 32,
+    tokenizer="t" * 32,
+    data={"train": "a" * 32},
+    law_version="law/v1",
+    weights="float32, to nearest",
+    seed=3,
+    full_size=30,
+    version="0.1",
+)
 STEPS = [
     Step(0, (Losses((0.1, 1 / 3)),), "00000000"),
     Step(1, (), skipped="a loss is not finite"),

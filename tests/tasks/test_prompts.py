@@ -187,3 +187,35 @@ def test_bad_label_words(kind: ModelKind, tokenizer: str, words: tuple[str, str]
     with pytest.raises(UserError) as caught:
         encoder(kind, tokenizer, labels=labels).label_ids({"text": "the film", "label": 0})
     assert str(caught.value).startswith(expected)
+
+
+def test_a_new_line_before_the_answer_belongs_to_the_prompt() -> None:
+    labels = (Label(0, "t"), Label(1, "g"))
+    made = encoder(tokenizer="byte-level", prompt="{{ text }}\nIt was :\n{{ answer }}", labels=labels)
+    sample = one(made, text="the film")
+    assert sample.ids == tuple(TOKENIZERS["byte-level"]("the film\nIt was :\n")["input_ids"])
+    tokens = made.tokenizer.convert_ids_to_tokens(made.label_ids({"text": "the film", "label": 0}))
+    assert tokens == ["t", "g"]
+
+
+def test_a_tokenizer_that_appends_an_end() -> None:
+    """The answer is read before the end, which the prompt of a causal model must not have."""
+    core = tokenizers.Tokenizer.from_str(TOKENIZERS["word-level"].backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 3)])
+    ends = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
+    assert ends("a film")["input_ids"][-1] == 3
+    made, plain = Encoder(task(), ends, "causal", 64), encoder()
+    assert one(made, text="a film") == one(plain, text="a film")
+    assert made.label_ids({"text": "a film", "label": 0}) == plain.label_ids({"text": "a film", "label": 0})
+
+
+def test_tokens_that_the_model_does_not_know() -> None:
+    made = Encoder(task(), TOKENIZERS["word-level"], "causal", 64, num_tokens=12)
+    message = fault(made, text="a film")
+    assert message.startswith(
+        "train sample 0: the tokenizer makes token 18 of it, but the model knows 12 tokens: resize"
+    )
+
+
+def test_a_prompt_of_nothing() -> None:
+    assert "task.prompt: nothing stands before {{ answer }}" in fault(encoder(prompt="{{ text }}{{ answer }}"), text="")

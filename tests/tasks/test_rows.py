@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,27 @@ def test_too_few_rows(data: str, splits: tuple[Split, Split, Split], expected: s
     with pytest.raises(UserError) as caught:
         load_rows(task(data=data, splits=Splits(*splits)))
     assert expected in str(caught.value)
+
+
+def test_images_and_sounds_stay_undecoded(tmp_path: Path) -> None:
+    """A picture may be a bomb, and a task's prompt has no use for one."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.Value("int64"), "picture": datasets.Image()}
+    )
+    picture = {"bytes": b"no picture at all", "path": None}
+    rows = {"text": [r["text"] for r in ROWS], "label": [r["label"] for r in ROWS], "picture": [picture] * len(ROWS)}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(tmp_path / "data.parquet")
+    assert datasets.load_dataset("parquet", data_files=str(tmp_path / "data.parquet"))["train"].features == features
+    assert load_rows(task(data=str(tmp_path / "data.parquet"))).train[0]["picture"] == picture
+
+
+def test_a_file_with_other_rows_of_the_same_size_and_time(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    write_jsonl(path, ROWS)
+    before, stat = load_rows(task(data=str(path))), path.stat()
+    write_jsonl(path, [row | {"label": 1 - i % 2} for i, row in enumerate(ROWS)])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    after = load_rows(task(data=str(path)))
+    assert [row["label"] for row in after.train] == [1 - row["label"] for row in before.train]

@@ -10,6 +10,7 @@ from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mezo_dist.config.schema import ModelKind
+from mezo_dist.tasks import prompts
 from mezo_dist.tasks.prompts import Encoder
 from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
 
@@ -109,3 +110,30 @@ def test_a_long_text_is_cut_by_a_slow_tokenizer_too() -> None:
     assert 9 <= len(sample.ids) <= 12
     assert made.tokenizer.decode(sample.ids).startswith("the film was")
     assert made.tokenizer.decode(sample.ids).endswith(" It was")
+
+
+@pytest.mark.parametrize("kind", ["causal", "classifier"])
+def test_a_very_long_text_is_cut_before_it_is_tokenised(kind: ModelKind) -> None:
+    """A million characters; the sample is the one of the whole text."""
+    longest = [0]
+
+    class Counting(Slow):
+        is_fast = True
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            longest[0] = max(longest[0], len(text))
+            return self.fast(text, **options)
+
+    text = "the film was great " * 53_000
+    counting = Encoder(task(plain=("{{ text }}",)), Counting(TOKENIZERS["word-level"]), kind, 64)
+    whole = Encoder(task(plain=("{{ text }}",)), TOKENIZERS["word-level"], kind, 64)
+    assert one(counting, text=text) == one(whole, text=text[:40_000])
+    assert longest[0] < 60_000
+    assert len(one(counting, text="." + " " * 200_000 + text).ids) == 64, "what is no token takes no place"
+
+
+def test_encoding_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(prompts, "SILENT_S", -1.0)
+    caplog.set_level("INFO")
+    encoder().encode([{"label": 0, "text": "a film"}] * 3, "test")
+    assert "encoding the test split: 2 of 3 samples are done" in caplog.text
