@@ -1,18 +1,20 @@
 """Algorithms are planners: small, pure, torch-free. `ALGORITHMS` is the closed list that a config can name.
 
-To add one: a config dataclass, a state dataclass and a planner (see `mezo.py`), and a line in `ALGORITHMS`; the
-contract tests and the command line pick it up from there.
+To add one: a config dataclass, a state dataclass and a planner (see `mezo.py`), and a line in `ALGORITHMS` and in
+`Settings`; the contract tests and the command line pick it up from there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Union
 
 from mezo_dist.algorithms.base import Algorithm, Problem
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
 from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
 from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased, SVRGReleasedPlanner
 
+Settings = Union[MeZO, MeZOSVRG, MeZOSVRGReleased]  # noqa: UP007 (evaluated on Python 3.10 too)
+"""Settings of any algorithm."""
 ALGORITHMS: dict[str, tuple[type, type]] = {
     "mezo": (MeZO, MeZOPlanner),
     "mezo-svrg": (MeZOSVRG, SVRGPlanner),
@@ -21,7 +23,10 @@ ALGORITHMS: dict[str, tuple[type, type]] = {
 """Name -> (settings, planner)."""
 
 
-def build(name: str, settings: Any, problem: Problem) -> Algorithm[Any]:
-    """The planner ``name`` with its ``settings``, an instance of the config class in `ALGORITHMS`."""
+def build(name: str, settings: Settings, problem: Problem) -> Algorithm[Any]:
+    """The planner ``name`` with its ``settings``, an instance of the config class in `ALGORITHMS`.
+
+    What its state is depends on ``name``: only the planner itself looks into it.
+    """
     planner: Algorithm[Any] = ALGORITHMS[name][1](settings, problem)
     return planner

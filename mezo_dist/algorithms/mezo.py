@@ -48,8 +48,10 @@ class MeZO:
     """The algorithm."""
     lr: float = 1e-6
     """Learning rate."""
-    eps: float = 1e-3
-    """Size of the perturbation."""
+    eps: Union[float, Literal["auto"]] = 1e-3  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
+    """Size of the perturbation. ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that is not lost in
+    the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around 1, as those of
+    norms are; the log says so."""
     directions: int = 1
     """Directions per step (with ``per_sample``, per sample); each costs two forward passes of the minibatch (one, if
     ``one_sided``)."""
@@ -60,7 +62,7 @@ class MeZO:
     scaling: Scaling = "plain"
     """How far to go along a direction: by the projected gradient, by its sign, or by it over the standard deviation of
     those of the step. With the last two, the learning rate is the length of a step."""
-    clip: Union[float, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
+    clip: Union[float, None] = None  # noqa: UP007
     """Largest size of a projected gradient; what is beyond is cut off. Null: no limit."""
     momentum: Momentum = field(default_factory=Momentum)
     """Momentum over past estimates; off by default."""
@@ -72,13 +74,16 @@ class MeZO:
     update makes every direction that was used so far."""
     weight_decay: float = 0.0
     """Decoupled decay towards zero: each step takes off lr * weight_decay * weights. Small amounts are saved up, and
-    taken off when they are 2^-12 of the weights: fp32 factors hold little less."""
+    taken off when they are 2^-12 of the weights: fp32 factors hold little less. Vectors, biases and norms are exempt.
+    """
+    weight_decay_all: bool = False
+    """Let vectors, biases and norms decay as well."""
     schedule: Schedule = field(default_factory=Schedule)
     """Schedule of the learning rate."""
     eps_schedule: Schedule = field(default_factory=Schedule)
     """Schedule of ``eps``."""
     annealing: Annealing = field(default_factory=lambda: Annealing(divisor=1.0))
-    """Plateau rule on top of the schedule; off by default."""
+    """Plateau rule on top of the schedule, on minibatch losses; off by default."""
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "eps", "directions", "clip", "pool")
@@ -119,7 +124,7 @@ class MeZOPlanner:
         samples = problem.batch_size if config.per_sample else 0
         number = config.directions * max(samples, 1)
         seeds = tuple(problem.direction_seed(step, k, config.pool) for k in range(number))
-        eps = config.eps * config.eps_schedule.factor(step, problem.num_steps)
+        eps = problem.perturbation(config.eps) * config.eps_schedule.factor(step, problem.num_steps)
         return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided)
 
     def plan(self, state: MeZOState, step: int) -> Evaluation:
@@ -133,12 +138,15 @@ class MeZOPlanner:
         lr = config.lr * config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
         combination = -lr * (gradient + config.pull * state.total)
         total = state.total + combination if config.pull else ZERO
-        loss = probe.loss(losses)
+        loss, rule = probe.loss(losses), config.annealing
+        plateau = state.plateau.after(loss, rule, rule.losses_per_window(self.problem.epoch))
         scale, decay = state.decay.after(lr * config.weight_decay)
+        metrics = {"loss": loss, "projected_gradient": typical(projected), "lr": lr}
         return Update(
-            MeZOState(state.plateau.after(loss, config.annealing), past, total, decay),
-            tuple(update_operations(combination, scale=scale)),
-            {"loss": loss, "projected_gradient": typical(projected), "lr": lr},
+            MeZOState(plateau, past, total, decay),
+            update_operations(combination, scale=scale, exempt_vectors=not config.weight_decay_all),
+            metrics | plateau.metrics(rule),
+            plateau.note_on(state.plateau),
         )
 
     def _scaled(self, projected: Sequence[float]) -> list[float]:

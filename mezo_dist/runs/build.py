@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Algorithm, Batch, Problem, Variant
+from mezo_dist.algorithms.decay import check_something_decays
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
@@ -25,6 +26,7 @@ from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.objectives.classification import LabelWords, Objective, classifier
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
+from mezo_dist.runs.perturbation import perturbation_size
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.storage.trajectory import Header
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch, cut
@@ -47,6 +49,8 @@ class Run:
     full_order: BatchOrder
     """Of full batches: all training samples, or a fresh draw of ``train.full_size`` of them."""
     evaluator: Evaluator
+    problem: Problem
+    """What the algorithm knows about the run."""
     algorithm: Algorithm[Any]
     step: int = 0
     """Steps that the weights have seen, for a run that was loaded (`mezo_dist.load_run`)."""
@@ -87,11 +91,16 @@ class Run:
 
     def header(self) -> Header:
         """The trajectory's header."""
-        return self.loaded.header(self.full_order.batch_size)
+        return self.loaded.header(self.problem)
 
 
-def build_run(config: RunConfig, comm: Communicator) -> Run:
+def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = None) -> Run:
     """Load data and model, build engine and algorithm, and check that all ranks agree. Collective.
+
+    Args:
+        config: the settings.
+        comm: the ranks.
+        recorded: header of the trajectory that the run is in, if it has begun: what was chosen then holds.
 
     Raises:
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
@@ -102,6 +111,7 @@ def build_run(config: RunConfig, comm: Communicator) -> Run:
     if full_size > len(rows.train):
         raise UserError(f"train.full_size {full_size} is larger than the training split ({len(rows.train)} samples)")
     loaded = load_base(config, comm)
+    _check_decay(loaded)
     encoder = _encoder(config, loaded.pretrained)
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
     check_agreement(loaded, comm, data=hashlib.sha256(repr(splits).encode()).hexdigest())
@@ -115,14 +125,30 @@ def build_run(config: RunConfig, comm: Communicator) -> Run:
         len(config.task.labels) if config.train.calibrate else 0,
     )
     full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
-    return Run(config, comm, loaded, splits, order, full_order, evaluator, build_algorithm(config, full_size))
+    eps = perturbation_size(loaded, comm) if recorded is None else recorded.eps
+    problem = problem_of(config, full_size, len(rows.train), eps)
+    algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
+    return Run(config, comm, loaded, splits, order, full_order, evaluator, problem, algorithm)
 
 
-def build_algorithm(config: RunConfig, full_size: int) -> Algorithm[Any]:
-    """The planner of a run whose full batches have ``full_size`` samples."""
-    has_16bit_weights = config.model.weights != "float32"
-    problem = Problem(config.seed, config.train.steps, config.train.batch_size, full_size, has_16bit_weights)
-    return algorithms.build(config.algorithm.name, config.algorithm, problem)
+def problem_of(config: RunConfig, full_size: int, num_train: int, eps: float | None) -> Problem:
+    """What the algorithm of a run knows about it.
+
+    Args:
+        config: the run's.
+        full_size: samples of a full batch.
+        num_train: training samples.
+        eps: the size of the perturbation that was chosen for ``algorithm.eps: auto``.
+    """
+    train, is_16bit = config.train, config.model.weights != "float32"
+    return Problem(config.seed, train.steps, train.batch_size, full_size, is_16bit, num_train, eps)
+
+
+def _check_decay(loaded: LoadedModel) -> None:
+    weights = loaded.pretrained.model.named_parameters()
+    check_something_decays(
+        loaded.config.algorithm, [(name, parameter.dim()) for name, parameter in weights if parameter.requires_grad]
+    )
 
 
 def _capacity(loaded: LoadedModel, comm: Communicator) -> int:

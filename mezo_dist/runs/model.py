@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mezo_dist
+from mezo_dist.algorithms.base import Problem
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
@@ -30,8 +31,8 @@ class LoadedModel:
     base_fingerprint: str
     """Fingerprint of the weights before step 0."""
 
-    def header(self, full_size: int) -> Header:
-        """The header of a trajectory that begins here; ``full_size`` is the number of samples of a full batch."""
+    def header(self, problem: Problem) -> Header:
+        """The header of a trajectory that begins here; ``problem`` is what its algorithm knows about the run."""
         config, model = self.config, self.config.model
         return Header(
             config.to_dict(),
@@ -41,7 +42,9 @@ class LoadedModel:
             self.engine.law.version,
             f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
             config.seed,
-            full_size,
+            problem.full_size,
+            problem.num_train or problem.full_size,
+            problem.eps,
             mezo_dist.__version__,
         )
 

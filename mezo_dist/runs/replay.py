@@ -42,6 +42,7 @@ _FACTS = {
     "law": "law_version",
     "kind of weights": "weights",
     "full batch": "full_size",
+    "training set": "num_train",
 }
 
 

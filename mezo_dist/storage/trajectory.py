@@ -22,6 +22,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Sequence
@@ -64,13 +65,17 @@ class Header:
     """Run seed; the seed of stochastic rounding at a step is derived from it."""
     full_size: int
     """Samples of a full batch."""
+    num_train: int
+    """Training samples."""
+    eps: float | None
+    """For ``algorithm.eps: auto``, what was chosen when the run began; otherwise null."""
     version: str
     """Version of mezo_dist that began the run."""
 
     @property
     def identity(self) -> str:
         """What all its lines are chained to: equal for runs that must have the same lines."""
-        facts = (self.config_digest, self.base_fingerprint, self.law_version)
+        facts = (self.config_digest, self.base_fingerprint, self.law_version, *([self.eps] if self.eps else []))
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=4).hexdigest()
 
 
@@ -225,10 +230,18 @@ def _header(content: dict[str, Any]) -> Header:
     if found != FORMAT:
         raise ValueError(f"a trajectory of format {found!r}; this version of mezo_dist reads {FORMAT!r}")
     header = Header(**content)
-    kinds = {"config": dict, "seed": int, "full_size": int}
+    kinds = {
+        "config": dict,
+        "seed": int,
+        "full_size": int,
+        "num_train": int,
+        "eps": float if header.eps else type(None),
+    }
     for name, value in vars(header).items():
         if type(value) is not kinds.get(name, str):
             raise ValueError(f"damaged header: {name} is {value!r}")
+    if header.num_train < 1 or (header.eps is not None and not 0 < header.eps < math.inf):
+        raise ValueError(f"damaged header: num_train is {header.num_train}, eps {header.eps}")
     return header
 
 

@@ -118,7 +118,7 @@ class _Weights:
     def copy_anchor(self) -> None:
         self.anchor = self.current
 
-    def scale(self, factor: float, rounding_seed: int) -> None:
+    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
         self.current = factor * self.current
 
     def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
