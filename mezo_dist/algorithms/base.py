@@ -23,6 +23,8 @@ from mezo_dist.errors import UserError
 Batch = Literal["minibatch", "full"]
 Base = Literal["current", "anchor"]
 """The weights as they are now, or a kept copy of them (`CopyAnchor`)."""
+UNKNOWN_EPOCH = 8
+"""Steps that stand for an epoch in loops that do not tell how long theirs are, and for functions without data."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,14 @@ class Problem:
     has_16bit_weights: bool = False
     """Adding to weights of 16 bits rounds, so that what was added cannot be taken off again exactly."""
     num_train: int | None = None
-    """Training samples; None: as many as a full batch has."""
+    """Training samples; None: there are no epochs, or their length is not known."""
     eps: float | None = None
     """For ``eps: auto``: the size of the perturbation that was chosen at start-up."""
 
     @property
     def epoch(self) -> int:
-        """Steps in which minibatches go through all training samples."""
-        return math.ceil((self.num_train or self.full_size) / self.batch_size)
+        """Steps in which minibatches go through all training samples; `UNKNOWN_EPOCH` if that is not known."""
+        return math.ceil(self.num_train / self.batch_size) if self.num_train else UNKNOWN_EPOCH
 
     def perturbation(self, eps: float | Literal["auto"]) -> float:
         """The size of the perturbation, given the setting ``eps``.

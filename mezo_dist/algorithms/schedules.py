@@ -63,7 +63,8 @@ class Annealing:
     """What the learning rates are divided by on a plateau; 1 switches annealing off."""
     window: Union[int, None] = None  # noqa: UP007 (jsonargparse reads it on Python 3.10 too)
     """Length of a window in steps. Null: one epoch, the steps in which minibatches go through all training samples (as
-    in the paper). A shorter one takes the noise of minibatches for a plateau."""
+    in the paper). A shorter one takes the noise of minibatches for a plateau. `mezo_dist.Optimizer` and
+    `mezo_dist.minimize` know of no epochs: 8 steps there."""
     threshold: float = 1.05
     """Ratio of mean losses above which the loss counts as no longer falling."""
     floor: float = 0.01

@@ -61,6 +61,7 @@ class Engine:
         self.law = law
         self.layout = layout or Replicated(model)
         self.width = width
+        self.compute_dtype = compute_dtype
         self.stochastic_rounding = stochastic_rounding
         hooked_modules = [hooked for unit in self.layout.units for hooked in unit.hooked_modules]
         self._unit_of = {hooked: unit for unit in self.layout.units for hooked in unit.hooked_modules}

@@ -17,9 +17,11 @@ the eps that they need here.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +29,12 @@ from torch import Tensor
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 
+log = logging.getLogger(__name__)
 LADDER = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 """What ``eps: auto`` chooses from."""
 MIN_COSINE = 0.9
@@ -42,6 +47,7 @@ FEWEST = 256
 _ONE = 1 << 36  # sums are multiples of 1 / _ONE; SAMPLE * _MOST^2 of them fit into 63 bits
 _MOST = 100.0
 _NAMED = 4
+MEND = "compute in float32 (model.compute, model.weights), or freeze them"
 
 Sums = dict[str, list[list[int]]]
 """Weight -> for each size, the sums of r z, r^2 and z^2 over the sample, in multiples of 1 / `_ONE`; r is the realised
@@ -61,6 +67,49 @@ class Survival:
     def is_sound(self) -> bool:
         """An estimate along it is one along the direction that was meant."""
         return self.cosine >= MIN_COSINE and MIN_LENGTH <= self.length <= MAX_LENGTH
+
+
+def settle_eps(engine: Engine, comm: Communicator, settings: Any, seed: int) -> float | None:
+    """For ``eps: auto`` the eps of the run; for a number None, and a warning if it is lost in rounding. Collective.
+
+    Where ``eps_schedule`` makes eps smaller, the smallest one of the run has to survive.
+
+    Args:
+        engine: owns the weights, on which the perturbation is measured.
+        comm: the ranks.
+        settings: the algorithm's.
+        seed: of the run.
+
+    Raises:
+        UserError: ``auto``, and the perturbation is lost at every eps.
+    """
+    is_auto = settings.eps == "auto"
+    sizes = LADDER if is_auto else (settings.eps, *(size for size in LADDER if size > settings.eps))
+    factor = settings.eps_schedule.smallest() if hasattr(settings, "eps_schedule") else 1.0
+    trainable = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
+    sums = comm.collect(
+        lambda: measure(
+            (shard for shard in engine.shards() if shard.name in trainable),
+            engine.law,
+            [factor * size for size in sizes],
+            compute_dtype=engine.compute_dtype,
+            gather_dtype=engine.layout.gather_dtype,
+            one_sided=getattr(settings, "one_sided", False),
+            seed=seed,
+        )
+    )
+    survivals = combined(sums if engine.layout.is_sharded else sums[:1])  # where weights are whole, one rank says all
+    if is_auto:
+        chosen = choose(survivals, sizes)
+        log.info(
+            "algorithm.eps: auto: %g, at which the perturbations of all trainable weights survive rounding", chosen
+        )
+        return chosen
+    if comm.rank == 0 and (lost := lost_weights(survivals, 0)):
+        enough = smallest_sound(survivals, sizes)
+        advice = f"{enough:g} would do, as algorithm.eps: auto finds out" if enough else MEND
+        log.warning("algorithm.eps: %g is lost in rounding on %s; %s", settings.eps, lost, advice)
+    return None
 
 
 def measure(
@@ -129,7 +178,7 @@ def choose(survivals: Mapping[str, Sequence[Survival]], sizes: Sequence[float]) 
     if size is None:
         raise UserError(
             f"algorithm.eps: auto finds none up to {sizes[-1]:g} that survives rounding on "
-            f"{lost_weights(survivals, -1)}; compute in float32 (model.compute, model.weights), or freeze them"
+            f"{lost_weights(survivals, -1)}; {MEND}"
         )
     return size
 

@@ -194,6 +194,8 @@ def _header(settings: dict[str, Any], engine: Engine) -> Header:
         settings["problem"]["seed"],
         settings["problem"]["full_size"],
         mezo_dist.__version__,
+        settings["problem"]["num_train"],
+        settings["problem"]["eps"],
     )
 
 

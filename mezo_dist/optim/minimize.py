@@ -32,8 +32,6 @@ from mezo_dist.errors import UserError
 
 Params = dict[str, Tensor]
 """Named tensors."""
-WINDOW = 8
-"""Steps of a window of ``annealing``, where it sets none."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class _Weights:
     anchor: Params = dataclasses.field(default_factory=dict)
 
     def problem(self, algorithm: Settings, seed: int, steps: int) -> Problem:
-        """What an algorithm may know. A function has no epochs, so that the plateau rule's window is `WINDOW`.
+        """What an algorithm may know.
 
         Raises:
             UserError: ``eps: auto``, and the perturbation is lost at every eps.
@@ -175,7 +173,7 @@ class _Weights:
             one_sided = getattr(algorithm, "one_sided", False)
             sums = survival.measure(shards, self.law, survival.LADDER, one_sided=one_sided, seed=seed)
             eps = survival.choose(survival.combined([sums]), survival.LADDER)
-        return Problem(seed, steps, has_16bit_weights=has_16bit_weights, num_train=WINDOW, eps=eps)
+        return Problem(seed, steps, has_16bit_weights=has_16bit_weights, eps=eps)
 
     def variants(self, variants: Sequence[Variant]) -> list[Params]:
         """The parameters of every variant."""

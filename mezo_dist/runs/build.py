@@ -19,6 +19,7 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.capacity import tokens_at_once
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import RunModel, attach_frozen_cache, run_whole
 from mezo_dist.models.load import Pretrained
@@ -26,7 +27,6 @@ from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.objectives.classification import LabelWords, Objective, classifier
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
-from mezo_dist.runs.perturbation import perturbation_size
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.storage.trajectory import Header
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch, cut
@@ -125,13 +125,13 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         len(config.task.labels) if config.train.calibrate else 0,
     )
     full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
-    eps = perturbation_size(loaded, comm) if recorded is None else recorded.eps
+    eps = settle_eps(loaded.engine, comm, config.algorithm, config.seed) if recorded is None else recorded.eps
     problem = problem_of(config, full_size, len(rows.train), eps)
     algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
     return Run(config, comm, loaded, splits, order, full_order, evaluator, problem, algorithm)
 
 
-def problem_of(config: RunConfig, full_size: int, num_train: int, eps: float | None) -> Problem:
+def problem_of(config: RunConfig, full_size: int, num_train: int | None, eps: float | None) -> Problem:
     """What the algorithm of a run knows about it.
 
     Args:

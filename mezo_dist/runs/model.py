@@ -43,9 +43,9 @@ class LoadedModel:
             f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
             config.seed,
             problem.full_size,
-            problem.num_train or problem.full_size,
-            problem.eps,
             mezo_dist.__version__,
+            problem.num_train,
+            problem.eps,
         )
 
 

@@ -65,12 +65,12 @@ class Header:
     """Run seed; the seed of stochastic rounding at a step is derived from it."""
     full_size: int
     """Samples of a full batch."""
-    num_train: int
-    """Training samples."""
-    eps: float | None
-    """For ``algorithm.eps: auto``, what was chosen when the run began; otherwise null."""
     version: str
     """Version of mezo_dist that began the run."""
+    num_train: int | None = None
+    """Training samples; null if they are not known."""
+    eps: float | None = None
+    """For ``algorithm.eps: auto``, what was chosen when the run began; otherwise null."""
 
     @property
     def identity(self) -> str:
@@ -230,17 +230,13 @@ def _header(content: dict[str, Any]) -> Header:
     if found != FORMAT:
         raise ValueError(f"a trajectory of format {found!r}; this version of mezo_dist reads {FORMAT!r}")
     header = Header(**content)
-    kinds = {
-        "config": dict,
-        "seed": int,
-        "full_size": int,
-        "num_train": int,
-        "eps": float if header.eps else type(None),
-    }
+    kinds = {"config": dict, "seed": int, "full_size": int, "num_train": int, "eps": float}
     for name, value in vars(header).items():
+        if value is None and name in ("num_train", "eps"):
+            continue
         if type(value) is not kinds.get(name, str):
             raise ValueError(f"damaged header: {name} is {value!r}")
-    if header.num_train < 1 or (header.eps is not None and not 0 < header.eps < math.inf):
+    if (header.num_train or 1) < 1 or not 0 < (1.0 if header.eps is None else header.eps) < math.inf:
         raise ValueError(f"damaged header: num_train is {header.num_train}, eps {header.eps}")
     return header
 
