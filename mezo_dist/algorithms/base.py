@@ -58,7 +58,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a round found, equal on all ranks.
+    """The losses of a round, equal on all ranks.
 
     ``mean[v]`` is the mean loss of variant v (sum of losses / sum of weights, exact before the one rounding).
     ``each[v][i]`` is the loss of sample i under variant v; empty unless the evaluation asked for it.
@@ -136,7 +136,7 @@ class Problem:
 
 
 class Algorithm(Protocol[StateT]):
-    """A planner; ``State`` is the class of its state."""
+    """A planner. ``State`` is the class of its state."""
 
     State: ClassVar[type]
 

@@ -15,7 +15,7 @@ from mezo_dist.directions.combination import to_fp32
 from mezo_dist.errors import UserError
 
 LEAST = 2.0**-12
-"""Decay that is applied at once. A factor nearer to 1 is a coarse fp32 number (or 1 itself: lr 1e-6 and decay 0.01 give
+"""The least decay that is applied at once. A factor nearer to 1 is a coarse fp32 number (or 1 itself: lr 1e-6 and decay 0.01 give
 1 - 1e-8), and weights that are multiplied by it hardly change their last bits, or not at all."""
 
 
@@ -26,8 +26,9 @@ class Decay:
     owed: float = 1.0
 
     def after(self, rate: float) -> tuple[float, Decay]:
-        """What to multiply the weights by in a step that takes off ``rate`` (learning rate times weight decay) of them,
-        and the state after it. Over many steps the factors' product is that of all 1 - rate, up to `LEAST`."""
+        """The factor to multiply the weights by in a step that takes off ``rate`` (learning rate times weight decay) of
+        them, and the state after it. Over many steps the product of the factors is that of all 1 - rate, up to
+        `LEAST`."""
         owed = self.owed * (1 - rate)
         if 1 - owed < LEAST:
             return 1.0, Decay(owed)

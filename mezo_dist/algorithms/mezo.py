@@ -15,11 +15,11 @@ Its settings make a family of it, and they go together:
   ``law: rademacher``, this is the step of FZOO (Dang et al. 2025, arXiv 2506.09034) up to a constant in the learning
   rate, which becomes a length: steps are as long where the loss is flat as where it is steep.
 * ``clip``: no p_k is larger; one wild batch cannot carry the weights away.
-* ``momentum``: a decaying mean of the last estimates.
+* ``momentum``: a decaying mean of the last estimates, normalised (`mezo_dist.algorithms.momentum`).
 * ``pool``: the directions come from a pool of K seeds, as in FedKSeed (Qin et al. 2023, arXiv 2312.06353). The model is
   then its base and K numbers, however many steps it took. Only so can weights be pulled back to their base
   (``pull``), as the way from there is a short combination.
-* ``weight_decay``: decoupled decay towards zero (Loshchilov and Hutter 2019).
+* ``weight_decay``: decoupled decay towards zero (Loshchilov and Hutter 2019), on matrices, as in MeZO's code.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class MeZO:
     clip: Union[float, None] = None  # noqa: UP007
     """Largest size of a projected gradient; what is beyond is cut off. Null: no limit."""
     momentum: Momentum = field(default_factory=Momentum)
-    """Momentum over past estimates; off by default."""
+    """Momentum over past estimates, a normalised mean over a window; off by default."""
     pool: Union[int, None] = None  # noqa: UP007
     """Draw directions from a fixed pool of so many: all steps together then add that many numbers to the base model.
     Null: every step has directions of its own."""
     pull: float = 0.0
     """Decoupled decay towards the base model: each step takes off lr * pull * (weights - base). Needs ``pool``; an
-    update makes every direction that was used so far."""
+    update generates every direction that was used so far."""
     weight_decay: float = 0.0
     """Decoupled decay towards zero: each step takes off lr * weight_decay * weights. Small amounts are saved up, and
     taken off when they are 2^-12 of the weights: fp32 factors hold little less. Vectors, biases and norms are exempt.
@@ -99,7 +99,7 @@ class MeZO:
 
 @dataclass(frozen=True)
 class MeZOState:
-    """What the plateau rule, momentum, ``pull`` and decay remember."""
+    """State of the plateau rule, momentum, ``pull`` and weight decay."""
 
     plateau: Plateau = Plateau()
     past: Past = Past()
@@ -154,7 +154,7 @@ class MeZOPlanner:
             return list(projected)
         if self.config.scaling == "sign":
             return [math.copysign(1.0, p) if p else 0.0 for p in projected]
-        # Two-sided ones lie around 0; one-sided ones are all off by the same curvature, which the mean takes out.
+        # Two-sided ones lie around 0. One-sided ones are all off by the same curvature, which the mean takes out.
         centre = sum(projected) / len(projected) if self.config.one_sided else 0.0
         freedom = len(projected) - self.config.one_sided
         deviation = math.sqrt(sum((p - centre) ** 2 for p in projected) / freedom)

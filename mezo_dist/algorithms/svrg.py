@@ -42,7 +42,8 @@ from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
 
 DIRECTIONS_TO_REPLAY = 8
-"""Up to so many, ``anchor: auto`` makes them again in every inner step rather than keep a copy of the weights."""
+"""Up to this number, ``anchor: auto`` generates them again in every inner step rather than keep a copy of the
+weights."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class MeZOSVRG:
     """Largest size of a projected gradient of an anchor, and of the difference of two in an inner step; what is beyond
     is cut off. Null: no limit."""
     momentum: Momentum = field(default_factory=Momentum)
-    """Momentum over past estimates; off by default."""
+    """Momentum over past estimates, a normalised mean over a window; off by default."""
     weight_decay: float = 0.0
     """Decoupled decay towards zero: each step takes off its learning rate * weight_decay * weights. Small amounts are
     saved up, and taken off when they are 2^-12 of the weights. Vectors, biases and norms are exempt. Not with
@@ -107,7 +108,7 @@ class MeZOSVRG:
 
 @dataclass(frozen=True)
 class SVRGState:
-    """The anchor as two combinations, and what the plateau rule, momentum and decay remember."""
+    """The anchor as two combinations, and the state of the plateau rule, momentum and weight decay."""
 
     anchor_step: int = -1
     """Step of the last anchor; -1 before the first."""

@@ -140,8 +140,9 @@ class TrainConfig:
     """Steps between evaluations on the validation split; 0: only at the end."""
     calibrate: bool = False
     """Take what the model says about a class in general out of the losses, which makes estimates far less noisy:
-    every batch is scored with the offsets of the classes' logits that suit it best, and predictions with those that
-    suit (up to 1,024) training samples best. Whoever uses the exported model must add them, too: they are in its
+    every batch is scored with the offsets of the classes' logits that give it the least loss, and predictions with
+    those that give (up to 1,024) training samples the least. Losses of minibatches are biased low by that, and must
+    not be compared with validation losses. Whoever uses the exported model must add the offsets, too: they are in its
     ``calibration.json``, unless its head has a bias, which then holds them."""
     max_skipped: int = 10
     """Steps in a row that may be skipped for a loss that is not finite before the run gives up."""

@@ -341,8 +341,8 @@ def test_a_chosen_eps_is_used_and_a_missing_one_is_named(planner: Any) -> None:
 
 
 def test_svrg_stores_anchors_of_16_bit_weights_unless_told_otherwise() -> None:
-    for settings, stored in (({}, True), ({"anchor": "replay"}, False)):
-        planner = SVRGPlanner(MeZOSVRG(**settings), replace(PROBLEM, has_16bit_weights=True))
+    for settings, stored in ((MeZOSVRG(), True), (MeZOSVRG(anchor="replay"), False)):
+        planner = SVRGPlanner(settings, replace(PROBLEM, has_16bit_weights=True))
         assert planner.update(planner.init(), 0, [Losses((1.0, 1.0))]).copies_anchor is stored
     assert not SVRGPlanner(MeZOSVRG(), PROBLEM).update(SVRGState(), 0, [Losses((1.0, 1.0))]).copies_anchor
 
