@@ -60,6 +60,7 @@ def test_an_optimizer_chooses_eps_warns_and_is_replayed(tmp_path: Path, caplog: 
 
     batch = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     trained, again = model(), model()
+    optimizer: Optimizer[torch.Tensor]
     with Optimizer(trained, MeZO(lr=1e-2, eps="auto"), trajectory=tmp_path / "steps.jsonl") as optimizer:
         for _ in range(3):
             optimizer.step(loss, batch)

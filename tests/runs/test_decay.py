@@ -52,7 +52,7 @@ def test_matrices_of_lora_decay() -> None:
 def test_weight_decay_that_falls_on_nothing_is_refused(tmp_path: Path) -> None:
     config = write_tiny_config(tmp_path, algorithm="mezo")
     overrides = ["algorithm.weight_decay=0.1", "model.trainable=['*norm*']"]
-    with pytest.raises(UserError, match="algorithm.weight_decay: all trainable weights are vectors"):
+    with pytest.raises(UserError, match=r"algorithm\.weight_decay: all trainable weights are vectors"):
         build_run(load(config, overrides), Communicator())
     build_run(load(config, [*overrides, "algorithm.weight_decay_all=true"]), Communicator())
 
