@@ -15,8 +15,8 @@ from mezo_dist.directions.combination import to_fp32
 from mezo_dist.errors import UserError
 
 LEAST = 2.0**-12
-"""The least decay that is applied at once. A factor nearer to 1 is a coarse fp32 number (or 1 itself: lr 1e-6 and decay 0.01 give
-1 - 1e-8), and weights that are multiplied by it hardly change their last bits, or not at all."""
+"""The least decay that is applied at once. A factor nearer to 1 is a coarse fp32 number (or 1 itself: lr 1e-6 and decay
+0.01 give 1 - 1e-8), and weights that are multiplied by it hardly change their last bits, or not at all."""
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,9 @@ class Survival:
     """What is left of the perturbation of one weight."""
 
     cosine: float
-    """Between the realised perturbation and the intended one; 0 if nothing is left."""
+    """Cosine between the realised perturbation and the intended one; 0 if nothing is left."""
     length: float
-    """Of the realised perturbation, over that of the intended one."""
+    """Length of the realised perturbation over that of the intended one."""
 
     @property
     def is_sound(self) -> bool:

@@ -60,12 +60,13 @@ def test_an_optimizer_chooses_eps_warns_and_is_replayed(tmp_path: Path, caplog: 
 
     batch = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     trained, again = model(), model()
-    optimizer: Optimizer[torch.Tensor]
-    with Optimizer(trained, MeZO(lr=1e-2, eps="auto"), trajectory=tmp_path / "steps.jsonl") as optimizer:
-        for _ in range(3):
-            optimizer.step(loss, batch)
-    assert json.loads((tmp_path / "steps.jsonl").read_text().splitlines()[0])["eps"] == 5e-3
-    assert replay(again, tmp_path / "steps.jsonl") == 3
+    algorithm, path = MeZO(lr=1e-2, eps="auto"), tmp_path / "steps.jsonl"
+    optimizer: Optimizer[torch.Tensor] = Optimizer(trained, algorithm, trajectory=path)
+    for _ in range(3):
+        optimizer.step(loss, batch)
+    optimizer.close()
+    assert json.loads(path.read_text().splitlines()[0])["eps"] == 5e-3
+    assert replay(again, path) == 3
     assert torch.equal(trained.weight, again.weight)
     assert not torch.equal(trained.weight, model().weight)
     assert not caplog.records
