@@ -195,6 +195,10 @@ class Engine:
         """What this rank owns of every parameter; see `Layout.shards`."""
         return self.layout.shards()
 
+    def trainable_shards(self) -> Iterator[Shard]:
+        """Those of `shards` that are pieces of trainable weights."""
+        return (shard for shard in self.shards() if shard.name in self._trainable)
+
     def anchor_shards(self) -> Iterator[Shard]:
         """What this rank owns of the kept copy (nothing if there is none), under names of its own."""
         return self._anchor.shards()

@@ -86,10 +86,9 @@ def settle_eps(engine: Engine, comm: Communicator, settings: Any, seed: int) -> 
     is_auto = settings.eps == "auto"
     sizes = LADDER if is_auto else (settings.eps, *(size for size in LADDER if size > settings.eps))
     factor = settings.eps_schedule.smallest() if hasattr(settings, "eps_schedule") else 1.0
-    trainable = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
     sums = comm.collect(
         lambda: measure(
-            (shard for shard in engine.shards() if shard.name in trainable),
+            engine.trainable_shards(),
             engine.law,
             [factor * size for size in sizes],
             compute_dtype=engine.compute_dtype,

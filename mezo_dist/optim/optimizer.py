@@ -132,7 +132,7 @@ class Optimizer(Generic[BatchT]):
         )
         self._rounds = Rounds(self.engine, comm, num_samples)
         full_size = self._rounds.count(full_batch)[1] if full_batch is not None and per_sample else 1
-        check_something_decays(algorithm, [(n, p.dim()) for n, p in model.named_parameters() if p.requires_grad])
+        check_something_decays(algorithm, ((s.name, len(s.shape)) for s in self.engine.trainable_shards()))
         eps = settle_eps(self.engine, comm, algorithm, seed)
         problem = Problem(seed, num_steps, batch_size or 1, full_size, has_16bit_weights=stochastic, eps=eps)
         self._seed, self._planner = seed, algorithms.build(algorithm.name, algorithm, problem)

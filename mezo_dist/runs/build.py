@@ -111,7 +111,7 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     if full_size > len(rows.train):
         raise UserError(f"train.full_size {full_size} is larger than the training split ({len(rows.train)} samples)")
     loaded = load_base(config, comm)
-    _check_decay(loaded)
+    check_something_decays(config.algorithm, ((s.name, len(s.shape)) for s in loaded.engine.trainable_shards()))
     encoder = _encoder(config, loaded.pretrained)
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
     check_agreement(loaded, comm, data=hashlib.sha256(repr(splits).encode()).hexdigest())
@@ -142,13 +142,6 @@ def problem_of(config: RunConfig, full_size: int, num_train: int | None, eps: fl
     """
     train, is_16bit = config.train, config.model.weights != "float32"
     return Problem(config.seed, train.steps, train.batch_size, full_size, is_16bit, num_train, eps)
-
-
-def _check_decay(loaded: LoadedModel) -> None:
-    weights = loaded.pretrained.model.named_parameters()
-    check_something_decays(
-        loaded.config.algorithm, [(name, parameter.dim()) for name, parameter in weights if parameter.requires_grad]
-    )
 
 
 def _capacity(loaded: LoadedModel, comm: Communicator) -> int:
