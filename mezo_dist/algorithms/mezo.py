@@ -114,7 +114,7 @@ class MeZOPlanner:
 
     config: MeZO
     problem: Problem
-    State: ClassVar[type] = MeZOState
+    State: ClassVar[type[MeZOState]] = MeZOState
 
     def init(self) -> MeZOState:
         return MeZOState()

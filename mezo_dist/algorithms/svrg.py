@@ -127,7 +127,7 @@ class SVRGPlanner:
 
     config: MeZOSVRG
     problem: Problem
-    State: ClassVar[type] = SVRGState
+    State: ClassVar[type[SVRGState]] = SVRGState
 
     def init(self) -> SVRGState:
         return SVRGState()

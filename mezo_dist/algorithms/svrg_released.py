@@ -72,7 +72,7 @@ class SVRGReleasedPlanner:
 
     config: MeZOSVRGReleased
     problem: Problem
-    State: ClassVar[type] = SVRGReleasedState
+    State: ClassVar[type[SVRGReleasedState]] = SVRGReleasedState
 
     def init(self) -> SVRGReleasedState:
         return SVRGReleasedState(lr=self.config.lr, anchor_lr=self.config.anchor_lr)

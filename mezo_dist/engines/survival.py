@@ -21,11 +21,11 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mezo_dist.algorithms import Settings
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import derive_seed
@@ -69,10 +69,8 @@ class Survival:
         return self.cosine >= MIN_COSINE and MIN_LENGTH <= self.length <= MAX_LENGTH
 
 
-def settle_eps(engine: Engine, comm: Communicator, settings: Any, seed: int) -> float | None:
+def settle_eps(engine: Engine, comm: Communicator, settings: Settings, seed: int) -> float | None:
     """For ``eps: auto`` the eps of the run; for a number None, and a warning if it is lost in rounding. Collective.
-
-    Where ``eps_schedule`` makes eps smaller, the smallest one of the run has to survive.
 
     Args:
         engine: owns the weights, on which the perturbation is measured.
@@ -83,22 +81,14 @@ def settle_eps(engine: Engine, comm: Communicator, settings: Any, seed: int) -> 
     Raises:
         UserError: ``auto``, and the perturbation is lost at every eps.
     """
-    is_auto = settings.eps == "auto"
-    sizes = LADDER if is_auto else (settings.eps, *(size for size in LADDER if size > settings.eps))
-    factor = settings.eps_schedule.smallest() if hasattr(settings, "eps_schedule") else 1.0
+    eps = settings.eps
+    sizes = LADDER if eps == "auto" else (eps, *(size for size in LADDER if size > eps))
+    dtypes = {"compute_dtype": engine.compute_dtype, "gather_dtype": engine.layout.gather_dtype}
     sums = comm.collect(
-        lambda: measure(
-            engine.trainable_shards(),
-            engine.law,
-            [factor * size for size in sizes],
-            compute_dtype=engine.compute_dtype,
-            gather_dtype=engine.layout.gather_dtype,
-            one_sided=getattr(settings, "one_sided", False),
-            seed=seed,
-        )
+        lambda: measure_settings(engine.trainable_shards(), engine.law, settings, sizes, seed=seed, **dtypes)
     )
     survivals = combined(sums if engine.layout.is_sharded else sums[:1])  # where weights are whole, one rank says all
-    if is_auto:
+    if eps == "auto":
         chosen = choose(survivals, sizes)
         log.info(
             "algorithm.eps: auto: %g, at which the perturbations of all trainable weights survive rounding", chosen
@@ -107,8 +97,35 @@ def settle_eps(engine: Engine, comm: Communicator, settings: Any, seed: int) -> 
     if comm.rank == 0 and (lost := lost_weights(survivals, 0)):
         enough = smallest_sound(survivals, sizes)
         advice = f"{enough:g} would do, as algorithm.eps: auto finds out" if enough else MEND
-        log.warning("algorithm.eps: %g is lost in rounding on %s; %s", settings.eps, lost, advice)
+        log.warning("algorithm.eps: %g is lost in rounding on %s; %s", eps, lost, advice)
     return None
+
+
+def measure_settings(
+    shards: Iterable[Shard],
+    law: Law,
+    settings: Settings,
+    sizes: Sequence[float],
+    *,
+    seed: int,
+    compute_dtype: torch.dtype | None = None,
+    gather_dtype: torch.dtype | None = None,
+) -> Sums:
+    """`measure` the perturbations of an algorithm with these ``settings``, if its eps were one of ``sizes``.
+
+    Where ``eps_schedule`` makes eps smaller, the smallest one of the run is measured: it has to survive, too.
+    """
+    schedule = getattr(settings, "eps_schedule", None)
+    factor = schedule.smallest() if schedule else 1.0
+    return measure(
+        shards,
+        law,
+        [factor * size for size in sizes],
+        compute_dtype=compute_dtype,
+        gather_dtype=gather_dtype,
+        one_sided=getattr(settings, "one_sided", False),
+        seed=seed,
+    )
 
 
 def measure(

@@ -170,8 +170,7 @@ class _Weights:
         eps = None
         if algorithm.eps == "auto":
             shards = [Shard(name, self.ids[name], tensor.shape, 0, tensor) for name, tensor in self.params.items()]
-            one_sided = getattr(algorithm, "one_sided", False)
-            sums = survival.measure(shards, self.law, survival.LADDER, one_sided=one_sided, seed=seed)
+            sums = survival.measure_settings(shards, self.law, algorithm, survival.LADDER, seed=seed)
             eps = survival.choose(survival.combined([sums]), survival.LADDER)
         return Problem(seed, steps, has_16bit_weights=has_16bit_weights, eps=eps)
 
