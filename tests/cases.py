@@ -20,6 +20,7 @@ SVRG_RATES = ("algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2")
 PER_SAMPLE = ("law=lowrank", "algorithm.per_sample=true", "algorithm.lr=1e-3")
 EVERY_OPTION = ("lr=1e-3", "directions=3", "one_sided=true", "scaling=normalised", "clip=9", "momentum.decay=0.7",
                 "pool=8", "pull=0.1")  # fmt: skip
+BF16 = ("algorithm.lr=1e-3", "model.weights=bfloat16", "law=rademacher")
 STORED = ("algorithm.lr=1e-3", "algorithm.anchor=stored", "model.weights=bfloat16")
 CASES = {
     "mezo": Case("opt", "mezo", ("algorithm.lr=1e-3",)),
@@ -27,7 +28,7 @@ CASES = {
     "per-sample": Case("bert", "mezo-svrg", PER_SAMPLE),
     "per-sample, causal": Case("opt", "mezo-svrg", PER_SAMPLE),
     "several per sample": Case("opt", "mezo", (*PER_SAMPLE, "algorithm.directions=2", "algorithm.one_sided=true")),
-    "bf16": Case("llama", "mezo-svrg", ("algorithm.lr=1e-3", "model.weights=bfloat16", "law=rademacher")),
+    "bf16": Case("llama", "mezo-svrg", (*BF16, "algorithm.anchor=replay", "algorithm.eps=auto")),
     "every option": Case("opt", "mezo", tuple(f"algorithm.{option}" for option in EVERY_OPTION)),
     "stored": Case("gpt2", "mezo-svrg", (*STORED, "algorithm.q=5")),
     # Its four variants are shared out, too; those of other runs where that leaves the busiest process less to do.

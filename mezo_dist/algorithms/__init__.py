@@ -6,7 +6,7 @@ To add one: a config dataclass, a state dataclass and a planner (see `mezo.py`),
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Union
 
 from mezo_dist.algorithms.base import Algorithm, Problem
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
@@ -24,6 +24,9 @@ ALGORITHMS: dict[str, tuple[type, type]] = {
 
 
 def build(name: str, settings: Settings, problem: Problem) -> Algorithm[Any]:
-    """The planner ``name`` with its ``settings``, an instance of the config class in `ALGORITHMS`."""
+    """The planner ``name`` with its ``settings``, an instance of the config class in `ALGORITHMS`.
+
+    What its state is depends on ``name``: only the planner itself looks into it.
+    """
     planner: Algorithm[Any] = ALGORITHMS[name][1](settings, problem)
     return planner

@@ -9,6 +9,7 @@ losses through `update` again.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,13 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 from mezo_dist.algorithms.operations import CopyAnchor, Operation, total_added
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.errors import UserError
 
 Batch = Literal["minibatch", "full"]
 Base = Literal["current", "anchor"]
 """The weights as they are now, or a kept copy of them (`CopyAnchor`)."""
+UNKNOWN_EPOCH = 8
+"""Steps that stand for an epoch in loops that do not tell how long theirs are, and for functions without data."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a round found, equal on all ranks.
+    """The losses of a round, equal on all ranks.
 
     ``mean[v]`` is the mean loss of variant v (sum of losses / sum of weights, exact before the one rounding).
     ``each[v][i]`` is the loss of sample i under variant v; empty unless the evaluation asked for it.
@@ -75,6 +79,8 @@ class Update(Generic[StateT]):
     state: StateT
     operations: tuple[Operation, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What people should be told in the log, such as a division of the learning rates."""
 
     @property
     def combination(self) -> Combination:
@@ -95,8 +101,30 @@ class Problem:
     num_steps: int = 1
     batch_size: int = 1
     full_size: int = 1
+    """Samples of a full batch."""
     has_16bit_weights: bool = False
     """Adding to weights of 16 bits rounds, so that what was added cannot be taken off again exactly."""
+    num_train: int | None = None
+    """Training samples; None: there are no epochs, or their length is not known."""
+    eps: float | None = None
+    """For ``eps: auto``: the size of the perturbation that was chosen at start-up."""
+
+    @property
+    def epoch(self) -> int:
+        """Steps in which minibatches go through all training samples; `UNKNOWN_EPOCH` if that is not known."""
+        return math.ceil(self.num_train / self.batch_size) if self.num_train else UNKNOWN_EPOCH
+
+    def perturbation(self, eps: float | Literal["auto"]) -> float:
+        """The size of the perturbation, given the setting ``eps``.
+
+        Raises:
+            UserError: it is ``auto``, and none was chosen.
+        """
+        if eps != "auto":
+            return eps
+        if self.eps is None:
+            raise UserError("algorithm.eps: auto is chosen when a run begins, and none was chosen here; give a number")
+        return self.eps
 
     def direction_seed(self, step: int, index: int = 0, pool: int | None = None) -> int:
         """Seed of the ``index``-th direction drawn at ``step``; every rank derives it, nobody sends it.
@@ -108,7 +136,7 @@ class Problem:
 
 
 class Algorithm(Protocol[StateT]):
-    """A planner; ``State`` is the class of its state."""
+    """A planner. ``State`` is the class of its state."""
 
     State: ClassVar[type]
 

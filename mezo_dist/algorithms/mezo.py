@@ -15,11 +15,11 @@ Its settings make a family of it, and they go together:
   ``law: rademacher``, this is the step of FZOO (Dang et al. 2025, arXiv 2506.09034) up to a constant in the learning
   rate, which becomes a length: steps are as long where the loss is flat as where it is steep.
 * ``clip``: no p_k is larger; one wild batch cannot carry the weights away.
-* ``momentum``: a decaying mean of the last estimates.
+* ``momentum``: a decaying mean of the last estimates, normalised (`mezo_dist.algorithms.momentum`).
 * ``pool``: the directions come from a pool of K seeds, as in FedKSeed (Qin et al. 2023, arXiv 2312.06353). The model is
   then its base and K numbers, however many steps it took. Only so can weights be pulled back to their base
   (``pull``), as the way from there is a short combination.
-* ``weight_decay``: decoupled decay towards zero (Loshchilov and Hutter 2019).
+* ``weight_decay``: decoupled decay towards zero (Loshchilov and Hutter 2019), on matrices, as in MeZO's code.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ class MeZO:
     """The algorithm."""
     lr: float = 1e-6
     """Learning rate."""
-    eps: float = 1e-3
-    """Size of the perturbation."""
+    eps: float | Literal["auto"] = 1e-3
+    """Size of the perturbation. ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that is not lost in
+    the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around 1, as those of
+    norms are; the log says so."""
     directions: int = 1
     """Directions per step (with ``per_sample``, per sample); each costs two forward passes of the minibatch (one, if
     ``one_sided``)."""
@@ -64,22 +66,25 @@ class MeZO:
     clip: float | None = None
     """Largest size of a projected gradient; what is beyond is cut off. Null: no limit."""
     momentum: Momentum = field(default_factory=Momentum)
-    """Momentum over past estimates; off by default."""
+    """Momentum over past estimates, a normalised mean over a window; off by default."""
     pool: int | None = None
     """Draw directions from a fixed pool of so many: all steps together then add that many numbers to the base model.
     Null: every step has directions of its own."""
     pull: float = 0.0
     """Decoupled decay towards the base model: each step takes off lr * pull * (weights - base). Needs ``pool``; an
-    update makes every direction that was used so far."""
+    update generates every direction that was used so far."""
     weight_decay: float = 0.0
     """Decoupled decay towards zero: each step takes off lr * weight_decay * weights. Small amounts are saved up, and
-    taken off when they are 2^-12 of the weights: fp32 factors hold little less."""
+    taken off when they are 2^-12 of the weights: fp32 factors hold little less. Vectors, biases and norms are exempt.
+    """
+    weight_decay_all: bool = False
+    """Let vectors, biases and norms decay as well."""
     schedule: Schedule = field(default_factory=Schedule)
     """Schedule of the learning rate."""
     eps_schedule: Schedule = field(default_factory=Schedule)
     """Schedule of ``eps``."""
     annealing: Annealing = field(default_factory=lambda: Annealing(divisor=1.0))
-    """Plateau rule on top of the schedule; off by default."""
+    """Plateau rule on top of the schedule, on minibatch losses; off by default."""
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "eps", "clip")
@@ -96,7 +101,7 @@ class MeZO:
 
 @dataclass(frozen=True)
 class MeZOState:
-    """What the plateau rule, momentum, ``pull`` and decay remember."""
+    """State of the plateau rule, momentum, ``pull`` and weight decay."""
 
     plateau: Plateau = Plateau()
     past: Past = Past()
@@ -111,7 +116,7 @@ class MeZOPlanner:
 
     config: MeZO
     problem: Problem
-    State: ClassVar[type] = MeZOState
+    State: ClassVar[type[MeZOState]] = MeZOState
 
     def init(self) -> MeZOState:
         return MeZOState()
@@ -121,7 +126,7 @@ class MeZOPlanner:
         samples = problem.batch_size if config.per_sample else 0
         number = config.directions * max(samples, 1)
         seeds = tuple(problem.direction_seed(step, k, config.pool) for k in range(number))
-        eps = config.eps * config.eps_schedule.factor(step, problem.num_steps)
+        eps = problem.perturbation(config.eps) * config.eps_schedule.factor(step, problem.num_steps)
         return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided)
 
     def plan(self, state: MeZOState, step: int) -> Evaluation:
@@ -135,12 +140,15 @@ class MeZOPlanner:
         lr = config.lr * config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
         combination = -lr * (gradient + config.pull * state.total)
         total = state.total + combination if config.pull else ZERO
-        loss = probe.loss(losses)
+        loss, rule = probe.loss(losses), config.annealing
+        plateau = state.plateau.after(loss, rule, rule.losses_per_window(self.problem.epoch))
         scale, decay = state.decay.after(lr * config.weight_decay)
+        metrics = {"loss": loss, "projected_gradient": typical(projected), "lr": lr}
         return Update(
-            MeZOState(state.plateau.after(loss, config.annealing), past, total, decay),
-            tuple(update_operations(combination, scale=scale)),
-            {"loss": loss, "projected_gradient": typical(projected), "lr": lr},
+            MeZOState(plateau, past, total, decay),
+            update_operations(combination, scale=scale, exempt_vectors=not config.weight_decay_all),
+            metrics | plateau.metrics(rule),
+            plateau.note_on(state.plateau),
         )
 
     def _scaled(self, projected: Sequence[float]) -> list[float]:
@@ -148,7 +156,7 @@ class MeZOPlanner:
             return list(projected)
         if self.config.scaling == "sign":
             return [math.copysign(1.0, p) if p else 0.0 for p in projected]
-        # Two-sided ones lie around 0; one-sided ones are all off by the same curvature, which the mean takes out.
+        # Two-sided ones lie around 0. One-sided ones are all off by the same curvature, which the mean takes out.
         centre = sum(projected) / len(projected) if self.config.one_sided else 0.0
         freedom = len(projected) - self.config.one_sided
         deviation = math.sqrt(sum((p - centre) ** 2 for p in projected) / freedom)

@@ -1,4 +1,11 @@
-"""Momentum over directions: a decaying window of past estimates, which stays a combination."""
+"""Momentum over directions: a decaying window of past estimates, which stays a combination.
+
+It is a normalised mean over a window of estimates, not the sum over all of them that SGD with momentum steps along:
+
+    step along  sum_j decay^j g_(t-j) / sum_j decay^j,   j = 0 .. window - 1
+
+A learning rate therefore means the same with and without momentum, where SGD's steps are 1 / (1 - decay) as long.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,10 @@ from mezo_dist.directions.combination import Combination
 
 @dataclass(frozen=True)
 class Momentum:
-    """Step along a weighted mean of the last estimates. Memory: a few scalars for each, and no copy of the weights."""
+    """Step along a weighted mean of the last estimates. Memory: a few scalars for each, and no copy of the weights.
+
+    The mean is normalised: learning rates need no change when momentum is switched on.
+    """
 
     decay: float = 0.0
     """Weight of an estimate relative to that of the step after it (0..1); 0 switches momentum off."""
@@ -30,17 +40,14 @@ class Past:
     estimates: tuple[Combination, ...] = ()
 
     def with_now(self, estimate: Combination, rule: Momentum) -> tuple[Combination, Past]:
-        """What to step along, given this step's ``estimate``, and the state after it.
-
-        It is a mean, sum_j decay^j g_(t-j) / sum_j decay^j, so learning rates mean the same with and without momentum.
-        """
+        """What to step along, given this step's ``estimate``, and the state after it."""
         if not rule.decay:
             return estimate, self
-        kept = (estimate, *self.estimates)[: rule.window]
-        weights = [rule.decay**age for age in range(len(kept))]
+        estimates = (estimate, *self.estimates)[: rule.window]
+        weights = [rule.decay**age for age in range(len(estimates))]
         terms = (
             (seed, weight / sum(weights) * c)
-            for weight, one in zip(weights, kept, strict=True)
+            for weight, one in zip(weights, estimates, strict=True)
             for seed, c in one.terms
         )
-        return Combination.of(terms), Past(kept)
+        return Combination.of(terms), Past(estimates)

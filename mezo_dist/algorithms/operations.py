@@ -26,6 +26,8 @@ class Scale:
     """Multiply the weights by ``factor``, an fp32 value (weight decay)."""
 
     factor: float
+    exempt_vectors: bool = True
+    """Leave vectors, biases and norms as they are: see `mezo_dist.algorithms.decay.decays`."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,26 @@ class EditableWeights(Protocol):
     def copy_anchor(self) -> None:
         """Do `CopyAnchor`."""
 
-    def scale(self, factor: float, rounding_seed: int) -> None:
+    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
         """Do `Scale`; ``rounding_seed`` is for weights that are rounded stochastically."""
 
     def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
         """Do one `Add` after another, given as (combination, rounding seed): the same bits as one call for each."""
 
 
-def update_operations(combination: Combination, *, scale: float = 1.0, copy_anchor: bool = False) -> list[Operation]:
-    """The operations of a usual update, in order: copy the anchor, scale, add. What does nothing is left out."""
+def update_operations(
+    combination: Combination, *, scale: float = 1.0, exempt_vectors: bool = True, copy_anchor: bool = False
+) -> tuple[Operation, ...]:
+    """The operations of a usual update, in order: copy the anchor, scale, add. What does nothing is left out.
+
+    Args:
+        combination: to be added.
+        scale: factor of weight decay, an fp32 value.
+        exempt_vectors: see `Scale`.
+        copy_anchor: copy the weights before anything is done to them.
+    """
     before: list[Operation] = [CopyAnchor()] if copy_anchor else []
-    return [*before, *([Scale(scale)] if scale != 1 else []), Add(combination)]
+    return (*before, *([Scale(scale, exempt_vectors)] if scale != 1 else []), Add(combination))
 
 
 def apply_updates(weights: EditableWeights, run_seed: int, updates: Iterable[tuple[int, Sequence[Operation]]]) -> None:
@@ -82,7 +93,8 @@ def apply_updates(weights: EditableWeights, run_seed: int, updates: Iterable[tup
                 continue
             add_pending()
             if isinstance(operation, Scale):
-                weights.scale(operation.factor, derive_seed(run_seed, "decay rounding", step))
+                seed = derive_seed(run_seed, "decay rounding", step)
+                weights.scale(operation.factor, seed, exempt_vectors=operation.exempt_vectors)
             else:
                 weights.copy_anchor()
     add_pending()
@@ -97,7 +109,8 @@ def _encode(operation: Operation) -> bytes:
     if isinstance(operation, Add):
         return b"".join(struct.pack("<Qf", seed, c) for seed, c in operation.combination.terms)
     if isinstance(operation, Scale):
-        return b"scale" + struct.pack("<f", operation.factor)
+        which = b"scale matrices" if operation.exempt_vectors else b"scale"
+        return which + struct.pack("<f", operation.factor)
     return b"copy"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Variant
 from mezo_dist.directions.combination import Combination
@@ -44,8 +43,8 @@ class Probe:
         steps = (self.eps,) if self.one_sided else (self.eps, -self.eps)
         if self.per_sample:
             rows = [self.seeds[i : i + self.per_sample] for i in range(0, len(self.seeds), self.per_sample)]
-            own = [tuple(Combination.single(seed, step) for seed in row) for row in rows for step in steps]
-            moved = [replace(base, per_sample=directions) for directions in own]
+            shifts = [tuple(Combination.single(seed, step) for seed in row) for row in rows for step in steps]
+            moved = [replace(base, per_sample=of_samples) for of_samples in shifts]
         else:
             moved = [base.moved(Combination.single(seed, step)) for seed in self.seeds for step in steps]
         return [*moved, base] if self.one_sided else moved
@@ -57,7 +56,8 @@ class Probe:
         return [self._slopes(rows[i : i + per_base]) for i in range(0, len(rows), per_base)]
 
     def _slopes(self, rows: Sequence[Sequence[float]]) -> list[float]:
-        """Of the losses at one base: a row per variant, and in it one per sample, or one for all of them."""
+        """The projected gradients at one base, from its losses: a row per variant, and in it one loss per sample, or
+        one for all of them."""
         if self.one_sided:
             *moved, here = rows
             pairs, distance = [(row, here) for row in moved], self.eps
@@ -85,9 +85,10 @@ def typical(values: Sequence[float]) -> float:
     return values[0] if len(values) == 1 else float((sum(v * v for v in values) / len(values)) ** 0.5)
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError naming the first of the settings that is not above zero, or not finite. None is let pass."""
+def check_positive(config: object, *names: str) -> None:
+    """Raises ValueError naming the first of the settings that is not above zero, or not finite; null and ``auto``
+    pass."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
+        if value not in (None, "auto") and not 0 < value < math.inf:
             raise ValueError(f"algorithm.{name}: must be above 0, not {value!r}")

@@ -1,7 +1,7 @@
 """One optimisation step, whoever takes it: the rounds of forward passes, and the update that their losses give.
 
 `mezo_dist.runs.training`, `mezo_dist.optim`, the studies and the benchmarks differ in how they evaluate a round. What
-they do with the answer is here; what an update does to weights is in `mezo_dist.algorithms.operations`.
+they do with the answer is here. What an update does to weights is in `mezo_dist.algorithms.operations`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Evaluate = Callable[[Evaluation, int], "Losses | None"]
 
 @dataclass(frozen=True)
 class StepResult(Generic[StateT]):
-    """What a step found. Nothing has been done to the weights yet."""
+    """The outcome of a step. Nothing has been done to the weights yet."""
 
     step: int
     rounds: tuple[Losses, ...]
-    """Losses of its rounds, as far as they are finite."""
+    """The losses of its rounds, as far as they are finite."""
     update: Update[StateT] | None
     """None: the step is skipped, on all ranks alike."""
     skipped: str = ""
@@ -63,7 +63,7 @@ class Progress(Generic[StateT]):
     """Where a run is."""
 
     state: StateT
-    """The planner's state after them."""
+    """State of the planner after the steps done."""
     step: int = 0
     """Steps done."""
     skipped: int = 0

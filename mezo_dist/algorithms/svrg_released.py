@@ -13,6 +13,7 @@ What is wrong with that, all of which is reproduced here:
   (nearly) zero on top of p0 z0: E|v - grad|^2 / |grad|^2 was twice that of MeZO on a logistic toy, and ten times that
   of the true method.
 * The annealing rule has floors, 1e-6 for ``lr`` and 1e-5 for ``anchor_lr``, which *raise* a rate that is below them.
+* It compares means of the losses of all steps, those of full batches and of minibatches together.
 * Full-batch steps are counted from step 0, so one that has to be skipped is not made up for.
 
 Not reproduced, since it changes no estimate: the loss for the annealing rule is the mean of the step's first two
@@ -50,7 +51,7 @@ class MeZOSVRGReleased:
     q: int = 2
     """Every q-th step is a full-batch step."""
     annealing: Annealing = field(default_factory=Annealing)
-    """The plateau rule, with the released code's floors."""
+    """The plateau rule, on the losses of all steps and with the released code's floors (``floor`` has no effect)."""
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "anchor_lr", "eps")
@@ -73,7 +74,7 @@ class SVRGReleasedPlanner:
 
     config: MeZOSVRGReleased
     problem: Problem
-    State: ClassVar[type] = SVRGReleasedState
+    State: ClassVar[type[SVRGReleasedState]] = SVRGReleasedState
 
     def init(self) -> SVRGReleasedState:
         return SVRGReleasedState(lr=self.config.lr, anchor_lr=self.config.anchor_lr)
@@ -89,31 +90,42 @@ class SVRGReleasedPlanner:
     def update(
         self, state: SVRGReleasedState, step: int, rounds: Sequence[Losses]
     ) -> Update[SVRGReleasedState] | Evaluation:
-        state, first = self._annealed(state, step), self._probe(step)
+        annealed, first = self._annealed(state, step), self._probe(step)
         ((projected,),) = first.projected(rounds[0])
         gradient = first.gradient([projected])
         metrics = {"loss": first.loss(rounds[0]), "projected_gradient": typical([projected])}
         if step % self.config.q == 0:
-            lr, full_gradient = state.anchor_lr, gradient
+            lr, full_gradient = annealed.anchor_lr, gradient
             combination = -lr * gradient
         else:
-            lr, full_gradient = state.lr, state.full_gradient
+            lr, full_gradient = annealed.lr, annealed.full_gradient
             second = self._probe(step, 1, base=-lr * gradient)  # the first estimate has been applied by then
             if len(rounds) == 1:
                 return second.evaluation()
             ((back,),) = second.projected(rounds[1])
             combination = -lr * gradient + lr * second.gradient([back]) + -lr * full_gradient
-        losses = (*state.losses, metrics["loss"])[-3 * self.config.annealing.window :]
-        new = SVRGReleasedState(full_gradient, state.lr, state.anchor_lr, losses)
-        return Update(new, tuple(update_operations(combination)), metrics | {"lr": lr})
+        losses = (*annealed.losses, metrics["loss"])[-3 * self._window :]
+        new = SVRGReleasedState(full_gradient, annealed.lr, annealed.anchor_lr, losses)
+        return Update(new, update_operations(combination), metrics | {"lr": lr}, _note(state, annealed))
+
+    @property
+    def _window(self) -> int:
+        return self.config.annealing.losses_per_window(self.problem.epoch)
 
     def _annealed(self, state: SVRGReleasedState, step: int) -> SVRGReleasedState:
         """Decided before the step, once per window, from the fifth on."""
-        rule = self.config.annealing
-        if rule.divisor == 1 or step <= 4 * rule.window or step % rule.window:
+        rule, window = self.config.annealing, self._window
+        if not rule.is_on or step <= 4 * window or step % window:
             return state
-        latest, earlier = sum(state.losses[-rule.window :]), sum(state.losses[: rule.window])
+        latest, earlier = sum(state.losses[-window:]), sum(state.losses[:window])
         if latest <= rule.threshold * earlier:
             return state
         lr, anchor_lr = max(state.lr / rule.divisor, LR_FLOOR), max(state.anchor_lr / rule.divisor, ANCHOR_LR_FLOOR)
         return SVRGReleasedState(state.full_gradient, lr, anchor_lr, state.losses)
+
+
+def _note(before: SVRGReleasedState, now: SVRGReleasedState) -> tuple[str, ...]:
+    """What to tell people of changed rates; nothing, if they are as before."""
+    if (before.lr, before.anchor_lr) == (now.lr, now.anchor_lr):
+        return ()
+    return (f"the training loss has stopped falling: lr is {now.lr:.3g} from now on, anchor_lr {now.anchor_lr:.3g}",)

@@ -149,7 +149,8 @@ class TrainConfig:
     calibrate: bool = False
     """Take the model's general preference for some classes out of the losses, which makes estimates far less noisy.
     Every batch is scored with the offsets of the classes' logits that minimise its loss, and predictions use the
-    offsets that minimise the loss of (up to 1,024) training samples. Users of the exported model must add the latter,
+    offsets that minimise the loss of (up to 1,024) training samples. Losses of minibatches are biased low by that, and
+    must not be compared with validation losses. Users of the exported model must add the latter,
     too: they are in its ``calibration.json``, unless its head has a bias, which then holds them."""
     max_skipped: int = 10
     """Steps in a row that may be skipped, because a loss is not finite, before the run gives up."""

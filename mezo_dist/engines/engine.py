@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
+from mezo_dist.algorithms.decay import decays
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.anchor import Anchor
@@ -60,6 +61,7 @@ class Engine:
         self.law = law
         self.layout = layout or Replicated(model)
         self.width = width
+        self.compute_dtype = compute_dtype
         self.stochastic_rounding = stochastic_rounding
         hooked_modules = [hooked for unit in self.layout.units for hooked in unit.hooked_modules]
         self._unit_of = {hooked: unit for unit in self.layout.units for hooked in unit.hooked_modules}
@@ -166,10 +168,13 @@ class Engine:
             )
 
     @torch.no_grad()
-    def scale(self, factor: float, rounding_seed: int) -> None:
-        """weights <- factor (an fp32 value) * weights, in place; rounded as by `add`."""
+    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
+        """weights <- factor (an fp32 value) * weights, in place; rounded as by `add`.
+
+        With ``exempt_vectors`` only the weights that `decays` names are multiplied.
+        """
         for shard in self.shards():
-            if shard.name in self._trainable:
+            if shard.name in self._trainable and (not exempt_vectors or decays(shard.name, len(shard.shape))):
                 seed = rounding_seed if self._is_rounded_stochastically(shard) else None
                 self.law.scale(shard.tensor, factor, param_id=shard.param_id, offset=shard.offset, rounding_seed=seed)
 
@@ -195,6 +200,10 @@ class Engine:
     def shards(self) -> Iterator[Shard]:
         """What this rank owns of every parameter; see `Layout.shards`."""
         return self.layout.shards()
+
+    def trainable_shards(self) -> Iterator[Shard]:
+        """Those of `shards` that are pieces of trainable weights."""
+        return (shard for shard in self.shards() if shard.name in self._trainable)
 
     def anchor_shards(self) -> Iterator[Shard]:
         """What this rank owns of the kept copy (nothing if there is none), under names of its own."""

@@ -11,6 +11,11 @@ classes can make it,
 with logits z_i, and labels y_i. Its gradient is that of the cross-entropy at the best b (the envelope theorem), where
 residuals of every class sum to zero (but for the ridge): the common part of the samples' gradients cancels out.
 Evidence is in examples/studies/README.md. Offsets for predictions are fitted to training samples in the same way.
+
+Calibrated losses of minibatches are biased low: each batch is scored with the offsets that fit that very batch best,
+and the fewer samples it has, the better they fit it. So ``loss/train`` of a calibrated run is a signal for the
+estimates, and must not be compared with a validation loss (whose offsets come from training samples), with the losses
+of another batch size, or with those of an uncalibrated run.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 RIDGE = 0.1
-"""Weight of the penalty |b|^2 / 2, against one sample's loss. It keeps the offset finite of a class that is missing."""
+"""Weight of the penalty |b|^2 / 2, against one sample's loss. It keeps the offset of a class that is missing finite."""
 MOST_SAMPLES = 1024
 """Training samples to which the offsets for predictions are fitted, at most: they are few numbers."""
 FILE = "calibration.json"
@@ -36,9 +41,10 @@ class Calibration:
     """The offsets that predictions by a model need."""
 
     words: Sequence[str]
-    """Of the classes."""
+    """Label word of each class."""
     tokens: Sequence[int]
-    """Whose logits are the classes' (label words); empty if a classification head gives one logit per class."""
+    """Tokens whose logits are those of the classes (label words); empty if a classification head gives one logit per
+    class."""
     offsets: Tensor
     """fp32 [classes]"""
 
@@ -70,7 +76,7 @@ def best_offsets(logits: Tensor, labels: Tensor) -> Tensor:
     """
     counts = F.one_hot(labels, logits.shape[-1]).sum(0)
     ridge = RIDGE * torch.eye(logits.shape[-1], dtype=logits.dtype)
-    offsets = -logits.mean(-2)  # of the right order, so that few steps remain
+    offsets = -logits.mean(-2)  # a start that leaves few steps
     offsets = offsets - offsets.mean(-1, keepdim=True)
     for _ in range(_MOST_STEPS):
         p = torch.softmax(logits + offsets.unsqueeze(-2), -1)
@@ -96,14 +102,14 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _total(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
-    """n L, at given offsets."""
+    """n L at the given offsets: fp64 [...]."""
     moved = logits + offsets.unsqueeze(-2)
     of_label = moved.gather(-1, labels.expand(moved.shape[:-1]).unsqueeze(-1)).squeeze(-1)
     return (moved.logsumexp(-1) - of_label).sum(-1) + RIDGE / 2 * offsets.square().sum(-1)
 
 
 def _descend(logits: Tensor, labels: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
-    """``offsets`` - ``step``, which is halved until that is no worse."""
+    """``offsets`` - ``step``, where the step is halved until the loss does not rise."""
     before = _total(logits, labels, offsets)
     for _ in range(40):
         worse = _total(logits, labels, offsets - step) > before

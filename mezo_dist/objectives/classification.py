@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What one forward pass found, per sample."""
+    """What one forward pass says about each of its samples."""
 
     loss: Tensor
     """fp32 [n]: sum of losses over the things that ``weight`` counts."""
@@ -31,7 +31,7 @@ class Scores:
     prediction: Tensor
     """int64 [n]: predicted class."""
     logits: Tensor
-    """fp32 [n, classes], on the CPU: of what ``prediction`` was chosen from."""
+    """fp32 [n, classes], on the CPU: the logits that ``prediction`` was chosen from."""
 
 
 Objective = Callable[[nn.Module, MicroBatch], Scores]
@@ -49,10 +49,10 @@ class LabelWords:
     Args:
         model: a causal or masked language model.
         label_ids: token of each class.
-        probe: a micro-batch to check the fast read-out on: if the model does something to its logits that the
-            read-out of single rows does not survive, whole logits are used, and the log says so.
+        probe: a micro-batch to check the sliced head on. If the model changes its logits after the head, so that single
+            rows of the head do not give the same ones, whole logits are used, and the log says so.
         run: how to call the model.
-        once: runs a forward pass of the probe; needed where the model cannot just be called, its weights being sharded.
+        once: runs a forward pass of the probe; needed where weights are sharded and the model cannot just be called.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class LabelWords:
         try:
             fast = on_probe(self._logits)
         except (RuntimeError, IndexError) as error:
-            log.debug("read-out failed: %s", error)
+            log.debug("the sliced head failed: %s", error)
             return False
         return fast.shape == whole.shape and torch.allclose(fast.float(), whole.float(), rtol=1e-2, atol=1e-2)
 

@@ -197,6 +197,8 @@ def _header(settings: dict[str, Any], engine: Engine) -> Header:
         seed=settings["problem"]["seed"],
         full_size=settings["problem"]["full_size"],
         version=mezo_dist.__version__,
+        num_train=settings["problem"]["num_train"],
+        eps=settings["problem"]["eps"],
     )
 
 

@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from mezo_dist import algorithms
+from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Problem, Variant
+from mezo_dist.algorithms.decay import check_something_decays, decays
 from mezo_dist.algorithms.step import Progress, take_step
 from mezo_dist.directions.add import DTYPES
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import param_ids
+from mezo_dist.engines import survival
+from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 
 Params = dict[str, Tensor]
@@ -56,7 +60,7 @@ class Minimum:
 def minimize(
     function: Callable[[Params, Draw], float],
     start: Mapping[str, Tensor],
-    algorithm: Any,
+    algorithm: Settings,
     *,
     steps: int,
     seed: int = 0,
@@ -103,8 +107,8 @@ def minimize(
     if getattr(algorithm, "per_sample", False):
         raise UserError("algorithm.per_sample: a function has no samples that could be told apart; leave it out")
     weights = _Weights(params, Law(law, direction_rank), param_ids(params))
-    has_16bit_weights = any(tensor.dtype != torch.float32 for tensor in params.values())
-    planner = algorithms.build(algorithm.name, algorithm, Problem(seed, steps, has_16bit_weights=has_16bit_weights))
+    check_something_decays(algorithm, [(name, tensor.dim()) for name, tensor in params.items()])
+    planner = algorithms.build(algorithm.name, algorithm, weights.problem(algorithm, seed, steps))
     progress, losses, calls = Progress(planner.init()), [], 0
 
     def evaluate(request: Evaluation, round_number: int) -> Losses:
@@ -156,6 +160,20 @@ class _Weights:
     ids: dict[str, int]
     anchor: Params = dataclasses.field(default_factory=dict)
 
+    def problem(self, algorithm: Settings, seed: int, steps: int) -> Problem:
+        """What an algorithm may know.
+
+        Raises:
+            UserError: ``eps: auto``, and the perturbation is lost at every eps.
+        """
+        has_16bit_weights = any(tensor.dtype != torch.float32 for tensor in self.params.values())
+        eps = None
+        if algorithm.eps == "auto":
+            shards = [Shard(name, self.ids[name], tensor.shape, 0, tensor) for name, tensor in self.params.items()]
+            sums = survival.measure_settings(shards, self.law, algorithm, survival.LADDER, seed=seed)
+            eps = survival.choose(survival.combined([sums]), survival.LADDER)
+        return Problem(seed, steps, has_16bit_weights=has_16bit_weights, eps=eps)
+
     def variants(self, variants: Sequence[Variant]) -> list[Params]:
         """The parameters of every variant."""
         made: list[Params] = [{} for _ in variants]
@@ -172,8 +190,10 @@ class _Weights:
     def copy_anchor(self) -> None:
         self.anchor.update({name: tensor.clone() for name, tensor in self.params.items()})
 
-    def scale(self, factor: float, rounding_seed: int) -> None:
+    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
         for name, tensor in self.params.items():
+            if exempt_vectors and not decays(name, tensor.dim()):
+                continue
             seed = rounding_seed if tensor.dtype == torch.bfloat16 else None
             self.law.scale(tensor, factor, param_id=self.ids[name], rounding_seed=seed)
 

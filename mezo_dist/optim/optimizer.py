@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, state_from_json, state_to_json
+from mezo_dist.algorithms.decay import check_something_decays
 from mezo_dist.algorithms.operations import apply_updates
 from mezo_dist.algorithms.step import Progress, run_step
 from mezo_dist.directions.law import Law, LawName
@@ -20,6 +21,7 @@ from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.join import join
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.optim.log import TrajectoryLog, describe
 from mezo_dist.optim.losses import BatchT, LossFunction, num_samples_of
@@ -130,7 +132,9 @@ class Optimizer(Generic[BatchT]):
         )
         self._rounds = Rounds(self.engine, comm, num_samples)
         full_size = self._rounds.count(full_batch)[1] if full_batch is not None and per_sample else 1
-        problem = Problem(seed, num_steps, batch_size or 1, full_size, has_16bit_weights=stochastic)
+        check_something_decays(algorithm, ((s.name, len(s.shape)) for s in self.engine.trainable_shards()))
+        eps = settle_eps(self.engine, comm, algorithm, seed)
+        problem = Problem(seed, num_steps, batch_size or 1, full_size, has_16bit_weights=stochastic, eps=eps)
         self._seed, self._planner = seed, algorithms.build(algorithm.name, algorithm, problem)
         self._settings = describe(algorithm, self.engine.law, problem)
         self._progress: Progress[Any] = Progress(self._planner.init())
@@ -197,6 +201,8 @@ class Optimizer(Generic[BatchT]):
                 f"max_skipped: {self._max_skipped} steps in a row had no finite loss, the last one step "
                 f"{self._progress.step}; the learning rate or eps is probably too large"
             )
+        for text in update.notes if update is not None else ():
+            log.info("step %d: %s", self._progress.step, text)
         self.metrics = update.metrics if update is not None else {}
         return self.metrics.get("loss", math.nan)
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Algorithm, Batch, Problem, Variant
+from mezo_dist.algorithms.decay import check_something_decays
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.capacity import tokens_at_once
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import RunModel, attach_frozen_cache, run_whole
 from mezo_dist.models.load import Pretrained
@@ -47,6 +49,8 @@ class Run:
     full_order: BatchOrder
     """Order in full batches: all training samples, or a fresh draw of ``train.full_size`` of them."""
     evaluator: Evaluator
+    problem: Problem
+    """What the algorithm knows about the run."""
     algorithm: Algorithm[Any]
     data: dict[str, str]
     """Split -> digest of its encoded samples."""
@@ -89,11 +93,16 @@ class Run:
 
     def header(self) -> Header:
         """The trajectory's header."""
-        return self.loaded.header(self.full_order.batch_size, self.data)
+        return self.loaded.header(self.problem, self.data)
 
 
-def build_run(config: RunConfig, comm: Communicator) -> Run:
+def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = None) -> Run:
     """Load data and model, build engine and algorithm, and check that all ranks agree. Collective.
+
+    Args:
+        config: the settings.
+        comm: the ranks.
+        recorded: header of the trajectory that the run is in, if it has begun: what was chosen then holds.
 
     Raises:
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
@@ -104,6 +113,7 @@ def build_run(config: RunConfig, comm: Communicator) -> Run:
     if full_size > len(rows.train):
         raise UserError(f"train.full_size {full_size} is larger than the training split ({len(rows.train)} samples)")
     loaded = load_base(config, comm)
+    check_something_decays(config.algorithm, ((s.name, len(s.shape)) for s in loaded.engine.trainable_shards()))
     encoder = _encoder(config, loaded.pretrained)
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
     data = {name: _digest(samples) for name, samples in splits.items()}
@@ -118,7 +128,10 @@ def build_run(config: RunConfig, comm: Communicator) -> Run:
         len(config.task.labels) if config.train.calibrate else 0,
     )
     full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
-    return Run(config, comm, loaded, splits, order, full_order, evaluator, build_algorithm(config, full_size), data)
+    eps = settle_eps(loaded.engine, comm, config.algorithm, config.seed) if recorded is None else recorded.eps
+    problem = problem_of(config, full_size, len(rows.train), eps)
+    algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
+    return Run(config, comm, loaded, splits, order, full_order, evaluator, problem, algorithm, data)
 
 
 def _digest(samples: Sequence[Sample]) -> str:
@@ -129,11 +142,17 @@ def _digest(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def build_algorithm(config: RunConfig, full_size: int) -> Algorithm[Any]:
-    """The planner of a run whose full batches have ``full_size`` samples."""
-    has_16bit_weights = config.model.weights != "float32"
-    problem = Problem(config.seed, config.train.steps, config.train.batch_size, full_size, has_16bit_weights)
-    return algorithms.build(config.algorithm.name, config.algorithm, problem)
+def problem_of(config: RunConfig, full_size: int, num_train: int | None, eps: float | None) -> Problem:
+    """What the algorithm of a run knows about it.
+
+    Args:
+        config: the run's.
+        full_size: samples of a full batch.
+        num_train: training samples.
+        eps: the size of the perturbation that was chosen for ``algorithm.eps: auto``.
+    """
+    train, is_16bit = config.train, config.model.weights != "float32"
+    return Problem(config.seed, train.steps, train.batch_size, full_size, is_16bit, num_train, eps)
 
 
 def _capacity(loaded: LoadedModel, comm: Communicator) -> int:

@@ -7,11 +7,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mezo_dist import algorithms
 from mezo_dist.config.reader import from_dict
 from mezo_dist.config.schema import LayoutConfig, RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError, printable
-from mezo_dist.runs.build import Run, build_algorithm, build_run
+from mezo_dist.runs.build import Run, build_run, problem_of
 from mezo_dist.runs.model import LoadedModel, check_agreement, load_base
 from mezo_dist.runs.replay import check_header, replay_from_newest
 from mezo_dist.storage import trajectory
@@ -84,7 +85,7 @@ def load_run(opened: OpenedRun, comm: Communicator) -> Run:
     Raises:
         UserError: data, model or weights are not those of the run.
     """
-    run = build_run(opened.config, comm)
+    run = build_run(opened.config, comm, opened.log.header)
     check_header(run.header(), opened.log.header)
     replay_from_newest(run.loaded, run.algorithm, opened.log, opened.num_steps, opened.folder / SNAPSHOTS, comm)
     return dataclasses.replace(run, step=opened.num_steps)
@@ -102,9 +103,10 @@ def audit(opened: OpenedRun, comm: Communicator) -> tuple[LoadedModel, str]:
     loaded = load_base(opened.config, comm)
     check_agreement(loaded, comm)
     header = opened.log.header
-    check_header(loaded.header(header.full_size, header.data), header)  # there is no data to compare
+    problem = problem_of(opened.config, header.full_size, header.num_train, header.eps)
+    check_header(loaded.header(problem, header.data), header)  # there is no data to compare
     began = time.perf_counter()
-    algorithm = build_algorithm(opened.config, header.full_size)
+    algorithm = algorithms.build(opened.config.algorithm.name, opened.config.algorithm, problem)
     progress = replay_steps(loaded.engine, header.seed, algorithm, opened.log, opened.num_steps)
     seconds = time.perf_counter() - began
     verified = [done for done in opened.log.marks if done <= opened.num_steps]

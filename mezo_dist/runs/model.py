@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mezo_dist
+from mezo_dist.algorithms.base import Problem
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
@@ -31,11 +32,11 @@ class LoadedModel:
     base_fingerprint: str
     """Fingerprint of the weights before step 0."""
 
-    def header(self, full_size: int, data: dict[str, str]) -> Header:
+    def header(self, problem: Problem, data: dict[str, str]) -> Header:
         """The header of a trajectory that begins here.
 
         Args:
-            full_size: number of samples of a full batch.
+            problem: what its algorithm knows about the run.
             data: split -> digest of its encoded samples.
         """
         config, model = self.config, self.config.model
@@ -50,8 +51,10 @@ class LoadedModel:
             law_version=self.engine.law.version,
             weights=f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
             seed=config.seed,
-            full_size=full_size,
+            full_size=problem.full_size,
             version=mezo_dist.__version__,
+            num_train=problem.num_train,
+            eps=problem.eps,
         )
 
 

@@ -54,6 +54,7 @@ def _facts(header: Header) -> dict[str, object]:
         "kind of weights": header.weights,
         **{f"{name} split": digest for name, digest in header.data.items()},
         "full batch": header.full_size,
+        "training set": header.num_train,
     }
 
 

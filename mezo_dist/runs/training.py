@@ -55,7 +55,7 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
     with claim_folder(config, comm) as claim, _stop_on_sigterm(comm):
         if claim.log is not None:
             check_config(config, claim.log.header)
-        run = build_run(config, comm)
+        run = build_run(config, comm, claim.log.header if claim.log is not None else None)
         progress = Progress(run.algorithm.init()) if claim.log is None else _resume(run, claim, claim.log)
         is_main = comm.rank == 0
         with (
@@ -154,6 +154,8 @@ def _loop(run: Run, progress: Progress[Any], recorder: RunRecorder, monitor: Mon
         apply_step(run, result)
         progress.after(result.update)
         _check_skips(progress, result, config, monitor)
+        for text in result.update.notes if result.update else ():
+            monitor.say(f"step {progress.step}/{config.steps}: {text}")
         metrics = result.update.metrics if result.update else {}
         loss_tag = train_loss_tag(calibrated=config.calibrate)
         scalars = {loss_tag if name == "loss" else name: value for name, value in metrics.items()}

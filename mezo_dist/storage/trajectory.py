@@ -22,6 +22,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Sequence
@@ -74,12 +75,16 @@ class Header:
     """Samples of a full batch."""
     version: str
     """Version of mezo_dist that began the run."""
+    num_train: int | None = None
+    """Training samples; null if they are not known."""
+    eps: float | None = None
+    """For ``algorithm.eps: auto``, what was chosen when the run began; otherwise null."""
 
     @property
     def identity(self) -> str:
         """What all its lines are chained to: equal for runs that must have the same lines."""
         model = (self.base_fingerprint, self.model_config, self.tokenizer)
-        facts = (self.config_digest, *model, self.law_version, self.data)
+        facts = (self.config_digest, *model, self.law_version, self.data, *([self.eps] if self.eps else []))
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
@@ -246,14 +251,18 @@ def _header(content: dict[str, Any]) -> Header:
     if content.keys() != names:
         raise ValueError(f"damaged header: {sorted(content.keys() ^ names)} are missing, or unknown")
     header = Header(**content)
-    kinds = {"config": dict, "data": dict, "seed": int, "full_size": int}
+    kinds = {"config": dict, "data": dict, "seed": int, "full_size": int, "num_train": int, "eps": float}
     for name, value in vars(header).items():
+        if value is None and name in ("num_train", "eps"):
+            continue
         if type(value) is not kinds.get(name, str):
             raise ValueError(f"damaged header: {name} is {value!r}")
     if digest_of(header.config) != header.config_digest:
         raise ValueError("the header's settings do not fit their digest (config_digest): they were edited")
     if not all(type(value) is str for value in header.data.values()):
         raise ValueError(f"damaged header: data is {header.data!r}")
+    if (header.num_train or 1) < 1 or not 0 < (1.0 if header.eps is None else header.eps) < math.inf:
+        raise ValueError(f"damaged header: num_train is {header.num_train}, eps {header.eps}")
     return header
 
 

@@ -41,6 +41,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo, momentum": ("mezo", {"lr": 1e-2, "momentum": Momentum(0.7, 4)}),
     "mezo, as FedKSeed": ("mezo", {"lr": 1e-2, "pool": 10_000, "pull": 1e-3}),
     "mezo, weight decay": ("mezo", {"lr": 1e-2, "weight_decay": 0.05}),
+    "mezo, weight decay on all": ("mezo", {"lr": 1e-2, "weight_decay": 0.05, "weight_decay_all": True}),
+    "mezo, annealing": ("mezo", {"lr": 1e-2, "annealing": Annealing(window=20, floor=0.5)}),
+    "mezo, chosen eps": ("mezo", {"lr": 1e-2, "eps": "auto"}),
     "mezo, smaller eps": ("mezo", {"lr": 1e-2, "eps": 0.1, "eps_schedule": Schedule("cosine", final=0.01)}),
     "mezo-svrg": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 1e-2, "q": 2}),
     "mezo-svrg, q = 5": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 5e-3, "q": 5, "anchor_directions": 40}),
@@ -51,6 +54,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mezo-svrg",
         {"lr": 1e-2, "anchor_lr": 2e-2, "per_sample": True, "directions": 3, "anchor_directions": 2},
     ),
+    "mezo-svrg, replayed": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 1e-2, "q": 2, "anchor": "replay"}),
+    "mezo-svrg, chosen eps": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 1e-2, "q": 2, "eps": "auto"}),
     "mezo-svrg, stored": (
         "mezo-svrg",
         {"lr": 5e-3, "anchor_lr": 5e-3, "q": 5, "anchor_directions": 40, "anchor": "stored"},
@@ -76,7 +81,7 @@ Loss = Callable[[torch.Tensor, str], float]
 
 def make(case: str) -> Algorithm[Any]:
     name, settings = CASES[case]
-    problem = Problem(seed=3, num_steps=NUM_STEPS, batch_size=BATCH_SIZE, full_size=FULL_SIZE)
+    problem = Problem(3, NUM_STEPS, BATCH_SIZE, FULL_SIZE, num_train=FULL_SIZE, eps=1e-2)
     return build(name, ALGORITHMS[name][0](**settings), problem)
 
 
@@ -118,7 +123,7 @@ class _Weights:
     def copy_anchor(self) -> None:
         self.anchor = self.current
 
-    def scale(self, factor: float, rounding_seed: int) -> None:
+    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
         self.current = factor * self.current
 
     def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:

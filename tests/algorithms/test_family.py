@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
-from mezo_dist.algorithms.decay import Decay
+from mezo_dist.algorithms.decay import Decay, decays
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner, MeZOState
 from mezo_dist.algorithms.momentum import Momentum, Past
-from mezo_dist.algorithms.operations import Scale
+from mezo_dist.algorithms.operations import Scale, encode
 from mezo_dist.algorithms.schedules import Annealing, Schedule
 from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner, SVRGState
 from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased, SVRGReleasedPlanner, SVRGReleasedState
 from mezo_dist.directions.combination import ZERO, Combination, to_fp32
+from mezo_dist.errors import UserError
 
 PROBLEM = Problem(seed=1, num_steps=10, batch_size=2, full_size=4)
 SEEDS = [PROBLEM.direction_seed(0, k) for k in range(4)]
@@ -290,8 +291,60 @@ def test_contradictions_name_the_setting(settings: dict[str, Any], message: str)
 
 
 def test_no_way_leads_back_to_an_anchor_from_weights_that_decayed() -> None:
-    with pytest.raises(ValueError, match=r"algorithm.anchor: must be stored \(or auto\) with weight_decay"):
-        MeZOSVRG(weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"algorithm.anchor: must be auto \(or stored\) with weight_decay"):
+        MeZOSVRG(weight_decay=0.1, anchor="replay")
+
+
+def test_which_weights_decay_is_part_of_an_update_and_of_its_digest() -> None:
+    operations = {}
+    for everything in (False, True):
+        planners: list[Any] = [
+            mezo(weight_decay=0.1, weight_decay_all=everything),
+            SVRGPlanner(MeZOSVRG(anchor_lr=0.5, weight_decay=0.1, weight_decay_all=everything), PROBLEM),
+        ]
+        for planner in planners:
+            done = planner.update(planner.init(), 0, [Losses((1.0, 1.0))])
+            (scale,) = (o for o in done.operations if isinstance(o, Scale))
+            assert scale.exempt_vectors is not everything
+            operations[everything] = done.operations
+    assert encode(operations[False]) != encode(operations[True])
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions", "expected"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", 2, True),
+        ("model.embed_tokens.weight", 2, True),
+        ("base_model.model.layers.0.q_proj.lora_B.default.weight", 2, True),
+        ("model.layers.0.mlp.up_proj.bias", 1, False),
+        ("transformer.h.0.ln_1.weight", 1, False),
+        ("experts.gate_up_proj_bias", 2, False),
+        ("block.norm.weight", 2, False),
+        ("decoder.q_norm.weight", 2, False),
+        ("encoder.LayerNorm.weight", 2, False),
+    ],
+)
+def test_what_decays(name: str, dimensions: int, expected: bool) -> None:
+    assert decays(name, dimensions) is expected
+
+
+@pytest.mark.parametrize(
+    "planner",
+    [MeZOPlanner(MeZO(eps="auto"), PROBLEM), SVRGPlanner(MeZOSVRG(eps="auto"), PROBLEM)],
+    ids=["mezo", "svrg"],
+)
+def test_a_chosen_eps_is_used_and_a_missing_one_is_named(planner: Any) -> None:
+    chosen = replace(planner, problem=replace(PROBLEM, eps=0.25))
+    assert {abs(c) for v in chosen.plan(chosen.init(), 0).variants for _, c in v.shift.terms} == {0.25}
+    with pytest.raises(UserError, match=r"algorithm\.eps: auto is chosen when a run begins"):
+        planner.plan(planner.init(), 0)
+
+
+def test_svrg_stores_anchors_of_16_bit_weights_unless_told_otherwise() -> None:
+    for settings, stored in ((MeZOSVRG(), True), (MeZOSVRG(anchor="replay"), False)):
+        planner = SVRGPlanner(settings, replace(PROBLEM, has_16bit_weights=True))
+        assert planner.update(planner.init(), 0, [Losses((1.0, 1.0))]).copies_anchor is stored
+    assert not SVRGPlanner(MeZOSVRG(), PROBLEM).update(SVRGState(), 0, [Losses((1.0, 1.0))]).copies_anchor
 
 
 @pytest.mark.parametrize("settings", [{"decay": 1.0}, {"decay": -0.1}, {"window": 0}])

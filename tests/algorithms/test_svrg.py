@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from mezo_dist.algorithms.base import Algorithm, Evaluation, Losses, Problem, Variant
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
-from mezo_dist.algorithms.schedules import Annealing, Plateau
 from mezo_dist.algorithms.step import run_step
 from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner, SVRGState
 from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased, SVRGReleasedPlanner
@@ -66,16 +64,6 @@ def test_anchors_come_every_q_steps_and_a_skipped_one_is_made_up_for() -> None:
         state = SVRG.update(state, step, [Losses((1.0,) * len(plan.variants))]).state
     mini, full = "minibatch", "full"
     assert batches == [full, mini, mini, full, full, mini, mini, full]
-
-
-def test_annealing_divides_both_rates_on_a_plateau() -> None:
-    rule, plateau = Annealing(divisor=5, window=4, threshold=1.05), Plateau()
-    for loss in [1.0] * 4 + [0.9] * 4 + [0.8] * 4:
-        plateau = plateau.after(loss, rule)
-    assert plateau.factor == 1.0
-    for loss in [1.0] * 4:  # against the window two before it: 1.0 > 1.05 * 0.9
-        plateau = plateau.after(loss, rule)
-    assert plateau.factor == pytest.approx(0.2)
 
 
 DIM, NUM_SAMPLES, BATCH_SIZE, DRAWS = 200, 512, 64, 100

@@ -59,6 +59,11 @@ class Layout(Protocol):
     def is_sharded(self) -> bool:
         """Weights are whole only between `start` and `release`."""
 
+    @property
+    def gather_dtype(self) -> torch.dtype | None:
+        """dtype to which floating-point weights are cast before they are gathered; None: they are gathered as they
+        are."""
+
     def synchronize(self, what: str) -> None:
         """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
 

@@ -58,6 +58,7 @@ class Fsdp:
             raise UserError(f"layout.replicate: {replicate} copies cannot be made on {comm.world_size} process(es)")
         comm.ensure_group()
         self.units = find_units(model, block_classes)
+        self.gather_dtype = gather_dtype
         self._comm = comm
         self._model = model
         self._weights = _by_name(model, self.units)

@@ -17,6 +17,7 @@ class Replicated:
     """See `mezo_dist.engines.layouts.base.Layout`."""
 
     is_sharded = False
+    gather_dtype = None
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

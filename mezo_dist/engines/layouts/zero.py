@@ -92,6 +92,7 @@ class Zero:
     """
 
     is_sharded = True
+    gather_dtype = None
 
     def __init__(
         self, model: nn.Module, comm: Communicator, config: Mapping[str, Any], *, block_classes: Sequence[str] = ()
