@@ -1,0 +1,66 @@
+"""Ranks that are lost inside a gather of weights: the others end with the status that asks for a restart, and say who.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from mezo_dist.distributed.communicator import LostRankError
+from tests.faults.jobs import Fault, arguments, run, start, steps_of
+from tests.faults.test_kills import check_equal
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+LAYOUTS = {"fsdp": "mezo_dist.engines.layouts.fsdp:Fsdp", "zero": "mezo_dist.engines.layouts.zero:Zero"}
+# Of three ranks one is lost: (which, in what, before or after the call). Rank 0 holds the store where ranks are told.
+MOMENTS = {
+    "before it begins": (1, "start", "before"),
+    "while it goes on": (1, "start", "after"),
+    "at its end": (2, "finish", "before"),
+    "with the store": (0, "finish", "before"),
+}
+CALLS = 40
+"""Gathers of some steps."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_the_others_end_with_75_and_name_it(root: Path, tmp_path: Path, layout: str, moment: str) -> None:
+    rank, method, when = MOMENTS[moment]
+    fault = Fault(f"{LAYOUTS[layout]}.{method}", CALLS, rank, when=when)
+    line = arguments(root, tmp_path / "run", f"--layout.name={layout}")
+    codes, output = run(tmp_path, 3, line, fault)
+    wanted = [LostRankError.exit_status] * 3
+    wanted[rank] = -signal.SIGKILL
+    assert codes == wanted, output
+    assert output.count(f"rank(s) [{rank}] stopped, or did not answer") == 2, output
+    assert "Traceback" not in output
+    assert 0 < len(steps_of(tmp_path / "run")) < 12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_in_a_gather_is_named(root: Path, tmp_path: Path, layout: str, rank: int) -> None:
+    """SIGSTOP: alive, its connections open, but silent. Stopped rank 0 holds the store, which is silent then as well."""
+    options = ["--distributed.timeout_s=6", "--distributed.patience_s=1", f"--layout.name={layout}"]
+    stopped = Fault(f"{LAYOUTS[layout]}.finish", CALLS, rank, strike="SIGSTOP")
+    with start(tmp_path, 3, arguments(root, tmp_path / "run", *options), stopped) as job:
+        others = [other for other in range(3) if other != rank]
+        for other in others:
+            job.processes[other].join(60)
+        assert [job.processes[other].exitcode for other in others] == [75, 75], job.output()
+        output = job.output()
+    assert f"waiting for rank(s) [{rank}] for 1 s" in output
+    assert output.count(f"rank(s) [{rank}] stopped, or did not answer within distributed.timeout_s") == 2, output
+
+
+def test_a_run_that_lost_a_rank_in_a_gather_goes_on(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fault = Fault(f"{LAYOUTS['zero']}.finish", CALLS, 1)
+    codes, output = run(tmp_path, 2, arguments(root, folder, "--layout.name=zero"), fault)
+    assert codes == [LostRankError.exit_status, -signal.SIGKILL], output
+    codes, output = run(tmp_path, 2, arguments(root, folder, "--layout.name=fsdp"))
+    assert codes == [0, 0], output
+    check_equal(root, folder)
