@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mezo_dist.distributed.watchdog import Watchdog
-from mezo_dist.errors import UserError
+from mezo_dist.errors import LostRankError, UserError
 
 PAYLOAD_WORDS = 32
 """The first so many words of a round (256 bytes) travel alone, and a shorter round is padded to them: so ranks in
@@ -29,13 +29,6 @@ different rounds still meet and can be told, where collectives of different leng
 
 class OutOfStepError(RuntimeError):
     """Ranks disagree about the round they are in; going on would corrupt the weights."""
-
-
-class LostRankError(UserError):
-    """Another rank stopped, or did not answer in time. What is wrong is in that rank's own message."""
-
-    exit_status = 75
-    """A temporary failure (sysexits.h): starting again, with output.if_exists=resume, goes on where the run was."""
 
 
 def fingerprint(*what: Any) -> int:

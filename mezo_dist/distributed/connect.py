@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from mezo_dist.distributed import environment
 from mezo_dist.distributed.bounded import bounded
-from mezo_dist.distributed.communicator import Communicator, LostRankError, backend
+from mezo_dist.distributed.communicator import Communicator, backend
 from mezo_dist.distributed.environment import ClusterEnvironment
 from mezo_dist.distributed.orphans import end_with_launcher
 from mezo_dist.distributed.rendezvous import rendezvous, wait_until_connected
 from mezo_dist.distributed.watchdog import Watchdog
-from mezo_dist.errors import UserError
+from mezo_dist.errors import LostRankError, UserError
 
 log = logging.getLogger(__name__)
 HINT_S = 5.0
@@ -63,11 +63,9 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
             f"{_joining(me, where, timeout_s)}: something there takes connections and says nothing. Either another "
             "service has this port (set MASTER_PORT to a free one, the same on all ranks), or rank 0 hangs"
         ) from error
-    except LostRankError as error:
-        raise _explained(error, me, where, timeout_s) from error
     except UserError:
         raise
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (LostRankError, RuntimeError, ValueError) as error:  # torch's own are RuntimeErrors
         raise _explained(error, me, where, timeout_s) from error
     store = dist.distributed_c10d._get_default_store()
     watch = Watchdog(store, me.rank, me.world_size, min(patience_s, timeout_s / 4), _holder(store))
@@ -133,7 +131,7 @@ def _joining(me: ClusterEnvironment, where: str, timeout_s: float) -> str:
     )
 
 
-def _explained(error: Exception, me: ClusterEnvironment, where: str, timeout_s: float) -> UserError:
+def _explained(error: Exception, me: ClusterEnvironment, where: str, timeout_s: float) -> UserError | LostRankError:
     """What a failure of torch's to connect means: an error of the user's, or a rank that is not there."""
     joining, doctor = _joining(me, where, timeout_s), "`mezo-dist doctor`, started the same way, says what is wrong"
     if "EADDRINUSE" in str(error):

@@ -10,11 +10,11 @@ from torch import Tensor
 from mezo_dist.distributed.communicator import (
     PAYLOAD_WORDS,
     Communicator,
-    LostRankError,
     OutOfStepError,
     fingerprint,
 )
 from mezo_dist.distributed.watchdog import Watchdog
+from mezo_dist.errors import LostRankError
 
 
 class OtherRanks:

@@ -17,9 +17,8 @@ import torch.distributed as dist
 
 from mezo_dist.distributed import connect as module
 from mezo_dist.distributed import environment as cluster_environment
-from mezo_dist.distributed.communicator import LostRankError
 from mezo_dist.distributed.connect import choose_interface, connect, share_cores
-from mezo_dist.errors import UserError
+from mezo_dist.errors import LostRankError, UserError
 
 
 @pytest.fixture
@@ -157,7 +156,7 @@ def test_a_host_that_nobody_knows(host: str, environment: pytest.MonkeyPatch, ca
 JOIN = """
 import sys
 from mezo_dist.distributed.connect import connect
-from mezo_dist.errors import UserError
+from mezo_dist.errors import LostRankError, UserError
 try:
     connect(timeout_s=60)
 except UserError as error:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mezo_dist.distributed.communicator import LostRankError
-from tests.faults.jobs import Fault, arguments, run, start, steps_of
+from mezo_dist.errors import LostRankError
+from tests.faults.jobs import STEPS, Fault, arguments, run, start, steps_of
 from tests.faults.test_kills import check_equal
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -19,6 +19,7 @@ MOMENTS = {
     "while it goes on": ("zero", 1, "start", "after"),
     "at its end": ("zero", 2, "finish", "before"),
     "with the store": ("fsdp", 0, "finish", "before"),
+    "in the export": ("fsdp", 1, "named_weights", "before"),
 }
 CALLS = 40
 """Gathers of some steps."""
@@ -27,15 +28,17 @@ CALLS = 40
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_others_end_with_75_and_name_it(root: Path, tmp_path: Path, moment: str) -> None:
     layout, rank, method, when = MOMENTS[moment]
-    fault = Fault(f"{LAYOUTS[layout]}.{method}", CALLS, rank, when=when)
-    line = arguments(root, tmp_path / "run", f"--layout.name={layout}")
+    count = 1 if method == "named_weights" else CALLS
+    fault = Fault(f"{LAYOUTS[layout]}.{method}", count, rank, when=when)
+    line = arguments(root, tmp_path / "run", f"--layout.name={layout}", "--output.export=true")
     codes, output = run(tmp_path, 3, line, fault)
     wanted = [LostRankError.exit_status] * 3
     wanted[rank] = -signal.SIGKILL
     assert codes == wanted, output
     assert output.count(f"rank(s) [{rank}] stopped, or did not answer") == 2, output
     assert "Traceback" not in output
-    assert 0 < len(steps_of(tmp_path / "run")) < 12
+    done = len(steps_of(tmp_path / "run"))
+    assert done == STEPS if method == "named_weights" else 0 < done < STEPS
 
 
 @pytest.mark.parametrize(("layout", "rank"), [("fsdp", 0), ("zero", 1)])

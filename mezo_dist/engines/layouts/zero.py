@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.distributed.communicator import Communicator, LostRankError
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.hooked import Weight, swap
 from mezo_dist.engines.layouts.base import Shard, exchange_contents
 from mezo_dist.engines.units import Unit, find_units
@@ -206,8 +206,6 @@ def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config:
         with comm.guarded("making process groups"):
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
             context = deepspeed.zero.Init(config_dict_or_path=config)
-    except LostRankError:  # it is a ValueError, too
-        raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"layout.ds_config: DeepSpeed refuses it: {error}") from error
     for places in uses.values():  # one by one, so that no rank ever holds more than one that is only there to be cut
