@@ -118,11 +118,11 @@ def soak(root: Path, kills: int, steps: int, draw: random.Random) -> Soak:
     so_far, folder = Soak(), root / "run-0"
     while so_far.kills < kills or so_far.runs == 0:
         codes = disturbed_job(root, config, folder, so_far, draw, may_kill=so_far.kills < kills)
+        done = len(steps_of(folder)) if (folder / "trajectory.jsonl").exists() else 0
         if set(codes) == {0}:
             so_far.equal = so_far.equal and outcome_of(folder) == reference
             so_far.events.update(json.loads(line)["event"] for line in (folder / "events.jsonl").open())
             so_far.runs, folder = so_far.runs + 1, root / f"run-{so_far.runs + 1}"
-        done = len(steps_of(folder)) if (folder / "trajectory.jsonl").exists() else 0
         print(f"kill {so_far.kills}/{kills}, run {so_far.runs}, step {done}/{steps}, {codes}", file=sys.stderr)
     return so_far
 

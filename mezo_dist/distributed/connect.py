@@ -68,7 +68,7 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
     except (LostRankError, RuntimeError, ValueError) as error:  # torch's own are RuntimeErrors
         raise _explained(error, me, where, timeout_s) from error
     store = dist.distributed_c10d._get_default_store()
-    watch = Watchdog(store, me.rank, me.world_size, min(patience_s, timeout_s / 4), _holder(store))
+    watch = Watchdog(store, me.rank, me.world_size, min(patience_s, timeout_s / 4), store_holder(store))
     comm = Communicator(me.rank, me.world_size, watch, me.local_world_size)
     end_with_launcher(me.launcher, lambda: comm.wants_stop)
     return comm
@@ -117,7 +117,7 @@ def _has_agent() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _holder(store: dist.Store) -> tuple[str, int] | None:
+def store_holder(store: dist.Store) -> tuple[str, int] | None:
     """Where rank 0 holds ``store``; None if a file or torchrun's agent does."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
