@@ -51,14 +51,3 @@ def test_seven_billion(engine: str) -> None:
     parts = [found[part] for part in ("wait", "gather", "materialise", "forward", "update")]
     assert min(parts) >= 0
     assert sum(parts) <= found["cycle_s"] + 0.01
-
-
-@pytest.mark.distributed
-def test_soak() -> None:
-    found = run("examples/benchmarks/soak.py", "--kills=2", "--steps=30", "--long-steps=100", "--seed=1")
-    assert found["bit_equal"]
-    assert found["kills"] == 2
-    assert found["kills_in_gathers"] >= 1
-    assert found["survivors_with_75"] >= 1
-    assert found["survivors_with_other_status"] == []
-    assert found["fd_growth"] == 0
