@@ -57,7 +57,7 @@ def test_half_an_environment_is_an_error(given: dict[str, str], message: str, en
 def test_ranks_that_never_come_are_an_error_in_time(environment: pytest.MonkeyPatch, tmp_path: Any) -> None:
     environment.setenv("RANK", "0")
     environment.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"rank 0 of 2 .*could not join .* distributed.timeout_s = 1 s"):
+    with pytest.raises(LostRankError, match=r"rank 0 of 2 .*could not join .* distributed.timeout_s = 1 s"):
         connect(timeout_s=1, init_method=f"file://{tmp_path}/meet")
     assert not dist.is_initialized()
 
@@ -110,13 +110,14 @@ def test_another_service_at_the_meeting_point(service: tuple[str, int], environm
     kind, port = service
     for name, value in {**RANK_1, "MASTER_PORT": str(port)}.items():
         environment.setenv(name, value)
-    environment.setattr(module, "MARGIN_S", 0.5)
+    if kind == "silent":
+        environment.setattr(module, "MARGIN_S", 0.5)
     message = {"silent": "takes connections and says nothing", "talks": "no rank 0, but another service"}[kind]
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"127.0.0.1:{port} within .* 1 s: .*{message}") as error:
         connect(timeout_s=1)
     assert error.value.exit_status == 2
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30, "torch alone would wait for ever"
 
 
 def test_nobody_at_the_meeting_point(environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
