@@ -38,10 +38,10 @@ class Mishap:
     @staticmethod
     def read(text: str) -> Mishap:
         """``host2@20`` (killed) or ``host2@20+10`` (cut for 10 s)."""
-        found = re.fullmatch(r"(\w+)@([\d.]+)(?:\+([\d.]+))?", text)
-        if found is None:
+        parts = re.fullmatch(r"(\w+)@([\d.]+)(?:\+([\d.]+))?", text)
+        if parts is None:
             raise ValueError(text)
-        return Mishap(found[1], float(found[2]), float(found[3] or 0))
+        return Mishap(parts[1], float(parts[2]), float(parts[3] or 0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.slurm and (reason := missing(SLURM_TOOLS)):
             raise ClusterError(f"SLURM {reason}")
-        with cluster(given.hosts, given.rate) as made:
+        with cluster(given.hosts, given.rate) as virtual:
             for mishap in [*given.kill, *given.cut]:
-                if mishap.host not in made.hosts:
-                    raise ClusterError(f"{mishap.host} is none of the hosts {', '.join(made.hosts)}")
+                if mishap.host not in virtual.hosts:
+                    raise ClusterError(f"{mishap.host} is none of the hosts {', '.join(virtual.hosts)}")
             if given.slurm:
-                start_slurm(made)
+                start_slurm(virtual)
             for mishap in [*given.kill, *given.cut]:
-                threading.Thread(target=_befall, args=(made, mishap), daemon=True).start()
-            return _on_each(made, given.command) if given.each else _foreground(made, given.command)
+                threading.Thread(target=_befall, args=(virtual, mishap), daemon=True).start()
+            return _on_each(virtual, given.command) if given.each else _foreground(virtual, given.command)
     except ClusterError as error:
         print(f"virtual_cluster: {error}", file=sys.stderr)
         return 2
@@ -84,20 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _befall(made: Cluster, mishap: Mishap) -> None:
+def _befall(virtual: Cluster, mishap: Mishap) -> None:
     time.sleep(mishap.after_s)
     print(f"virtual_cluster: {mishap.host} {'loses its link' if mishap.for_s else 'is killed'}", file=sys.stderr)
     if not mishap.for_s:
-        made.kill(mishap.host)
+        virtual.kill(mishap.host)
         return
-    made.cut(mishap.host)
+    virtual.cut(mishap.host)
     time.sleep(mishap.for_s)
-    made.mend(mishap.host)
+    virtual.mend(mishap.host)
     print(f"virtual_cluster: {mishap.host} has its link back", file=sys.stderr)
 
 
-def _foreground(made: Cluster, command: Sequence[str]) -> int:
-    process = made.popen(made.hosts[0], command)
+def _foreground(virtual: Cluster, command: Sequence[str]) -> int:
+    process = virtual.popen(virtual.hosts[0], command)
     with _interrupts_left_to_the_command():
         return process.wait()
 
@@ -112,10 +112,10 @@ def _interrupts_left_to_the_command() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _on_each(made: Cluster, command: Sequence[str]) -> int:
+def _on_each(virtual: Cluster, command: Sequence[str]) -> int:
     """The highest exit status of all hosts that were not killed."""
     to_pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    processes = {host: made.popen(host, command, **to_pipe) for host in made.hosts}
+    processes = {host: virtual.popen(host, command, **to_pipe) for host in virtual.hosts}
     echoes = [threading.Thread(target=_echo, args=item) for item in processes.items()]
     for echo in echoes:
         echo.start()

@@ -135,7 +135,7 @@ class Cluster:
         return f"{NETWORK}.{self.hosts.index(host) + 1}"
 
     def pid(self, host: str) -> int:
-        """Of the host's first process; ``/proc/PID/root`` is the host's own view of all files."""
+        """Process id of the host's first process; ``/proc/PID/root`` is the host's view of all files."""
         return self._pids[host]
 
     def rate(self, rate: str | None) -> None:
@@ -163,7 +163,7 @@ class Cluster:
         os.kill(self._pids[host], 9)  # the first process of its namespace takes all others along
 
     def counters(self, host: str) -> Counters:
-        """Of the host's eth0."""
+        """What the host's eth0 has sent and received so far."""
         folder = "/sys/class/net/eth0/statistics"
         names = [f"{folder}/{way}_{unit}" for way in ("tx", "rx") for unit in ("bytes", "packets")]
         return Counters(*map(int, _call([*self._in(self._pids[host], "--mount"), "cat", *names]).split()))
@@ -199,10 +199,10 @@ def cluster(num_hosts: int, rate: str | None = None) -> Iterator[Cluster]:
         pids = {name: stack.enter_context(_namespaces(enter_rack)) for name in names}
         for number, (name, pid) in enumerate(pids.items(), start=1):
             _set_up_host(rack, pid, number, name)
-        made = Cluster(rack, pids, started)
+        hosts = Cluster(rack, pids, started)
         if rate is not None:
-            made.rate(rate)
-        yield made
+            hosts.rate(rate)
+        yield hosts
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ ClusterName=virtual
 SlurmctldHost={first}
 SlurmUser=root
 AuthType=auth/munge
-# Hosts have no control groups of their own.
+# Hosts share the machine's control groups.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none

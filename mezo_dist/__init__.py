@@ -19,9 +19,9 @@ _MODULES = {
     "algorithms.svrg_released": ("MeZOSVRGReleased",),
     "directions.combination": ("Combination",),
     "directions.law": ("Law",),
-    "distributed.communicator": ("Communicator", "LostRankError", "OutOfStepError"),
+    "distributed.communicator": ("Communicator", "OutOfStepError"),
     "distributed.join": ("join",),
-    "errors": ("Stopped", "UserError"),
+    "errors": ("LostRankError", "Stopped", "UserError"),
     "optim.log": ("replay",),
     "optim.minimize": ("Draw", "Minimum", "minimize"),
     "optim.optimizer": ("Optimizer",),
@@ -65,9 +65,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not follow `__getat
     from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased
     from mezo_dist.directions.combination import Combination
     from mezo_dist.directions.law import Law
-    from mezo_dist.distributed.communicator import Communicator, LostRankError, OutOfStepError
+    from mezo_dist.distributed.communicator import Communicator, OutOfStepError
     from mezo_dist.distributed.join import join
-    from mezo_dist.errors import Stopped, UserError
+    from mezo_dist.errors import LostRankError, Stopped, UserError
     from mezo_dist.optim.log import replay
     from mezo_dist.optim.minimize import Draw, Minimum, minimize
     from mezo_dist.optim.optimizer import Optimizer

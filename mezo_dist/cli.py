@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import mezo_dist
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
-from mezo_dist.errors import Stopped, UserError, printable
+from mezo_dist.errors import LostRankError, Stopped, UserError, printable
 
 if TYPE_CHECKING:
     from mezo_dist.distributed.communicator import Communicator
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         print(f"mezo-dist: {_indented(str(stop))}", file=sys.stderr)
         return stop.status
-    except UserError as error:
+    except (UserError, LostRankError) as error:
         print(f"mezo-dist{_rank_in_words()}: error: {_indented(str(error))}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:

@@ -12,6 +12,17 @@ class UserError(ValueError):
     """Starting the same again cannot help. Launchers may retry on others."""
 
 
+class LostRankError(Exception):
+    """Another rank stopped, or did not answer in time. What is wrong is in that rank's own message.
+
+    It is no `UserError`, so that whoever explains those (a snapshot or an export that failed) lets it pass: it ends
+    this rank, too. The command line prints the message without a traceback.
+    """
+
+    exit_status = 75
+    """A temporary failure (sysexits.h): starting again, with output.if_exists=resume, goes on where the run was."""
+
+
 class Stopped(Exception):
     """The run was asked to stop and did, with everything on disk. The command line exits with ``status``."""
 

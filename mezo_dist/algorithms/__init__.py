@@ -6,7 +6,7 @@ To add one: a config dataclass, a state dataclass and a planner (see `mezo.py`),
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 from mezo_dist.algorithms.base import Algorithm, Problem
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner

@@ -1,8 +1,9 @@
-"""What crosses between ranks: one all-reduce of a small integer vector per round, and nothing else.
+"""What crosses between ranks: one all-reduce of a small integer vector per round.
 
 Losses travel as fixed-point 64-bit integers, so their sum is exact and does not depend on who added what first. Every
 round also carries a fingerprint of what the rank believes it is evaluating; a rank that fell out of step is named
-instead of corrupting the run.
+instead of corrupting the run. Sharded layouts gather weights besides, through FSDP2 or DeepSpeed; they do so inside
+`Communicator.guarded`, so that a lost rank is the same error wherever it is noticed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mezo_dist.distributed.watchdog import Watchdog
-from mezo_dist.errors import UserError
+from mezo_dist.errors import LostRankError, UserError
 
 PAYLOAD_WORDS = 32
 """The first so many words of a round (256 bytes) travel alone, and a shorter round is padded to them: so ranks in
@@ -28,13 +29,6 @@ different rounds still meet and can be told, where collectives of different leng
 
 class OutOfStepError(RuntimeError):
     """Ranks disagree about the round they are in; going on would corrupt the weights."""
-
-
-class LostRankError(UserError):
-    """Another rank stopped, or did not answer in time. What is wrong is in that rank's own message."""
-
-    exit_status = 75
-    """A temporary failure (sysexits.h): starting again, with output.if_exists=resume, goes on where the run was."""
 
 
 def fingerprint(*what: Any) -> int:
@@ -85,11 +79,11 @@ class Communicator:
         words[0] = mark // self.world_size  # the sum of equal marks stays below 2**62
         words[1] = self.wants_stop
         words[2 : values.numel() + 2] = values.reshape(-1)
-        own = int(words[0])
+        part = int(words[0])
         self._all_reduce(words[:PAYLOAD_WORDS])
         self.rounds += 1
-        if int(words[0]) != own * self.world_size:
-            self._name_outlier(own)
+        if int(words[0]) != part * self.world_size:
+            self._name_outlier(part)
         if len(words) > PAYLOAD_WORDS:
             self._all_reduce(words[PAYLOAD_WORDS:])
         self.stopping = self.stopping or bool(words[1])
@@ -129,7 +123,7 @@ class Communicator:
         if self.world_size == 1:
             return data
         size = torch.tensor([len(data)])
-        with self._all_present():
+        with self.guarded():
             dist.broadcast(size, 0)
             payload = torch.empty(int(size), dtype=torch.uint8)
             if self.rank == 0:
@@ -148,11 +142,11 @@ class Communicator:
             mine = {"value": work()}
         except (OSError, UserError) as error:
             mine = {"error": str(error)}
-        found = [json.loads(text) for text in self.gather_texts(json.dumps(mine))]
-        if errors := [(rank, answer["error"]) for rank, answer in enumerate(found) if "error" in answer]:
+        answers = [json.loads(text) for text in self.gather_texts(json.dumps(mine))]
+        if errors := [(rank, answer["error"]) for rank, answer in enumerate(answers) if "error" in answer]:
             at = f"rank(s) {[rank for rank, _ in errors]}: " if self.world_size > 1 else ""
             raise UserError(f"{at}{errors[0][1]}")
-        return [answer["value"] for answer in found]
+        return [answer["value"] for answer in answers]
 
     def gather_texts(self, text: str) -> list[str]:
         """Every rank's ``text``, by rank, on every rank."""
@@ -162,8 +156,8 @@ class Communicator:
         sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-        found = self._gather(padded)
-        return [bytes(words[:size].tolist()).decode() for words, size in zip(found, sizes, strict=True)]
+        texts = self._gather(padded)
+        return [bytes(words[:size].tolist()).decode() for words, size in zip(texts, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Wait for all ranks. Raises OutOfStepError if one of them is not at a barrier."""
@@ -179,41 +173,70 @@ class Communicator:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @contextlib.contextmanager
+    def guarded(self, what: str = "") -> Iterator[None]:
+        """Around a collective, or around waiting for one: whoever issues it, a rank that is gone is named.
+
+        A rank that waits in it for longer than ``distributed.patience_s`` says for whom. Nothing that takes long by
+        itself belongs inside. In a world of one it does nothing.
+
+        Args:
+            what: the collective, for messages ("gather of model.layers.0"); empty for a round.
+
+        Raises:
+            LostRankError: the connection to a rank was closed, or it did not answer in time.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        place = f"{self.place}, {what}" if what else self.place
+        try:
+            with self._watch.waiting(place):
+                yield
+        except RuntimeError as error:
+            if not _tells_of_a_lost_rank(error):
+                raise
+            late = self._watch.late() if "imed out" in str(error) else []
+            raise LostRankError(
+                f"{place}: {_in_words(late or self._watch.lost())} stopped, or did not answer within "
+                f"distributed.timeout_s (seen on rank {self.rank}, round {self.rounds}); the message of that rank, if "
+                "there is one, says why"
+            ) from error
+
     def _all_reduce(self, words: Tensor) -> None:
         if self.world_size > 1:
-            with self._all_present():
+            with self.guarded():
                 dist.all_reduce(words)
             self.payload_bytes += words.numel() * words.element_size()
 
     def _gather(self, words: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(words) for _ in range(self.world_size)]
-        with self._all_present():
+        with self.guarded():
             dist.all_gather(gathered, words)
         self.payload_bytes += words.numel() * words.element_size()
         return gathered
 
-    @contextlib.contextmanager
-    def _all_present(self) -> Iterator[None]:
-        try:
-            with self._watch.waiting(self.rounds, self.place):
-                yield
-        except RuntimeError as error:  # how torch tells of a closed connection and of a time-out
-            late = self._watch.late() if "imed out" in str(error) else []
-            who = f"rank(s) {late}" if late else "another rank"
-            raise LostRankError(
-                f"{self.place}: {who} stopped, or did not answer within distributed.timeout_s (seen on rank "
-                f"{self.rank}, round {self.rounds}); the message of that rank, if there is one, says why"
-            ) from error
-
-    def _name_outlier(self, own: int) -> None:
+    def _name_outlier(self, part: int) -> None:
         """All ranks see the wrong sum, so all come here: one more collective tells who it was."""
-        marks = [int(row[0]) for row in self._gather(torch.tensor([own]))]
+        marks = [int(row[0]) for row in self._gather(torch.tensor([part]))]
         common = max(marks, key=marks.count)  # rank 0's, if there is no majority
         wrong = [rank for rank, mark in enumerate(marks) if mark != common]
         raise OutOfStepError(
             f"rank(s) {wrong} evaluate another round than the other ranks (seen on rank {self.rank}, round "
             f"{self.rounds}, {self.place}): step, seeds or settings differ. Nothing was updated; restart the run."
         )
+
+
+def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank. gloo and NCCL, which have no class of errors of their own,
+    name themselves in the text; what else can fail in a gather (memory, a fault of ours) does not."""
+    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "Gloo", "NCCL"))
+
+
+def _in_words(lost: list[int]) -> str:
+    if not lost:
+        return "another rank"
+    return f"rank(s) {lost}" if len(lost) == 1 else f"one or more of rank(s) {lost}"
 
 
 def backend() -> str:

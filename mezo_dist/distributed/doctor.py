@@ -27,7 +27,7 @@ import mezo_dist
 from mezo_dist.distributed import environment
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.connect import connect
-from mezo_dist.errors import UserError
+from mezo_dist.errors import LostRankError, UserError
 
 Verdict = Literal["ok", "warning", "PROBLEM"]
 OK: Verdict = "ok"
@@ -44,14 +44,14 @@ class Line:
     """One line of the report."""
 
     check: str
-    found: str
+    finding: str
     verdict: Verdict = OK
     hint: str = ""
     """What to do about it."""
 
     def __str__(self) -> str:
         hint = f"\n{'':28}{self.hint}" if self.hint else ""
-        return f"{self.verdict:8} {self.check:18} {self.found}{hint}"
+        return f"{self.verdict:8} {self.check:18} {self.finding}{hint}"
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ def examine(files: Sequence[Path], folder: Path, timeout_s: float) -> list[Line]
         timeout_s: seconds to wait for ranks that do not answer.
     """
     try:
-        found = environment.discover(os.environ)
+        me = environment.discover(os.environ)
     except UserError as error:
         return [Line("launcher", "environment not understood", PROBLEM, str(error))]
-    lines = [_launcher(found)]
-    reached = _meeting_point(found, timeout_s) if found.world_size > 1 and found.address else []
+    lines = [_launcher(me)]
+    reached = _meeting_point(me, timeout_s) if me.world_size > 1 and me.address else []
     try:
         comm = connect(timeout_s)
-    except UserError as error:
+    except (UserError, LostRankError) as error:
         reached = [line for line in reached if line.verdict == PROBLEM] or [Line("all ranks", str(error), PROBLEM)]
         return lines + reached
     try:
@@ -116,30 +116,29 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if os.access(path, os.R_OK) and path.is_file() else ""
 
 
-def _launcher(found: environment.ClusterEnvironment) -> Line:
-    if found.world_size == 1:
-        started = f"{found.launcher}, " if found.launcher else "none: "
+def _launcher(me: environment.ClusterEnvironment) -> Line:
+    if me.world_size == 1:
+        started = f"{me.launcher}, " if me.launcher else "none: "
         return Line("launcher", f"{started}one process; start me the way the job is started to see all ranks")
-    where = f", meeting at {found.address}:{found.port}" if found.address else ", meeting point from MPI"
-    return Line("launcher", f"{found.launcher}: {found.world_size} ranks{where}")
+    where = f", meeting at {me.address}:{me.port}" if me.address else ", meeting point from MPI"
+    return Line("launcher", f"{me.launcher}: {me.world_size} ranks{where}", WARNING if me.hint else OK, me.hint[2:])
 
 
-def _meeting_point(found: environment.ClusterEnvironment, timeout_s: float) -> list[Line]:
+def _meeting_point(me: environment.ClusterEnvironment, timeout_s: float) -> list[Line]:
     """Whether rank 0 can be reached from here. On rank 0 itself only the name is looked at."""
     try:
-        address = socket.getaddrinfo(found.address, found.port, type=socket.SOCK_STREAM)[0][4][0]
+        address = str(socket.getaddrinfo(me.address, me.port, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         hint = "set MASTER_ADDR to a name or an address that all hosts know"
-        return [
-            Line("name of rank 0", f"{found.address} is not known on {socket.gethostname()} ({error})", PROBLEM, hint)
-        ]
-    lines = [Line("name of rank 0", f"{found.address} is {address}")]
-    if found.rank and (why := unreachable(str(address), found.port, timeout_s)):
-        card = environment.interface_towards(found.address) or "no network card"
-        where = f"rank {found.rank} on {socket.gethostname()} (through {card})"
-        lines.append(
-            Line("way to rank 0", f"{where} does not reach {found.address}:{found.port}: {why[0]}", PROBLEM, why[1])
-        )
+        return [Line("name of rank 0", f"{me.address} is not known on {socket.gethostname()} ({error})", PROBLEM, hint)]
+    lines = [Line("name of rank 0", f"{me.address} is {address}")]
+    if not me.on_one_host and address != me.address and environment.names_this_machine(address):
+        hint = "on other hosts it must have another address; set MASTER_ADDR to that one if they do not reach it"
+        lines = [Line("name of rank 0", f"{me.address} is {address}, the loopback, here", WARNING, hint)]
+    if me.rank and (why := unreachable(address, me.port, timeout_s)):
+        card = environment.interface_towards(me.address) or "no network card"
+        where = f"rank {me.rank} on {socket.gethostname()} (through {card})"
+        lines.append(Line("way to rank 0", f"{where} does not reach {me.address}:{me.port}: {why[0]}", PROBLEM, why[1]))
     return lines
 
 
@@ -166,8 +165,8 @@ def compare(facts: Sequence[Facts]) -> list[Line]:
     lines = [Line("ranks", f"{len(facts)} on {len(hosts)} host(s): {', '.join(hosts)}")]
     hint = "install the same version everywhere"
     lines.append(_same("python", [fact.python for fact in facts], facts, WARNING, hint, facts[0].python))
-    for name, own in facts[0].versions.items():
-        lines.append(_same(name, [fact.versions[name] for fact in facts], facts, PROBLEM, hint, own))
+    for name, version in facts[0].versions.items():
+        lines.append(_same(name, [fact.versions[name] for fact in facts], facts, PROBLEM, hint, version))
     hint = "all ranks must run the same checkout; reinstall, or use a shared folder"
     lines.append(_same("code of mezo_dist", [fact.code for fact in facts], facts, PROBLEM, hint, facts[0].code[:12]))
     for path in facts[0].files:
@@ -226,8 +225,8 @@ def _shared_folder(comm: Communicator, folder: Path, facts: Sequence[Facts]) -> 
         mark.unlink()
     if not blind:
         return [Line("shared folder", f"{mark.parent} is seen by all")]
-    hint = "without a shared output.dir a run can be trained, but not resumed; name a shared one"
-    return [Line("shared folder", f"{mark.parent} is another folder on {', '.join(blind)}", PROBLEM, hint)]
+    hint = "the run is in rank 0's alone: there it can be resumed, but snapshots need an output.dir that all see"
+    return [Line("shared folder", f"{mark.parent} is another folder on {', '.join(blind)}", WARNING, hint)]
 
 
 def _speed(comm: Communicator) -> list[Line]:
@@ -242,9 +241,10 @@ def _speed(comm: Communicator) -> list[Line]:
     while elapsed < 0.2 and size < 64 * MEGABYTE:  # seconds; a slow link is not asked for more than it needs to be
         size *= 2
         began = time.perf_counter()
-        dist.all_reduce(torch.zeros(size, dtype=torch.uint8))
-        slowest = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all stop at the same size
+        with comm.guarded("all-reduce"):
+            dist.all_reduce(torch.zeros(size, dtype=torch.uint8))
+            slowest = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all stop at the same size
         elapsed = float(slowest)
     rate = 2 * (comm.world_size - 1) / comm.world_size * size / elapsed  # a ring sends everything nearly twice
     return [
@@ -255,11 +255,11 @@ def _speed(comm: Communicator) -> list[Line]:
 
 def _links(comm: Communicator, facts: Sequence[Facts], clock: Callable[[], float]) -> list[Line]:
     """Round trips between rank 0 and each other rank: the slowest link, and how far their clocks are apart."""
-    found = {rank: offset_and_trip(comm, rank, clock) for rank in range(1, comm.world_size)}
-    slow = max(found, key=lambda rank: found[rank][1])
-    skewed = max(found, key=lambda rank: abs(found[rank][0]))
-    offset, trip = found[skewed]
-    lines = [Line("slowest link", f"{found[slow][1] * 1e3:.2f} ms there and back, to {_who(slow, facts)}")]
+    links = {rank: offset_and_trip(comm, rank, clock) for rank in range(1, comm.world_size)}
+    slow = max(links, key=lambda rank: links[rank][1])
+    skewed = max(links, key=lambda rank: abs(links[rank][0]))
+    offset, trip = links[skewed]
+    lines = [Line("slowest link", f"{links[slow][1] * 1e3:.2f} ms there and back, to {_who(slow, facts)}")]
     apart = f"{offset:+.3f} s on {_who(skewed, facts)}, known to {trip / 2:.3f} s"
     if abs(offset) <= SKEW_S + trip:
         return [*lines, Line("clocks", f"at most {apart}")]
@@ -271,20 +271,26 @@ def offset_and_trip(comm: Communicator, rank: int, clock: Callable[[], float]) -
     """How many seconds ``rank``'s clock is ahead of rank 0's, and the shortest round trip; zeros on other ranks.
 
     All ranks call it; rank 0 and ``rank`` exchange five pairs of messages. The error is at most half of the round trip.
+
+    Args:
+        comm: the ranks.
+        rank: the other end.
+        clock: this rank's, in seconds.
     """
     best = (0.0, float("inf"))
     word = torch.zeros(1, dtype=torch.float64)
-    for _ in range(5):
-        if comm.rank == 0:
-            sent = clock()
-            dist.send(word, rank)
-            dist.recv(word, rank)
-            received = clock()
-            best = min(best, (float(word) - (sent + received) / 2, received - sent), key=lambda pair: pair[1])
-        elif comm.rank == rank:
-            dist.recv(word, 0)
-            word[0] = clock()
-            dist.send(word, 0)
+    with comm.guarded(f"messages to rank {rank}"):
+        for _ in range(5):
+            if comm.rank == 0:
+                sent = clock()
+                dist.send(word, rank)
+                dist.recv(word, rank)
+                received = clock()
+                best = min(best, (float(word) - (sent + received) / 2, received - sent), key=lambda pair: pair[1])
+            elif comm.rank == rank:
+                dist.recv(word, 0)
+                word[0] = clock()
+                dist.send(word, 0)
     return best if comm.rank == 0 else (0.0, 0.0)
 
 

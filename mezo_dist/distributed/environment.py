@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import re
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mezo_dist
@@ -23,7 +24,7 @@ FIRST_PORT, NUM_PORTS = 15000, 15000
 
 @dataclass(frozen=True)
 class ClusterEnvironment:
-    """Who this process is."""
+    """Which rank this process is, and where the ranks meet."""
 
     launcher: str
     """Name of the launcher, for people; empty if there is none."""
@@ -32,11 +33,13 @@ class ClusterEnvironment:
     local_rank: int = 0
     """Among the ranks of this host; 0 if the launcher does not say."""
     local_world_size: int = 0
-    """ClusterEnvironment on this host; 0 if the launcher does not say."""
+    """Number of ranks on this host; 0 if the launcher does not say."""
     address: str = ""
     """Where rank 0 listens; empty if ranks have to agree on that through MPI."""
     port: int = 0
     """Its port."""
+    hint: str = field(default="", compare=False)
+    """Why other ranks may never come, to be added to a message about that; empty if nothing is suspicious."""
 
     @property
     def on_one_host(self) -> bool:
@@ -57,6 +60,7 @@ class _Source:
 
 TORCH = _Source("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SLURM = _Source("SLURM's srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
+MPICH = _Source("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 # The innermost launcher comes first: mpirun inside a SLURM job starts its helpers with srun, and torchrun may be
 # started by any of them, so what the outer ones say is about the inner one and not about this process.
 SOURCES = (
@@ -68,7 +72,7 @@ SOURCES = (
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
-    _Source("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    MPICH,
     SLURM,
 )
 WAYS = "torchrun, deepspeed, mpirun or srun"
@@ -98,7 +102,8 @@ def discover(environment: Mapping[str, str]) -> ClusterEnvironment:
     local_rank = _number(environment, source.local_rank, 0)
     one_node = source is SLURM and environment.get("SLURM_STEP_NUM_NODES") == "1"
     local_world_size = world_size if one_node else _number(environment, source.local_world_size, 0)
-    return ClusterEnvironment(_name(source, environment), rank, world_size, local_rank, local_world_size, address, port)
+    name, hint = _name(source, environment), _hint(source, environment, world_size)
+    return ClusterEnvironment(name, rank, world_size, local_rank, local_world_size, address, port, hint)
 
 
 def _complete_source(environment: Mapping[str, str]) -> _Source | None:
@@ -106,10 +111,27 @@ def _complete_source(environment: Mapping[str, str]) -> _Source | None:
     for source in SOURCES:
         given = [bool(environment.get(name)) for name in (source.rank, source.world_size)]
         if all(given):
-            return source
+            return SLURM if source is MPICH and _is_from_srun(environment) else source
         if any(given):
             _explain_half(source, environment)
     return None
+
+
+def _is_from_srun(environment: Mapping[str, str]) -> bool:
+    """Whether srun itself gave MPICH's variables (its plug-in PMI2 does): then it says more about them than they do."""
+    pairs = ((SLURM.rank, MPICH.rank), (SLURM.world_size, MPICH.world_size))
+    return all(environment.get(slurm) == environment[mpich] for slurm, mpich in pairs)
+
+
+def _hint(source: _Source, environment: Mapping[str, str], world_size: int) -> str:
+    """See `ClusterEnvironment.hint`."""
+    if source is SLURM and environment.get("SLURM_PTY_PORT"):
+        return (
+            f". This is an interactive shell, one of {world_size} tasks that `srun --pty` started, and a command typed "
+            f"here starts no others: leave the shell, and put `srun -n {world_size}` before the command; or start the "
+            "shell with `srun -n 1 --pty`, for one process"
+        )
+    return ""
 
 
 def _explain_half(source: _Source, environment: Mapping[str, str]) -> None:
@@ -215,7 +237,7 @@ def rendezvous_through_mpi(ranks: ClusterEnvironment) -> tuple[str, int]:
         )
     hosts: list[str] = world.allgather(socket.gethostname())
     others = [host for host in hosts if host != hosts[0]]
-    address = _own_address_towards(others[0]) if others else "127.0.0.1"
+    address = _address_towards(others[0]) if others else "127.0.0.1"
     with socket.create_server(("", 0)) as probe:
         port = probe.getsockname()[1]
     address, port = world.bcast((address, port))
@@ -228,20 +250,46 @@ def interface_towards(host: str) -> str:
 
     If ``host`` is this machine, it is the card that holds the address by which others know it.
     """
-    own = _own_address_towards(host)
+    address = _address_towards(host)
+    return next((name for name, held in _addresses() if held == address), "")
+
+
+def outward_interface() -> str:
+    """Name of the network card that leads away from this machine: that of the default route, or else the first one
+    with an address; empty if there is only the loopback."""
+    cards = [name for name, _ in _addresses() if name != "lo"]
+    for far in ("192.0.2.1", "2001:db8::1"):  # addresses for documentation: nobody's
+        if (card := interface_towards(far)) in cards:
+            return card
+    return cards[0] if cards else ""
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether ``host`` is a word for "this machine" everywhere: localhost, or an address of the loopback."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.split(".")[0] in ("localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
+
+
+def _address_towards(host: str) -> str:
+    """The address that connections to ``host`` come from; ``host`` itself if there is none. Nothing is sent."""
+    with contextlib.suppress(OSError, UnicodeError):  # UnicodeError: no name at all
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    return host
+
+
+def _addresses() -> Iterator[tuple[str, str]]:
+    """(network card, address) of this machine: a card's IPv4 address, and its IPv6 addresses."""
     for _, name in socket.if_nameindex():
         with contextlib.suppress(OSError):
-            if _ipv4_address(name) == own:
-                return name
-    return ""
-
-
-def _own_address_towards(host: str) -> str:
-    """The address that connections to ``host`` come from; ``host`` itself if there is none. Nothing is sent."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        return str(probe.getsockname()[0])
-    return host
+            yield name, _ipv4_address(name)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, *_, name = line.split()
+            yield name, str(ipaddress.IPv6Address(bytes.fromhex(digits)))
 
 
 def _ipv4_address(interface: str) -> str:

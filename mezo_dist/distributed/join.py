@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from mezo_dist.distributed.communicator import Communicator
-from mezo_dist.distributed.connect import connect
+from mezo_dist.distributed.connect import connect, store_holder
 from mezo_dist.distributed.watchdog import Watchdog
 from mezo_dist.errors import UserError
 
@@ -27,7 +27,8 @@ def join(timeout_s: float = 600.0, patience_s: float = 30.0) -> Communicator:
         The communicator; ``rank`` and ``world_size`` are its attributes.
 
     Raises:
-        UserError: the other ranks do not answer in time, or the process group has no gloo.
+        UserError: what the launcher says of this process cannot be, or the process group has no gloo.
+        LostRankError: the other ranks do not come in time.
 
     >>> join().world_size
     1
@@ -47,4 +48,4 @@ def _adopt(patience_s: float) -> Communicator:
         )
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
-    return Communicator(rank, world_size, Watchdog(store, rank, world_size, patience_s))
+    return Communicator(rank, world_size, Watchdog(store, rank, world_size, patience_s, store_holder(store)))

@@ -1,23 +1,40 @@
 """Who keeps the others waiting: nobody should have to sit in silence before a rank that hangs.
 
-Nothing is sent while all goes well. A rank that has waited in a collective for longer than its patience writes the
-number of its round into the key-value store where the ranks met, and reads what the others wrote: those that wrote
-nothing, or an earlier round, are the late ones.
+Nothing is sent while all goes well. A rank that has waited in a collective for longer than its patience notes that in
+the key-value store where the ranks met, and reads what the others noted: those that do not wait are the late ones.
+When a collective fails, the first rank to notice calls the roll there; the ranks that wait answer from a thread, and
+those that are silent are the lost ones.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, NamedTuple, final
+
+from mezo_dist.distributed.bounded import bounded
 
 log = logging.getLogger(__name__)
 ANSWER_S = 2.0
-"""How long the others get to say that they wait as well; at most that long a time-out is delayed."""
+"""How long the others get to say that they wait as well; about that long the end after a failure is delayed."""
+LINGER_S = 0.5
+"""How long the rank that holds the store stays after a roll call, so that the others can read what came of it."""
+POLL_S = 0.05
+CALL, VERDICT = "mezo_dist/roll-call", "mezo_dist/lost"
+"""Keys: somebody calls the roll; the list of the ranks that did not answer it."""
+
+
+class _Wait(NamedTuple):
+    since: float
+    number: int
+    """How many waits there were before: two waits are never equal."""
+    place: str
 
 
 @final
@@ -28,12 +45,20 @@ class Watchdog:
         store: the key-value store of the process group; None: watch nothing.
         rank, world_size: of this process.
         patience_s: seconds of waiting before anything is said.
+        holder: address and port at which rank 0 holds the store; None if another process than a rank does.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, patience_s: float) -> None:
+    def __init__(
+        self, store: Any, rank: int, world_size: int, patience_s: float, holder: tuple[str, int] | None = None
+    ) -> None:
         self._store, self._rank, self._world_size, self._patience_s = store, rank, world_size, patience_s
-        self._waits: tuple[float, int, str] | None = None  # since when, in which round, where
+        self._holder = holder
+        self._tick_s = min(1.0, patience_s / 4)
+        self._wait: _Wait | None = None  # the collective that the main thread is in
+        self._noted: _Wait | None = None  # the wait that the store knows of
+        self._num_waits = 0
         self._late: list[int] = []
+        self._verdict: list[int] | None = None
         self._asked, self._over = threading.Event(), threading.Event()
         if store is not None and world_size > 1:
             thread = threading.Thread(target=self._watch, name="mezo_dist-watch", daemon=True)
@@ -45,19 +70,58 @@ class Watchdog:
         """Watches nothing."""
         return Watchdog(None, 0, 1, 0.0)
 
-    @contextmanager
-    def waiting(self, round_number: int, place: str) -> Iterator[None]:
+    @contextlib.contextmanager
+    def waiting(self, place: str) -> Iterator[None]:
         """Around a collective: ``place`` is for the message. After an error in it, `late` still tells of it."""
         self._late = []
         self._asked.clear()
-        self._waits = (time.monotonic(), round_number, place)
+        self._wait = _Wait(time.monotonic(), self._num_waits, place)
+        self._num_waits += 1
         yield
-        self._waits = None
+        self._wait = None
 
     def late(self) -> list[int]:
         """Ranks that the last collective waited for, after it timed out; empty if that could not be found out."""
         self._asked.wait(ANSWER_S + 1)
         return self._late
+
+    def lost(self) -> list[int]:
+        """Ranks among which the lost one is, after a collective failed; empty if that could not be found out.
+
+        It takes `ANSWER_S`, for the roll is called. A rank that computes does not answer either, so there may be more
+        than one.
+        """
+        if self._world_size == 2:
+            return [1 - self._rank]
+        if self._store is None:
+            return []
+        try:
+            return bounded(self._call_the_roll, ANSWER_S + LINGER_S + 1)
+        except (RuntimeError, TimeoutError) as error:
+            log.debug("the store does not answer: %s", error)
+            return [0] if self._holder and self._rank else []
+
+    def _call_the_roll(self) -> list[int]:
+        if self._verdict is not None:
+            return self._verdict
+        if self._rank and self._holder and not _is_there(self._holder):
+            return [0]
+        self._store.set(_here(self._rank), "")
+        self._store.set(CALL, "")
+        silent = [rank for rank in range(self._world_size) if rank != self._rank]
+        deadline = time.monotonic() + ANSWER_S
+        while silent and time.monotonic() < deadline:
+            if (verdict := self._read_verdict()) is not None:
+                return verdict
+            silent = [rank for rank in silent if not self._store.check([_here(rank)])]
+            time.sleep(POLL_S)
+        self._store.set(VERDICT, json.dumps(silent))
+        if self._rank == 0 and self._holder:
+            time.sleep(LINGER_S)
+        return silent
+
+    def _read_verdict(self) -> list[int] | None:
+        return list(json.loads(self._store.get(VERDICT))) if self._store.check([VERDICT]) else None
 
     def _end(self, thread: threading.Thread) -> None:
         """A thread that lives while the interpreter is taken down may abort the process."""
@@ -65,33 +129,78 @@ class Watchdog:
         thread.join(ANSWER_S)
 
     def _watch(self) -> None:
-        said: tuple[float, int, str] | None = None
-        while not self._over.wait(min(1.0, self._patience_s / 4)):
-            waits = self._waits
-            if waits is None or waits == said or time.monotonic() - waits[0] < self._patience_s:
+        while not self._over.wait(self._tick_s):
+            if not self._has_to_speak():
                 continue
-            said = waits
             try:
-                self._ask(waits)
+                bounded(self._speak, 3 * ANSWER_S)
             except RuntimeError as error:  # the store is gone, with the process that held it
                 log.debug("the store does not answer: %s", error)
+            except TimeoutError:  # it is held by a process that is stopped
+                self._tell([0] if self._holder and self._rank else [])
+                with contextlib.suppress(RuntimeError):
+                    self._store.check([CALL])  # returns when that process goes on
 
-    def _ask(self, waits: tuple[float, int, str]) -> None:
-        _, round_number, place = waits
-        self._store.set(_key(self._rank), str(round_number))
-        if self._over.wait(ANSWER_S) or self._waits != waits:
+    def _has_to_speak(self) -> bool:
+        """Whether the store must be asked or told something: not as long as nobody waits."""
+        wait, noted = self._wait, self._noted
+        return (noted is not None and noted != wait) or (
+            wait is not None and time.monotonic() - wait.since >= self._tick_s
+        )
+
+    def _speak(self) -> None:
+        """Note in the store that the main thread waits, or no longer does; answer those who call the roll."""
+        wait, noted = self._wait, self._noted
+        if noted is not None and noted != wait:
+            self._store.set(_key(self._rank), "")
+            self._noted = None
+        if wait is None:
             return
-        rounds = [self._round_of(rank) for rank in range(self._world_size)]
-        self._late = [rank for rank, number in enumerate(rounds) if number < round_number]
-        self._asked.set()
-        if self._late:
-            log.warning("%s: waiting for rank(s) %s for %g s", place, self._late, self._patience_s)
+        self._answer_the_roll()
+        if wait != self._noted and time.monotonic() - wait.since >= self._patience_s:
+            self._ask(wait)
 
-    def _round_of(self, rank: int) -> int:
-        """The last round in which the rank ran out of patience; -1 if it never did."""
+    def _answer_the_roll(self) -> None:
+        if self._verdict is not None or not self._store.check([CALL]):
+            return
+        self._store.set(_here(self._rank), "")
+        deadline = time.monotonic() + 2 * ANSWER_S
+        while (verdict := self._read_verdict()) is None and time.monotonic() < deadline:
+            if self._over.wait(POLL_S):
+                return
+        self._verdict = verdict
+
+    def _ask(self, wait: _Wait) -> None:
+        self._noted = wait
+        self._store.set(_key(self._rank), str(wait.number))
+        if self._over.wait(ANSWER_S) or self._wait != wait:
+            return
+        self._tell([rank for rank in range(self._world_size) if not self._waits(rank)])
+
+    def _tell(self, late: list[int]) -> None:
+        self._late = late
+        self._asked.set()
+        if late and self._wait is not None:
+            log.warning("%s: waiting for rank(s) %s for %g s", self._wait.place, late, self._patience_s)
+
+    def _waits(self, rank: int) -> bool:
+        """Whether the rank has run out of patience in a collective that it is still in."""
         key = _key(rank)
-        return int(self._store.get(key)) if self._store.check([key]) else -1
+        return self._store.check([key]) and bool(self._store.get(key))
+
+
+def _is_there(holder: tuple[str, int]) -> bool:
+    """Whether the store can be reached: torch prints pages about one that cannot."""
+    try:
+        socket.create_connection(holder, timeout=ANSWER_S / 2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _key(rank: int) -> str:
     return f"mezo_dist/waits/{rank}"
+
+
+def _here(rank: int) -> str:
+    return f"mezo_dist/here/{rank}"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mezo_dist.algorithms.base import Losses
-from mezo_dist.distributed.communicator import Communicator, LostRankError
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.fixed_point import MAX_SUM, mean, to_fixed
+from mezo_dist.errors import LostRankError
 
 
 @final

@@ -10,10 +10,10 @@ from typing import Any, Generic, final
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Evaluation, Losses
-from mezo_dist.distributed.communicator import Communicator, LostRankError, OutOfStepError
+from mezo_dist.distributed.communicator import Communicator, OutOfStepError
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.loss_table import LossTable
-from mezo_dist.errors import UserError
+from mezo_dist.errors import LostRankError, UserError
 from mezo_dist.optim.losses import BatchT, LossFunction, loss_and_weight
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from mezo_dist.distributed import environment
 from mezo_dist.distributed.environment import (
     ClusterEnvironment,
     discover,
     first_host,
     interface_towards,
+    names_this_machine,
+    outward_interface,
     rendezvous_through_mpi,
 )
 from mezo_dist.errors import UserError
@@ -65,6 +68,11 @@ KNOWN = {
         ClusterEnvironment("SLURM's srun", 1, 2, 0, 2, "n1", SRUN_PORT),
     ),
     "SLURM that was told": ({**SRUN, **MEETING}, ClusterEnvironment("SLURM's srun", 1, 2, 0, 0, "host1", 29500)),
+    "SLURM with PMI2": (
+        {**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2"},
+        ClusterEnvironment("SLURM's srun", 1, 2, 0, 0, "gpu07", SRUN_PORT),
+    ),
+    "MPICH's mpirun in a SLURM job": ({**SRUN, **MPICH}, ClusterEnvironment("MPICH", 2, 3, 0, 1)),
     "mpirun in a SLURM job": ({**SRUN, **OPEN_MPI}, ClusterEnvironment("Open MPI", 1, 4, 1, 2)),
     "torchrun under srun": ({**SRUN, **TORCHRUN}, ClusterEnvironment("torchrun", 3, 4, 1, 2, "host1", 29500)),
     "a world size left over": ({**OPEN_MPI, "WORLD_SIZE": "8"}, ClusterEnvironment("Open MPI", 1, 4, 1, 2)),
@@ -79,12 +87,12 @@ KNOWN = {
 
 @pytest.mark.parametrize("case", KNOWN)
 def test_launchers_are_known(case: str) -> None:
-    environment, found = KNOWN[case]
-    assert discover(environment) == found
+    variables, expected = KNOWN[case]
+    assert discover(variables) == expected
 
 
-def without(environment: dict[str, str], *names: str) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in names}
+def without(variables: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in names}
 
 
 WRONG = {
@@ -112,9 +120,16 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_is_explained(case: str) -> None:
-    environment, message = WRONG[case]
+    variables, message = WRONG[case]
     with pytest.raises(UserError, match=message):
-        discover(environment)
+        discover(variables)
+
+
+def test_a_shell_that_srun_started_is_told_where_its_other_tasks_are() -> None:
+    assert discover(SRUN).hint == ""
+    hint = discover({**SRUN, "SLURM_PTY_PORT": "40123"}).hint
+    assert "interactive shell, one of 2 tasks that `srun --pty` started" in hint
+    assert "put `srun -n 2` before the command" in hint
 
 
 @pytest.mark.parametrize(
@@ -140,6 +155,31 @@ def test_steps_of_a_job_meet_at_different_ports() -> None:
 def test_the_card_that_leads_to_this_machine() -> None:
     assert interface_towards("127.0.0.1") == "lo"
     assert interface_towards("no-such-host.invalid") == ""
+
+
+@pytest.mark.parametrize(
+    ("host", "is_here"), [("localhost", True), ("127.0.1.1", True), ("::1", True), ("node1", False)]
+)
+def test_words_for_this_machine(host: str, is_here: bool) -> None:
+    assert names_this_machine(host) == is_here
+
+
+def test_a_card_is_known_by_its_ipv6_address() -> None:
+    """A host may have no other."""
+    assert interface_towards("::1") == "lo"
+
+
+def test_the_card_that_leads_outward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cards(*names: str) -> None:
+        monkeypatch.setattr(environment, "_addresses", lambda: iter([(name, f"address of {name}") for name in names]))
+
+    monkeypatch.setattr(environment, "_address_towards", lambda host: "address of eth1")
+    cards("lo", "eth0", "eth1")
+    assert outward_interface() == "eth1"
+    cards("lo", "eth0")
+    assert outward_interface() == "eth0", "without a default route it is any that is not the loopback"
+    cards("lo")
+    assert outward_interface() == ""
 
 
 def mpi(rank: int, size: int, hosts: list[str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from mezo_dist.distributed.rendezvous import rendezvous
+from mezo_dist.errors import UserError
 
 
 def start(store: dist.Store, delays: list[float]) -> list[dist.Store]:
@@ -34,10 +36,38 @@ def test_every_start_has_a_clean_store_of_its_own() -> None:
         assert {place.get("mark") for place in places} == {str(delays).encode()}
 
 
-@pytest.mark.parametrize(("rank", "message"), [(0, r"no sign of rank\(s\) \[1, 2\]"), (2, "timeout")])
-def test_ranks_that_do_not_come(rank: int, message: str) -> None:
-    with pytest.raises(dist.DistStoreError, match=message):
-        rendezvous(dist.HashStore(), rank, 3, timeout_s=0.2)
+@pytest.mark.parametrize(("rank", "missing"), [(0, [1, 2]), (2, [0])])
+def test_ranks_that_do_not_come(rank: int, missing: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(dist.DistStoreError, match=re.escape(f"no sign of rank(s) {missing}")):
+        rendezvous(dist.HashStore(), rank, 3, timeout_s=0.4, hint_s=0.1, hint=" at home")
+    assert caplog.messages == [f"no sign of rank(s) {missing} yet; waiting for up to 0.4 s at home"]
+
+
+def test_a_rank_that_does_not_come_is_named_on_all_others() -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        met = [pool.submit(rendezvous, store, rank, 3, 0.5) for rank in (0, 1)]
+        assert [str(one.exception(timeout=60)) for one in met] == ["no sign of rank(s) [2]"] * 2
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 2, 3), (2, 8, 8, 8)])
+def test_ranks_that_disagree_about_their_number(sizes: tuple[int, ...]) -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        met = [pool.submit(rendezvous, store, rank, size, 60.0) for rank, size in enumerate(sizes)]
+        errors = [one.exception(timeout=30) for one in met]
+    assert [type(error) for error in errors] == [UserError] * len(sizes)
+    for error in errors:
+        assert re.match(
+            rf"WORLD_SIZE: rank \d was told .* {sizes[1]} ranks, rank 0 .* {sizes[0]}; start all", str(error)
+        )
+
+
+def test_a_rank_that_comes_when_the_others_have_begun_without_it() -> None:
+    store = dist.HashStore()
+    start(store, [0.0, 0.0])
+    with pytest.raises(UserError, match="rank 2 was told that there are 3 ranks, rank 0 that there are 2"):
+        rendezvous(store, 2, 3, timeout_s=0.2)
 
 
 COME = """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mezo_dist.distributed.communicator import LostRankError
+from mezo_dist.errors import LostRankError
 from mezo_dist.storage import trajectory
 from tests.faults.jobs import STEPS, Fault, arguments, kill_at_random, run, start, steps_of
 from tests.run_folders import results
@@ -55,7 +55,7 @@ def test_killed_at_a_chosen_moment(root: Path, tmp_path: Path, moment: str) -> N
     codes, output = run(tmp_path, 2, arguments(root, folder), fault)
     assert codes[fault.rank] == -signal.SIGKILL, output
     assert codes[1 - fault.rank] == LostRankError.exit_status, output
-    assert re.search(r"error: (start|step \d+): another rank stopped, or did not answer", output)
+    assert re.search(rf"error: (start|step \d+): rank\(s\) \[{fault.rank}\] stopped, or did not answer", output)
     before = steps_of(folder) if (folder / "trajectory.jsonl").exists() else []
     assert before == steps_of(root / "undisturbed")[: len(before)]
     assert (len(before) >= 5) == (moment != "in the header"), "the fault struck in the middle"

@@ -64,7 +64,8 @@ class Fsdp:
         self._weights = _by_name(model, self.units)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         shape = (replicate, comm.world_size // replicate)
-        mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+        with comm.guarded("making process groups"):
+            mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
         self._group = mesh["shard"].get_group()
         self._place = mesh["shard"].get_local_rank()
         self._handles: dict[Unit, Any] = {}
@@ -88,11 +89,13 @@ class Fsdp:
 
     def start(self, unit: Unit) -> None:
         """See `Layout.start`."""
-        self._handles[unit] = _fsdp(unit).unshard(async_op=True)
+        with self._comm.guarded(f"gather of {unit.name}"):
+            self._handles[unit] = _fsdp(unit).unshard(async_op=True)
 
     def finish(self, unit: Unit) -> None:
         """See `Layout.finish`."""
-        self._handles.pop(unit).wait()
+        with self._comm.guarded(f"gather of {unit.name}"):
+            self._handles.pop(unit).wait()
 
     def release(self, unit: Unit) -> None:
         """See `Layout.release`."""
@@ -121,7 +124,10 @@ class Fsdp:
         """See `Layout.named_weights`."""
         for name, weight in self._weights.items():
             tensor = weight.tensor.detach()
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if isinstance(tensor, DTensor):
+                with self._comm.guarded(f"gather of {name}"):
+                    tensor = tensor.full_tensor()
+            yield name, tensor
 
     def total(self, value: int) -> int:
         """See `Layout.total`."""

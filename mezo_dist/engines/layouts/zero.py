@@ -105,7 +105,7 @@ class Zero:
         self._weights = {name: places[0] for name, places in uses.items()}
         self._handles: dict[Unit, Any] = {}
         comm.ensure_group()
-        _partition(uses, _complete(config, next(model.parameters()).dtype))
+        _partition(uses, comm, _complete(config, next(model.parameters()).dtype))
 
     def synchronize(self, what: str) -> None:
         """See `Layout.synchronize`."""
@@ -114,12 +114,14 @@ class Zero:
     def start(self, unit: Unit) -> None:
         """See `Layout.start`."""
         if parameters := _parameters(unit):
-            self._handles[unit] = parameters[0].all_gather_coalesced(parameters)
+            with self._comm.guarded(f"gather of {unit.name}"):
+                self._handles[unit] = parameters[0].all_gather_coalesced(parameters)
 
     def finish(self, unit: Unit) -> None:
         """See `Layout.finish`."""
         if unit in self._handles:
-            self._handles.pop(unit).wait()
+            with self._comm.guarded(f"gather of {unit.name}"):
+                self._handles.pop(unit).wait()
 
     def release(self, unit: Unit) -> None:
         """See `Layout.release`."""
@@ -156,7 +158,8 @@ class Zero:
         for name, weight in self._weights.items():
             parameter: Any = weight.tensor
             if _is_cut(parameter):
-                parameter.all_gather()
+                with self._comm.guarded(f"gather of {name}"):
+                    parameter.all_gather()
             yield name, parameter.detach()
             if _is_cut(parameter):
                 parameter.partition()
@@ -190,7 +193,7 @@ def _complete(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return made
 
 
-def _partition(uses: Mapping[str, Sequence[Weight]], config: dict[str, Any]) -> None:
+def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: dict[str, Any]) -> None:
     """Cut every parameter, given by all places where it is used, into equal pieces, one for each rank."""
     try:
         import deepspeed
@@ -200,9 +203,10 @@ def _partition(uses: Mapping[str, Sequence[Weight]], config: dict[str, Any]) -> 
     # DeepSpeed would compile an all-reduce through shared memory for CPUs; unused here, and only right on one host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     try:
-        context = deepspeed.zero.Init(config_dict_or_path=config)
+        with comm.guarded("making process groups"):
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+            context = deepspeed.zero.Init(config_dict_or_path=config)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"layout.ds_config: DeepSpeed refuses it: {error}") from error
     for places in uses.values():  # one by one, so that no rank ever holds more than one that is only there to be cut
