@@ -117,7 +117,7 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     encoder = _encoder(config, loaded.pretrained)
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
     data = {name: _digest(samples) for name, samples in splits.items()}
-    check_agreement(loaded, comm, **{f"{name} split": digest for name, digest in data.items()})
+    check_agreement(loaded, comm, **{f"data of the {name} split": digest for name, digest in data.items()})
     evaluator = Evaluator(
         loaded.engine,
         _objective(loaded, encoder, rows, splits),

@@ -248,8 +248,9 @@ def test_a_rank_out_of_step_is_named_on_all_ranks(worlds: dict[int, list[Parts]]
 @pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.parametrize("what", ["config", "data", "base model"])
 def test_ranks_that_start_from_something_else_are_named(worlds: dict[int, list[Parts]], world: int, what: str) -> None:
+    fact = "data of the test split" if what == "data" else what
     for result in worlds[world]:
-        assert result["disagreements"][what].startswith(f"{what} of rank(s) [{world - 1}] differs")
+        assert result["disagreements"][what].startswith(f"{fact} of rank(s) [{world - 1}] differs")
 
 
 def test_losses_of_samples_come_in_batch_order_on_any_rank(worlds: dict[int, list[Parts]], root: Path) -> None:
