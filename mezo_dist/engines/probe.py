@@ -33,12 +33,12 @@ from torch.utils import _pytree as pytree
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.seeds import derive_seed
-from mezo_dist.distributed.communicator import LostRankError, OutOfStepError
+from mezo_dist.distributed.communicator import OutOfStepError
 from mezo_dist.engines.capacity import free_bytes
 from mezo_dist.engines.changed import shards_changed, whole_weights_changed
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.left_state import states_left
-from mezo_dist.errors import UserError
+from mezo_dist.errors import LostRankError, UserError
 
 log = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT")
