@@ -105,7 +105,7 @@ class Law:
             rows: int64 [k], the rows that ``weight`` holds; None: a shard, or all.
             rounding_seed: for bf16 outputs that are to be rounded stochastically.
         """
-        if self.is_lowrank and len(shape) >= 2:
+        if self.is_lowrank and len(shape) >= 2 and any(combinations):
             pieces = _pieces_of_shard(offset, weight.numel(), shape) if rows is None else _pieces_of_rows(rows, shape)
             self._add_lowrank(weight, combinations, outputs, param_id, shape, pieces, rounding_seed)
             return

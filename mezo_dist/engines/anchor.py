@@ -1,8 +1,8 @@
 """A kept copy of the trainable weights, such as SVRG's anchor: each rank has one of its own shards, in their dtype.
 
-To be evaluated, the copy and the weights change places, and change back afterwards: nothing is added or rounded, so
-both have the same bits as before. That works wherever the weights live and whatever a forward pass does with them. On
-sharded layouts it takes one more gather of the weights, as those of both ends of a step are other ones.
+To evaluate variants of the copy, it changes places with the weights, and changes back afterwards. Nothing is added or
+rounded, so both have the same bits as before, wherever the weights live and whatever a forward pass does with them. On
+sharded layouts a step takes one gather more: the weights at both of its ends have to be gathered.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from mezo_dist.engines.layouts.base import Layout, Shard
 
 ANCHOR_PREFIX = "anchor:"
-"""Of the names under which the copy is saved; no parameter's name has a colon."""
+"""Prefix of the names under which the copy is saved; no parameter's name has a colon."""
 
 
 @final
 class Anchor:
-    """See above. ``names`` are the parameters that are copied."""
+    """A copy of the weights called ``names``, once `copy` was called."""
 
     def __init__(self, layout: Layout, names: Collection[str]) -> None:
         self._layout = layout
@@ -30,12 +30,12 @@ class Anchor:
         self._copies: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
-        """A copy was kept."""
+        """Whether there is a copy."""
         return bool(self._copies)
 
     def copy(self) -> None:
         """Copy the weights as they are now. Shards on NVMe are copied to host memory."""
-        for shard in self._own():
+        for shard in self._copied_shards():
             if shard.name in self._copies:
                 self._copies[shard.name].copy_(shard.tensor)
             else:
@@ -58,8 +58,8 @@ class Anchor:
 
     def shards(self) -> Iterator[Shard]:
         """The copy, under names of its own (to be saved, or filled); nothing if none was kept."""
-        for shard in self._own() if self else ():
+        for shard in self._copied_shards() if self else ():
             yield replace(shard, name=ANCHOR_PREFIX + shard.name, tensor=self._copies[shard.name])
 
-    def _own(self) -> Iterator[Shard]:
+    def _copied_shards(self) -> Iterator[Shard]:
         return (shard for shard in self._layout.shards() if shard.name in self._names)

@@ -1,13 +1,13 @@
 """The engine: evaluates variants of a model's weights without changing a bit, and adds combinations to them.
 
-There is one. Where the weights live, and how those of a unit come together, its layout says.
+There is one engine. Its layout says where the weights live and how those of a unit are gathered.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, final
 
 import torch
@@ -22,8 +22,9 @@ from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
 from mezo_dist.engines.hooked import HookedModule
 from mezo_dist.engines.layouts.base import Layout, Shard
 from mezo_dist.engines.layouts.replicated import Replicated
-from mezo_dist.engines.lockstep.fanout import Call, FanOut, ForwardPass, Served
+from mezo_dist.engines.lockstep.fanout import FanOut
 from mezo_dist.engines.lockstep.materialise import Materialiser
+from mezo_dist.engines.lockstep.passes import ForwardPass
 from mezo_dist.engines.lockstep.unshard import UnshardSchedule
 
 ItemT = TypeVar("ItemT")
@@ -44,6 +45,11 @@ class Engine:
         width: items that share one gather of the weights and one making of the variants; more of them cost activation
             memory. All that are given to `evaluate` if None.
         prefetch: gather a unit while the one before it computes; one unit more is held in memory.
+
+    Attributes:
+        trainable: names of the weights that variants shift and that updates change.
+        one_by_one: run passes one after another, not in lock step; for models that keep state between calls. Only where
+            weights are whole.
     """
 
     def __init__(
@@ -63,15 +69,16 @@ class Engine:
         self.width = width
         self.compute_dtype = compute_dtype
         self.stochastic_rounding = stochastic_rounding
+        self.one_by_one = False
         hooked_modules = [hooked for unit in self.layout.units for hooked in unit.hooked_modules]
         self._unit_of = {hooked: unit for unit in self.layout.units for hooked in unit.hooked_modules}
-        self._trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not self.layout.is_sharded and compute_dtype is None:  # frozen weights serve as they are
             hooked_modules = [hooked for hooked in hooked_modules if any(weight.trainable for weight in hooked.weights)]
         self._gathers = UnshardSchedule(self.layout, prefetch=prefetch)
-        self._materialise = Materialiser(law, compute_dtype, keep_sources=not self.layout.is_sharded)
-        self._fanout = FanOut(hooked_modules, self._serve)
-        self._anchor = Anchor(self.layout, self._trainable)
+        self._materialise = Materialiser(law, compute_dtype, self.layout, self._need)
+        self._fanout = FanOut(hooked_modules, self._materialise)
+        self._anchor = Anchor(self.layout, self.trainable)
 
     @torch.no_grad()
     def evaluate(
@@ -110,9 +117,9 @@ class Engine:
             if not chosen:
                 continue
             with place():
-                found = self._evaluate([variants[v] for v in chosen], items, forward, most, filler)
-            for row, own in zip(results, found, strict=True):
-                for v, result in zip(chosen, own, strict=True):
+                rows = self._evaluate([variants[v] for v in chosen], items, forward, most, filler)
+            for row, some in zip(results, rows, strict=True):
+                for v, result in zip(chosen, some, strict=True):
                     row[v] = result
         return results
 
@@ -124,7 +131,7 @@ class Engine:
         most: int,
         filler: ItemT | None,
     ) -> list[list[Any]]:
-        """`evaluate` variants of the weights that are there."""
+        """`evaluate` on variants of the current contents of the weights."""
         self._materialise.shifts = [variant.shift for variant in variants]
         results: list[list[Any]] = []
         most = max(len(items), most if self.layout.is_sharded else 0)
@@ -139,9 +146,19 @@ class Engine:
             if not passes and filler is not None:
                 self._run([ForwardPass(0, functools.partial(forward, self.model, filler))])
                 continue
-            flat = self._run(passes)
+            alone = [[forward_pass] for forward_pass in passes]
+            flat = [result for some in (alone if self.one_by_one else [passes]) for result in self._run(some)]
             results += [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
         return results
+
+    @contextlib.contextmanager
+    def moving_only(self, names: Iterable[str]) -> Iterator[None]:
+        """Within, variants shift the weights called ``names`` alone (of the trainable ones)."""
+        self._materialise.only = frozenset(names)
+        try:
+            yield
+        finally:
+            self._materialise.only = None
 
     def add(self, combination: Combination, rounding_seed: int) -> None:
         """weights <- weights + combination, in place, each rank on its shards.
@@ -156,7 +173,7 @@ class Engine:
         if not updates:
             return
         for shard in self.shards():
-            if shard.name not in self._trainable:
+            if shard.name not in self.trainable:
                 continue
             stochastic = self._is_rounded_stochastically(shard)
             self.law.advance(
@@ -174,7 +191,7 @@ class Engine:
         With ``exempt_vectors`` only the weights that `decays` names are multiplied.
         """
         for shard in self.shards():
-            if shard.name in self._trainable and (not exempt_vectors or decays(shard.name, len(shard.shape))):
+            if shard.name in self.trainable and (not exempt_vectors or decays(shard.name, len(shard.shape))):
                 seed = rounding_seed if self._is_rounded_stochastically(shard) else None
                 self.law.scale(shard.tensor, factor, param_id=shard.param_id, offset=shard.offset, rounding_seed=seed)
 
@@ -188,8 +205,8 @@ class Engine:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that depend on the bits of all weights, frozen ones too, and not on their layout."""
-        own = sum(fingerprint_shard(s.tensor, s.param_id, s.offset) for s in self.shards() if s.is_first)
-        return to_text(self.layout.total(own))
+        mine = sum(fingerprint_shard(s.tensor, s.param_id, s.offset) for s in self.shards() if s.is_first)
+        return to_text(self.layout.total(mine))
 
     def anchor_fingerprint(self) -> str:
         """The same of the kept copy; empty if there is none."""
@@ -203,7 +220,7 @@ class Engine:
 
     def trainable_shards(self) -> Iterator[Shard]:
         """Those of `shards` that are pieces of trainable weights."""
-        return (shard for shard in self.shards() if shard.name in self._trainable)
+        return (shard for shard in self.shards() if shard.name in self.trainable)
 
     def anchor_shards(self) -> Iterator[Shard]:
         """What this rank owns of the kept copy (nothing if there is none), under names of its own."""
@@ -214,10 +231,11 @@ class Engine:
         return self.layout.named_weights()
 
     def never_used(self) -> list[str]:
-        """Names of trainable weights that no forward pass has used so far (their updates are noise)."""
-        served = self._fanout.modules_served
-        used = {weight.name for hooked in self._unit_of if hooked.name in served for weight in hooked.weights}
-        return [name for name in self._trainable if name not in used]
+        """Names of trainable weights that no forward pass has used so far; their updates are noise.
+
+        The probe (`mezo_dist.engines.probe`) cannot tell: weights of an expert may be used by other samples than its.
+        """
+        return [name for name in self.trainable if name not in self._fanout.weights_served]
 
     @property
     def gathers(self) -> int:
@@ -235,9 +253,8 @@ class Engine:
         finally:
             self._gathers.close()
 
-    def _serve(self, hooked: HookedModule, calls: Sequence[Call], real: Callable[..., Any]) -> Served:
-        self._gathers.need(self._unit_of[hooked])
-        return self._materialise(hooked, calls, real)
+    def _need(self, hooked: HookedModule, *, keep_current: bool) -> None:
+        self._gathers.need(self._unit_of[hooked], keep_current=keep_current)
 
 
 def _shifts_of(variant: Variant, item: Any) -> tuple[Combination, ...]:

@@ -1,8 +1,9 @@
 """Hooked modules: the places in a model where weights are used, found without knowing the model's class.
 
 A hooked module is a module together with the weights that are materialised when its forward runs: usually one linear,
-norm or embedding module with its own weights. Variants are made hooked module by hooked, just before use, so the
-scratch is as small as the largest hooked module and still in the cache when the matrix product reads it."""
+norm or embedding module. Variants are materialised one hooked module at a time, just before they are used. So the
+scratch is as small as the largest hooked module, and still in the cache when the matrix product reads it.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +30,15 @@ class Weight:
     """Canonical: the first name under which ``model.named_parameters()`` yields the tensor."""
     param_id: int
     shape: torch.Size
-    """Of the full parameter."""
+    """Shape of the full parameter."""
     trainable: bool
 
     @property
     def tensor(self) -> nn.Parameter:
-        """What the module uses at the moment. It is looked up every time, for engines put shards and gathered weights
-        there in turn (and a reference kept here would keep the memory of the whole model)."""
-        tensor = self.owner._parameters[self.attribute]
+        """The tensor that the module uses at the moment. It is looked up every time, for layouts put shards and
+        gathered weights there in turn (and a reference kept here would keep the memory of the whole model)."""
+        # A plain dict's lookup, also while passes run and reads are watched (`mezo_dist.engines.lockstep.reads`).
+        tensor = dict.__getitem__(self.owner._parameters, self.attribute)
         assert tensor is not None
         return tensor
 
@@ -51,7 +53,7 @@ class HookedModule:
     """The module's own class: FSDP2 puts modules into classes of its own later."""
     weights: tuple[Weight, ...]
     order: int
-    """Place in the model's own order of modules."""
+    """Place in the model's order of modules."""
     spans_blocks: bool
     """The module owns weights and also contains blocks that are hooked modules of their own."""
 
@@ -59,11 +61,10 @@ class HookedModule:
 def find_hooked_modules(model: nn.Module, *, include_frozen: bool) -> list[HookedModule]:
     """All hooked modules of ``model``, in its order of modules.
 
-    A module that owns weights itself is a hooked module. If modules inside it own weights too, the whole subtree is one
-    hooked module, because its code may use the inner weights directly (``nn.MultiheadAttention`` does). There are two
-    exceptions, in which the inner modules stay hooked modules of their own and only its own weights are its: the
-    subtree holds a list of blocks, or its own weights are all tied to inner ones (BERT's head and the bias of the
-    linear layer in it).
+    A module that owns weights is a hooked module. If modules inside it own weights too, the whole subtree is one hooked
+    module, because its code may use the inner weights directly (``nn.MultiheadAttention`` does). In two cases the inner
+    modules are hooked modules themselves, and the outer one has only the weights that it owns: the subtree holds a list
+    of blocks, or the outer weights are all tied to inner ones (BERT's head and the bias of the linear layer in it).
 
     Args:
         model: any module, not wrapped yet.
@@ -73,18 +74,18 @@ def find_hooked_modules(model: nn.Module, *, include_frozen: bool) -> list[Hooke
     hooked_modules: list[HookedModule] = []
 
     def visit(module: nn.Module, path: str) -> None:
-        own = weights.get(module, ())
+        direct = weights.get(module, ())
         inner = [w for m in module.modules() if m is not module for w in weights.get(m, ())]
-        spans = bool(own and inner) and (
+        spans = bool(direct and inner) and (
             any(isinstance(m, nn.ModuleList) for m in module.modules())
-            or {w.name for w in own} <= {w.name for w in inner}
+            or {w.name for w in direct} <= {w.name for w in inner}
         )
-        is_site = bool(own) or isinstance(module, OPAQUE)
-        if is_site:
-            used = own if spans else (*own, *inner)
+        is_hooked = bool(direct) or isinstance(module, OPAQUE)
+        if is_hooked:
+            used = direct if spans else (*direct, *inner)
             if include_frozen or any(w.trainable for w in used):
                 hooked_modules.append(HookedModule(path, module, type(module), used, len(hooked_modules), spans))
-        if spans or not is_site:
+        if spans or not is_hooked:
             for child_name, child in module.named_children():
                 visit(child, f"{path}.{child_name}" if path else child_name)
 
@@ -99,10 +100,10 @@ def _weights_by_module(model: nn.Module) -> dict[nn.Module, tuple[Weight, ...]]:
     return {
         module: tuple(
             Weight(module, attribute, name_of[id(p)], ids[name_of[id(p)]], p.shape, p.requires_grad)
-            for attribute, p in own
+            for attribute, p in direct
         )
         for module in model.modules()
-        if (own := [(a, p) for a, p in module._parameters.items() if p is not None])
+        if (direct := [(a, p) for a, p in module._parameters.items() if p is not None])
     }
 
 

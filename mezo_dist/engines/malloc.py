@@ -7,12 +7,12 @@ on virtual machines above all. Where the system gives pages of 2 MB to those who
 Freed blocks malloc keeps for the next layer, or gives back to the system. By default it decides from what it has seen,
 and is wrong twice. Both figures are from two cores, OPT shapes.
 
-* On whole weights, the blocks that come and go are the activations of all passes of a fan-out, the same sizes layer
-  after layer. Given back, every page of them comes with a fault the next time: a quarter of a forward pass per
-  MeZO-SVRG step of OPT-125M at 16 x 128 tokens. So they are kept.
-* On sharded weights, there are gathered weights among them, of many sizes, and what is kept is in pieces too small for
-  the next: OPT-1.3B on two ranks took 6.2 GiB, where 4.7 are in use (9 to 11 GiB, if kept as above). So all but small
-  blocks are given back.
+* With whole weights, the blocks that come and go are the activations of all passes of a fan-out, in the same sizes
+  layer after layer. If they are given back, every page of them comes with a fault the next time: a quarter of a forward
+  pass per MeZO-SVRG step of OPT-125M at 16 x 128 tokens. So they are kept.
+* With sharded weights, gathered weights of many sizes are among these blocks, and what is kept is in pieces too small
+  for the next one: OPT-1.3B on two ranks took 6.2 GiB, where 4.7 are in use (9 to 11 GiB, if kept as above). So all but
+  small blocks are given back.
 """
 
 from __future__ import annotations

@@ -68,15 +68,15 @@ def _join_tied(groups: dict[nn.Module, list[HookedModule]]) -> list[list[nn.Modu
 
 def find_blocks(model: nn.Module, classes: Iterable[str] = ()) -> list[nn.Module]:
     """The blocks of ``model``, by the rule of `find_units`; of blocks inside others only the outermost."""
-    found = _of_class(model, set(classes))
-    if classes and not found:
+    blocks = _of_class(model, set(classes))
+    if classes and not blocks:
         raise UserError(f"layout.blocks: no module of the model is a {' or '.join(classes)}; see print(model)")
-    found = found or _of_class(model, set(getattr(model, "_no_split_modules", None) or ()))
-    if not found:
+    blocks = blocks or _of_class(model, set(getattr(model, "_no_split_modules", None) or ()))
+    if not blocks:
         lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
-        found = max(lists, key=_num_weights, default=[])
-    inside = {inner for block in found for inner in block.modules() if inner is not block}
-    return [block for block in found if block not in inside]
+        blocks = max(lists, key=_num_weights, default=[])
+    inside = {inner for block in blocks for inner in block.modules() if inner is not block}
+    return [block for block in blocks if block not in inside]
 
 
 def _of_class(model: nn.Module, classes: set[str]) -> list[nn.Module]:

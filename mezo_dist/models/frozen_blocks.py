@@ -55,11 +55,11 @@ def find_frozen_blocks(model: nn.Module, probe: Inputs) -> tuple[FrozenBlocks, s
     children of the block after them.
 
     Returns:
-        The prefix, and why it has not more blocks, if that is not for their weights.
+        The frozen blocks, and why there are not more of them, if that is not for their weights.
     """
     called = _frozen_calls(model, probe)
     blocks = set(find_blocks(model))
-    found: list[nn.Module] = []
+    leading: list[nn.Module] = []
     last: tuple[BlockOutput, ...] = ()
     handed: Any = None
     reason = ""
@@ -67,20 +67,20 @@ def find_frozen_blocks(model: nn.Module, probe: Inputs) -> tuple[FrozenBlocks, s
     for place, (block, args, output) in enumerate(called):
         if block not in blocks:
             continue
-        if not found and not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+        if not leading and not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
             continue  # embeddings count as a block in some models; they are cheap, and may be called as they are
-        if block in found or not isinstance(output, Tensor):
+        if block in leading or not isinstance(output, Tensor):
             reason = f"a {type(block).__name__} is called twice, or gives more than one tensor"
             break
-        if found and (not args or args[0] is not handed):
+        if leading and (not args or args[0] is not handed):
             reason = f"a {type(block).__name__} does not take what the one before it gives"
             break
-        found.append(block)
+        leading.append(block)
         last, handed, rest = (BlockOutput(block),), output, called[place + 1 :]
-    if reason or not found:
-        return FrozenBlocks(tuple(found), last), reason
+    if reason or not leading:
+        return FrozenBlocks(tuple(leading), last), reason
     return FrozenBlocks(
-        tuple(found), (*last, *_leading_children(blocks - set(found), rest, probe["input_ids"].shape))
+        tuple(leading), (*last, *_leading_children(blocks - set(leading), rest, probe["input_ids"].shape))
     ), ""
 
 
@@ -111,7 +111,7 @@ def _frozen_calls(model: nn.Module, probe: Inputs) -> list[tuple[nn.Module, Any,
 def _leading_children(
     blocks: set[nn.Module], called: Sequence[tuple[nn.Module, Any, Any]], shape: torch.Size
 ) -> list[BlockOutput]:
-    """Of the one of ``blocks`` that was entered, the children that gave one tensor each before anything trainable."""
+    """Children, of the one of ``blocks`` that was entered, that gave one tensor each before anything trainable."""
     ends: list[BlockOutput] = []
     for block in blocks:
         children = set(block.children())

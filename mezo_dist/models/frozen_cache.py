@@ -15,11 +15,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, remove_layer
 from mezo_dist.engines.lockstep.head_slice import HeadSlice
 from mezo_dist.models.frozen_blocks import FrozenBlocks, Inputs, find_frozen_blocks
 
@@ -27,16 +29,16 @@ log = logging.getLogger(__name__)
 RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
 """Calls a model on inputs; its logits. Given positions (int64 [n]): [n, rows], sample i's at positions[i]."""
 Group = tuple[Inputs, Tensor | None]
-"""A micro-batch: inputs, and the positions that its logits are read at (None: a classifier's, which finds its own)."""
+"""A micro-batch: inputs, and the positions that its logits are read at (None for a classifier, which picks them)."""
 
 _known: ContextVar[Sequence[Any] | None] = ContextVar("frozen_known", default=None)
-"""What the modules at the prefix's end give in the forward pass of this context."""
+"""What the modules at the end of the frozen blocks give in the forward pass of this context."""
 _recorded: ContextVar[list[Any] | None] = ContextVar("frozen_recorded", default=None)
 """Where they write down what they give; the pass stops behind the last of them."""
 
 
 class _Reached(Exception):
-    """Ends a forward pass at the end of the prefix."""
+    """Ends a forward pass at the end of the frozen blocks."""
 
 
 def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
@@ -57,12 +59,12 @@ def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None)
 class FrozenCache:
     """Runs a model from the end of its frozen blocks on: a `RunModel`.
 
-    Hooks into the prefix's modules until `detach`; the model is to be called through this object only.
+    Hooks into the frozen modules until `detach`; the model is to be called through this object only.
 
     Args:
         frozen: from `find_frozen_blocks`.
         limit: bytes of hidden states to remember; the samples that were not needed for longest are forgotten first.
-        groups: samples that go through the prefix together; any other sample goes alone.
+        groups: samples that go through the frozen blocks together; any other sample goes alone.
         narrow: keep the hidden state at the sample's position only; calls must then name positions.
     """
 
@@ -72,14 +74,13 @@ class FrozenCache:
         self._latest: tuple[Tensor | None, list[Any]] = None, []
         self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
         self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
-        self._forwards = {module: module.forward for module in [*frozen.blocks, *(end.module for end in frozen.ends)]}
         for block in frozen.blocks[:-1]:
-            block.forward = _skipped(block.forward)
+            add_layer(block, Layer.FROZEN_CACHE, _skip)
         for index, end in enumerate(frozen.ends):
-            end.module.forward = _kept(end.module.forward, index, is_last=end is frozen.ends[-1])
+            add_layer(end.module, Layer.FROZEN_CACHE, _Keep(index, is_last=end is frozen.ends[-1]))
 
     def __call__(self, model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
-        """See `RunModel`. Hidden states of padding are zeros where the prefix ends."""
+        """See `RunModel`. Hidden states of padding are zeros where the frozen blocks end."""
         ids, known = self._latest
         if inputs["input_ids"] is not ids:  # all variants of a micro-batch come one after another
             hidden = [self._of(model, key, sample) for key, sample in self._samples((inputs, positions))]
@@ -94,18 +95,18 @@ class FrozenCache:
             _known.reset(token)
 
     def detach(self) -> None:
-        """Give the modules their own forwards back."""
-        for module, forward in self._forwards.items():
-            module.forward = forward
+        """Take the layers off the modules again."""
+        for module in (*self.frozen.blocks[:-1], *(end.module for end in self.frozen.ends)):
+            remove_layer(module, Layer.FROZEN_CACHE)
 
     def _of(self, model: nn.Module, key: bytes, sample: Group) -> list[Tensor]:
-        """Of each end, [length, features] of one sample ([1, features] if narrow), from memory if it is there."""
+        """The output of each end for one sample: [length, features], or [1, features] if narrow."""
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
         group = self._group_of.get(key, sample)
-        self._remember(found := dict(self._compute(model, group, sample[0]["input_ids"].device)))
-        return found[key]
+        self._remember(computed := dict(self._compute(model, group, sample[0]["input_ids"].device)))
+        return computed[key]
 
     def _compute(self, model: nn.Module, group: Group, device: torch.device) -> Iterator[tuple[bytes, list[Tensor]]]:
         outputs: list[Any] = []
@@ -123,8 +124,8 @@ class FrozenCache:
             wanted = slice(length) if not self.narrow or position is None else slice(int(position), int(position) + 1)
             yield key, [tensor[row, wanted].clone() for tensor in tensors]
 
-    def _remember(self, found: dict[bytes, list[Tensor]]) -> None:
-        for key, states in found.items():
+    def _remember(self, computed: dict[bytes, list[Tensor]]) -> None:
+        for key, states in computed.items():
             if key not in self._known:
                 self._known[key] = states
                 self._used += sum(state.nbytes for state in states)
@@ -142,37 +143,40 @@ class FrozenCache:
             yield key + (b"" if position is None else b"@%d" % int(position)), (sample, position)
 
 
-def _skipped(real: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return real(hidden, *args, **kwargs) if _known.get() is None else hidden
-
-    return forward
+def _skip(block: nn.Module, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The layer around a block before the last frozen one: it hands on what it gets, if that is not looked at."""
+    return inner(hidden, *args, **kwargs) if _known.get() is None else hidden
 
 
-def _kept(real: Callable[..., Any], index: int, *, is_last: bool) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
+@dataclass(frozen=True)
+class _Keep:
+    """The layer around a module whose output is remembered."""
+
+    index: int
+    """Its place among these modules."""
+    is_last: bool
+
+    def __call__(self, module: nn.Module, inner: Forward, *args: Any, **kwargs: Any) -> Any:
         known, recorded = _known.get(), _recorded.get()
         if known is not None:
-            return known[index]
-        output = real(*args, **kwargs)
+            return known[self.index]
+        output = inner(*args, **kwargs)
         if recorded is not None:
             recorded.append(output)
-            if is_last:
+            if self.is_last:
                 raise _Reached
         return output
-
-    return forward
 
 
 def attach_frozen_cache(model: nn.Module, groups: Sequence[Group], limit: int) -> RunModel:
     """How to run ``model`` on inputs: from the end of its frozen blocks on where it has one, else as it is.
 
-    The log says what is done, and why a prefix that is there cannot be used.
+    The log says what is done, and why frozen blocks that are there cannot be skipped.
 
     Args:
         model: weights that must not change have ``requires_grad`` off.
-        groups: all micro-batches of the data, each of which goes through the prefix at once; on the first one the
-            shortcut is compared with the whole way.
+        groups: all micro-batches of the data, each of which goes through the frozen blocks at once; the shortcut is
+            compared with the whole way on the first one.
         limit: bytes of hidden states to remember per process.
     """
     inputs, positions = probe = groups[0]
@@ -200,7 +204,7 @@ def _agrees(model: nn.Module, cache: FrozenCache, probe: Group, whole: Tensor) -
     inputs, positions = probe
     try:
         short = cache(model, inputs, positions)
-    except (RuntimeError, IndexError) as error:  # one token per sample where the model wants all of them
+    except Exception as error:  # noqa: BLE001 (model code meets one token per sample where it wants all of them)
         log.debug("the frozen blocks failed: %s", error)
         return False
     finally:

@@ -19,6 +19,7 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.capacity import tokens_at_once
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.probe import check_model, failures_explained
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import RunModel, attach_frozen_cache, run_whole
@@ -34,6 +35,8 @@ from mezo_dist.tasks.prompts import Encoder, Sample
 from mezo_dist.tasks.rows import Rows, load_rows
 
 log = logging.getLogger(__name__)
+PROBE_SAMPLES = 4
+"""Samples of the micro-batch with which a model is probed, at most."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Run:
 
 
 def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = None) -> Run:
-    """Load data and model, build engine and algorithm, and check that all ranks agree. Collective.
+    """Load data and model, build engine and algorithm, check that all ranks agree, and probe the model. Collective.
 
     Args:
         config: the settings.
@@ -118,15 +121,18 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
     data = {name: _digest(samples) for name, samples in splits.items()}
     check_agreement(loaded, comm, **{f"data of the {name} split": digest for name, digest in data.items()})
+    with failures_explained(loaded.engine):  # the objective calls the model, to see what shortcuts it allows
+        objective = _objective(loaded, encoder, rows, splits)
     evaluator = Evaluator(
         loaded.engine,
-        _objective(loaded, encoder, rows, splits),
+        objective,
         comm,
         config.train.width,
         _capacity(loaded, comm),
         _work_split(config, comm),
         len(config.task.labels) if config.train.calibrate else 0,
     )
+    _probe(loaded, objective, splits["train"], comm)
     full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
     eps = settle_eps(loaded.engine, comm, config.algorithm, config.seed) if recorded is None else recorded.eps
     problem = problem_of(config, full_size, len(rows.train), eps)
@@ -153,6 +159,24 @@ def problem_of(config: RunConfig, full_size: int, num_train: int | None, eps: fl
     """
     train, is_16bit = config.train, config.model.weights != "float32"
     return Problem(config.seed, train.steps, train.batch_size, full_size, is_16bit, num_train, eps)
+
+
+def _probe(loaded: LoadedModel, objective: Objective, samples: Sequence[Sample], comm: Communicator) -> None:
+    """See `mezo_dist.engines.probe`: right, or refused before training."""
+    config = loaded.config
+    some = samples[: min(PROBE_SAMPLES, config.train.micro_batch)]
+    (item,) = cut(some, len(some), loaded.pretrained.pad_id)
+
+    def logits(model: nn.Module, batch: MicroBatch) -> Tensor:
+        return objective(model, batch).logits
+
+    check_model(
+        loaded.engine,
+        item,
+        logits,
+        per_sample=getattr(config.algorithm, "per_sample", False),
+        processes=comm.ranks_here,
+    )
 
 
 def _capacity(loaded: LoadedModel, comm: Communicator) -> int:

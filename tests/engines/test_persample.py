@@ -15,6 +15,7 @@ from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.probe import check_model
 from mezo_dist.errors import UserError
 from mezo_dist.objectives.classification import LabelWords, Objective, classifier
 from mezo_dist.tasks.batches import MicroBatch, cut
@@ -144,3 +145,25 @@ def test_other_laws_have_no_direction_per_sample() -> None:
     engine = Engine(tiny_model("llama"), Law("gaussian"))
     with pytest.raises(NotImplementedError, match="needs law lowrank, not gaussian"):
         engine.evaluate([Variant(Combination(), PER_SAMPLE)], micro_batches(), classifier)
+
+
+def test_a_module_that_gives_none_beside_a_tensor() -> None:
+    """Attention without its weights, say: DeBERTa, RWKV and XLNet have such modules."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output, nothing = self.attention(x, x, x, need_weights=False)
+            assert nothing is None
+            return output
+
+    class Item:
+        slots = (0, 1, 2)
+
+    x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(2))
+    check_model(Engine(Attending(), Law("lowrank")), Item(), lambda m, _: m(x), per_sample=True)

@@ -21,6 +21,7 @@ from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model
+from tests.engines import zoo
 
 LABELS = [40, 7, 22]
 SAMPLES = [Sample(tuple(range(5 + n, 5 + 2 * n)), n % 3, n - 1) for n in (9, 4, 7, 6, 3, 8)]
@@ -169,3 +170,19 @@ def test_a_prefix_that_changes_the_logits_is_not_used(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO):
         assert attached(model) is run_whole
     assert "changes the logits" in caplog.text
+
+
+def test_whatever_a_model_raises_with_one_token_per_sample_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
+    """XGLM raises a ValueError (its mask has another size than it wants), others a RuntimeError."""
+
+    def build() -> Any:
+        model = zoo.build("xglm").requires_grad_(False)
+        find_blocks(model)[-1].requires_grad_(True)
+        return model
+
+    wanted = losses(build(), run_whole, batches())
+    model = build()
+    with caplog.at_level(logging.DEBUG, logger="mezo_dist.models.frozen_cache"):
+        run = attached(model)
+    assert "the frozen blocks failed: Attention mask should be of size" in caplog.text
+    torch.testing.assert_close(losses(model, run, batches()), wanted, rtol=1e-5, atol=1e-6)

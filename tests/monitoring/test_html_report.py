@@ -117,7 +117,9 @@ def test_names_are_text_and_nothing_else(run: Path, tmp_path: Path) -> None:
     folder.mkdir()
     name = "$\\frac{$<script>\x1b[2J\n\ud800\ufffe</svg>"
     config = {"task": {"name": name}, "train": {"steps": 10**400, "calibrate": True}, "algorithm": {"name": [[]]}}
-    header = dataclasses.replace(HEADER, config=config, base_model=name, version="v" * 10**6)
+    header = dataclasses.replace(
+        HEADER, config=config, config_digest=digest_of(config), base_model=name, version="v" * 10**6
+    )
     writer = TrajectoryWriter.begin(folder / "trajectory.jsonl", header)
     writer.append(Step(0, (Losses((1e308, 1e308)),), "0" * 8))
     writer.close()
@@ -167,7 +169,8 @@ def test_the_number_of_plots_and_events_is_bounded(run: Path) -> None:
 def test_a_calibrated_loss_says_so(run: Path) -> None:
     lines(run / "metrics.jsonl", {"step": 1, "scalars": {train_loss_tag(calibrated=True): 0.5}})
     assert "Do not compare" not in page(run)
-    header = dataclasses.replace(HEADER, config={**CONFIG, "train": {"steps": 4, "calibrate": True}})
+    config = {**CONFIG, "train": {"steps": 4, "calibrate": True}}
+    header = dataclasses.replace(HEADER, config=config, config_digest=digest_of(config))
     (run / "trajectory.jsonl").unlink()
     TrajectoryWriter.begin(run / "trajectory.jsonl", header).close()
     text = page(run)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mezo_dist.engines.hooked import Weight
 from mezo_dist.engines.units import Unit
 
 
@@ -25,7 +26,7 @@ class Shard:
     param_id: int
     """See `mezo_dist.directions.seeds.param_id`."""
     shape: torch.Size
-    """Of the full parameter."""
+    """Shape of the full parameter."""
     offset: int
     """Index of the first element in the flattened full parameter."""
     tensor: Tensor
@@ -63,6 +64,9 @@ class Layout(Protocol):
     def gather_dtype(self) -> torch.dtype | None:
         """dtype to which floating-point weights are cast before they are gathered; None: they are gathered as they
         are."""
+
+    def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
+        """Dtype and device that ``weight`` has while its unit is whole; asked at any time."""
 
     def synchronize(self, what: str) -> None:
         """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""

@@ -6,8 +6,10 @@ so units are gathered and freed by its explicit `unshard` and `reshard`, and its
 
 from __future__ import annotations
 
+import collections
+import graphlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -62,7 +64,9 @@ class Fsdp:
         self._comm = comm
         self._model = model
         self._weights = _by_name(model, self.units)
+        self._copied = _not_shardable(self._weights, self.units)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
         shape = (replicate, comm.world_size // replicate)
         with comm.guarded("making process groups"):
             mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
@@ -74,14 +78,20 @@ class Fsdp:
             "mesh": mesh if replicate > 1 else mesh["shard"],
             "mp_policy": MixedPrecisionPolicy(param_dtype=gather_dtype, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
-            "ignored_params": {p for p in model.parameters() if p.dim() == 0},  # FSDP2 takes no scalars: copies remain
+            "ignored_params": {weight.tensor for weight in self._weights.values() if weight.name in self._copied},
         }
-        for unit in sorted(self.units, key=lambda unit: -_depth(model, unit)):  # from inside out, as FSDP2 wants it
+        for unit in _inside_out(self.units):
             fully_shard(list(unit.modules), **options)
             _without_hooks(unit)
         home = torch.device("cpu" if offload else device)
         if any(p.is_meta for p in model.parameters()):
             model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
+
+    def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
+        """See `Layout.describe`."""
+        dtype = weight.tensor.dtype
+        is_cast = self.gather_dtype is not None and dtype.is_floating_point and weight.name not in self._copied
+        return self.gather_dtype if is_cast and self.gather_dtype else dtype, self._device
 
     def synchronize(self, what: str) -> None:
         """See `Layout.synchronize`."""
@@ -148,13 +158,45 @@ def _without_hooks(unit: Unit) -> None:
     state._post_forward_hook_handle.remove()
 
 
-def _depth(model: nn.Module, unit: Unit) -> int:
-    return min(name.count(".") + bool(name) for name, module in model.named_modules() if module in unit.modules)
+def _inside_out(units: Sequence[Unit]) -> list[Unit]:
+    """FSDP2 gives a weight to the module that is sharded first. So a unit comes before all those that have a module
+    around one of its modules; tied weights can lie in several depths."""
+    unit_of = {module: unit for unit in units for module in unit.modules}
+    inner = {
+        unit: [unit_of[m] for module in unit.modules for m in module.modules() if unit_of.get(m, unit) is not unit]
+        for unit in units
+    }
+    try:
+        return list(graphlib.TopologicalSorter(inner).static_order())
+    except graphlib.CycleError as error:
+        names = ", ".join(unit.name for unit in error.args[1])
+        raise UserError(
+            f"layout.name: fsdp cannot shard modules that lie inside one another and share weights ({names}); "
+            "use layout.name: zero"
+        ) from error
+
+
+def _not_shardable(weights: Mapping[str, Weight], units: Sequence[Unit]) -> set[str]:
+    """Names of the weights of which every rank keeps a copy.
+
+    FSDP2 takes no scalars, and a unit's weights must have one dtype. Where a model keeps a few in another one (fp32
+    biases of a router in a bf16 model), those are copied.
+    """
+    copied = {name for name, weight in weights.items() if not weight.shape}
+    for unit in units:
+        sizes: collections.Counter[torch.dtype] = collections.Counter()
+        names = [w.name for hooked in unit.hooked_modules for w in hooked.weights if w.name not in copied]
+        for name in dict.fromkeys(names):
+            sizes[weights[name].tensor.dtype] += weights[name].shape.numel()
+        if len(sizes) > 1:
+            (main, _), *_ = sizes.most_common()
+            copied |= {name for name in names if weights[name].tensor.dtype != main}
+    return copied
 
 
 def _by_name(model: nn.Module, units: Sequence[Unit]) -> dict[str, Weight]:
     """One `Weight` of every parameter, in the model's order."""
-    found = {
+    weights = {
         weight.name: weight for unit in units for hooked in unit.hooked_modules for weight in reversed(hooked.weights)
     }
-    return {name: found[name] for name, _ in model.named_parameters()}
+    return {name: weights[name] for name, _ in model.named_parameters()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
+import torch
 from torch import Tensor, nn
 
 from mezo_dist.directions.seeds import param_id
+from mezo_dist.engines.hooked import Weight
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.engines.units import Unit, find_units
 
@@ -22,6 +24,10 @@ class Replicated:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.units = find_units(model)
+
+    def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
+        """See `Layout.describe`."""
+        return weight.tensor.dtype, weight.tensor.device
 
     def synchronize(self, what: str) -> None:
         """Nothing is gathered."""

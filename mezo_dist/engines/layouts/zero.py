@@ -105,7 +105,11 @@ class Zero:
         self._weights = {name: places[0] for name, places in uses.items()}
         self._handles: dict[Unit, Any] = {}
         comm.ensure_group()
-        _partition(uses, comm, _complete(config, next(model.parameters()).dtype))
+        self._device = _partition(uses, comm, _complete(config, next(model.parameters()).dtype))
+
+    def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
+        """See `Layout.describe`."""
+        return weight.tensor.dtype, self._device
 
     def synchronize(self, what: str) -> None:
         """See `Layout.synchronize`."""
@@ -181,20 +185,24 @@ def _is_cut(parameter: nn.Parameter) -> bool:
 
 def _complete(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """``config`` with what DeepSpeed insists on."""
-    made = copy.deepcopy(dict(config))
+    complete = copy.deepcopy(dict(config))
     for key in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
-        made.pop(key, None)
-    made["train_micro_batch_size_per_gpu"] = 1
-    zero = made.setdefault("zero_optimization", {})
+        complete.pop(key, None)
+    complete["train_micro_batch_size_per_gpu"] = 1
+    zero = complete.setdefault("zero_optimization", {})
     zero["stage"] = 3
     zero["memory_efficient_linear"] = False  # it would replace torch.nn.functional.linear in the whole process
     if dtype != torch.float32:
-        made["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
-    return made
+        complete["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
+    return complete
 
 
-def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: dict[str, Any]) -> None:
-    """Cut every parameter, given by all places where it is used, into equal pieces, one for each rank."""
+def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: dict[str, Any]) -> torch.device:
+    """Cut every parameter, given by all places where it is used, into equal pieces, one for each rank.
+
+    Returns:
+        The device on which gathered weights are.
+    """
     try:
         import deepspeed
     except ImportError as error:
@@ -223,3 +231,4 @@ def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config:
             # Not `_convert_to_zero_parameters`, which sends the whole model from rank 0 to all others.
             context._convert_to_deepspeed_param(parameter)
             parameter.partition()
+    return torch.device(context.local_device)

@@ -1,81 +1,31 @@
 """Fan-out: many forward passes of one model in lock step, each on weights of its own.
 
-Every forward pass is a coroutine (`greenlet`) that runs the ordinary model code until that calls a hooked module, and
-waits there. When all have arrived, the hooked module is served once: its variants are made together, from one read of
-the weights and one generation of each direction, and the hooked module's real forward runs for each coroutine on its
-own arguments with its own variant swapped in. Then all go on. Knows nothing about the model's class or about batch
-dimensions."""
+Every forward pass is a coroutine that runs the ordinary model code until that calls a hooked module, and waits there.
+When all passes have arrived, the hooked module is served once: its variants are made together, from one read of the
+weights and one generation of each direction, and the hooked module's real forward runs for each pass on that pass's
+arguments, with that pass's variant in place of the weights. Then all passes go on. A weight that model code reads
+without calling its module is served in the same way, as soon as something is computed with it
+(`mezo_dist.engines.lockstep.reads`). Nothing here depends on the model's class or on which dimension is the batch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, final
 
 import greenlet
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mezo_dist.directions.combination import Combination
-from mezo_dist.engines.hooked import HookedModule, swap, swapped
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """One forward pass: ``run`` calls the model; ``variant`` is the number of the weights that it runs on."""
-
-    variant: int
-    run: Callable[[], Any]
-    sample_shifts: tuple[Combination, ...] = ()
-    """With a direction per sample: what to add to the variant for each sample of this pass."""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """A pass's call of a hooked module, waiting to be served."""
-
-    caller: _Coroutine
-    hooked: HookedModule
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    context: Context
-    """Context variables of the pass (see `mezo_dist.engines.lockstep.head_slice`): its forward runs outside the pass,
-    but with these."""
-
-
-@dataclass(frozen=True)
-class _Raised:
-    error: Exception
-
-
-class _Coroutine(greenlet.greenlet):
-    """A running pass, with the hooked modules whose forward it is inside of (only those that span blocks stay open)."""
-
-    def __init__(self, index: int, forward_pass: ForwardPass) -> None:
-        super().__init__(forward_pass.run)
-        self.index = index
-        self.variant = forward_pass.variant
-        self.sample_shifts = forward_pass.sample_shifts
-        self.open: list[_Open] = []
-
-
-class _Open:
-    """A hooked module that spans blocks, with the weights that its modules use while one pass is inside of it and
-    running."""
-
-    def __init__(self, hooked: HookedModule, tensors: list[Tensor]) -> None:
-        self._hooked = hooked
-        self._tensors = tensors
-        self._before: list[nn.Parameter] = []
-
-    def enter(self) -> None:
-        self._before = swap(self._hooked.weights, self._tensors)
-
-    def leave(self) -> None:
-        swap(self._hooked.weights, self._before)
+from mezo_dist.engines.hooked import HookedModule, Weight, swapped
+from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, forward_below, remove_layer
+from mezo_dist.engines.lockstep.passes import Call, Coroutine, ForwardPass, Open, Raised, Read
+from mezo_dist.engines.lockstep.reads import WeightHandle, resolved, unwatch, watch
 
 
 @dataclass(frozen=True)
@@ -91,18 +41,35 @@ class Served:
     forward: Callable[[Call, list[Tensor]], Any] | None = None
 
 
-Materialise = Callable[[HookedModule, Sequence[Call], Callable[..., Any]], Served]
-"""(hooked, its waiting calls, its real forward) -> the weights to run it on."""
+class Server(Protocol):
+    """Where a fan-out gets its weights from."""
+
+    def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
+        """The weights of ``hooked`` for its waiting ``calls``; ``real`` is its forward."""
+
+    def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
+        """One weight, by variant, for all who wait for it; valid as long as it is referenced.
+
+        ``nested``: it is needed while another hooked module is being served, whose weights must stay valid.
+        """
+
+    def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
+        """Dtype and device that `read` will give ``weight``."""
 
 
+@final
 class FanOut:
-    """Runs passes on one model. Hooks into the hooked modules' ``forward`` while `run` is active, and only then."""
+    """Runs passes on one model. Hooks into the hooked modules while `run` is active, and only then.
 
-    def __init__(self, hooked_modules: Sequence[HookedModule], materialise: Materialise) -> None:
+    Attributes:
+        weights_served: names of the weights that some pass has used so far.
+    """
+
+    def __init__(self, hooked_modules: Sequence[HookedModule], server: Server) -> None:
         self._hooked_modules = hooked_modules
-        self._materialise = materialise
-        self.modules_served: set[str] = set()
-        """Names of the hooked modules that some caller has called so far."""
+        self._server = server
+        self._serving: Call | None = None
+        self.weights_served: set[str] = set()
 
     def run(self, passes: Sequence[ForwardPass]) -> list[Any]:
         """Results of ``passes``, in order.
@@ -110,121 +77,150 @@ class FanOut:
         An exception inside a pass surfaces here with its own traceback; the model is usable afterwards.
 
         Raises:
-            NotImplementedError: the model switches autocast around its layers.
+            NotImplementedError: the model switches autocast around its layers, writes to its weights, or hands weights
+                that it reads to code that torch cannot see into.
         """
-        forwards = {hooked: _install(hooked) for hooked in self._hooked_modules}
-        try:
-            return self._run(passes, forwards)
-        finally:
-            for hooked, forward in forwards.items():
-                _uninstall(hooked, forward)
+        with contextlib.ExitStack() as hooks:
+            for hooked in self._hooked_modules:
+                add_layer(hooked.module, Layer.FAN_OUT, functools.partial(_wait, hooked))
+                hooks.callback(remove_layer, hooked.module, Layer.FAN_OUT)
+                for owner, before in watch(hooked, self._handle):
+                    hooks.callback(unwatch, owner, before)
+            return self._run(passes)
 
-    def _run(self, passes: Sequence[ForwardPass], forwards: dict[HookedModule, Callable[..., Any]]) -> list[Any]:
+    def _run(self, passes: Sequence[ForwardPass]) -> list[Any]:
         results: list[Any] = [None] * len(passes)
-        waiting: dict[HookedModule, list[Call]] = {}
-        coroutines = [_Coroutine(index, caller) for index, caller in enumerate(passes)]
+        waiting: dict[tuple[int, int], list[Call] | list[Read]] = {}
+        coroutines = [Coroutine(index, forward_pass) for index, forward_pass in enumerate(passes)]
         autocast = _autocast()
 
-        def resume(caller: _Coroutine, outcome: Any = None, *, first: bool = False) -> None:
+        def resume(caller: Coroutine, *outcome: Any) -> None:
             for opened in caller.open:
                 opened.enter()
             try:
-                call = caller.switch() if first else caller.switch(outcome)
+                request = caller.switch(*outcome)
             finally:
                 for opened in reversed(caller.open):
                     opened.leave()
             if _autocast() != autocast:  # it belongs to the thread, so the next pass would run in it
                 raise NotImplementedError("the model switches autocast around its layers; set model.compute instead")
             if caller.dead:
-                results[caller.index] = call
+                results[caller.index] = request
             else:
-                waiting.setdefault(call.hooked, []).append(call)
+                waiting.setdefault(_place(request), []).append(request)
 
         try:
             for caller in coroutines:
-                resume(caller, first=True)
+                resume(caller)
             while waiting:
-                # The earliest hooked module first, so that passes that lag behind (other experts, other branches) catch
-                # up.
-                hooked = min(waiting, key=lambda s: s.order)
-                # Who came last goes first: what it has just computed is in the cache still.
-                for call, outcome in self._serve(hooked, waiting.pop(hooked)[::-1], forwards[hooked]):
-                    resume(call.caller, outcome)
+                # Serve the earliest place first, so that passes that lag behind (other experts, other branches) catch
+                # up. Resume the latest arrival first: its output is still in the cache.
+                requests = waiting.pop(min(waiting))[::-1]
+                for caller, outcome in self._serve(requests):
+                    resume(caller, outcome)
         finally:
             for caller in coroutines:
                 if caller and not caller.dead:
                     caller.throw(greenlet.GreenletExit())
         return results
 
-    def _serve(
-        self, hooked: HookedModule, calls: Sequence[Call], real: Callable[..., Any]
-    ) -> Iterator[tuple[Call, Any]]:
-        """Each call with its outcome, which is computed when it is asked for: its pass can go on while it is hot."""
-        self.modules_served.add(hooked.name)
-        served = self._materialise(hooked, calls, real)
+    def _serve(self, requests: list[Call] | list[Read]) -> Iterator[tuple[Coroutine, Any]]:
+        """Each waiting pass with what it waits for, computed when it is asked for: the pass goes on while it is hot."""
+        reads = [request for request in requests if isinstance(request, Read)]
+        calls = [request for request in requests if isinstance(request, Call)]
+        if reads:
+            self.weights_served.add(reads[0].weight.name)
+            by_variant = self._server.read(reads, nested=False)
+            yield from ((read.caller, by_variant[read.caller.variant]) for read in reads)
+            return
+        hooked = calls[0].hooked
+        self.weights_served.update(weight.name for weight in hooked.weights)
+        real = forward_below(hooked.module, Layer.FAN_OUT)
+        served = self._server.serve(hooked, calls, real)
         for call in calls:
             tensors = served.tensors[call.caller.variant]
             if hooked.spans_blocks:  # its forward will call other hooked modules, so it must run inside the coroutine
-                yield call, tensors
+                yield call.caller, tensors
                 continue
+            self._serving = call
             try:
                 forward = served.forward or functools.partial(on_tensors, hooked, real)
                 outcome = _unshared(call.context.run(forward, call, tensors), tensors)
             except Exception as error:  # noqa: BLE001 (raised again inside the pass, where its traceback belongs)
-                outcome = _Raised(error)
-            yield call, outcome
+                outcome = Raised(error)
+            finally:
+                self._serving = None
+            yield call.caller, outcome
+
+    def _handle(self, hooked: HookedModule, weight: Weight) -> WeightHandle | None:
+        """See `WatchedParameters`: the hub and the module's own forward see what is there, passes see handles."""
+        caller = greenlet.getcurrent()
+        if not isinstance(caller, Coroutine):
+            if self._serving is None or self._serving.hooked is hooked:
+                return None
+            caller = self._serving.caller
+        elif any(opened.hooked is hooked for opened in caller.open):
+            return None
+        caller.has_read = True
+        dtype, device = self._server.describe(weight)
+        return WeightHandle.make(weight, dtype, device, functools.partial(self._resolve, hooked, weight))
+
+    def _resolve(self, hooked: HookedModule, weight: Weight) -> Tensor:
+        caller = greenlet.getcurrent()
+        if isinstance(caller, Coroutine):
+            tensor: Tensor = caller.wait(Read(caller, hooked, weight))
+            return tensor
+        call, self._serving = self._serving, None
+        if call is None:
+            raise RuntimeError(f"a forward pass left the weight {weight.name} to code that runs after it")
+        try:  # another module's forward reads it: no pass can wait here
+            self.weights_served.add(weight.name)
+            return self._server.read([Read(call.caller, hooked, weight)], nested=True)[call.caller.variant]
+        finally:
+            self._serving = call
+
+
+def _place(request: Call | Read) -> tuple[int, int]:
+    """Where a pass waits; on all ranks the same, and in the order in which places are served."""
+    weights = request.hooked.weights
+    return request.hooked.order, weights.index(request.weight) if isinstance(request, Read) else len(weights)
 
 
 def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-def on_tensors(hooked: HookedModule, real: Callable[..., Any], call: Call, tensors: list[Tensor]) -> Any:
+def _wait(hooked: HookedModule, module: Any, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    """The layer around a hooked module's forward: a call from inside a pass waits for the hub."""
+    caller = greenlet.getcurrent()
+    if not isinstance(caller, Coroutine):
+        return inner(*args, **kwargs)
+    if caller.has_read:
+        args, kwargs = resolved(args), resolved(kwargs)
+    outcome = caller.wait(Call(caller, hooked, args, kwargs, copy_context()))
+    if not hooked.spans_blocks:
+        return outcome
+    opened = Open(hooked, outcome)
+    caller.open.append(opened)
+    opened.enter()
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        opened.leave()
+        caller.open.pop()
+
+
+def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Tensor]) -> Any:
     """The hooked module's real forward with ``tensors`` in place of its weights."""
     with swapped(hooked.weights, tensors):
         return real(*call.args, **call.kwargs)
-
-
-def _install(hooked: HookedModule) -> Callable[..., Any]:
-    """Make calls of the hooked module's forward from inside a pass wait for the hub. Returns the real forward."""
-    real = hooked.module.forward
-
-    def waiting_forward(*args: Any, **kwargs: Any) -> Any:
-        caller = greenlet.getcurrent()
-        if not isinstance(caller, _Coroutine):
-            return real(*args, **kwargs)
-        outcome = caller.parent.switch(Call(caller, hooked, args, kwargs, copy_context()))
-        if isinstance(outcome, _Raised):
-            raise outcome.error  # here, because thrown from outside it would lose its traceback
-        if not hooked.spans_blocks:
-            return outcome
-        opened = _Open(hooked, outcome)
-        caller.open.append(opened)
-        opened.enter()
-        try:
-            return real(*args, **kwargs)
-        finally:
-            caller.open.pop().leave()
-
-    hooked.module.forward = waiting_forward
-    return real
-
-
-def _uninstall(hooked: HookedModule, real: Callable[..., Any]) -> None:
-    if (
-        getattr(real, "__self__", None) is hooked.module
-        and getattr(real, "__func__", None) is type(hooked.module).forward
-    ):
-        del hooked.module.forward  # it was the class's own method
-    else:
-        hooked.module.forward = real
 
 
 def _unshared(output: Any, scratch: list[Tensor]) -> Any:
     """``output``, with whatever in it is a view of the scratch copied, for the next hooked module overwrites that."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in scratch}
 
-    def own(tensor: Tensor) -> Tensor:
+    def kept(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
 
-    return own(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, own, output)
+    return kept(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, kept, output)

@@ -9,25 +9,27 @@ from __future__ import annotations
 
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_positions: ContextVar[Tensor | None] = ContextVar("readout_positions", default=None)
+from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, layer_of, remove_layer
+
+_positions: ContextVar[Tensor | None] = ContextVar("head_slice_positions", default=None)
 
 
 @dataclass(frozen=True, eq=False)
-class SlicedHead:
-    """Replaces a head's ``forward``: only the outputs ``rows`` are computed, in that order."""
+class _SlicedHead:
+    """A layer around a head's forward: only the outputs ``rows`` are computed, in that order."""
 
-    head: nn.Linear
     rows: Tensor
     """int64 [k]"""
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        weight = self.head.weight.index_select(0, self.rows)
-        bias = None if self.head.bias is None else self.head.bias.index_select(0, self.rows)
+    def __call__(self, head: Any, inner: Forward, hidden: Tensor) -> Tensor:
+        weight = head.weight.index_select(0, self.rows)
+        bias = None if head.bias is None else head.bias.index_select(0, self.rows)
         return F.linear(hidden, weight, bias)
 
 
@@ -40,8 +42,8 @@ class HeadSlice:
 
     def __init__(self, head: nn.Linear, rows: Tensor) -> None:
         self.head = head
-        self._hook = head.register_forward_pre_hook(_select_positions)
-        head.forward = SlicedHead(head, rows)  # type: ignore[method-assign, assignment]
+        add_layer(head, Layer.HEAD_ROWS, _SlicedHead(rows))
+        add_layer(head, Layer.HEAD_POSITIONS, _at_positions)
 
     @staticmethod
     def at(positions: Tensor | None) -> Token[Tensor | None]:
@@ -55,13 +57,18 @@ class HeadSlice:
 
     def detach(self) -> None:
         """Give the head its own forward back."""
-        self._hook.remove()
-        del self.head.forward
+        remove_layer(self.head, Layer.HEAD_ROWS)
+        remove_layer(self.head, Layer.HEAD_POSITIONS)
 
 
-def _select_positions(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def head_rows(module: nn.Module) -> Tensor | None:
+    """The rows that ``module`` computes if it is a sliced head."""
+    layer = layer_of(module, Layer.HEAD_ROWS)
+    return layer.rows if isinstance(layer, _SlicedHead) else None
+
+
+def _at_positions(head: nn.Module, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     positions = _positions.get()
-    if positions is None:
-        return None
-    hidden, *rest = args
-    return (hidden[torch.arange(len(positions), device=hidden.device), positions].unsqueeze(1), *rest)
+    if positions is not None:
+        hidden = hidden[torch.arange(len(positions), device=hidden.device), positions].unsqueeze(1)
+    return inner(hidden, *args, **kwargs)

@@ -1,50 +1,70 @@
-"""Makes the variants' weights of one hooked module: into scratch, from one read of the weights, just before they are
-used."""
+"""Makes the weights of variants: those of one hooked module at a time, into scratch, just before they are used."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.hooked import HookedModule, Weight
-from mezo_dist.engines.lockstep.fanout import Call, Served, on_tensors
-from mezo_dist.engines.lockstep.head_slice import SlicedHead
+from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.lockstep.fanout import Served, on_tensors
+from mezo_dist.engines.lockstep.forwards import Forward
+from mezo_dist.engines.lockstep.head_slice import head_rows
+from mezo_dist.engines.lockstep.passes import Call, Read
 from mezo_dist.engines.lockstep.persample import with_sample_directions
 from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
+from mezo_dist.errors import UserError
 
 ALIGNMENT = 64
 """Bytes. Matrix kernels may give other bits for operands that are not aligned to their vector registers."""
 
 
+class Need(Protocol):
+    """See `Materialiser`."""
+
+    def __call__(self, hooked: HookedModule, *, keep_current: bool) -> None:
+        """Make the unit of ``hooked`` whole."""
+
+
 @final
 class Materialiser:
-    """See `Materialise` in `mezo_dist.engines.lockstep.fanout`.
+    """See `Server` in `mezo_dist.engines.lockstep.fanout`.
 
     Args:
         law: what the directions are.
         compute_dtype: dtype of what is made; the weights' own if None.
-        keep_sources: weights stay where they are while passes run, so variants without a shift may use them
-            themselves. Not so on sharded layouts, whose gathered weights are released when the passes have gone on.
+        layout: where the weights live.
+        need: makes the unit of a hooked module whole (and keeps the one that is whole now, if told so).
 
     Attributes:
         shifts: what each variant of the current passes adds to the weights; set it before they run.
+        only: names of the weights that shifts, and directions per sample, move; all trainable ones if None.
     """
 
-    def __init__(self, law: Law, compute_dtype: torch.dtype | None, *, keep_sources: bool) -> None:
+    def __init__(self, law: Law, compute_dtype: torch.dtype | None, layout: Layout, need: Need) -> None:
         self.shifts: list[Combination] = []
+        self.only: frozenset[str] | None = None
         self._law = law
         self._compute_dtype = compute_dtype
-        self._keep_sources = keep_sources
+        self._layout = layout
+        self._need = need
+        # Weights stay where they are while passes run, so variants without a shift may use them themselves. Not so on
+        # sharded layouts, whose gathered weights are released when the passes have gone on.
+        self._keep_sources = not layout.is_sharded
         self._scratch = torch.empty(0)
 
-    def __call__(self, hooked: HookedModule, calls: Sequence[Call], real: Callable[..., Any]) -> Served:
-        """The weights of ``hooked module`` under every variant among its ``calls``."""
+    def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
+        """The weights of ``hooked`` under every variant among its ``calls``."""
+        self._need(hooked, keep_current=False)
+        if self.only is not None:
+            hooked = _restricted(hooked, self.only)
         rows = plan_sparse_rows(hooked, calls, real)
         variants = sorted({call.caller.variant for call in calls})
         sources = [_source(weight.tensor.detach(), rows) for weight in hooked.weights]
@@ -58,9 +78,33 @@ class Materialiser:
         forward = None if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
             shared = forward or functools.partial(on_tensors, hooked, real)
-            head_rows = rows.indices if rows is not None and isinstance(real, SlicedHead) else None
-            forward = with_sample_directions(self._law, hooked, calls, real, shared, head_rows)
+            forward = with_sample_directions(self._law, hooked, calls, real, shared, head_rows(hooked.module))
         return Served(tensors, forward)
+
+    def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
+        """One weight under every variant among ``reads``: copies of its own, for nobody says when they are done with.
+
+        Raises:
+            UserError: a pass has a direction per sample, which only the weight's own module can apply.
+        """
+        self._need(reads[0].hooked, keep_current=nested)
+        hooked = reads[0].hooked if self.only is None else _restricted(reads[0].hooked, self.only)
+        weight = hooked.weights[reads[0].hooked.weights.index(reads[0].weight)]
+        if weight.trainable and any(read.caller.sample_shifts for read in reads):
+            raise UserError(
+                f"algorithm.per_sample: {weight.name} is used by other modules than its own, where a direction per "
+                "sample cannot be applied; set it to false, or leave it out with model.freeze"
+            )
+        source = weight.tensor.detach()
+        variants = sorted({read.caller.variant for read in reads})
+        must_copy = not self._keep_sources or not _aligned(source)
+        tensors = self._variants_of(weight, source, None, variants, torch.empty_like, must_copy)
+        return {v: nn.Parameter(tensor, requires_grad=weight.trainable) for v, tensor in tensors.items()}
+
+    def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
+        """See `Server.describe`."""
+        dtype, device = self._layout.describe(weight)
+        return self._compute_dtype if self._compute_dtype and dtype.is_floating_point else dtype, device
 
     def _variants_of(
         self,
@@ -77,21 +121,21 @@ class Materialiser:
         shifts = {v: self.shifts[v] if weight.trainable else ZERO for v in variants}
         must_copy = must_copy or dtype != source.dtype
         moved = [shift for shift in dict.fromkeys(shifts.values()) if shift or must_copy]
-        made = {shift: allocate(source, dtype=dtype) for shift in moved}
+        outputs = {shift: allocate(source, dtype=dtype) for shift in moved}
         if moved:
             self._law.add(
                 source,
                 moved,
-                list(made.values()),
+                list(outputs.values()),
                 param_id=weight.param_id,
                 shape=weight.shape,
                 rows=None if rows is None else rows.indices,
             )
-        return {v: made.get(shift, source) for v, shift in shifts.items()}
+        return {v: outputs.get(shift, source) for v, shift in shifts.items()}
 
     def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[..., Tensor]:
-        """Hands out pieces of one buffer that is kept from hooked module to hooked module: fresh memory costs page
-        faults."""
+        """An allocator that hands out pieces of one buffer. The buffer is kept from one hooked module to the next,
+        because fresh memory costs page faults."""
         sizes = (source.numel() * (self._compute_dtype or source.dtype).itemsize for source in sources)
         need = sum(map(_padded, sizes)) * copies
         if self._scratch.numel() < need or self._scratch.device != sources[0].device:
@@ -106,6 +150,12 @@ class Materialiser:
             return piece
 
         return allocate
+
+
+def _restricted(hooked: HookedModule, names: frozenset[str]) -> HookedModule:
+    """``hooked``, of whose weights only those called ``names`` may move."""
+    weights = [dataclasses.replace(w, trainable=w.trainable and w.name in names) for w in hooked.weights]
+    return dataclasses.replace(hooked, weights=tuple(weights))
 
 
 def _source(tensor: Tensor, rows: Rows | None) -> Tensor:

@@ -19,8 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
-from mezo_dist.engines.lockstep.fanout import Call
-from mezo_dist.engines.lockstep.head_slice import SlicedHead
+from mezo_dist.engines.lockstep.passes import Call
 from mezo_dist.errors import UserError
 
 Forward = Callable[[Call, list[Tensor]], Any]
@@ -34,7 +33,7 @@ def with_sample_directions(
     shared: Forward,
     rows: Tensor | None,
 ) -> Forward:
-    """A forward of ``hooked module`` that adds each sample's own direction to what ``shared`` computes.
+    """A forward of ``hooked`` that adds each sample's own direction to what ``shared`` computes.
 
     Linear layers, embeddings and heads under a `HeadSlice` are corrected in activation space. Modules whose weights are
     vectors (norms) run once, mapped over the samples' own weights. Any other module runs sample by sample, which is
@@ -42,15 +41,14 @@ def with_sample_directions(
 
     Args:
         law: the run's directions (low-rank).
-        hooked module: where.
+        hooked: the module, with its weights.
         calls: the waiting calls; directions are made once for all of them.
         real: the hooked module's own forward.
         shared: the forward on weights that all samples share: takes a call and its variant's tensors.
         rows: rows of the weights that ``shared`` works on, if not all.
 
     Raises:
-        UserError: directions of trainable weights of ``hooked module`` cannot be applied sample by sample; here, or
-            when the
+        UserError: directions of trainable weights of ``hooked`` cannot be applied sample by sample; here, or when the
             forward is called.
     """
     if not any(weight.trainable for weight in hooked.weights):
@@ -58,7 +56,7 @@ def with_sample_directions(
     if hooked.spans_blocks:
         return _spanning(hooked, shared)
     seeds = sorted({seed for call in calls for c in call.caller.sample_shifts for seed, _ in c.terms})
-    if isinstance(real, SlicedHead) or hooked.kind in (nn.Linear, Conv1D):
+    if rows is not None or hooked.kind in (nn.Linear, Conv1D):
         moved = _linear(law, hooked, seeds, shared, rows)
     elif hooked.kind is nn.Embedding:
         moved = _embedding(law, hooked, seeds, shared)
@@ -70,8 +68,8 @@ def with_sample_directions(
 
 
 def _spanning(hooked: HookedModule, shared: Forward) -> Forward:
-    """Weights that are tied to those of inner hooked modules move there; any others would stay put, and be updated by
-    noise."""
+    """Weights that are tied to those of inner hooked modules move there. Any others would not move at all, and would be
+    updated by noise."""
     inner = {id(parameter) for child in hooked.module.children() for parameter in child.parameters()}
     alone = [weight.name for weight in hooked.weights if weight.trainable and id(weight.tensor) not in inner]
     if alone:
@@ -162,7 +160,7 @@ def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callabl
         for i, shift in enumerate(shifts):
             for seed, c in shift.terms:
                 mixing[i, place[seed]] = c
-        own = [
+        moved = [
             tensor + (mixing @ directions[w.attribute]).to(tensor.device, tensor.dtype) if w.trainable else tensor
             for w, tensor in zip(hooked.weights, tensors, strict=True)
         ]
@@ -177,7 +175,7 @@ def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callabl
             raise _not_by_sample(hooked, x, len(shifts))
         weight_axes = [0 if w.trainable else None for w in hooked.weights]
         with swapped(hooked.weights, tensors):  # puts back what `on_sample` leaves there
-            mapped = torch.vmap(on_sample, in_dims=(weight_axes, 0))(own, x.unflatten(0, (len(shifts), -1)))
+            mapped = torch.vmap(on_sample, in_dims=(weight_axes, 0))(moved, x.unflatten(0, (len(shifts), -1)))
         return pytree.tree_map(lambda y: y.flatten(0, 1), mapped)
 
     return forward
@@ -188,17 +186,21 @@ def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., Any]) -> For
         n = len(call.caller.sample_shifts)
         outputs = []
         for i, shift in enumerate(call.caller.sample_shifts):
-            own = [torch.empty_like(t) if w.trainable else t for w, t in zip(hooked.weights, tensors, strict=True)]
-            for w, t, target in zip(hooked.weights, tensors, own, strict=True):
+            moved = [torch.empty_like(t) if w.trainable else t for w, t in zip(hooked.weights, tensors, strict=True)]
+            for w, t, target in zip(hooked.weights, tensors, moved, strict=True):
                 if w.trainable:
                     law.add(t.contiguous(), [shift], [target], param_id=w.param_id, shape=w.shape)
             args = [_slice(hooked, argument, i, n) for argument in call.args]
             kwargs = {name: _slice(hooked, argument, i, n) for name, argument in call.kwargs.items()}
-            with swapped(hooked.weights, own):
+            with swapped(hooked.weights, moved):
                 outputs.append(real(*args, **kwargs))
-        return pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)  # some give several tensors (routers)
+        return pytree.tree_map(_joined, *outputs)  # some modules give several tensors, or None among them
 
     return forward
+
+
+def _joined(*parts: Any) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def _slice(hooked: HookedModule, argument: Any, i: int, n: int) -> Any:

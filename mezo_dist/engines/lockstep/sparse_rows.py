@@ -1,4 +1,4 @@
-"""Tables of which a forward pass needs only some rows: only those are materialised.
+"""Sparse rows: of tables of which a forward pass needs only some rows, only those are materialised.
 
 An embedding looks up the tokens of the batch; an output head read at the label words computes only those. Directions
 can start at any element, so the rows have the same bits as in the whole table.
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezo_dist.engines.hooked import HookedModule
-from mezo_dist.engines.lockstep.fanout import Call
-from mezo_dist.engines.lockstep.head_slice import SlicedHead
+from mezo_dist.engines.lockstep.head_slice import head_rows
+from mezo_dist.engines.lockstep.passes import Call
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows ``indices`` (int64 [k]) of every weight of a hooked module, and the forward that works on those rows
-    alone."""
+    """The rows ``indices`` (int64 [k]) of every weight of a hooked module, and a forward that needs no others."""
 
     indices: Tensor
     forward: Callable[[Call, list[Tensor]], Any]
 
 
 def plan_sparse_rows(hooked: HookedModule, calls: Sequence[Call], real: Callable[..., Any]) -> Rows | None:
-    """The rows that ``calls`` of ``hooked module`` need, or None if its whole weights are needed.
+    """The rows that ``calls`` of ``hooked`` need, or None if its whole weights are needed.
 
     Only plain ``nn.Embedding`` lookups and heads under a `HeadSlice` qualify: for any other class (scaled embeddings,
     position tables) and any replaced forward the module's own code decides what it does with its weights.
     """
-    if isinstance(real, SlicedHead):
-        return Rows(real.rows, _linear_rows)
+    rows_of_head = head_rows(hooked.module)
+    if rows_of_head is not None:
+        return Rows(rows_of_head, _linear_rows)
     is_plain = getattr(real, "__func__", None) is nn.Embedding.forward
     if not isinstance(hooked.module, nn.Embedding) or not is_plain or hooked.module.max_norm is not None:
         return None

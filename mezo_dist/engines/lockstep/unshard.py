@@ -1,8 +1,8 @@
-"""Which units are whole at the moment: one, those that stay, and perhaps the next one on its way.
+"""The unshard schedule: which units are whole at the moment. One is, those that stay, and perhaps the next one soon.
 
-Ranks must gather the same units in the same order, or collectives of different sizes meet. So before each gather they
-meet and compare which unit it is for: a rank whose forward passes take another path through the model is named on all
-ranks, where it would have hung (or killed) them.
+Ranks must gather the same units in the same order, or collectives of different sizes meet. So before each gather the
+ranks compare which unit it is for. A rank whose forward passes take another path through the model is named on all
+ranks; without that, it would make them hang or crash.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mezo_dist.engines.units import Unit
 
 @final
 class UnshardSchedule:
-    """UnshardSchedule units as passes come to them, and releases them behind.
+    """Makes units whole as passes come to them, and releases them behind.
 
     Args:
         layout: where the weights live.
@@ -33,13 +33,13 @@ class UnshardSchedule:
         self._coming: Unit | None = None
         self._staying: list[Unit] = []
 
-    def need(self, unit: Unit) -> None:
-        """Make ``unit`` whole. What was whole before may be released."""
+    def need(self, unit: Unit, *, keep_current: bool = False) -> None:
+        """Make ``unit`` whole. What was whole before may be released, unless ``keep_current``."""
         if not self._layout.is_sharded or unit is self._current or unit in self._staying:
             return
         if self._current is not None:
             self._next[self._current] = unit
-            self._release_current()
+            self._release_current(keep=keep_current)
         if self._coming is not unit:
             self._drop_coming()
             self._start(unit)
@@ -60,9 +60,9 @@ class UnshardSchedule:
         while self._staying:
             self._layout.release(self._staying.pop())
 
-    def _release_current(self) -> None:
+    def _release_current(self, *, keep: bool) -> None:
         assert self._current is not None
-        if self._current.stays:
+        if keep or self._current.stays:
             self._staying.append(self._current)
         else:
             self._layout.release(self._current)

@@ -1,0 +1,136 @@
+"""Weights that a model reads without calling the module that owns them: ``F.conv1d(x, self.conv.weight)``.
+
+While passes run, the parameters of every hooked module are kept in a dict that knows who reads them. The module's own
+served forward gets the tensors that were put there for it. Other code of a pass gets a `WeightHandle`, which says what
+shape, dtype and device the pass's weight has, and becomes that weight as soon as something is computed with it. So
+code that only asks for ``weight.dtype`` costs nothing, and is told the dtype of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mezo_dist.engines.hooked import HookedModule, Weight
+
+Resolve = Callable[[], Tensor]
+"""The weight that a handle stands for, as the pass sees it that is running."""
+
+_PROPERTIES = "dtype device shape ndim layout requires_grad is_cuda is_cpu is_meta is_sparse is_quantized itemsize"
+_METHODS = "size dim numel nelement ndimension element_size is_floating_point is_complex __len__"
+_DESCRIBING = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    *(getattr(torch, name) for name in ("is_floating_point", "is_complex", "numel")),
+}
+"""Functions of a tensor that need none of its elements."""
+
+
+@final
+class WeightHandle(Tensor):
+    """A weight that is made when it is used; see above."""
+
+    _is_param = True  # isinstance(handle, nn.Parameter)
+    _name: str
+    _resolve: Resolve
+    _value: Tensor | None
+
+    @staticmethod
+    def make(weight: Weight, dtype: torch.dtype, device: torch.device, resolve: Resolve) -> WeightHandle:
+        """A handle of ``weight``, which will have ``dtype`` and be on ``device``."""
+        handle: WeightHandle = Tensor._make_wrapper_subclass(
+            WeightHandle, weight.shape, dtype=dtype, device=device, requires_grad=weight.trainable
+        )
+        handle._name, handle._resolve, handle._value = weight.name, resolve, None
+        return handle
+
+    def value(self) -> Tensor:
+        """The weight itself. It lives as long as the handle."""
+        if self._value is None:
+            self._value = self._resolve()
+        return self._value
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _DESCRIBING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], WeightHandle) and _writes(name):
+            raise NotImplementedError(f"the model's forward pass writes to its weight {args[0]._name} ({name})")
+        return func(*resolved(args), **resolved(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        names = [leaf._name for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, WeightHandle)]
+        raise NotImplementedError(f"the model hands {', '.join(names)} to compiled code ({func}) inside a forward pass")
+
+
+def _writes(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+
+
+def resolved(values: Any) -> Any:
+    """``values`` (any nest of containers) with weights in place of handles."""
+    return pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
+
+
+@final
+class WatchedParameters(dict[str, "nn.Parameter | None"]):
+    """The ``_parameters`` of a module while passes run. Writing to it, and ``update`` from it, are those of a dict.
+
+    Args:
+        owner: the module.
+        hooked: the hooked module that its weights belong to.
+        read: None for code that is to get what is in the dict; else the handle that it gets.
+    """
+
+    def __init__(
+        self, owner: nn.Module, hooked: HookedModule, read: Callable[[HookedModule, Weight], Tensor | None]
+    ) -> None:
+        super().__init__(owner._parameters)
+        self._hooked = hooked
+        self._read = read
+        self._weights = {weight.attribute: weight for weight in hooked.weights if weight.owner is owner}
+
+    def __getitem__(self, name: str) -> Any:
+        weight = self._weights.get(name)
+        handle = None if weight is None else self._read(self._hooked, weight)
+        return super().__getitem__(name) if handle is None else handle
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """See dict."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def items(self) -> Any:
+        """See dict; this is what ``module.parameters()`` reads."""
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        """See dict."""
+        return {name: self[name] for name in self}.values()
+
+
+def watch(
+    hooked: HookedModule, read: Callable[[HookedModule, Weight], Tensor | None]
+) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter | None]]]:
+    """Watch the parameters of all modules whose weights ``hooked`` has. Yields what `unwatch` needs."""
+    for owner in dict.fromkeys(weight.owner for weight in hooked.weights):
+        before = owner._parameters
+        owner.__dict__["_parameters"] = WatchedParameters(owner, hooked, read)
+        yield owner, before
+
+
+def unwatch(owner: nn.Module, before: dict[str, nn.Parameter | None]) -> None:
+    """Undo `watch`. What was put into the module since (sharded layouts do) stays there."""
+    before.update(owner._parameters)
+    owner.__dict__["_parameters"] = before
