@@ -80,7 +80,6 @@ class Engine:
         self._fanout = FanOut(hooked_modules, self._materialise)
         self._anchor = Anchor(self.layout, self.trainable)
 
-    @torch.no_grad()
     def evaluate(
         self,
         variants: Sequence[Variant],
@@ -92,8 +91,25 @@ class Engine:
     ) -> list[list[Any]]:
         """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``.
 
-        Results are the same bits whatever the other items and variants are, and on every layout. Variants of the kept
-        copy (`copy_anchor`) go through the model by themselves, after the others.
+        `evaluate_groups`, with all results at once. Arguments and errors are its.
+        """
+        groups = self.evaluate_groups(variants, items, forward, most=most, filler=filler)
+        return [row for group in groups for row in group]
+
+    def evaluate_groups(
+        self,
+        variants: Sequence[Variant],
+        items: Sequence[ItemT],
+        forward: Callable[[nn.Module, ItemT], Any],
+        *,
+        most: int = 0,
+        filler: ItemT | None = None,
+        width: int | None = None,
+    ) -> Iterator[list[list[Any]]]:
+        """Evaluate ``width`` items at a time in lock step; the results of one such group after another.
+
+        Results are the same bits whatever the other items and variants are, and on every layout. Variants of the copied
+        anchor (`copy_anchor`) go through the model by themselves, after the others of their group.
 
         Args:
             variants: what to evaluate.
@@ -102,54 +118,62 @@ class Engine:
             most: the largest number of items that a rank has. A rank with fewer goes along on sharded layouts, so that
                 all gather the same weights: it runs ``filler`` where it has nothing left, and throws the result away.
             filler: any micro-batch.
+            width: items of a group; the engine's own ``width`` if None.
 
         Raises:
             NotImplementedError: per-sample directions that are not low-rank.
             UserError: per-sample directions on weights that cannot have them.
             OutOfStepError: ranks gather different units: their passes take different ways through the model.
-            RuntimeError: a variant of a copy that was never kept.
+            RuntimeError: a variant of the anchor, which was never copied.
         """
         if any(variant.per_sample for variant in variants) and not self.law.is_lowrank:
             raise NotImplementedError(f"a direction per sample needs law lowrank, not {self.law.name}")
+        most = max(len(items), most if self.layout.is_sharded else 0)
+        step = width or self.width or max(1, most)
+        for start in range(0, most, step):
+            yield self._evaluate_group(variants, items[start : start + step], forward, filler)
+
+    @torch.no_grad()
+    def _evaluate_group(
+        self,
+        variants: Sequence[Variant],
+        items: Sequence[ItemT],
+        forward: Callable[[nn.Module, ItemT], Any],
+        filler: ItemT | None,
+    ) -> list[list[Any]]:
         results: list[list[Any]] = [[None] * len(variants) for _ in items]
         for base, place in (("current", contextlib.nullcontext), ("anchor", self._anchor.in_place)):
             chosen = [v for v, variant in enumerate(variants) if variant.base == base]
             if not chosen:
                 continue
             with place():
-                rows = self._evaluate([variants[v] for v in chosen], items, forward, most, filler)
+                rows = self._evaluate_in_place([variants[v] for v in chosen], items, forward, filler)
             for row, some in zip(results, rows, strict=True):
                 for v, result in zip(chosen, some, strict=True):
                     row[v] = result
         return results
 
-    def _evaluate(
+    def _evaluate_in_place(
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
         forward: Callable[[nn.Module, ItemT], Any],
-        most: int,
         filler: ItemT | None,
     ) -> list[list[Any]]:
-        """`evaluate` on variants of the current contents of the weights."""
+        """All items on variants of the current contents of the weights, in lock step."""
         self._materialise.shifts = [variant.shift for variant in variants]
-        results: list[list[Any]] = []
-        most = max(len(items), most if self.layout.is_sharded else 0)
-        width = self.width or max(1, most)
-        for start in range(0, most, width):
-            group = items[start : start + width]
-            passes = [
-                ForwardPass(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
-                for item in group
-                for v, variant in enumerate(variants)
-            ]
-            if not passes and filler is not None:
+        passes = [
+            ForwardPass(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
+            for item in items
+            for v, variant in enumerate(variants)
+        ]
+        if not passes:
+            if filler is not None:
                 self._run([ForwardPass(0, functools.partial(forward, self.model, filler))])
-                continue
-            alone = [[forward_pass] for forward_pass in passes]
-            flat = [result for some in (alone if self.one_by_one else [passes]) for result in self._run(some)]
-            results += [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
-        return results
+            return []
+        alone = [[forward_pass] for forward_pass in passes]
+        flat = [result for some in (alone if self.one_by_one else [passes]) for result in self._run(some)]
+        return [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
 
     @contextlib.contextmanager
     def moving_only(self, names: Iterable[str]) -> Iterator[None]:

@@ -71,6 +71,9 @@ class Optimizer(Generic[BatchT]):
             where
             it was, and `num_steps_done` says how far that is.
         max_skipped: steps in a row that may be skipped for a loss that is not finite.
+        probe: before the first step, hold the losses of one micro-batch under a shift of the weights against those of
+            really changed weights, in five more forward passes: a model that uses weights in a way that cannot be
+            followed is refused, by the name of the weight. Sharded layouts are not probed here.
 
     Attributes:
         engine: evaluates variants and owns the weights (`mezo_dist.engines.engine.Engine`).
@@ -115,6 +118,7 @@ class Optimizer(Generic[BatchT]):
         trajectory: str | Path | None = None,
         resume: bool = False,
         max_skipped: int = 10,
+        probe: bool = True,
     ) -> None:
         self._comm = comm = comm or join()
         per_sample = bool(getattr(algorithm, "per_sample", False))
@@ -130,7 +134,7 @@ class Optimizer(Generic[BatchT]):
             stochastic_rounding=stochastic,
             width=width,
         )
-        self._rounds = Rounds(self.engine, comm, num_samples)
+        self._rounds = Rounds(self.engine, comm, num_samples, probe=probe)
         full_size = self._rounds.count(full_batch)[1] if full_batch is not None and per_sample else 1
         check_something_decays(algorithm, ((s.name, len(s.shape)) for s in self.engine.trainable_shards()))
         eps = settle_eps(self.engine, comm, algorithm, seed)

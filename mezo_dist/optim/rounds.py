@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, final
@@ -13,8 +14,11 @@ from mezo_dist.algorithms.base import Evaluation, Losses
 from mezo_dist.distributed.communicator import Communicator, OutOfStepError
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.loss_table import LossTable
+from mezo_dist.engines.probe import check_model
 from mezo_dist.errors import LostRankError, UserError
 from mezo_dist.optim.losses import BatchT, LossFunction, loss_and_weight
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +38,13 @@ class Rounds(Generic[BatchT]):
         engine: owns the weights.
         comm: the processes.
         num_samples: number of samples of a micro-batch.
+        probe: hold losses under a shift against really changed weights, before the first round.
     """
 
-    def __init__(self, engine: Engine, comm: Communicator, num_samples: Callable[[BatchT], int]) -> None:
-        self._engine, self._comm, self._num_samples = engine, comm, num_samples
+    def __init__(
+        self, engine: Engine, comm: Communicator, num_samples: Callable[[BatchT], int], *, probe: bool
+    ) -> None:
+        self._engine, self._comm, self._num_samples, self._must_probe = engine, comm, num_samples, probe
 
     def count(self, batch: Sequence[BatchT]) -> tuple[int, int, int]:
         """Samples of the processes before this one, samples of all processes, and the largest number of micro-batches
@@ -73,6 +80,7 @@ class Rounds(Generic[BatchT]):
             return losses, weights
 
         try:
+            self._probe(request, items, forward)
             rows = self._engine.evaluate(
                 request.variants, items, forward, most=most, filler=items[0] if items else None
             )
@@ -103,6 +111,26 @@ class Rounds(Generic[BatchT]):
             items.append(MicroBatch(content, tuple(range(place, stop))))
             place = stop
         return items, total, most
+
+    def _probe(
+        self,
+        request: Evaluation,
+        items: Sequence[MicroBatch[BatchT]],
+        forward: Callable[[nn.Module, MicroBatch[BatchT]], tuple[Tensor, Tensor]],
+    ) -> None:
+        """See `mezo_dist.engines.probe`: this model and loss are right, or refused, before the first step."""
+        if self._must_probe and items:
+            self._must_probe = False
+            if self._engine.layout.is_sharded:
+                log.info("losses under a shift are not probed: ranks of a sharded layout have no micro-batch in common")
+                return
+            check_model(
+                self._engine,
+                items[0],
+                lambda model, item: forward(model, item)[0],
+                per_sample=request.each_sample,
+                processes=self._comm.ranks_here,
+            )
 
     def _tell_others(self, table: LossTable, mark: int) -> None:
         """Let the other processes end at once, where they would wait for this one's losses."""

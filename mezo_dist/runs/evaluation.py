@@ -11,8 +11,9 @@ import torch
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
 from mezo_dist.config.task import Metric
 from mezo_dist.distributed.communicator import Communicator, fingerprint
-from mezo_dist.distributed.fixed_point import MAX_SUM, ONE, mean, to_fixed
+from mezo_dist.distributed.fixed_point import ONE, mean, to_fixed
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.loss_table import LossTable
 from mezo_dist.objectives.calibration import best_offsets, calibrated_loss
 from mezo_dist.objectives.classification import Objective, Scores, cross_entropy
 from mezo_dist.runs.work_split import WorkSplit
@@ -33,8 +34,8 @@ class Evaluator:
     """Micro-batches that go through the model together; if None, as many as `capacity` allows."""
     capacity: int = 1
     """Tokens, counted once for every pass that they are in, that may be in the model at a time; equal on all ranks."""
-    sharing: WorkSplit | None = None
-    """How rounds are shared out over the ranks; if None, every rank evaluates all variants."""
+    work_split: WorkSplit | None = None
+    """How rounds are split over the ranks; if None, every rank evaluates all variants."""
     calibrated_classes: int = 0
     """If not 0: losses of batches are calibrated ones, over so many classes; see `mezo_dist.objectives.calibration`."""
 
@@ -49,27 +50,11 @@ class Evaluator:
         if self.calibrated_classes:
             return self._calibrated_losses(request, batch, mark)
         num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
-        columns = num_samples if request.each_sample else 1
-        table = torch.zeros(len(request.variants), columns, 2, dtype=torch.int64)
-        sound = True
+        table = LossTable(len(request.variants), num_samples if request.each_sample else 0, self.comm.world_size)
         for micro_batch, scores in self._evaluate(request.variants, batch):
-            slots = (
-                torch.tensor(micro_batch.slots)
-                if request.each_sample
-                else torch.zeros(len(micro_batch.slots), dtype=torch.int64)
-            )
             for variant, score in scores:
-                loss, finite = to_fixed(score.loss)
-                sound = sound and bool(finite.all()) and _fits(table[variant], loss, self.comm.world_size)
-                table[variant].index_add_(0, slots, torch.stack([loss, score.weight], dim=1))
-        message = torch.cat([torch.tensor([0 if sound else 1]), table.flatten()])
-        total = self.comm.round(message, fingerprint(*mark, _describe(request)))
-        if int(total[0]):
-            return None
-        sums = total[1:].view(table.shape).tolist()
-        means = tuple(mean(sum(loss for loss, _ in row), sum(weight for _, weight in row)) for row in sums)
-        each = tuple(tuple(mean(loss, weight) for loss, weight in row) for row in sums)
-        return Losses(means, each if request.each_sample else ())
+                table.add(variant, micro_batch.slots, score.loss, score.weight)
+        return table.total(self.comm, fingerprint(*mark, _describe(request)))
 
     def offsets(self, batch: Sequence[MicroBatch], advance: Callable[[int], None] = lambda _: None) -> torch.Tensor:
         """The best offset of every class for ``batch``, under the current weights; fp32 [classes], on all ranks.
@@ -170,21 +155,19 @@ class Evaluator:
 
         Each with the scores of this rank's variants, whose places in ``variants`` come with them.
         """
-        share = (self.sharing or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
+        share = (self.work_split or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
         width = self.width or max(1, self.capacity // (share.most_variants * max(item.cost for item in batch)))
-        for first in range(0, share.most_micro_batches, width):
-            some = share.micro_batches[first : first + width]
-            # Every rank comes here equally often and takes a pass along, so that all gather the same weights.
-            taken = [variants[v] for v in share.variants]
-            results = self.engine.evaluate(taken, some, self.objective, most=1, filler=batch[0])
-            for micro_batch, scores in zip(some, results, strict=True):
-                yield micro_batch, list(zip(share.variants, scores, strict=True))
-
-
-def _fits(row: torch.Tensor, loss: torch.Tensor, world_size: int) -> bool:
-    """Whether the sums stay below 62 bits, also after adding those of the other ranks."""
-    magnitude = sum(abs(value) for value in loss.tolist()) + max(abs(value) for value in row[:, 0].tolist())
-    return magnitude < MAX_SUM // world_size
+        groups = self.engine.evaluate_groups(
+            [variants[v] for v in share.variants],
+            share.micro_batches,
+            self.objective,
+            most=share.most_micro_batches,
+            filler=batch[0],
+            width=width,
+        )
+        rows = (row for group in groups for row in group)
+        for micro_batch, scores in zip(share.micro_batches, rows, strict=True):
+            yield micro_batch, list(zip(share.variants, scores, strict=True))
 
 
 def _describe(request: Evaluation) -> object:

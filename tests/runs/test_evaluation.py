@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +29,9 @@ class FakeEngine:
     model: Any = None
     asked: list[int] = field(default_factory=list)
 
-    def evaluate(self, variants: Any, items: Any, forward: Any, **_: Any) -> list[list[Scores]]:
+    def evaluate_groups(self, variants: Any, items: Any, forward: Any, **_: Any) -> Iterator[list[list[Scores]]]:
         self.asked.append(len(variants))
-        return [[self._scores(item) for _ in variants] for item in items]
+        yield [[self._scores(item) for _ in variants] for item in items]
 
     def _scores(self, item: MicroBatch) -> Scores:
         ones = torch.ones(len(item.slots), dtype=torch.int64)

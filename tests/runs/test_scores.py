@@ -27,13 +27,15 @@ def score(losses: torch.Tensor) -> float:
         slots = tuple(range(SIZE * number, SIZE * number + len(part)))
         batch.append(MicroBatch(slots, {"input_ids": zeros[:, None]}, zeros, zeros))
 
-    def evaluate(variants: Sequence[Any], items: Sequence[MicroBatch], *_: Any, **__: Any) -> Iterator[list[Scores]]:
+    def evaluate_groups(
+        variants: Sequence[Any], items: Sequence[MicroBatch], *_: Any, **__: Any
+    ) -> Iterator[list[list[Scores]]]:
         for item in items:
             loss = losses[list(item.slots)]
             ones = torch.ones(len(loss), dtype=torch.int64)
-            yield [Scores(loss, ones, ones - 1, torch.zeros(len(loss), 2))]
+            yield [[Scores(loss, ones, ones - 1, torch.zeros(len(loss), 2))]]
 
-    engine = cast(Engine, SimpleNamespace(evaluate=evaluate))
+    engine = cast(Engine, SimpleNamespace(evaluate_groups=evaluate_groups))
     evaluator = Evaluator(engine, cast(Objective, None), Communicator())
     return evaluator.score(batch, "accuracy", 2, lambda _: None)["loss"]
 
