@@ -80,14 +80,26 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
 
 
 def write_tiny_model(folder: Path, kind: str, seed: int = 0) -> Path:
-    """Save `tiny_model` and `tiny_tokenizer` in ``folder``, for ``from_pretrained`` to load; returns the folder."""
+    """Save `tiny_model` and `tiny_tokenizer` in ``folder``, for ``from_pretrained`` to load; returns the folder.
+
+    Args:
+        folder: where to; made if need be.
+        kind: see `tiny_model`.
+        seed: of the random weights.
+    """
     tiny_model(kind, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def write_tiny_data(path: Path, num_rows: int = 96, seed: int = 0) -> Path:
-    """A .jsonl file of short made-up reviews with fields ``text`` and ``label`` (0 or 1, alternating)."""
+    """A .jsonl file of short made-up reviews with fields ``text`` and ``label`` (0 or 1, alternating).
+
+    Args:
+        path: of the file.
+        num_rows: number of reviews.
+        seed: of the random words.
+    """
     draw = random.Random(seed)
     rows = []
     for number in range(num_rows):
@@ -99,7 +111,13 @@ def write_tiny_data(path: Path, num_rows: int = 96, seed: int = 0) -> Path:
 
 
 def write_tiny_config(folder: Path, kind: str = "llama-tied", algorithm: str = "mezo-svrg", **train: int) -> Path:
-    """A config, with model and data beside it, that trains in about a second; returns the config file."""
+    """A config, with model and data beside it, that trains in about a second; returns the config file.
+
+    Args:
+        folder: where to; made if need be.
+        kind: see `tiny_model`.
+        algorithm: its name.
+    """
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,11 @@ def build(name: str, settings: Settings, problem: Problem) -> Algorithm[Any]:
     """The planner ``name`` with its ``settings``, an instance of the config class in `ALGORITHMS`.
 
     What its state is depends on ``name``: only the planner itself looks into it.
+
+    Args:
+        name: a name in `ALGORITHMS`.
+        settings: an instance of the config class that stands there.
+        problem: what the algorithm may know about the run.
     """
     planner: Algorithm[Any] = ALGORITHMS[name][1](settings, problem)
     return planner

@@ -130,6 +130,12 @@ class Problem:
         """Seed of the ``index``-th direction drawn at ``step``; every rank derives it, nobody sends it.
 
         With ``pool``, one of a pool of so many seeds, the same at all steps.
+
+        Args:
+            step: number of the step.
+            index: number of the direction in the step.
+            pool: size of a fixed pool of seeds to draw from, the same at all steps; None: every direction has a
+                seed of its own.
         """
         seed = derive_seed(self.seed, "direction", step, index)
         return seed if pool is None else derive_seed(self.seed, "pool", seed % pool)
@@ -147,7 +153,13 @@ class Algorithm(Protocol[StateT]):
         """The first round of forward passes of ``step``."""
 
     def update(self, state: StateT, step: int, rounds: Sequence[Losses]) -> Update[StateT] | Evaluation:
-        """The update, given the losses of the rounds so far; or a further round, if those were not enough."""
+        """The update, given the losses of the rounds so far; or a further round, if those were not enough.
+
+        Args:
+            state: the state before the step.
+            step: number of the step.
+            rounds: losses of the rounds so far.
+        """
 
 
 def state_to_json(state: Any) -> Any:

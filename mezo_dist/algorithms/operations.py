@@ -47,7 +47,13 @@ class EditableWeights(Protocol):
         """Do `CopyAnchor`."""
 
     def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
-        """Do `Scale`; ``rounding_seed`` is for weights that are rounded stochastically."""
+        """Do `Scale`; ``rounding_seed`` is for weights that are rounded stochastically.
+
+        Args:
+            factor: an fp32 value.
+            rounding_seed: seed of stochastic rounding, for weights that are rounded so.
+            exempt_vectors: leave weights with fewer than two dimensions alone.
+        """
 
     def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
         """Do one `Add` after another, given as (combination, rounding seed): the same bits as one call for each."""

@@ -105,7 +105,13 @@ class Plateau:
     """Windows that are complete."""
 
     def after(self, loss: float, rule: Annealing, window: int) -> Plateau:
-        """The state after one more loss that counts; ``window`` of them make a window."""
+        """The state after one more loss that counts; ``window`` of them make a window.
+
+        Args:
+            loss: training loss of the step.
+            rule: the plateau rule.
+            window: number of losses in a window.
+        """
         if not rule.is_on:
             return self
         total, count = self.total + loss, self.count + 1

@@ -82,7 +82,13 @@ def algorithm_name(name: Any, where: str) -> str:
 
 
 def unknown(name: str, settings: Mapping[str, Setting], algorithm: str) -> str:
-    """What to say about a name that is no setting: whose it is, the nearest one, or those that there are."""
+    """What to say about a name that is no setting: whose it is, the nearest one, or those that there are.
+
+    Args:
+        name: dotted name that was given.
+        settings: all settings that there are, by dotted name.
+        algorithm: name of the algorithm that the config chose.
+    """
     if name in settings:
         section, _, leaf = name.rpartition(".")
         return f"{name} must stand in its section {section}, as {leaf}"

@@ -75,7 +75,13 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
 
 
 def open_store(me: ClusterEnvironment, where: str, deadline: float) -> dist.Store:
-    """The key-value store where the ranks meet: rank 0 holds it, but under torchrun, whose agent does."""
+    """The key-value store where the ranks meet: rank 0 holds it, but under torchrun, whose agent does.
+
+    Args:
+        me: what the launcher said about this process.
+        where: URL at which ranks meet.
+        deadline: time (`time.monotonic`) at which to give up.
+    """
     left = datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
     if not where.startswith("tcp://") or _has_agent():
         return next(dist.rendezvous(where, timeout=left, rank=me.rank, world_size=me.world_size))[0]

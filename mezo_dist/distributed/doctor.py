@@ -143,7 +143,13 @@ def _meeting_point(me: environment.ClusterEnvironment, timeout_s: float) -> list
 
 
 def unreachable(address: str, port: int, timeout_s: float) -> tuple[str, str] | None:
-    """Why nothing can be connected to at ``address``, and what to do; None if it can, within ``timeout_s``."""
+    """Why nothing can be connected to at ``address``, and what to do; None if it can, within ``timeout_s``.
+
+    Args:
+        address: host name or address.
+        port: TCP port.
+        timeout_s: seconds to try.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         try:

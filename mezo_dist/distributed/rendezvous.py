@@ -76,6 +76,11 @@ def wait_until_connected(store: dist.Store, world_size: int, timeout_s: float) -
     gloo says that it is as soon as a rank's own ends are. If that rank then stopped at once (for a bad setting, say),
     those that still connect would now and then be aborted, without a word about why.
 
+    Args:
+        store: from `rendezvous`.
+        world_size: number of ranks.
+        timeout_s: seconds to wait for them.
+
     Raises:
         torch.distributed.DistError: not all came within ``timeout_s`` seconds.
     """

@@ -1,4 +1,4 @@
-"""Who keeps the others waiting: nobody should have to sit in silence before a rank that hangs.
+"""The watchdog says which ranks keep the others waiting: nobody should sit in silence before a rank that hangs.
 
 Nothing is sent while all goes well. A rank that has waited in a collective for longer than its patience notes that in
 the key-value store where the ranks met, and reads what the others noted: those that do not wait are the late ones.

@@ -16,7 +16,13 @@ from mezo_dist.engines.engine import Engine
 @contextlib.contextmanager
 def whole_weights_changed(engine: Engine, shift: Combination, names: Collection[str]) -> Iterator[None]:
     """Within, the weights called ``names`` of a replicated model are those of a variant, and all have the dtype of the
-    forward pass. The weights themselves are not written to."""
+    forward pass. The weights themselves are not written to.
+
+    Args:
+        engine: owns the weights.
+        shift: what is added to them.
+        names: canonical names of the weights that change.
+    """
     before: dict[nn.Parameter, Tensor] = {}
     try:
         for name, parameter in engine.model.named_parameters():
@@ -37,7 +43,13 @@ def whole_weights_changed(engine: Engine, shift: Combination, names: Collection[
 @contextlib.contextmanager
 def shards_changed(engine: Engine, shift: Combination, names: Collection[str]) -> Iterator[None]:
     """Within, this rank's shards of the weights called ``names`` have the values that a variant has once it is
-    gathered and cast, so that rounding them on that way once more changes nothing."""
+    gathered and cast, so that rounding them on that way once more changes nothing.
+
+    Args:
+        engine: owns the shards.
+        shift: what is added to them.
+        names: canonical names of the weights that change.
+    """
     weights = {w.name: w for unit in engine.layout.units for h in unit.hooked_modules for w in h.weights}
     before: dict[str, Tensor] = {}
     try:

@@ -213,6 +213,11 @@ class Engine:
         """weights <- factor (an fp32 value) * weights, in place; rounded as by `add`.
 
         With ``exempt_vectors`` only the weights that `decays` names are multiplied.
+
+        Args:
+            factor: an fp32 value.
+            rounding_seed: seed of stochastic rounding, where it is on.
+            exempt_vectors: leave weights with fewer than two dimensions alone.
         """
         for shard in self.shards():
             if shard.name in self.trainable and (not exempt_vectors or decays(shard.name, len(shard.shape))):

@@ -21,7 +21,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def fingerprint_shard(tensor: Tensor, param_id: int, offset: int = 0) -> int:
-    """Contribution (0..2**64-1) of a shard: ``tensor`` (any dtype of 8 to 64 bits) starts at flat index ``offset``."""
+    """Contribution (0..2**64-1) of a shard: ``tensor`` (any dtype of 8 to 64 bits) starts at flat index ``offset``.
+
+    Args:
+        tensor: the elements of the shard, of any dtype of 8 to 64 bits.
+        param_id: see `mezo_dist.directions.seeds.param_id`.
+        offset: index of the first element in the flattened full parameter.
+    """
     flat = tensor.detach().reshape(-1)
     view = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[flat.element_size()]
     total = np.uint64(0)

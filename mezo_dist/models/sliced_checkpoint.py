@@ -28,7 +28,13 @@ class WeightSource(Protocol):
     """Where the weights of a model without data come from."""
 
     def read(self, name: str, out: Tensor, offset: int = 0) -> None:
-        """Fill ``out`` (contiguous) with the elements of parameter ``name`` (canonical) from flat index ``offset``."""
+        """Fill ``out`` (contiguous) with the elements of parameter ``name`` (canonical) from flat index ``offset``.
+
+        Args:
+            name: canonical name of the parameter.
+            out: contiguous; gets the elements.
+            offset: flat index of the first element.
+        """
 
 
 class NotSliceableError(Exception):
@@ -65,7 +71,13 @@ def materialise(model: nn.Module, source: WeightSource) -> None:
 
 
 def replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put ``new`` wherever ``model`` uses ``old``."""
+    """Put ``new`` wherever ``model`` uses ``old``.
+
+    Args:
+        model: changed in place.
+        old: a parameter of the model.
+        new: what takes its place.
+    """
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is old:
@@ -202,7 +214,13 @@ def _tie_equal(model: Any, recipes: dict[str, _Recipe], entries: dict[str, Entry
 
 
 def class_of(auto_class: Any, config: Any, trust_remote_code: bool) -> Any:
-    """The model class that ``auto_class`` picks for ``config``."""
+    """The model class that ``auto_class`` picks for ``config``.
+
+    Args:
+        auto_class: such as ``AutoModelForCausalLM``.
+        config: of the model.
+        trust_remote_code: let the checkpoint's own code define the class.
+    """
     with torch.device("meta"):
         return type(auto_class.from_config(config, trust_remote_code=trust_remote_code))
 

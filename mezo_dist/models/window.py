@@ -12,7 +12,13 @@ _SETTINGS = ("max_position_embeddings", "max_seq_len")
 
 
 def window_of(tokenizer: Any, model: nn.Module, hf_config: Any) -> int:
-    """Longest sequence, in tokens, that the model takes."""
+    """Longest sequence, in tokens, that the model takes.
+
+    Args:
+        tokenizer: of the model.
+        model: of transformers.
+        hf_config: its config.
+    """
     text_config = hf_config.get_text_config()
     limits = [getattr(text_config, name, None) for name in _SETTINGS]
     reserved = _reserved(model)

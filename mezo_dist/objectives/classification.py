@@ -39,7 +39,13 @@ Objective = Callable[[nn.Module, MicroBatch], Scores]
 
 
 def classifier(model: nn.Module, batch: MicroBatch, run: RunModel = run_whole) -> Scores:
-    """Cross-entropy of a classification head."""
+    """Cross-entropy of a classification head.
+
+    Args:
+        model: with a classification head.
+        batch: one micro-batch.
+        run: calls the model.
+    """
     return cross_entropy(run(model, _on_device(model, batch), None), batch.labels)
 
 

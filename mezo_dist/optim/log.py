@@ -26,7 +26,13 @@ from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 
 def describe(algorithm: Any, law: Law, problem: Problem) -> dict[str, Any]:
-    """The settings of an `Optimizer` in JSON types: what a trajectory's header needs to make its steps again."""
+    """The settings of an `Optimizer` in JSON types: what a trajectory's header needs to make its steps again.
+
+    Args:
+        algorithm: settings of the algorithm.
+        law: of the directions.
+        problem: what the algorithm knows about the run.
+    """
     return json.loads(
         json.dumps(
             {

@@ -28,6 +28,11 @@ def replay_updates(
 ) -> Iterator[Update[Any] | None]:
     """What each of the logged steps did, None where it was skipped. ``progress`` is after the step that came last.
 
+    Args:
+        algorithm: the run's planner.
+        steps: logged steps, from the first on.
+        progress: counts them; it is after the step that came last.
+
     Raises:
         UserError: the algorithm computes something else from the losses than it did in the run.
     """

@@ -214,6 +214,11 @@ def note(folder: Path, event: str, step: int, **facts: Any) -> None:
     """Add to the diary of what happened to the run: starts, stops, faults. Only rank 0 may call it.
 
     Wall-clock time is for people alone: nothing in the run depends on it, so a clock may jump.
+
+    Args:
+        folder: the run folder.
+        event: what happened.
+        step: steps done.
     """
     time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     with open_log(folder / EVENTS) as file:

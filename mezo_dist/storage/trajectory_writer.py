@@ -41,6 +41,11 @@ class TrajectoryWriter:
     def begin(path: Path, header: Header, sync_s: float | None = 0.0) -> TrajectoryWriter:
         """Start a new file. It appears with its header or not at all.
 
+        Args:
+            path: of the new file.
+            header: its first line.
+            sync_s: see `TrajectoryWriter`.
+
         Raises:
             FileExistsError: there is one.
             UserError: it cannot be written.
@@ -57,6 +62,11 @@ class TrajectoryWriter:
     @staticmethod
     def go_on(path: Path, recorded: Log, sync_s: float | None = 0.0) -> TrajectoryWriter:
         """Go on with a file that was read as ``recorded``; a torn last line is cut.
+
+        Args:
+            path: of the file.
+            recorded: what was read from it.
+            sync_s: see `TrajectoryWriter`.
 
         Raises:
             UserError: it cannot be written, or grew since it was read.

@@ -211,7 +211,14 @@ def _wait(hooked: HookedModule, module: Any, inner: Forward, *args: Any, **kwarg
 
 
 def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Tensor]) -> Any:
-    """The hooked module's real forward with ``tensors`` in place of its weights."""
+    """The hooked module's real forward with ``tensors`` in place of its weights.
+
+    Args:
+        hooked: the module.
+        real: its forward.
+        call: the call with its arguments.
+        tensors: one tensor per weight of the module.
+    """
     with swapped(hooked.weights, tensors):
         return real(*call.args, **call.kwargs)
 

@@ -32,6 +32,11 @@ def plan_sparse_rows(hooked: HookedModule, calls: Sequence[Call], real: Callable
 
     Only plain ``nn.Embedding`` lookups and heads under a `HeadSlice` qualify: for any other class (scaled embeddings,
     position tables) and any replaced forward the module's own code decides what it does with its weights.
+
+    Args:
+        hooked: the module.
+        calls: its waiting calls.
+        real: its forward.
     """
     rows_of_head = head_rows(hooked.module)
     if rows_of_head is not None:
