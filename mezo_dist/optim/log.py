@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, final
@@ -14,6 +13,7 @@ import mezo_dist
 from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Algorithm, Problem, state_from_json
 from mezo_dist.algorithms.step import Progress, StepResult
+from mezo_dist.config.schema import digest_of
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.join import join
@@ -192,7 +192,7 @@ def _header(settings: dict[str, Any], engine: Engine) -> Header:
     rounding = "stochastic rounding" if engine.stochastic_rounding else "to nearest"
     return Header(
         config=settings,
-        config_digest=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        config_digest=digest_of(settings),
         base_model=type(engine.model).__name__,
         base_fingerprint=engine.fingerprint(),
         model_config="",  # model, tokenizer and data are the caller's

@@ -5,7 +5,8 @@ writes from a dict that holds every tensor. Neither is affordable here: what is 
 the tensor that wants it, and what is written is asked for one tensor after another. Measured on a tensor of 256 MiB
 read in 32 slices (two CPU cores): this module takes 11 MiB more memory and 0.03 s, ``safe_open`` 272 MiB and 0.07 s,
 ``safe_open(backend="pread")`` 274 MiB and 6.8 s. The files are the library's own format
-(https://huggingface.co/docs/safetensors): 8 bytes with the length of a JSON header, the header, the data. """
+(https://huggingface.co/docs/safetensors): 8 bytes with the length of a JSON header, the header, the data.
+"""
 
 from __future__ import annotations
 

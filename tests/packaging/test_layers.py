@@ -30,7 +30,7 @@ LAYERS = {
     "monitoring": "errors storage",
     "testing": "errors distributed",
     # what brings them together
-    "optim": "errors directions algorithms distributed engines storage",
+    "optim": "errors directions algorithms config distributed engines storage",
     "runs": "errors directions algorithms config distributed engines storage tasks models objectives monitoring",
     "cli": "errors config distributed engines objectives monitoring runs",
     "__main__": "cli",
