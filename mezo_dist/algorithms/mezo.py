@@ -33,7 +33,7 @@ from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
-from mezo_dist.algorithms.ranges import check_ranges
+from mezo_dist.algorithms.ranges import check_ranges, check_types
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -87,6 +87,7 @@ class MeZO:
     """Plateau rule on top of the schedule, on minibatch losses; off by default."""
 
     def __post_init__(self) -> None:
+        check_types(self, "algorithm.")
         check_positive(self, "lr", "eps", "clip")
         check_ranges(self, "algorithm.", directions=(1, 10_000), pool=(1, 10**6))
         self.eps_schedule.check_never_zero("eps_schedule")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mezo_dist.algorithms.ranges import check_ranges
+from mezo_dist.algorithms.ranges import check_ranges, check_types
 from mezo_dist.directions.combination import Combination
 
 
@@ -28,6 +28,7 @@ class Momentum:
     """Estimates that count. An update makes the directions of all of them, so it takes that many times as long."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: must be at least 0 and below 1, not {self.decay}")
         check_ranges(self, window=(1, 10_000))

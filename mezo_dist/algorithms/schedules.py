@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mezo_dist.algorithms.ranges import MANY, check_ranges
+from mezo_dist.algorithms.ranges import MANY, check_ranges, check_types
 
 FIRST_DECISION = 5
 """The window after which the plateau rule decides for the first time, as in the code released with MeZO-SVRG."""
@@ -24,6 +24,7 @@ class Schedule:
     """Factor at the last step of a linear or cosine schedule (0..1)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_ranges(self, warmup_steps=(0, MANY), final=(0, 1))
 
     def check_never_zero(self, name: str) -> None:
@@ -73,6 +74,7 @@ class Annealing:
     ``mezo-svrg-released`` has fixed floors in its place."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_ranges(self, divisor=(1, 10**6), window=(1, 10**6), threshold=(1e-6, 10**6), floor=(0, 1))
 
     @property

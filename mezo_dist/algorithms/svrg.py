@@ -37,7 +37,7 @@ from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Varia
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
-from mezo_dist.algorithms.ranges import MANY, check_ranges
+from mezo_dist.algorithms.ranges import MANY, check_ranges, check_types
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -100,6 +100,7 @@ class MeZOSVRG:
     directions; else replay."""
 
     def __post_init__(self) -> None:
+        check_types(self, "algorithm.")
         check_positive(self, "lr", "anchor_lr", "eps", "clip")
         check_ranges(self, "algorithm.", q=(1, MANY), directions=(1, 10_000), anchor_directions=(1, 10_000))
         self.eps_schedule.check_never_zero("eps_schedule")

@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 
 from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.operations import update_operations
-from mezo_dist.algorithms.ranges import MANY, check_ranges
+from mezo_dist.algorithms.ranges import MANY, check_ranges, check_types
 from mezo_dist.algorithms.schedules import Annealing
 from mezo_dist.algorithms.spsa import Probe, check_positive, typical
 from mezo_dist.directions.combination import ZERO, Combination
@@ -54,6 +54,7 @@ class MeZOSVRGReleased:
     """The plateau rule, on the losses of all steps and with the released code's floors (``floor`` has no effect)."""
 
     def __post_init__(self) -> None:
+        check_types(self, "algorithm.")
         check_positive(self, "lr", "anchor_lr", "eps")
         check_ranges(self, "algorithm.", q=(1, MANY))
 

@@ -6,9 +6,11 @@ can be fingerprinted where they live and the sums added up in any order.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 1 << 18
 
@@ -44,3 +46,16 @@ def fingerprint_shard(tensor: Tensor, param_id: int, offset: int = 0) -> int:
 def to_text(total: int) -> str:
     """The fingerprint, 16 hexadecimal digits, from the sum of the contributions of all shards of all parameters."""
     return f"{total % 2**64:016x}"
+
+
+def buffers_digest(model: nn.Module) -> str:
+    """32 hexadecimal digits over the buffers that a model saves (running statistics, routing biases): no step changes
+    them, and every loss depends on them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.is_meta or name in module._non_persistent_buffers_set:
+                continue
+            content = buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            digest.update(f"{path}.{name} {buffer.dtype} {tuple(buffer.shape)}".encode() + content)
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.directions.seeds import param_ids
+from mezo_dist.errors import UserError
 
 OPAQUE = (nn.TransformerEncoderLayer,)
 """Modules that own no weights but may compute with those of inner modules without calling them (torch's fast path)."""
@@ -70,6 +71,12 @@ def find_hooked_modules(model: nn.Module, *, include_frozen: bool) -> list[Hooke
         model: any module, not wrapped yet.
         include_frozen: also modules without trainable weights (needed when all weights are cast for the forward).
     """
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise UserError(
+            f"model.name: {scripted[0] or 'the model'} is TorchScript, whose use of weights cannot be followed; leave "
+            "torch.jit.script out"
+        )
     weights = _weights_by_module(model)
     hooked_modules: list[HookedModule] = []
 

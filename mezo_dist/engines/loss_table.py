@@ -10,7 +10,7 @@ from torch import Tensor
 from mezo_dist.algorithms.base import Losses
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.fixed_point import MAX_SUM, mean, to_fixed
-from mezo_dist.errors import LostRankError
+from mezo_dist.errors import LostRankError, UserError
 
 
 @final
@@ -57,6 +57,7 @@ class LossTable:
 
         Raises:
             LostRankError: another rank called `fail`.
+            UserError: no rank added a loss.
         """
         message = torch.cat([torch.tensor([not self._is_finite, self._failed]).long(), self._table.flatten()])
         total = comm.round(message, mark)
@@ -65,6 +66,8 @@ class LossTable:
         if int(total[0]):
             return None
         sums = total[2:].view(self._table.shape).tolist()
+        if any(weight == 0 for row in sums for _, weight in row):
+            raise UserError("the batch has no samples on any rank, so there is no loss")
         means = tuple(mean(sum(loss for loss, _ in row), sum(weight for _, weight in row)) for row in sums)
         each = tuple(tuple(mean(loss, weight) for loss, weight in row) for row in sums) if self._each_sample else ()
         return Losses(means, each)

@@ -2,8 +2,8 @@
 
 Model code may do with weights what it likes, and what the engine cannot serve would be a wrong loss that nobody
 notices. So before training one micro-batch goes through the model five times (with directions per sample, twice and
-once for each of its samples more): without and under a large shift, by the engine and on really changed weights, which
-are put back bit for bit.
+once for each of its samples more; and with another micro-batch four times, together and alone): without and under a
+large shift, by the engine and on really changed weights, which are put back bit for bit.
 
 * Whole weights (layout replicated): the model itself is called, without any hook of the engine, on changed copies of
   the weights.
@@ -64,8 +64,10 @@ def check_model(
     item: ItemT,
     forward: Callable[[nn.Module, ItemT], Any],
     *,
+    other: ItemT | None = None,
     per_sample: bool = False,
     processes: int = 1,
+    refuse_flat: bool = True,
 ) -> None:
     """Hold what ``engine`` finds on one micro-batch against the model itself. Collective on sharded layouts.
 
@@ -77,15 +79,25 @@ def check_model(
             ``slots``, as for `Engine.evaluate`.
         forward: as for `Engine.evaluate`; gives tensors (logits, losses), the first dimension of which are the samples
             if ``per_sample``.
+        other: another micro-batch: both together must give what each gives alone, or passes run one by one.
         per_sample: also compare directions per sample with passes sample by sample.
         processes: number of processes on this machine, which share its memory.
+        refuse_flat: a model whose outputs no weight changes is an error (of a loss that is a metric, it is a warning).
 
     Raises:
         UserError: the model cannot be trained so; the message names the weight or the module, and what to set.
     """
     probe = _Probe(engine, item, forward, int(PART * free_bytes() / processes))
+    before = engine.fingerprint()
     with failures_explained(engine):
-        probe.check_losses()
+        probe.check_losses(refuse_flat=refuse_flat)
+        if other is not None:
+            probe.check_company(other)
+    if engine.fingerprint() != before:
+        raise UserError(
+            "model.name: a forward pass changes the model's own weights (an embedding with max_norm, a normalised "
+            "weight); its losses depend on what was evaluated before, so it cannot be trained here"
+        )
     if per_sample:
         probe.in_fp32().check_directions_per_sample()
 
@@ -104,7 +116,7 @@ class _Probe:
         self.is_plain = not engine.layout.is_sharded and cast <= budget
         """The model itself is called."""
 
-    def check_losses(self) -> None:
+    def check_losses(self, *, refuse_flat: bool) -> None:
         groups, unchecked = self._groups()
         if unchecked:
             log.warning("too little memory is free to probe losses under a shift of %s", _some(unchecked))
@@ -116,7 +128,9 @@ class _Probe:
             log.warning("the model's first losses are not finite, so they cannot be held against those of the engine")
             return
         effects = [self._check_group(names, base, left) for names in groups]
-        if groups and not any(effects):
+        if groups and not any(effects) and not refuse_flat:
+            log.warning("no weight changes the loss of the first micro-batch: a metric as loss needs a larger eps")
+        elif groups and not any(effects):
             raise UserError(
                 f"model.trainable: no loss depends on {_some(self.engine.trainable)}, so there is nothing to learn; "
                 "train other weights (an architecture may ignore a prefix: use another model.peft.method)"
@@ -137,6 +151,7 @@ class _Probe:
             self._run_one_by_one(kept)
         error, allowed, effect = self._compare(names, shift, base, wanted)
         if error > allowed:
+            self._check_determinism(base)
             culprits = self._narrow(names, lambda some: self._is_wrong(some, shift, base))
             raise UserError(
                 f"model.name: losses under a shift of {_some(culprits)} are wrong, by {error:.2g} where the shift "
@@ -144,6 +159,27 @@ class _Probe:
                 f"model.freeze: {json.dumps(culprits[:MOST_NAMES])}"
             )
         return effect
+
+    def _check_determinism(self, base: Outputs) -> None:
+        """Raises UserError if the same weights give another loss the next time: then weights are not what is wrong."""
+        if _distance(self._really(ZERO, ()), base) > self._epsilon() * _size(base):
+            raise UserError(
+                "model.name: two passes on the same weights give different losses (random numbers, or state that "
+                "a pass changes), so estimates would be noise; make the loss deterministic"
+            )
+
+    def check_company(self, other: Any) -> None:
+        """Two micro-batches in lock step against each alone: state outside of modules may pass from one to the
+        other."""
+        if self.engine.one_by_one:
+            return
+        together = [_tensors(row[0]) for row in self.engine.evaluate([Variant()], [self.item, other], self.forward)]
+        for item, in_company in zip((self.item, other), together, strict=True):
+            ((result,),) = self.engine.evaluate([Variant()], [item], self.forward)
+            alone = _tensors(result)
+            if _distance(in_company, alone) > self._epsilon() * _size(alone):
+                self._run_one_by_one(["outside of its modules"])
+                return
 
     def _is_wrong(self, names: Sequence[str], shift: Combination, base: Outputs) -> bool:
         error, allowed, _ = self._compare(names, shift, base, self._really(shift, names))

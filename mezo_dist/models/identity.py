@@ -1,12 +1,15 @@
-"""Digests of what belongs to a model beside its weights: its config, and its tokenizer."""
+"""Digests of what belongs to a model beside its weights: config, code of its own, saved buffers, and tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from mezo_dist.engines.fingerprint import buffers_digest
 
 _NO_RESULTS = ("transformers_version", "_name_or_path", "name_or_path")
 """Entries of a model config that say where it is from, not what it computes."""
@@ -15,6 +18,21 @@ _NO_RESULTS = ("transformers_version", "_name_or_path", "name_or_path")
 def config_digest(hf_config: Any) -> str:
     """32 hexadecimal digits over every entry of a model config of transformers, defaults included."""
     return _digest(json.dumps(_kept(hf_config.to_dict()), sort_keys=True, default=str).encode())
+
+
+def model_digest(model: Any, config: str) -> str:
+    """32 hexadecimal digits over what a model computes with beside its weights.
+
+    Args:
+        model: loaded; its buffers have data.
+        config: `config_digest` of its config.
+    """
+    digest = hashlib.blake2b(config.encode(), digest_size=16)
+    digest.update(buffers_digest(model).encode())
+    source = inspect.getsourcefile(type(model)) if type(model).__module__.startswith("transformers_modules") else None
+    for path in sorted(Path(source).parent.glob("*.py")) if source else []:  # code that came with the checkpoint
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -18,6 +18,7 @@ from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.join import join
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.fingerprint import buffers_digest
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.errors import UserError
 from mezo_dist.storage.replay import logged_step, replay_steps
@@ -195,8 +196,8 @@ def _header(settings: dict[str, Any], engine: Engine) -> Header:
         config_digest=digest_of(settings),
         base_model=type(engine.model).__name__,
         base_fingerprint=engine.fingerprint(),
-        model_config="",  # model, tokenizer and data are the caller's
-        tokenizer="",
+        model_config=buffers_digest(engine.model),
+        tokenizer="",  # tokens and data are the caller's
         data={},
         law_version=engine.law.version,
         weights=f"{' and '.join(dtypes)}, {rounding}",
@@ -209,12 +210,22 @@ def _header(settings: dict[str, Any], engine: Engine) -> Header:
 
 
 def _check_same(here: Header, there: Header, path: Path) -> None:
+    """Raises UserError, which names what differs, if a trajectory is not of these settings and base weights."""
     facts = {
-        "settings": "config",
         "base weights": "base_fingerprint",
+        "saved buffers": "model_config",
         "law": "law_version",
         "kind of weights": "weights",
     }
-    differing = [what for what, name in facts.items() if getattr(here, name) != getattr(there, name)]
-    if differing:
-        raise UserError(f"trajectory: {path} was made with another {' and another '.join(differing)}")
+    others = [*differences(here.config, there.config)]
+    others += [what for what, name in facts.items() if getattr(here, name) != getattr(there, name)]
+    if others:
+        raise UserError(f"trajectory: {path} was made with other settings or weights: {', '.join(others)}")
+
+
+def differences(here: Any, there: Any, path: str = "") -> list[str]:
+    """Dotted names of the entries in which two nested dicts differ."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        names = sorted(here.keys() | there.keys())
+        return [d for n in names for d in differences(here.get(n), there.get(n), f"{path}.{n}" if path else n)]
+    return [path or "all"] if here != there else []

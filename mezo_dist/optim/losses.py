@@ -32,12 +32,14 @@ def loss_and_weight(loss: Any) -> tuple[Tensor, Tensor]:
     tensor = tensor.detach().to("cpu", torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     if count is None:
         return tensor.reshape(-1), torch.ones(tensor.numel(), dtype=torch.int64)
-    if tensor.dim() or isinstance(count, bool) or int(count) != count or count < 1:
+    if isinstance(count, Tensor) and count.numel() == 1 and not count.is_floating_point():
+        count = int(count)
+    if tensor.dim() or not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise UserError(
             f"the loss function returned {_described(loss)}; of a pair the first must be a scalar, and the second the "
             "whole number of samples or tokens that it is the mean of"
         )
-    return (tensor.double() * int(count)).reshape(1), torch.tensor([int(count)])
+    return (tensor.double() * count).reshape(1), torch.tensor([count])
 
 
 def num_samples_of(batch: Any) -> int:

@@ -23,7 +23,8 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
-from mezo_dist.optim.log import TrajectoryLog, describe
+from mezo_dist.optim.checks import check_arguments
+from mezo_dist.optim.log import TrajectoryLog, describe, differences
 from mezo_dist.optim.losses import BatchT, LossFunction, num_samples_of
 from mezo_dist.optim.rounds import Rounds
 
@@ -53,7 +54,7 @@ class Optimizer(Generic[BatchT]):
         algorithm: settings of the algorithm: `mezo_dist.MeZO`, `mezo_dist.MeZOSVRG`.
         full_batch: for MeZO-SVRG: the micro-batches of the full batch (this process's part of it), evaluated at every
             anchor step.
-        num_steps: steps of the whole training, for schedules that fall to its end.
+        num_steps: steps of the whole training; needed where a schedule falls to its end.
         batch_size: samples of a batch over all processes; needed for ``per_sample`` directions only.
         num_samples: number of samples of a micro-batch, for ``per_sample``; by default the first dimension of the first
             tensor in it.
@@ -105,7 +106,7 @@ class Optimizer(Generic[BatchT]):
         algorithm: Any,
         *,
         full_batch: Sequence[BatchT] | None = None,
-        num_steps: int = 1,
+        num_steps: int | None = None,
         batch_size: int | None = None,
         num_samples: Callable[[BatchT], int] = num_samples_of,
         law: LawName = "gaussian",
@@ -121,9 +122,8 @@ class Optimizer(Generic[BatchT]):
         probe: bool = True,
     ) -> None:
         self._comm = comm = comm or join()
+        check_arguments(model, algorithm, law, batch_size, num_steps, full_batch)
         per_sample = bool(getattr(algorithm, "per_sample", False))
-        if per_sample and (law != "lowrank" or batch_size is None):
-            raise UserError("per_sample: a direction per sample needs law='lowrank' and batch_size=...")
         self._full_batch, self._max_skipped = full_batch, max_skipped
         stochastic = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
         self.engine = Engine(
@@ -138,7 +138,7 @@ class Optimizer(Generic[BatchT]):
         full_size = self._rounds.count(full_batch)[1] if full_batch is not None and per_sample else 1
         check_something_decays(algorithm, ((s.name, len(s.shape)) for s in self.engine.trainable_shards()))
         eps = settle_eps(self.engine, comm, algorithm, seed)
-        problem = Problem(seed, num_steps, batch_size or 1, full_size, has_16bit_weights=stochastic, eps=eps)
+        problem = Problem(seed, num_steps or 1, batch_size or 1, full_size, has_16bit_weights=stochastic, eps=eps)
         self._seed, self._planner = seed, algorithms.build(algorithm.name, algorithm, problem)
         self._settings = describe(algorithm, self.engine.law, problem)
         self._progress: Progress[Any] = Progress(self._planner.init())
@@ -146,6 +146,8 @@ class Optimizer(Generic[BatchT]):
             raise UserError(
                 f"full_batch: {algorithm.name} evaluates the full batch at its anchors; give its micro-batches"
             )
+        self._num_steps = num_steps
+        self._check_agreement(trainable=repr(self.engine.trainable), settings=repr(self._settings))
         self.metrics: dict[str, float] = {}
         self._log = None
         if trajectory is not None:
@@ -186,6 +188,8 @@ class Optimizer(Generic[BatchT]):
         if (batch is None) == (micro_batches is None):
             raise UserError("step: give a batch, or micro_batches=[...], and not both")
         items: list[Any] = [batch] if micro_batches is None else list(micro_batches)
+        if self._progress.step == self._num_steps:
+            log.warning("num_steps: %d steps are done, and schedules stay where they have ended", self._num_steps)
 
         def evaluate(request: Evaluation, round_number: int) -> Losses | None:
             chosen = items if request.batch == "minibatch" else self._full_batch
@@ -217,6 +221,7 @@ class Optimizer(Generic[BatchT]):
         It holds no weights and no copy of any; their fingerprint makes sure that the right ones come back with it.
         """
         progress = self._progress
+        self._check_agreement()
         return {
             "format": STATE_FORMAT,
             "settings": self._settings,
@@ -236,9 +241,9 @@ class Optimizer(Generic[BatchT]):
         """
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise UserError("load_state_dict: this is no state of a mezo_dist.Optimizer of this version")
-        differing = [name for name, value in self._settings.items() if state["settings"].get(name) != value]
+        differing = differences(self._settings, state.get("settings"))
         if differing:
-            raise UserError(f"load_state_dict: the state was saved with another {', '.join(differing)}")
+            raise UserError(f"load_state_dict: the state was saved with other settings: {', '.join(differing)}")
         if (weights := self.engine.fingerprint()) != state["weights"]:
             raise UserError(
                 f"load_state_dict: the model's weights have the fingerprint {weights}, but {state['weights']} when the "
@@ -264,10 +269,19 @@ class Optimizer(Generic[BatchT]):
         return self.engine.fingerprint()
 
     def close(self) -> None:
-        """Log the fingerprint of the weights, and close the trajectory. Collective; does nothing without one."""
+        """Check that all processes have the same weights; log their fingerprint, and close the trajectory. Collective.
+
+        Raises:
+            UserError: processes have other weights than the first: some were changed beside the optimizer.
+        """
+        self._check_agreement()
         if self._log is not None:
             self._log.close(self.engine, self._progress.step)
             self._log = None
+
+    def _check_agreement(self, **more: str) -> None:
+        """Raises UserError unless all processes have the same weights, and agree about the facts in ``more``."""
+        self._comm.agree({"weights": self.engine.fingerprint(), **more})
 
     def __enter__(self) -> Optimizer[BatchT]:
         return self

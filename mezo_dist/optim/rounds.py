@@ -67,6 +67,7 @@ class Rounds(Generic[BatchT]):
             UserError: the loss function returned nothing usable, or a batch has another number of samples than
                 directions. LostRankError: the forward passes of another process failed.
         """
+        self._engine.model.eval()  # loops put models into train mode, epoch by epoch; dropout would be noise
         items, num_samples, most = self._items(request, batch)
         table = LossTable(len(request.variants), num_samples, self._comm.world_size)
 
@@ -124,13 +125,21 @@ class Rounds(Generic[BatchT]):
             if self._engine.layout.is_sharded:
                 log.info("losses under a shift are not probed: ranks of a sharded layout have no micro-batch in common")
                 return
-            check_model(
-                self._engine,
-                items[0],
-                lambda model, item: forward(model, item)[0],
-                per_sample=request.each_sample,
-                processes=self._comm.ranks_here,
-            )
+            try:
+                check_model(
+                    self._engine,
+                    items[0],
+                    lambda model, item: forward(model, item)[0],
+                    other=items[1] if len(items) > 1 else None,
+                    per_sample=request.each_sample,
+                    processes=self._comm.ranks_here,
+                    refuse_flat=False,
+                )
+            except UserError as error:
+                raise UserError(
+                    f"{error}\n(In a loop of your own: requires_grad_(False) leaves a weight out, compute_dtype is "
+                    "model.compute, and Optimizer(probe=False) skips this check.)"
+                ) from error
 
     def _tell_others(self, table: LossTable, mark: int) -> None:
         """Let the other processes end at once, where they would wait for this one's losses."""

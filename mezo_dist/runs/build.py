@@ -164,8 +164,9 @@ def problem_of(config: RunConfig, full_size: int, num_train: int | None, eps: fl
 def _probe(loaded: LoadedModel, objective: Objective, samples: Sequence[Sample], comm: Communicator) -> None:
     """See `mezo_dist.engines.probe`: right, or refused before training."""
     config = loaded.config
-    some = samples[: min(PROBE_SAMPLES, config.train.micro_batch)]
-    (item,) = cut(some, len(some), loaded.pretrained.pad_id)
+    size = min(PROBE_SAMPLES, config.train.micro_batch)
+    parts = [part for part in (samples[:size], samples[size : 2 * size]) if part]
+    item, *others = (cut(part, size, loaded.pretrained.pad_id)[0] for part in parts)
 
     def logits(model: nn.Module, batch: MicroBatch) -> Tensor:
         return objective(model, batch).logits
@@ -174,6 +175,7 @@ def _probe(loaded: LoadedModel, objective: Objective, samples: Sequence[Sample],
         loaded.engine,
         item,
         logits,
+        other=others[0] if others else None,
         per_sample=getattr(config.algorithm, "per_sample", False),
         processes=comm.ranks_here,
     )

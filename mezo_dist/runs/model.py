@@ -17,6 +17,7 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.layouts.replicated import Replicated
 from mezo_dist.errors import UserError
+from mezo_dist.models.identity import model_digest
 from mezo_dist.models.load import Pretrained, load_model
 from mezo_dist.models.sliced_checkpoint import WeightSource, WholeModel, fill
 from mezo_dist.storage.trajectory import Header
@@ -45,7 +46,7 @@ class LoadedModel:
             config_digest=config.digest(),
             base_model=f"{model.name}@{model.revision}" if model.revision else model.name,
             base_fingerprint=self.base_fingerprint,
-            model_config=self.pretrained.config_digest,
+            model_config=model_digest(self.pretrained.model, self.pretrained.config_digest),
             tokenizer=self.pretrained.tokenizer_digest,
             data=data,
             law_version=self.engine.law.version,

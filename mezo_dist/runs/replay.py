@@ -47,7 +47,7 @@ def _facts(header: Header) -> dict[str, object]:
     """What must not differ between a trajectory and the run that goes on with it, beside the settings."""
     return {
         "base model": header.base_fingerprint,
-        "model config": header.model_config,
+        "model config, saved buffers or code": header.model_config,
         "tokenizer": header.tokenizer,
         "law": header.law_version,
         "seed": header.seed,

@@ -116,5 +116,6 @@ def _check_mark(engine: Engine, recorded: str, step: int) -> None:
     if fingerprint != recorded:
         raise UserError(
             f"after step {step} the weights have the fingerprint {fingerprint}, but had {recorded} in the run: it was "
-            "made on another kind of machine, with other software, or on a faulty one"
+            "made on another kind of machine, with other software, or on a faulty one, or its weights were changed by "
+            "something else than its steps"
         )

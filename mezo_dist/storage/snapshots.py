@@ -31,10 +31,12 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 from mezo_dist.storage import safetensors_io
-from mezo_dist.storage.files import open_regular, remove, sync_folder
+from mezo_dist.storage.files import read_in_place, remove, sync_folder
 
 FORMAT = "mezo_dist/snapshot/1"
 INDEX = "snapshot.json"
+MAX_INDEX_BYTES = 1 << 28
+"""Far above what the index of any model takes."""
 _NAME = re.compile(r"step-\d{8,}")
 
 
@@ -142,8 +144,7 @@ def _name(step: int) -> str:
 def _read_index(folder: Path) -> Snapshot:
     path = folder / INDEX
     try:
-        with open_regular(path) as file:
-            data = json.loads(file.read())
+        data = json.loads(read_in_place(path, MAX_INDEX_BYTES))
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r} is not {FORMAT}")
         files = {str(name): str(digest) for name, digest in data["files"].items()}

@@ -60,7 +60,7 @@ class Header:
     base_fingerprint: str
     """Fingerprint of its weights."""
     model_config: str
-    """Digest of its config."""
+    """Digest of its config, of the buffers that it saves, and of code that came with it."""
     tokenizer: str
     """Digest of its tokenizer."""
     data: dict[str, str]
