@@ -68,7 +68,7 @@ def open_run(preset: Preset, law: str, folder: Path, *, rank: int = 1, calibrate
         path = ROOT / preset.config
         # Settings of the config's own algorithm must not stand in the way; ours are made below.
         overrides += ["algorithm.per_sample=false"]
-    overrides += [f"train.calibrate={str(calibrated).lower()}", f"rank={rank}"]
+    overrides += [f"train.calibrate={str(calibrated).lower()}", f"direction_rank={rank}"]
     config: RunConfig = reader.load(path, overrides)
     return build_run(config, Communicator())
 

@@ -289,7 +289,7 @@ def test_command_line(tiny: Asset, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_listing_needs_no_heavy_import() -> None:
-    code = "import sys, mezo_dist.assets as a; a.main([]); sys.exit('torch' in sys.modules)"
+    code = "import sys, mezo_dist.assets.registry as a; a.main([]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "demo:r8" in done.stdout
     assert "AGPL" in done.stdout

@@ -85,17 +85,17 @@ def test_deepspeed_over_ssh_ends_clearly_and_resumes_without_the_host(
     assert workplace.same_as_alone("deepspeed")
 
 
-@pytest.mark.parametrize("engine", ["replicated", "zero"])
-def test_deepspeed_without_ssh(workplace: Workplace, two_hosts: Cluster, engine: str) -> None:
+@pytest.mark.parametrize("layout", ["replicated", "zero"])
+def test_deepspeed_without_ssh(workplace: Workplace, two_hosts: Cluster, layout: str) -> None:
     shutil.copy(f"/proc/{two_hosts.pid('host1')}/root{HOSTFILE}", workplace.folder / "hostfile")
     started = []
     for number, host in enumerate(two_hosts.hosts):
         line = command(f"launcher/deepspeed.sh --hostfile hostfile --no_ssh --node_rank {number}")
-        started.append(workplace.start(two_hosts, host, [*line, f"--layout.name={engine}", into(engine)]))
+        started.append(workplace.start(two_hosts, host, [*line, f"--layout.name={layout}", into(layout)]))
     found = [one.finish() for one in started]
     assert [status for status, _ in found] == [0, 0], found
-    assert f"engine      {engine}, 2 process(es)" in found[0][1]
-    assert workplace.same_as_alone(engine)
+    assert f"layout      {layout}, 2 process(es)" in found[0][1]
+    assert workplace.same_as_alone(layout)
 
 
 def test_mpirun_over_ssh_ends_clearly_and_resumes_on_what_is_left(workplace: Workplace, two_hosts: Cluster) -> None:

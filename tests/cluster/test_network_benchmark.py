@@ -19,7 +19,7 @@ def test_a_step_sends_a_few_hundred_bytes_whatever_the_link(tmp_path: Path) -> N
     need({})
     given = ["--shape=tiny", "--rounds=1", "--steps=20", "--patience=2", "--json", f"--plot={tmp_path / 'comm.png'}"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "benchmarks" / "comm.py"), *given],
+        [sys.executable, str(ROOT / "examples" / "benchmarks" / "network.py"), *given],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -262,6 +262,6 @@ def test_a_fault_on_one_rank_ends_all(tiny: Path, tmp_path: Path) -> None:
             process.kill()
             process.communicate()
     assert [process.returncode for process in ranks] == [75, 2], errors  # 75: a peer was lost, a restart may help
-    assert "mezo-dist (rank 0): error: start: another rank stopped, or did not answer within " in errors[0]
+    assert "mezo-dist (rank 0): error: start: rank(s) [1] stopped, or did not answer within " in errors[0]
     assert "mezo-dist (rank 1): error: task.data: file nowhere.jsonl does not exist " in errors[1]
     assert "Traceback" not in "".join(errors)

@@ -273,10 +273,6 @@ def set_losses(*losses: Any) -> Any:
     return change
 
 
-def set_directions(lines: list[Any]) -> None:
-    lines[0]["config"]["algorithm"]["anchor_directions"] = 10**9
-
-
 def set_samples(lines: list[Any]) -> None:
     lines[0]["config"] |= {"law": "lowrank", "algorithm": lines[0]["config"]["algorithm"] | {"per_sample": True}}
     lines[0]["full_size"] = 10**9
@@ -289,7 +285,6 @@ FORGED = {
     "too many": (set_losses({"mean": [0.5] * 8}), "step 0 has losses that no step of this run can have"),
     "huge": (set_losses({"mean": [1e308, -1e308]}), "step 0 has losses that no step of this run can have"),
     "others": (set_losses({"mean": [0.5, 0.75]}), "step 0 is not what this version of the algorithm makes"),
-    "directions": (set_directions, "a step would have 1000000000 of them"),
     "samples": (set_samples, "a step would have 1000000000 of them"),
 }
 

@@ -107,5 +107,5 @@ def test_edited_settings_do_not_fit_their_digest(root: Path, tmp_path: Path) -> 
     del content["check"]
     content["config"]["task"]["prompt"] = "{{ text }} . {{ answer }}"
     (tmp_path / trajectory.FILE).write_bytes(b"".join([trajectory.to_line(content, "")[0], *steps]))
-    with pytest.raises(UserError, match="its settings do not fit their digest"):
+    with pytest.raises(UserError, match="settings do not fit their digest"):
         load.open_run(tmp_path, None, Communicator())
