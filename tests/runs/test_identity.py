@@ -65,8 +65,8 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "rows reversed": (rows(lambda all_rows: all_rows[::-1]), "train split"),
     "rows added": (rows(lambda all_rows: [*all_rows, *all_rows[:5]]), "train split"),
     "tokens swapped": (edited("tokenizer.json", swap_tokens), "tokenizer"),
-    "another activation": (edited("config.json", lambda c: c.update(hidden_act="gelu")), "model config"),
-    "another epsilon": (edited("config.json", lambda c: c.update(rms_norm_eps=1e-3)), "model config"),
+    "another activation": (edited("config.json", lambda c: c.update(hidden_act="gelu")), "model config, saved buffers or code"),
+    "another epsilon": (edited("config.json", lambda c: c.update(rms_norm_eps=1e-3)), "model config, saved buffers or code"),
 }
 
 
