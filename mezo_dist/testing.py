@@ -188,10 +188,10 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
         for worker in workers:
             worker.start()
         try:
-            found = _collect(workers, results, world_size, timeout_s)
+            returned = _collect(workers, results, world_size, timeout_s)
             for worker in workers:
                 worker.join(timeout=10)
-            return found
+            return returned
         finally:
             for worker in workers:
                 worker.kill()
@@ -224,19 +224,19 @@ def _work(
 
 
 def _collect(workers: list[Any], results: Any, world_size: int, timeout_s: float) -> list[Any]:
-    found: dict[int, Any] = {}
+    returned: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
-    while len(found) < world_size:
+    while len(returned) < world_size:
         try:
             rank, value, error = results.get(timeout=0.2)
         except queue.Empty:
-            dead = [r for r, w in enumerate(workers) if r not in found and w.exitcode not in (None, 0)]
+            dead = [r for r, w in enumerate(workers) if r not in returned and w.exitcode not in (None, 0)]
             if dead:
                 raise RuntimeError(f"rank(s) {dead} died without a word") from None
             if time.monotonic() > deadline:
-                raise RuntimeError(f"ranks {sorted(set(range(world_size)) - set(found))} did not finish") from None
+                raise RuntimeError(f"ranks {sorted(set(range(world_size)) - set(returned))} did not finish") from None
             continue
         if error is not None:
             raise RuntimeError(f"rank {rank} failed:\n{error}")
-        found[rank] = value
-    return [found[rank] for rank in range(world_size)]
+        returned[rank] = value
+    return [returned[rank] for rank in range(world_size)]

@@ -239,8 +239,8 @@ class Engine:
 
     def anchor_fingerprint(self) -> str:
         """The same of the kept copy; empty if there is none."""
-        own = sum(fingerprint_shard(s.tensor, s.param_id, s.offset) for s in self.anchor_shards() if s.is_first)
-        total, num_copies = self.layout.total(own), self.layout.total(int(bool(self._anchor)))
+        local = sum(fingerprint_shard(s.tensor, s.param_id, s.offset) for s in self.anchor_shards() if s.is_first)
+        total, num_copies = self.layout.total(local), self.layout.total(int(bool(self._anchor)))
         return to_text(total) if num_copies else ""
 
     def shards(self) -> Iterator[Shard]:

@@ -141,10 +141,6 @@ class CheckpointReader:
             self._made = (recipe, recipe.convert(tensors))
         return self._made[1]
 
-    def forget(self) -> None:
-        """Let go of the weights that were made whole last."""
-        self._made = (None, {})
-
 
 def open_checkpoint(
     auto_class: Any, source: str, config: Any, dtype: torch.dtype, **options: Any

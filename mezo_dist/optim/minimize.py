@@ -1,6 +1,6 @@
 """The algorithms on any function of named tensors: no model, no gradient, nothing but values.
 
-    found = minimize(cost, {"gain": torch.zeros(4)}, MeZO(lr=0.1, eps=0.1), steps=100)
+    minimum = minimize(cost, {"gain": torch.zeros(4)}, MeZO(lr=0.1, eps=0.1), steps=100)
 
 The function may be a simulation, a metric, a program on another machine. `mezo_dist.runs.training` is for language
 models: it shards them, shares work out over processes, logs and resumes; none of that is here.
@@ -176,7 +176,7 @@ class _Weights:
 
     def variants(self, variants: Sequence[Variant]) -> list[Params]:
         """The parameters of every variant."""
-        made: list[Params] = [{} for _ in variants]
+        shifted: list[Params] = [{} for _ in variants]
         for base, params in (("current", self.params), ("anchor", self.anchor)):
             chosen = [v for v, variant in enumerate(variants) if variant.base == base]
             for name, tensor in params.items() if chosen else ():
@@ -184,8 +184,8 @@ class _Weights:
                 shifts = [variants[v].shift for v in chosen]
                 self.law.add(tensor, shifts, outputs, param_id=self.ids[name], shape=tensor.shape)
                 for v, output in zip(chosen, outputs, strict=True):
-                    made[v][name] = output
-        return made
+                    shifted[v][name] = output
+        return shifted
 
     def copy_anchor(self) -> None:
         self.anchor.update({name: tensor.clone() for name, tensor in self.params.items()})

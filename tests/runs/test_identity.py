@@ -60,13 +60,20 @@ def swap_tokens(content: dict[str, Any]) -> None:
     vocabulary["film"], vocabulary["movie"] = vocabulary["movie"], vocabulary["film"]
 
 
+MODEL = "model config, saved buffers or code"
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "labels flipped": (rows(lambda all_rows: [r | {"label": 1 - r["label"]} for r in all_rows]), "train split"),
     "rows reversed": (rows(lambda all_rows: all_rows[::-1]), "train split"),
     "rows added": (rows(lambda all_rows: [*all_rows, *all_rows[:5]]), "train split"),
     "tokens swapped": (edited("tokenizer.json", swap_tokens), "tokenizer"),
-    "another activation": (edited("config.json", lambda c: c.update(hidden_act="gelu")), "model config, saved buffers or code"),
-    "another epsilon": (edited("config.json", lambda c: c.update(rms_norm_eps=1e-3)), "model config, saved buffers or code"),
+    "another activation": (
+        edited("config.json", lambda c: c.update(hidden_act="gelu")),
+        "model config, saved buffers or code",
+    ),
+    "another epsilon": (
+        edited("config.json", lambda c: c.update(rms_norm_eps=1e-3)),
+        "model config, saved buffers or code",
+    ),
 }
 
 
