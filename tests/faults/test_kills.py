@@ -34,7 +34,7 @@ def check_equal(root: Path, folder: Path) -> None:
 
 # (function, call, rank, when): calls are counted so that the fault strikes in the middle of the run.
 MOMENTS = {
-    "evaluate": Fault("mezo_dist.engines.engine:Engine.evaluate", 12, 1),
+    "evaluate": Fault("mezo_dist.engines.engine:Engine._evaluate_group", 16, 1),
     "before the all-reduce": Fault("mezo_dist.distributed.communicator:Communicator._all_reduce", 7, 1),
     "after the all-reduce": Fault("mezo_dist.distributed.communicator:Communicator._all_reduce", 7, 0, when="after"),
     "before the append": Fault("mezo_dist.storage.trajectory_writer:os.write", 9, 0),
