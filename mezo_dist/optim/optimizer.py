@@ -73,8 +73,8 @@ class Optimizer(Generic[BatchT]):
             it was, and `num_steps_done` says how far that is.
         max_skipped: steps in a row that may be skipped for a loss that is not finite.
         probe: before the first step, hold the losses of one micro-batch under a shift of the weights against those of
-            really changed weights, in five more forward passes: a model that uses weights in a way that cannot be
-            followed is refused, by the name of the weight. Sharded layouts are not probed here.
+            really changed weights, in five more forward passes (nine, if there are several): a model that uses weights
+            in a way that cannot be followed is refused, by the name of the weight. Sharded layouts are not probed here.
 
     Attributes:
         engine: evaluates variants and owns the weights (`mezo_dist.engines.engine.Engine`).
