@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class Curves:
         # An evaluation after first_step steps was done before the break: only later steps are purged.
         purge_step = first_step + 1 if resumed else 0
         events = _events_folder(folder / "tensorboard")
+        _wait_for_a_later_name(events)
         with open_log(folder / "metrics.jsonl", anew=not resumed) as jsonl, _writer_thread_is_quiet():
             tensorboard = SummaryWriter(str(events), purge_step=purge_step, flush_secs=10)
             try:
@@ -114,6 +116,16 @@ def _events_folder(path: Path) -> Path:
         log.warning("%s is not a folder that can be written to", path)
         move_aside(path)
     return path
+
+
+def _wait_for_a_later_name(events: Path) -> None:
+    """Wait, a second at most, until a new file of events has a name after those of all that are there.
+
+    TensorBoard reads them in the order of their names, which hold the second, the process and a count without leading
+    zeros: a file made in the same second as the one it goes on after could be read before it.
+    """
+    while any(events.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -98,6 +98,17 @@ def test_a_resumed_run_goes_on_with_the_files(tmp_path: Path) -> None:
     assert points(tmp_path, "eval/validation/loss") == [(1, 0.5), (2, 0.5)]
 
 
+def test_files_of_one_second_are_read_in_the_order_in_which_they_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter((9, 10))  # TensorBoard counts the files of a process: the name of number 10 sorts before number 9's
+    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=lambda: next(counts)))
+    for step in (1, 2):
+        with Monitor.open(tmp_path, is_main=True, num_steps=2, first_step=step - 1, console=plain()) as monitor:
+            monitor.step(step, {"loss/train": step / 4}, samples=1)
+    assert points(tmp_path, "loss/train") == [(1, 0.25), (2, 0.5)]
+
+
 def test_a_new_run_replaces_the_files(tmp_path: Path) -> None:
     for loss in (0.5, 0.25):
         with Monitor.open(tmp_path, is_main=True, num_steps=4, console=plain()) as monitor:
