@@ -23,6 +23,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, final
 
@@ -38,7 +39,7 @@ from mezo_dist.engines.capacity import free_bytes
 from mezo_dist.engines.changed import shards_changed, whole_weights_changed
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.left_state import states_left
-from mezo_dist.errors import LostRankError, UserError
+from mezo_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT")
@@ -57,6 +58,12 @@ the changed weights."""
 PART = 0.25
 """Share of the free memory that copies of weights may fill."""
 MOST_GROUPS = 4
+_OF_DTYPES = re.compile("dtype|scalar type|BFloat16|Half")
+"""What torch says where tensors of different dtypes meet."""
+
+
+class FlatLossError(UserError):
+    """No loss depends on what is to be trained."""
 
 
 def check_model(
@@ -86,6 +93,7 @@ def check_model(
 
     Raises:
         UserError: the model cannot be trained so; the message names the weight or the module, and what to set.
+        FlatLossError: no weight changes its outputs.
     """
     probe = _Probe(engine, item, forward, int(PART * free_bytes() / processes))
     before = engine.fingerprint()
@@ -131,9 +139,9 @@ class _Probe:
         if groups and not any(effects) and not refuse_flat:
             log.warning("no weight changes the loss of the first micro-batch: a metric as loss needs a larger eps")
         elif groups and not any(effects):
-            raise UserError(
+            raise FlatLossError(
                 f"model.trainable: no loss depends on {_some(self.engine.trainable)}, so there is nothing to learn; "
-                "train other weights (an architecture may ignore a prefix: use another model.peft.method)"
+                "train other weights"
             )
 
     def _check_group(self, names: Sequence[str], base: Outputs, left_before: set[str]) -> float:
@@ -315,8 +323,16 @@ def failures_explained(engine: Engine) -> Iterator[None]:
     except NotImplementedError as error:
         raise UserError(f"model.name: this model cannot be trained here: {_first_line(error)}") from error
     except RuntimeError as error:
-        if engine.compute_dtype is None or isinstance(error, (OutOfStepError, LostRankError, torch.OutOfMemoryError)):
+        if isinstance(error, (OutOfStepError, torch.OutOfMemoryError)):
             raise
+        if engine.compute_dtype is None:
+            dtypes = {str(p.dtype).removeprefix("torch.") for p in engine.model.parameters()} - {"float32"}
+            if not dtypes or not _OF_DTYPES.search(str(error)):
+                raise
+            raise UserError(
+                f"model.weights: the model's code fails on weights in {', '.join(sorted(dtypes))} "
+                f"({_first_line(error)}); use float32"
+            ) from error
         name = str(engine.compute_dtype).removeprefix("torch.")
         raise UserError(
             f"model.compute: the model's code fails on weights that are cast to {name} ({_first_line(error)}); leave "

@@ -7,10 +7,11 @@ no dtype is cast inside LoRA's modules, for weights of all variants come in the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 
 from mezo_dist.config.schema import ModelKind, PeftConfig
 from mezo_dist.directions.seeds import derive_seed
-from mezo_dist.errors import UserError
+from mezo_dist.distributed.communicator import OutOfStepError
+from mezo_dist.engines.probe import FlatLossError
+from mezo_dist.errors import LostRankError, UserError
 from mezo_dist.models.sliced_checkpoint import WeightSource
 
 FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX_STD = 0.02
 """Standard deviation of fresh prefixes (keys and values of virtual tokens)."""
 _ADAPTER = "default"
+_INSTEAD = "use model.peft.method: lora"
 _COPY = f".modules_to_save.{_ADAPTER}."
 LOADERS: Mapping[ModelKind, str] = {
     "causal": "AutoPeftModelForCausalLM",
@@ -76,7 +80,10 @@ def attach(
             adapted = peft.get_peft_model(model, config, _ADAPTER, autocast_adapter_dtype=False, revision=revision)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         setting = "target_modules" if settings.method == "lora" else "method"
-        raise UserError(f"model.peft.{setting}: peft cannot do this to a {type(model).__name__}: {error}") from error
+        instead = "" if settings.method == "lora" else f"; {_INSTEAD}"
+        raise UserError(
+            f"model.peft.{setting}: peft cannot do this to a {type(model).__name__}: {error}{instead}"
+        ) from error
     config.base_model_name_or_path = model.config.name_or_path or None
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A"):
@@ -87,6 +94,36 @@ def attach(
                     "(tie_word_embeddings); merged, its adapters would change that one, too: leave it out"
                 )
     return adapted, _filled(adapted, base, source, seed)
+
+
+@contextlib.contextmanager
+def prefix_failures_explained(model: Any) -> Iterator[None]:
+    """Within, what a model makes of a prefix that it cannot use becomes a UserError.
+
+    A prefix is keys and values of all heads of every layer. Models whose layers keep something else between tokens
+    (states of recurrences and convolutions, compressed keys, heads of other sizes) fail in their own code, each in its
+    own way, or ignore it.
+
+    Args:
+        model: any; nothing happens within for models without a prefix.
+    """
+    if not (is_adapted(model) and model.peft_config[_ADAPTER].is_prompt_learning):
+        yield
+        return
+    base = _class_name(model.get_base_model())
+    try:
+        yield
+    except FlatLossError as error:
+        raise UserError(
+            f"model.peft.method: a {base} takes a prefix and ignores it: no loss depends on it; {_INSTEAD}"
+        ) from error
+    except (UserError, LostRankError, OutOfStepError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # model code may raise anything
+        raise UserError(
+            f"model.peft.method: a {base} has layers that keep something else than keys and values of all heads, so "
+            f"that a prefix does not fit in ({type(error).__name__}: {str(error).partition(chr(10))[0]}); {_INSTEAD}"
+        ) from error
 
 
 def _peft_config(model: Any, settings: PeftConfig, kind: ModelKind, fresh: Iterable[str]) -> Any:

@@ -22,6 +22,7 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.probe import check_model, failures_explained
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
+from mezo_dist.models.adapters import prefix_failures_explained
 from mezo_dist.models.frozen_cache import RunModel, attach_frozen_cache, run_whole
 from mezo_dist.models.load import Pretrained
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
@@ -121,7 +122,9 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
     data = {name: _digest(samples) for name, samples in splits.items()}
     check_agreement(loaded, comm, **{f"data of the {name} split": digest for name, digest in data.items()})
-    with failures_explained(loaded.engine):  # the objective calls the model, to see what shortcuts it allows
+    model = loaded.pretrained.model
+    # The objective calls the model, to see what shortcuts it allows.
+    with failures_explained(loaded.engine), prefix_failures_explained(model):
         objective = _objective(loaded, encoder, rows, splits)
     evaluator = Evaluator(
         loaded.engine,
@@ -132,7 +135,8 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         _work_split(config, comm),
         len(config.task.labels) if config.train.calibrate else 0,
     )
-    _probe(loaded, objective, splits["train"], comm)
+    with prefix_failures_explained(model):
+        _probe(loaded, objective, splits["train"], comm)
     full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
     eps = settle_eps(loaded.engine, comm, config.algorithm, config.seed) if recorded is None else recorded.eps
     problem = problem_of(config, full_size, len(rows.train), eps)

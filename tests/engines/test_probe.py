@@ -66,6 +66,13 @@ def test_architectures_that_are_right(name: str) -> None:
     assert check(zoo.build(name)).one_by_one == (name in STATEFUL)
 
 
+@pytest.mark.parametrize("name", zoo.HYBRIDS)
+def test_hybrids_are_right_in_both_dtypes(name: str) -> None:
+    model = zoo.build(name)
+    for dtype in (None, torch.bfloat16):
+        assert not check(model, law="lowrank", dtype=dtype).one_by_one
+
+
 @pytest.mark.parametrize("name", [*KINDS, "classifier", *(toy.__name__ for toy in TOYS)])
 def test_models_that_are_right(name: str) -> None:
     model, items, forward = make(name)
@@ -117,6 +124,37 @@ def test_code_that_cannot_compute_in_another_dtype(name: str) -> None:
 @pytest.mark.parametrize("name", ["mobilebert", "t5-classifier", "deberta", "mamba2"])
 def test_code_that_asks_for_a_dtype(name: str) -> None:
     check(zoo.build(name), law="lowrank", dtype=torch.bfloat16)
+
+
+class Normalised(nn.Module):
+    """Batch normalisation keeps fp32 buffers beside its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.norm(self.first(x)))
+
+
+def test_buffers_in_another_dtype_than_the_forward_pass() -> None:
+    check_model(Engine(Normalised(), Law("gaussian")), X, lambda m, x: m(x))
+    with pytest.raises(UserError, match=r"^model.compute: .* cast to bfloat16 .*; leave it out, or set model.weights"):
+        check_model(
+            Engine(Normalised(), Law("gaussian"), compute_dtype=torch.bfloat16), X.bfloat16(), lambda m, x: m(x)
+        )
+
+
+def test_weights_in_a_dtype_that_the_models_code_cannot_compute_in() -> None:
+    """xLSTM computes its gates in fp32, whatever the dtype of its weights."""
+
+    def forward(model: nn.Module, x: Tensor) -> Any:
+        return model(x.float())
+
+    with pytest.raises(UserError, match=r"^model.weights: the model's code fails on weights in bfloat16 \(.*float32"):
+        check_model(Engine(nn.Linear(8, 8).bfloat16(), Law("gaussian")), X, forward)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # another fault keeps its traceback
+        check_model(Engine(nn.Linear(9, 8).bfloat16(), Law("gaussian")), X.bfloat16(), lambda m, x: m(x))
 
 
 class Hiding(nn.Module):

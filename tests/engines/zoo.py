@@ -70,14 +70,55 @@ def _makers() -> dict[str, Callable[[], Any]]:
     }
 
 
-NAMES = tuple(_makers())
+def _hybrid_makers() -> dict[str, Callable[[], Any]]:
+    """Causal models whose layers keep something else between tokens than keys and values of all heads."""
+    import transformers as t
+
+    shape = {**SIZE, **MIDDLE, **WINDOW, **HEADS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4}
+    groups = {"n_group": 1, "topk_group": 1}
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    jamba = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    zamba = {"layers_block_type": ["mamba", "hybrid", "mamba"], "num_hidden_layers": 3, "n_mamba_heads": 4}
+    zamba |= {"mamba_d_state": 8, "mamba_headdim": 16, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4}
+    nemotron = {"layers_block_type": ["mamba", "attention", "mamba", "moe"], "num_hidden_layers": 4, "n_groups": 2}
+    nemotron |= {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "chunk_size": 8, "head_dim": 16}
+    granite = {"layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1}
+    return {
+        "jamba": lambda: t.JambaForCausalLM(
+            t.JambaConfig(**shape, **jamba, num_experts=2, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False)
+        ),
+        "bamba": lambda: t.BambaForCausalLM(t.BambaConfig(**shape, **mamba, attn_layer_indices=[1])),
+        "zamba2": lambda: t.Zamba2ForCausalLM(t.Zamba2Config(**(shape | zamba), chunk_size=8)),
+        "deepseek-v2": lambda: t.DeepseekV2ForCausalLM(
+            t.DeepseekV2Config(**shape, **experts, **groups, **latent, first_k_dense_replace=1)
+        ),
+        "deepseek-v3": lambda: t.DeepseekV3ForCausalLM(
+            t.DeepseekV3Config(**shape, **experts, **groups, **latent, first_k_dense_replace=1)
+        ),
+        "falcon-mamba": lambda: t.FalconMambaForCausalLM(
+            t.FalconMambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0)
+        ),
+        "granite-hybrid": lambda: t.GraniteMoeHybridForCausalLM(
+            t.GraniteMoeHybridConfig(**shape, **mamba, **granite, shared_intermediate_size=16)
+        ),
+        "nemotron-h": lambda: t.NemotronHForCausalLM(
+            t.NemotronHConfig(**(shape | nemotron), **experts, **groups, moe_shared_expert_intermediate_size=16)
+        ),
+        "falcon-h1": lambda: t.FalconH1ForCausalLM(t.FalconH1Config(**shape, **mamba, mamba_d_ssm=64, head_dim=16)),
+    }
+
+
+NAMES, HYBRIDS = tuple(_makers()), tuple(_hybrid_makers())
 
 
 def build(name: str, seed: int = 0) -> Any:
-    """The model ``name``, all of whose weights (vectors too) are random and large enough to matter."""
+    """The model ``name``, of `NAMES` or `HYBRIDS`. All its weights (vectors too) are random, and large enough to
+    matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = _makers()[name]().eval()
+        model: Any = (_makers() | _hybrid_makers())[name]().eval()
         model.config.use_cache = False
         with torch.no_grad():
             for parameter in model.parameters():

@@ -19,12 +19,14 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.probe import check_model
 from mezo_dist.errors import UserError
-from mezo_dist.models import load
+from mezo_dist.models import adapters, load
 from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.runs import training
 from mezo_dist.runs.model import load_base
-from mezo_dist.testing import spawn, write_tiny_config
+from mezo_dist.testing import spawn, tiny_model, write_tiny_config
+from tests.engines import zoo
 from tests.engines.test_persample import PER_SAMPLE, losses, micro_batches
 from tests.run_folders import loaded_run, results
 
@@ -172,6 +174,53 @@ def test_what_cannot_be_is_said(root: Path, options: list[str], message: str) ->
     config = reader.load(root / "lora" / "config.yaml", [*LORA, *options])
     with pytest.raises(UserError, match=message):
         load_base(config, Communicator())
+
+
+NO_PREFIX = {
+    **dict.fromkeys(
+        ("jamba", "bamba", "zamba2", "granite-hybrid", "nemotron-h", "falcon-h1"), "does not fit in .*state"
+    ),
+    **dict.fromkeys(("lfm2", "qwen3-next"), "does not fit in .*state"),
+    **dict.fromkeys(("deepseek-v2", "deepseek-v3"), "does not fit in .*Sizes of tensors must match"),
+    **dict.fromkeys(("mamba", "falcon-mamba", "xglm", "rwkv"), "peft cannot do this"),
+    **dict.fromkeys(("xlnet", "openai-gpt", "bart"), "does not fit in "),
+    "mamba2": "takes a prefix and ignores it",
+}
+
+
+def with_prefix(name: str) -> Engine:
+    """An architecture of `tests.engines.zoo` with a prefix, as a run builds and probes it."""
+    model, _ = adapters.attach(zoo.build(name), PeftConfig("prefix", num_virtual_tokens=2), "causal", None, 0)
+    engine = Engine(model, Law("gaussian"))
+    with adapters.prefix_failures_explained(model):
+        check_model(engine, zoo.ids(), zoo.forward)
+    return engine
+
+
+@pytest.mark.parametrize("name", NO_PREFIX)
+def test_a_prefix_that_a_model_cannot_use_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"^model.peft.method: .*{NO_PREFIX[name]}.*; use model.peft.method: lora"):
+        with_prefix(name)
+
+
+def test_a_prefix_reaches_the_attention_of_a_recurrent_model() -> None:
+    assert with_prefix("recurrent-gemma").one_by_one
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "mixtral"])
+def test_a_prefix_is_keys_and_values_of_tokens_before_the_text(kind: str) -> None:
+    """Those of real tokens give the logits that these tokens give."""
+    model, ids = tiny_model(kind), zoo.ids((3, 9))
+    ids[:, :4] = ids[0, :4]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits[:, 4:]
+        layers = model(input_ids=ids[:1, :4], use_cache=True).past_key_values.layers
+        prefix = torch.stack([tensor for layer in layers for tensor in (layer.keys[0], layer.values[0])])
+        adapted, _ = adapters.attach(model, PeftConfig("prefix", num_virtual_tokens=4), "causal", None, 0)
+        (weight,) = (parameter for parameter in adapted.parameters() if parameter.requires_grad)
+        weight.copy_(prefix.permute(2, 0, 1, 3).flatten(1))  # [2 layers, heads, tokens, size of a head] before
+        (found,), *_ = Engine(adapted, Law("gaussian")).evaluate([Variant()], [ids[:, 4:]], zoo.forward)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_without_peft_the_extra_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

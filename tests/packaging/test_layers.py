@@ -25,7 +25,7 @@ LAYERS = {
     # beside one another
     "storage": "errors directions algorithms config distributed engines",
     "tasks": "errors directions config assets",
-    "models": "errors directions config engines assets storage",
+    "models": "errors directions config distributed engines assets storage",
     "objectives": "errors config engines tasks models",
     "monitoring": "errors storage",
     "testing": "errors distributed",

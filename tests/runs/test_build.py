@@ -30,7 +30,18 @@ def test_a_prefix_that_the_model_ignores_is_refused(tmp_path: Path, capsys: pyte
     assert cli.main(["train", config_of(tmp_path, "mamba2"), *options]) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    assert "error: model.trainable: no loss depends on prompt_encoder.default.embedding.weight" in said
+    assert "error: model.peft.method: a Mamba2ForCausalLM takes a prefix and ignores it" in said
+
+
+def test_a_prefix_that_does_not_fit_into_the_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.peft.method=prefix", "--model.peft.num_virtual_tokens=2"]
+    assert cli.main(["train", config_of(tmp_path, "lfm2"), *options]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "error: model.peft.method: a Lfm2ForCausalLM has layers that keep something else" in said
+    assert "use model.peft.method: lora" in said
 
 
 def test_another_dtype_that_the_models_code_cannot_compute_in(
