@@ -140,5 +140,6 @@ def _layout(config: RunConfig, model: nn.Module, comm: Communicator) -> Layout:
     if layout.name == "zero":
         from mezo_dist.engines.layouts.zero import Zero, read_config
 
-        return Zero(model, comm, read_config(layout.ds_config, config.model.weights), block_classes=layout.blocks)
+        ds_config = read_config(layout.ds_config, config.model.weights)
+        return Zero(model, comm, ds_config, block_classes=layout.blocks, prefetch=layout.prefetch)
     return Replicated(model)

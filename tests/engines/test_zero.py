@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.layouts.zero import Zero, read_config
+from mezo_dist.engines.layouts.zero import Zero, check_buffers, read_config
+from mezo_dist.engines.units import find_units
 from mezo_dist.errors import UserError
 from mezo_dist.testing import spawn
 
@@ -77,6 +79,41 @@ class Wide(nn.Module):
         for layer in self.layers:
             x = torch.relu(layer(x))
         return x
+
+
+def nvme(**settings: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/nowhere"} | settings}}
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "prefetch", "message"),
+    [
+        (
+            nvme(buffer_size=294_911),
+            2,
+            False,
+            r"buffer_size is 294,911 elements, .* layers.0.weight .* has 294,912: set",
+        ),
+        (nvme(buffer_size=294_912), 2, False, ""),
+        (nvme(buffer_size=1e8, buffer_count=1), 1, False, ""),
+        (nvme(buffer_count=1), 1, True, "buffer_count is 1, but 2 weights .*, or layout.prefetch to false"),
+        (nvme(buffer_count=0), 1, True, "buffer_count is 0, but 2 weights are read .* at least that many$"),
+        (nvme(buffer_size=1), 3, False, ""),  # pieces of less than 1 MiB stay in memory
+        (nvme(buffer_size=1) | {"aio": {"block_size": 1 << 22}}, 1, False, ""),
+        ({"zero_optimization": {"offload_param": {"device": "cpu", "buffer_size": 1}}}, 1, False, ""),
+        ({}, 1, False, ""),
+    ],
+)
+def test_buffers_for_weights_on_nvme(config: dict[str, Any], ranks: int, prefetch: bool, message: str) -> None:
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_buffers(config, find_units(Wide()), ranks, prefetch=prefetch)
+
+
+def test_buffers_are_checked_before_weights_are_cut() -> None:
+    model = Wide()
+    with pytest.raises(UserError, match=r"layout.ds_config: zero_optimization.offload_param.buffer_size is 1,000"):
+        Zero(model, Communicator(), nvme(buffer_size=1000))
+    assert not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def use(comm: Communicator, config: dict[str, Any] | None) -> dict[str, Any]:

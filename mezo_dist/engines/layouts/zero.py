@@ -8,6 +8,7 @@ This is the only file that imports DeepSpeed.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ from mezo_dist.engines.units import Unit, find_units
 from mezo_dist.errors import UserError
 
 log = logging.getLogger(__name__)
+MIN_NVME_BYTES = 1 << 20
+"""Smaller pieces stay in host memory."""
 HONOURED = ("stage", "offload_param")
 """Keys of ``zero_optimization`` that matter here."""
 REFUSED = {
@@ -70,6 +73,47 @@ def read_config(path: str | None, weights: str) -> dict[str, Any]:
     return config
 
 
+def check_buffers(config: Mapping[str, Any], units: Sequence[Unit], ranks: int, *, prefetch: bool) -> None:
+    """Check that what is read from NVMe at once fits into DeepSpeed's buffers, which would fail in a later gather.
+
+    Args:
+        config: a DeepSpeed config.
+        units: of the model, before its weights are cut.
+        ranks: over which they will be cut.
+        prefetch: a unit is gathered while the one before it is in use.
+
+    Raises:
+        UserError: a rank's piece of a weight is larger than a buffer, or there are fewer buffers than pieces.
+    """
+    offload = config.get("zero_optimization", {}).get("offload_param")
+    if not isinstance(offload, dict) or offload.get("device") != "nvme":
+        return
+    size, count = offload.get("buffer_size", 100_000_000), offload.get("buffer_count", 5)  # DeepSpeed's defaults
+    if not isinstance(size, (int, float)) or not isinstance(count, int):
+        return  # DeepSpeed refuses that
+    aio = config.get("aio", {})
+    smallest = max(MIN_NVME_BYTES, aio.get("block_size", 0) if isinstance(aio, dict) else 0)
+    counts = [0]
+    for unit in units:
+        weights = {w.name: w.tensor for hooked in unit.hooked_modules for w in hooked.weights}
+        pieces = {name: -(-tensor.numel() // ranks) for name, tensor in weights.items()}
+        away = [name for name, piece in pieces.items() if piece * weights[name].element_size() >= smallest]
+        for name in away:
+            if pieces[name] > size:
+                raise UserError(
+                    f"layout.ds_config: zero_optimization.offload_param.buffer_size is {size:,} elements, but the "
+                    f"piece of {name} that a rank reads from NVMe has {pieces[name]:,}: set it to at least that many"
+                )
+        counts.append(len(away))
+    most = max(map(sum, itertools.pairwise(counts)) if prefetch else counts, default=0)
+    if most > count:
+        raise UserError(
+            f"layout.ds_config: zero_optimization.offload_param.buffer_count is {count}, but {most} weights are read "
+            "from NVMe at once: set it to at least that many"
+            + (", or layout.prefetch to false" if prefetch and max(counts) <= count else "")
+        )
+
+
 def _is_on(config: Mapping[str, Any], section: str) -> bool:
     value = config.get(section, {})
     return isinstance(value, dict) and value.get("enabled") is True
@@ -86,6 +130,7 @@ class Zero:
         comm: the ranks.
         config: a DeepSpeed config; see `read_config`.
         block_classes: see `find_units`.
+        prefetch: as for `mezo_dist.engines.engine.Engine`.
 
     Raises:
         UserError: DeepSpeed is not installed, or cannot do what ``config`` asks for.
@@ -95,9 +140,16 @@ class Zero:
     gather_dtype = None
 
     def __init__(
-        self, model: nn.Module, comm: Communicator, config: Mapping[str, Any], *, block_classes: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        comm: Communicator,
+        config: Mapping[str, Any],
+        *,
+        block_classes: Sequence[str] = (),
+        prefetch: bool = False,
     ) -> None:
         self.units = find_units(model, block_classes)
+        check_buffers(config, self.units, comm.world_size, prefetch=prefetch)
         self._comm = comm
         uses: dict[str, list[Weight]] = {name: [] for name, _ in model.named_parameters()}
         for weight in (weight for unit in self.units for hooked in unit.hooked_modules for weight in hooked.weights):
