@@ -266,6 +266,11 @@ class Engine:
         """
         return [name for name in self.trainable if name not in self._fanout.weights_served]
 
+    def no_longer_used(self) -> list[str]:
+        """Names of trainable weights that the first forward passes used, and the last ones did not."""
+        gone = self._fanout.served_first - self._fanout.served_last
+        return [name for name in self.trainable if name in gone]
+
     @property
     def gathers(self) -> int:
         """Collectives that gathered weights so far."""

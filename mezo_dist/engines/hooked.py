@@ -120,7 +120,7 @@ def swap(weights: tuple[Weight, ...], tensors: Sequence[Tensor]) -> list[nn.Para
     for weight, tensor in zip(weights, tensors, strict=True):
         if not isinstance(tensor, nn.Parameter):  # some kernels are chosen by requires_grad, so that stays as it was
             tensor = nn.Parameter(tensor, requires_grad=weight.trainable)
-        weight.owner._parameters[weight.attribute] = tensor
+        dict.__setitem__(weight.owner._parameters, weight.attribute, tensor)  # passes may not write there, see `reads`
     return before
 
 

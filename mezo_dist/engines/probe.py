@@ -92,7 +92,9 @@ def check_model(
         refuse_flat: a model whose outputs no weight changes is an error (of a loss that is a metric, it is a warning).
 
     Raises:
-        UserError: the model cannot be trained so; the message names the weight or the module, and what to set.
+        UserError: the model cannot be trained so; the message names the weight or the module, and what to set. (What a
+            model computes of a weight once, and keeps, is noticed if the engine's very first passes had no samples
+            that are not in ``item``.)
         FlatLossError: no weight changes its outputs.
     """
     probe = _Probe(engine, item, forward, int(PART * free_bytes() / processes))
@@ -136,6 +138,7 @@ class _Probe:
             log.warning("the model's first losses are not finite, so they cannot be held against those of the engine")
             return
         effects = [self._check_group(names, base, left) for names in groups]
+        self._check_use()
         if groups and not any(effects) and not refuse_flat:
             log.warning("no weight changes the loss of the first micro-batch: a metric as loss needs a larger eps")
         elif groups and not any(effects):
@@ -167,6 +170,21 @@ class _Probe:
                 f"model.freeze: {json.dumps(culprits[:MOST_NAMES])}"
             )
         return effect
+
+    def _check_use(self) -> None:
+        """A model that computes something of a weight once, and keeps it, does the same on really changed weights. So
+        it is the weights that passes use which tell."""
+        if kept := self.engine.no_longer_used():
+            raise UserError(
+                f"model.name: the first forward pass used {_some(kept)}, and those after it do not: the model keeps "
+                "what it computed of it, so that changes do not reach its losses; leave it out: "
+                f"model.freeze: {json.dumps(kept[:MOST_NAMES])}"
+            )
+        if unused := self.engine.never_used():
+            log.warning(
+                "the first micro-batch does not use %s: as long as no sample does, its updates are noise (freeze it)",
+                _some(unused),
+            )
 
     def _check_determinism(self, base: Outputs) -> None:
         """Raises UserError if the same weights give another loss the next time: then weights are not what is wrong."""

@@ -73,10 +73,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     Raises:
         UserError: the model cannot be found or loaded, or has no head of the wanted kind.
     """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said below
+    _quieten()
     source = _source(config.name.removeprefix(RANDOM))
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
@@ -119,6 +116,19 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
             raise UserError(f"model.peft.num_virtual_tokens: {config.peft.num_virtual_tokens} fill the model's window")
     _freeze(model, config)
     return Pretrained(model.eval(), tokenizer, kind, window, num_tokens, pad_id, *digests, weights)
+
+
+def _quieten() -> None:
+    """Other packages say nothing that mezo_dist says itself, or that nobody can act upon."""
+    logging.getLogger("DeepSpeed").addFilter(_is_no_news)  # before transformers imports it, whatever the layout
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said by `load_model`
+
+
+def _is_no_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def _source(name: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Any
+from typing import Any, final
 
+import torch
 from torch import nn
 
 from mezo_dist.algorithms import ALGORITHMS
@@ -32,6 +33,45 @@ def check_arguments(
     if full_batch is not None and not isinstance(full_batch, Sized):
         raise UserError("full_batch: every anchor step goes through it: give a list of micro-batches, or a DataLoader")
     _check_weights(model)
+
+
+@final
+class KnownWeights:
+    """What an `Optimizer` knows of a model's parameters since it was made; it would not notice another one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known = _described(model)
+
+    def check(self) -> None:
+        """Raises UserError, which names the parameter, if the model's parameters are not those that were known."""
+        now = _described(self._model)
+        if now == self._known:
+            return
+        for name in self._known | now:
+            before, after = self._known.get(name), now.get(name)
+            if before == after:
+                continue
+            what = "was removed" if after is None else "was added" if before is None else _difference(before, after)
+            raise UserError(
+                f"model: {name} {what} after the Optimizer was made, which goes on with what it knew then; change the "
+                "model first, and make a new Optimizer for it"
+            )
+
+
+_Described = tuple[int, bool, torch.dtype]
+
+
+def _described(model: nn.Module) -> dict[str, _Described]:
+    return {name: (id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()}
+
+
+def _difference(before: _Described, after: _Described) -> str:
+    if before[0] != after[0]:
+        return "was replaced by another tensor"
+    if before[1] != after[1]:
+        return f"got requires_grad_({after[1]})"
+    return f"became {str(after[2]).removeprefix('torch.')}"
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -21,9 +21,10 @@ from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.join import join
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.lockstep.passes import is_inside
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
-from mezo_dist.optim.checks import check_arguments
+from mezo_dist.optim.checks import KnownWeights, check_arguments
 from mezo_dist.optim.log import TrajectoryLog, describe, differences
 from mezo_dist.optim.losses import BatchT, LossFunction, num_samples_of
 from mezo_dist.optim.rounds import Rounds
@@ -149,6 +150,7 @@ class Optimizer(Generic[BatchT]):
         self._num_steps = num_steps
         self._check_agreement(trainable=repr(self.engine.trainable), settings=repr(self._settings))
         self.metrics: dict[str, float] = {}
+        self._known = KnownWeights(model)
         self._log = None
         if trajectory is not None:
             self._log = TrajectoryLog.open(Path(trajectory), self._settings, self.engine, comm, resume=resume)
@@ -181,7 +183,8 @@ class Optimizer(Generic[BatchT]):
             the step was skipped, because a loss was not finite.
 
         Raises:
-            UserError: the loss function returned nothing usable; too many steps in a row had no finite loss.
+            UserError: the loss function returned nothing usable, or takes a step itself; too many steps in a row had no
+                finite loss; the model's parameters are not those that the optimizer was made for.
             OutOfStepError: processes take different steps.
             LostRankError: another process stopped, failed in its loss function, or does not answer.
         """
@@ -196,6 +199,9 @@ class Optimizer(Generic[BatchT]):
             mark = fingerprint(self._settings, self._progress.step, round_number)
             return self._rounds.losses(request, loss, chosen or [], mark)
 
+        if is_inside():
+            raise UserError("step: called by the loss function of a step that is not over; the loss function must not")
+        self._known.check()
         self._comm.place = f"step {self._progress.step + 1}"
         result = run_step(self._planner, self._progress.state, self._progress.step, evaluate)
         if self._log is not None:

@@ -207,7 +207,8 @@ def _objective(loaded: LoadedModel, encoder: Encoder, rows: Rows, splits: dict[s
     run_model = _run_model(loaded, splits)
     if pretrained.kind == "classifier":
         return functools.partial(classifier, run=run_model)
-    probe = cut(splits["train"][:2], 2, pretrained.pad_id)[0]
+    size = min(2, loaded.config.train.micro_batch)  # samples of the micro-batch that the model is probed with later
+    probe = cut(splits["train"][:size], size, pretrained.pad_id)[0]
 
     def once(forward: Callable[[nn.Module, MicroBatch], Tensor]) -> Tensor:
         logits: Tensor = loaded.engine.evaluate([Variant()], [probe], forward)[0][0]

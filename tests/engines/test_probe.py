@@ -187,6 +187,42 @@ def test_a_weight_that_cannot_be_followed_is_named() -> None:
     check_model(Engine(model, Law("gaussian")), X, lambda m, x: m(x))
 
 
+class Keeping(nn.Module):
+    """Computes something of a weight in its first pass, and keeps it: on the module, or where nobody looks."""
+
+    def __init__(self, *, hidden: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.kept: Any = None
+        self.cache: list[Tensor] = []
+        self.is_hidden = hidden
+        self.refresh = lambda: self.cache or self.cache.append(self.second.weight.softmax(-1))
+
+    def forward(self, x: Tensor) -> Any:
+        if self.is_hidden:
+            self.refresh()
+            return self.first(x) @ self.cache[0]
+        if self.kept is None:
+            self.kept = self.second.weight.softmax(-1)
+        return self.first(x) @ self.kept
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_what_a_model_computes_of_a_weight_once_is_named(hidden: bool) -> None:
+    engine = Engine(Keeping(hidden=hidden), Law("gaussian"))
+    with pytest.raises(
+        UserError, match=r"first forward pass used second.weight, .*: model.freeze: \[\"second.weight\"\]"
+    ):
+        check_model(engine, X, lambda m, x: m(x))
+
+
+def test_weights_that_no_sample_uses_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = Keeping(hidden=True)
+    model(X)  # so the engine cannot know
+    check_model(Engine(model, Law("gaussian")), X, lambda m, x: m(x))
+    assert "the first micro-batch does not use second.weight, second.bias" in caplog.text
+
+
 def test_weights_that_change_nothing_are_refused() -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:

@@ -216,6 +216,31 @@ def test_writing_to_a_weight_is_refused_before_it_happens() -> None:
     assert_untouched(model, before, attributes(model))
 
 
+def functionally(toy: Toy, x: Tensor) -> Any:
+    return torch.func.functional_call(toy.second, {"weight": torch.ones(8, 8)}, (x,))
+
+
+def by_assignment(toy: Toy, x: Tensor) -> Any:
+    toy.second.weight = nn.Parameter(torch.ones(8, 8))
+    return toy.second(x)
+
+
+def by_deletion(toy: Toy, x: Tensor) -> Any:
+    del toy.second.weight
+    return x
+
+
+@pytest.mark.parametrize("use", [functionally, by_assignment, by_deletion])
+def test_replacing_a_weight_is_refused_before_it_happens(use: Callable[[Toy, Tensor], Any]) -> None:
+    """Other passes would compute with it; `functional_call` left a handle in place of the weight, besides."""
+    model = Toy(use)
+    before, modules = state(model), attributes(model)
+    with pytest.raises(NotImplementedError, match=r"replaces its weight second.weight"):
+        Engine(model, Law("gaussian")).evaluate(VARIANTS, [X], lambda m, x: m(x))
+    assert_untouched(model, before, modules)
+    assert type(model.second._parameters["weight"]) is nn.Parameter
+
+
 def test_code_below_torchs_functions_is_refused() -> None:
     """Compiled code, say, which would compute with the memory that a handle has not."""
 

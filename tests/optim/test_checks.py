@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezo_dist import MeZO, MeZOSVRG, Momentum, Optimizer, Schedule, UserError
+from mezo_dist.algorithms.base import Variant
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.testing import spawn
 
@@ -40,6 +42,54 @@ def test_train_mode_between_steps_makes_no_noise() -> None:
             opt.step(loss, X)
         projected.append(opt.metrics["projected_gradient"])
     assert projected[0] == projected[1]
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "frozen": (lambda model: model[0].requires_grad_(False), r"0.weight got requires_grad_\(False\) after"),
+    "thawed": (lambda model: model[1].requires_grad_(True), r"1.weight got requires_grad_\(True\) after"),
+    "replaced": (
+        lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(6, 6))),
+        "0.weight was replaced by another tensor after the Optimizer was made",
+    ),
+    "added": (lambda model: model.append(nn.Linear(2, 2, bias=False)), "2.weight was added after"),
+    "removed": (lambda model: model[0].register_parameter("bias", None), "0.bias was removed after"),
+    "cast": (lambda model: model.bfloat16(), "0.weight became bfloat16 after"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_of_the_model_are_noticed_at_the_next_step(name: str) -> None:
+    change, message = CHANGES[name]
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2).requires_grad_(False))
+    opt: Optimizer[Tensor] = Optimizer(model, MeZO(lr=1e-3))
+    opt.step(loss, X)
+    with torch.no_grad():
+        model[0].weight.zero_()  # new values are no other parameters
+    opt.step(loss, X)
+    change(model)
+    with pytest.raises(UserError, match=f"^model: {message}.*make a new Optimizer"):
+        opt.step(loss, X)
+    assert opt.num_steps_done == 2
+
+
+def test_a_loss_function_that_takes_a_step() -> None:
+    model = linear()
+    opt: Optimizer[Tensor] = Optimizer(model, MeZO(lr=1e-3))
+    other: Optimizer[Tensor] = Optimizer(model, MeZO(lr=1e-3), probe=False)
+    before = opt.fingerprint()
+
+    def nested(taker: Optimizer[Tensor], model: nn.Module, x: Tensor) -> Any:
+        taker.step(loss, x)
+        return loss(model, x)
+
+    for taker in (opt, other):
+        with pytest.raises(UserError, match=r"^step: called by the loss function of a step that is not over"):
+            opt.step(functools.partial(nested, taker), X)
+    with pytest.raises(UserError, match=r"^a forward pass \(a loss function\) evaluates variants of weights itself"):
+        opt.step(lambda model, x: float(other.engine.evaluate([Variant()], [x], loss)[0][0]), X)
+    assert opt.fingerprint() == before
+    opt.step(loss, X)
+    assert opt.num_steps_done == 1
 
 
 def different(comm: Communicator) -> list[str]:

@@ -24,8 +24,9 @@ from torch.utils import _pytree as pytree
 
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, forward_below, remove_layer
-from mezo_dist.engines.lockstep.passes import Call, Coroutine, ForwardPass, Open, Raised, Read
+from mezo_dist.engines.lockstep.passes import Call, Coroutine, ForwardPass, Open, Raised, Read, is_inside
 from mezo_dist.engines.lockstep.reads import WeightHandle, resolved, unwatch, watch
+from mezo_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class FanOut:
 
     Attributes:
         weights_served: names of the weights that some pass has used so far.
+        served_first: those that the passes of the first run used.
+        served_last: those that the passes of the last run used.
     """
 
     def __init__(self, hooked_modules: Sequence[HookedModule], server: Server) -> None:
@@ -70,6 +73,8 @@ class FanOut:
         self._server = server
         self._serving: Call | None = None
         self.weights_served: set[str] = set()
+        self.served_first: set[str] = set()
+        self.served_last: set[str] = set()
 
     def run(self, passes: Sequence[ForwardPass]) -> list[Any]:
         """Results of ``passes``, in order.
@@ -77,16 +82,25 @@ class FanOut:
         An exception inside a pass surfaces here with its own traceback; the model is usable afterwards.
 
         Raises:
+            UserError: called by a forward pass.
             NotImplementedError: the model switches autocast around its layers, writes to its weights, or hands weights
                 that it reads to code that torch cannot see into.
         """
+        if is_inside():
+            raise UserError("a forward pass (a loss function) evaluates variants of weights itself, which it must not")
         with contextlib.ExitStack() as hooks:
             for hooked in self._hooked_modules:
                 add_layer(hooked.module, Layer.FAN_OUT, functools.partial(_wait, hooked))
                 hooks.callback(remove_layer, hooked.module, Layer.FAN_OUT)
                 for owner, before in watch(hooked, self._handle):
                     hooks.callback(unwatch, owner, before)
-            return self._run(passes)
+            self.served_last = set()
+            if not self.weights_served:
+                self.served_first = self.served_last
+            try:
+                return self._run(passes)
+            finally:
+                self.weights_served |= self.served_last
 
     def _run(self, passes: Sequence[ForwardPass]) -> list[Any]:
         results: list[Any] = [None] * len(passes)
@@ -129,12 +143,12 @@ class FanOut:
         reads = [request for request in requests if isinstance(request, Read)]
         calls = [request for request in requests if isinstance(request, Call)]
         if reads:
-            self.weights_served.add(reads[0].weight.name)
+            self.served_last.add(reads[0].weight.name)
             by_variant = self._server.read(reads, nested=False)
             yield from ((read.caller, by_variant[read.caller.variant]) for read in reads)
             return
         hooked = calls[0].hooked
-        self.weights_served.update(weight.name for weight in hooked.weights)
+        self.served_last.update(weight.name for weight in hooked.weights)
         real = forward_below(hooked.module, Layer.FAN_OUT)
         served = self._server.serve(hooked, calls, real)
         for call in calls:
@@ -174,7 +188,7 @@ class FanOut:
         if call is None:
             raise RuntimeError(f"a forward pass left the weight {weight.name} to code that runs after it")
         try:  # another module's forward reads it: no pass can wait here
-            self.weights_served.add(weight.name)
+            self.served_last.add(weight.name)
             return self._server.read([Read(call.caller, hooked, weight)], nested=True)[call.caller.variant]
         finally:
             self._serving = call

@@ -78,6 +78,11 @@ class Coroutine(greenlet.greenlet):
         return outcome
 
 
+def is_inside() -> bool:
+    """Whether the caller is part of a forward pass."""
+    return isinstance(greenlet.getcurrent(), Coroutine)
+
+
 class Open:
     """A hooked module that spans blocks, with the weights that its modules use while one pass is inside of it and
     running."""

@@ -83,7 +83,8 @@ def resolved(values: Any) -> Any:
 
 @final
 class WatchedParameters(dict[str, "nn.Parameter | None"]):
-    """The ``_parameters`` of a module while passes run. Writing to it, and ``update`` from it, are those of a dict.
+    """The ``_parameters`` of a module while passes run. A pass that puts another weight there is refused, for others
+    would compute with it, too (``torch.func.functional_call`` does so); the engine itself writes by `swap`.
 
     Args:
         owner: the module.
@@ -103,6 +104,26 @@ class WatchedParameters(dict[str, "nn.Parameter | None"]):
         weight = self._weights.get(name)
         handle = None if weight is None else self._read(self._hooked, weight)
         return super().__getitem__(name) if handle is None else handle
+
+    def __setitem__(self, name: str, value: nn.Parameter | None) -> None:
+        self._refuse(name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._refuse(name)
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """See dict."""
+        self._refuse(name)
+        return super().pop(name, *default)
+
+    def _refuse(self, name: str) -> None:
+        weight = self._weights.get(name)
+        if weight is not None and self._read(self._hooked, weight) is not None:
+            raise NotImplementedError(
+                f"the model's forward pass replaces its weight {weight.name} (by functional_call, or an assignment)"
+            )
 
     def get(self, name: str, default: Any = None) -> Any:
         """See dict."""
