@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mezo_dist.errors import UserError
+from mezo_dist.storage.files import open_regular
+
+MOST_INDEX_BYTES = 64 << 20
+"""Indices of the largest models have some ten MB."""
 
 _CONVERT = (
     "only safetensors are read, for other formats are pickles or not of transformers; convert the model once, on a "
@@ -59,7 +63,11 @@ def _check_folder(source: str, hf_config: Any) -> None:
 def _names(index: Path) -> list[str]:
     """The file names in an index, each of which is plain."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        with open_regular(index) as file:
+            text = file.read(MOST_INDEX_BYTES + 1)
+        if len(text) > MOST_INDEX_BYTES:
+            raise ValueError(f"larger than {MOST_INDEX_BYTES:,} bytes")
+        content = json.loads(text)["weight_map"]
         names = sorted(set(content.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"model.name: {index} cannot be read, or is no index of a checkpoint ({error!r})") from error

@@ -171,7 +171,7 @@ def replay(
             return ""
         if not path.is_file():
             raise UserError(f"trajectory: {path} does not exist")
-        return read_bytes(path).decode()
+        return read_bytes(path.resolve()).decode()  # the caller's own path may be a link
 
     log = parse(comm.collect(read)[0].encode(), path)
     if log is None:

@@ -32,13 +32,15 @@ from mezo_dist.storage.files import (
     is_plain_folder,
     move_aside,
     open_log,
-    open_regular,
+    read_in_place,
     remove,
     replace_file,
 )
 
 log = logging.getLogger(__name__)
 CONFIG, EVENTS, RESULTS, SNAPSHOTS, LOCK = "config.yaml", "events.jsonl", "results.json", "snapshots", ".lock"
+MOST_RESULTS_BYTES = 1 << 20
+"""Size up to which results.json is read."""
 _FILES = (CONFIG, EVENTS, RESULTS, "metrics.jsonl")
 _FOLDERS = (SNAPSHOTS, "tensorboard", "model")
 _UNFINISHED = (*(f".{name}.part" for name in (trajectory.FILE, CONFIG, RESULTS, "model")),)
@@ -241,8 +243,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 def read_results(folder: Path) -> dict[str, Any]:
     """What `write_results` wrote; empty if nothing readable is there."""
     try:
-        with open_regular(folder / RESULTS) as file:
-            results = json.loads(file.read())
+        results = json.loads(read_in_place(folder / RESULTS, MOST_RESULTS_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         log.warning("%s cannot be read (%s)", folder / RESULTS, error)
         return {}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.errors import UserError
-from mezo_dist.storage.files import open_regular
+from mezo_dist.storage.files import open_in_place, open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CHUNK_BYTES = 1 << 22
@@ -45,6 +45,8 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     """Place of its first byte in the file."""
+    in_place: bool = False
+    """The file lies in a folder of ours, where links are not followed."""
 
     @property
     def num_elements(self) -> int:
@@ -66,7 +68,7 @@ class Entry:
         in_place = flat.dtype == self.dtype and flat.device.type == "cpu"
         step = CHUNK_BYTES // self.dtype.itemsize
         try:
-            with open_regular(self.path) as file:
+            with _open(self.path, in_place=self.in_place) as file:
                 file.seek(self.start + offset * self.dtype.itemsize)
                 for piece in flat.split(step) if flat.numel() else ():
                     target = piece if in_place else torch.empty(len(piece), dtype=self.dtype)
@@ -77,21 +79,29 @@ class Entry:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def _open(path: Path, *, in_place: bool) -> io.FileIO:
+    return io.FileIO(open_in_place(path)) if in_place else open_regular(path)
+
+
+def read_header(path: Path, *, in_place: bool = False) -> dict[str, Entry]:
     """What tensors a safetensors file holds, in the order of their data. Reads the header alone.
+
+    Args:
+        path: of the file.
+        in_place: a link is not followed, here and when tensors are read.
 
     Raises:
         UserError: it is missing, no safetensors file, or has a dtype that is not known here.
     """
     try:
-        with open_regular(path) as file:
+        with _open(path, in_place=in_place) as file:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
             if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError("no header of that length")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        entries = {name: _entry(path, item, 8 + length, size) for name, item in header.items()}
+        entries = {name: _entry(path, item, 8 + length, size, in_place) for name, item in header.items()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -158,9 +168,9 @@ def write(
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file. Raises UserError if it cannot be read."""
+    """SHA-256 of a file in a folder of ours, where links are not followed. Raises UserError if it cannot be read."""
     try:
-        with open_regular(path) as file:
+        with _open(path, in_place=True) as file:
             digest, chunk = hashlib.sha256(), bytearray(CHUNK_BYTES)
             while count := file.readinto(chunk):
                 digest.update(memoryview(chunk)[:count])
@@ -169,11 +179,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _entry(path: Path, item: Any, data_start: int, file_size: int) -> Entry:
+def _entry(path: Path, item: Any, data_start: int, file_size: int, in_place: bool) -> Entry:
     if item["dtype"] not in DTYPES:
         raise ValueError(f"dtype {item['dtype']} is not supported")
     start, stop = (data_start + int(offset) for offset in item["data_offsets"])
-    entry = Entry(path, DTYPES[item["dtype"]], tuple(map(int, item["shape"])), start)
+    entry = Entry(path, DTYPES[item["dtype"]], tuple(map(int, item["shape"])), start, in_place)
     num_bytes = entry.num_elements * entry.dtype.itemsize
     if min((start - data_start, *entry.shape), default=0) < 0 or stop - start != num_bytes or stop > file_size:
         raise ValueError(f"data at {item['data_offsets']} do not fit the file or the shape {item['shape']}")

@@ -31,7 +31,7 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 from mezo_dist.storage import safetensors_io
-from mezo_dist.storage.files import read_in_place, remove, sync_folder
+from mezo_dist.storage.files import is_plain_folder, read_in_place, remove, sync_folder
 
 FORMAT = "mezo_dist/snapshot/1"
 INDEX = "snapshot.json"
@@ -122,7 +122,8 @@ def save_snapshot(
 
 def snapshots(folder: Path) -> list[Path]:
     """Folders of the complete snapshots in ``folder`` (which need not exist), oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{INDEX}") if _NAME.fullmatch(path.parent.name))
+    found = (path.parent for path in folder.glob(f"step-*/{INDEX}") if _NAME.fullmatch(path.parent.name))
+    return sorted(path for path in found if is_plain_folder(path))
 
 
 def read_snapshot(folder: Path) -> Snapshot:
@@ -131,6 +132,8 @@ def read_snapshot(folder: Path) -> Snapshot:
     Raises:
         UserError: there is none, it is damaged, or the snapshot was renamed to another step.
     """
+    if not is_plain_folder(folder):
+        raise UserError(f"{folder}: a link or a file, not a folder")
     snapshot = _read_index(folder)
     if folder.name != _name(snapshot.step):
         raise UserError(f"{folder}: was renamed, for its index says step {snapshot.step}")
@@ -281,7 +284,7 @@ def _remove(folder: Path) -> None:
 
 def _check_pieces(snapshot: Snapshot) -> None:
     """Raises UserError if the files do not hold what the index says."""
-    entries = {name: safetensors_io.read_header(snapshot.folder / name) for name in snapshot.files}
+    entries = {name: safetensors_io.read_header(snapshot.folder / name, in_place=True) for name in snapshot.files}
     for name, weight in snapshot.weights.items():
         for piece in weight.pieces:
             entry = entries[piece.file].get(_key(name, piece.offset))
@@ -290,7 +293,7 @@ def _check_pieces(snapshot: Snapshot) -> None:
 
 
 def _fill(shards: Iterable[Shard], snapshot: Snapshot) -> None:
-    entries = {name: safetensors_io.read_header(snapshot.folder / name) for name in snapshot.files}
+    entries = {name: safetensors_io.read_header(snapshot.folder / name, in_place=True) for name in snapshot.files}
     for shard in shards:
         flat = shard.tensor.detach().view(-1)
         for piece in snapshot.weights[shard.name].pieces if len(flat) else ():

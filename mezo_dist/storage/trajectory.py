@@ -23,6 +23,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from mezo_dist.algorithms.base import Losses
 from mezo_dist.algorithms.operations import Operation, encode
 from mezo_dist.config.schema import digest_of
 from mezo_dist.errors import UserError
-from mezo_dist.storage.files import open_regular
+from mezo_dist.storage.files import open_in_place
 
 FORMAT = "mezo_dist/trajectory/3"
 FILE = "trajectory.jsonl"
@@ -178,12 +179,23 @@ def read(path: Path) -> Log:
 
 
 def read_bytes(path: Path) -> bytes:
-    """What is in the file; its start is looked at before the rest is taken into memory. Raises as `read` does."""
+    """What is in the file; its start is looked at before the rest is taken into memory. Raises as `read` does.
+
+    A link is not followed. A hole in a sparse file, which may be larger than any memory, is not read.
+    """
     try:
-        with open_regular(path) as file:
+        with os.fdopen(open_in_place(path), "rb", buffering=0) as file:
             start = file.read(len(_START))
             _check_start(start, path)
-            return start + file.read()
+            content = bytearray(start)
+            while block := file.read(_BLOCK):
+                if len(block) == _BLOCK and not block.strip(b"\0"):
+                    raise UserError(
+                        f"{path}: damaged: at byte {len(content)} a megabyte of zeros begins; cut the file there "
+                        f"(truncate --size={len(content)}), if what stands before it is to be used"
+                    )
+                content += block
+            return bytes(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -212,6 +224,7 @@ def parse(data: bytes, path: Path) -> Log | None:
     return None if header is None else Log(header, check, offset, len(data) - offset, steps, marks)
 
 
+_BLOCK = 1 << 20
 _START = b'{"format":"mezo_dist/trajectory/'
 
 

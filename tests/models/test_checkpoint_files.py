@@ -109,6 +109,13 @@ def test_a_damaged_index(folder: Path, content: bytes) -> None:
         load(folder, whole=True)
 
 
+def test_an_index_larger_than_any_memory(folder: Path) -> None:
+    with (folder / INDEX).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"no index of a checkpoint .*larger than 67,108,864 bytes"):
+        load(folder, whole=True)
+
+
 SIZE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 

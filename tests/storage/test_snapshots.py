@@ -214,6 +214,17 @@ def test_a_damaged_snapshot_touches_no_weight(tmp_path: Path) -> None:
     assert all(bool((tensor == 7).all()) for tensor in engine.local.values())
 
 
+@pytest.mark.parametrize("what", ["file", "folder", "index"])
+def test_links_are_not_followed(tmp_path: Path, what: str) -> None:
+    snapshot = snapshot_of(tmp_path)
+    link = {"file": next(snapshot.glob("*.safetensors")), "folder": snapshot, "index": snapshot / snapshots.INDEX}[what]
+    link.rename(tmp_path / "elsewhere")
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"symbolic link|a link or a file, not a folder"):
+        snapshots.load_snapshot(snapshot, as_engine(fresh(Cut(0, 1))), Communicator())
+    assert snapshots.snapshots(snapshot.parent) == ([] if what == "folder" else [snapshot])
+
+
 def test_a_folder_that_is_no_snapshot(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a complete snapshot"):
         snapshots.load_snapshot(tmp_path, as_engine(Cut(0, 1)), Communicator())

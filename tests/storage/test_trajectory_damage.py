@@ -136,6 +136,24 @@ def test_a_huge_file_of_something_else_is_not_read(tmp_path: Path) -> None:
         read(path)
 
 
+def test_a_hole_in_a_trajectory_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(WHOLE)
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"damaged: at byte \d+ a megabyte of zeros begins; cut the file there"):
+        read(path)
+    path.write_bytes(WHOLE + b"\0" * 3000)  # what a crash may leave is a torn line
+    assert read(path).torn == 3000
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(WHOLE)
+    (tmp_path / "t.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "t.jsonl")
+
+
 WHOLE = b"".join([to_line({"format": FORMAT, **vars(HEADER)}, "")[0], to_line(STEPS[0].to_json(), HEADER.identity)[0]])
 
 
