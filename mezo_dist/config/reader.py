@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_FAULTS = 10
+PATHS = {"model": "model.name", "task": "task.data", "layout": "layout.ds_config"}
+"""Settings that may be paths, by the section of each."""
 UNKNOWN = "unexpected_keyword_argument"
 UNION_MEMBER = re.compile(r"str|int|float|literal\[.*")
 """Where a value may have several types, pydantic reports a fault for each, whose place ends in the name of the type."""
@@ -41,7 +44,8 @@ UNION_MEMBER = re.compile(r"str|int|float|literal\[.*")
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config file and apply overrides: ``--train.steps=10``, ``--train.steps 10`` or ``train.steps=10``.
 
-    The task may be the path of a task file, relative to the config file's folder (as an override: to the current one).
+    The task may be the path of a task file. Relative paths start at the folder of the file that they are written in; as
+    an override, at the current one.
 
     Raises:
         UserError: a file is missing or not YAML, a setting is unknown, missing, of the wrong type or contradicts
@@ -49,12 +53,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     options = _options(overrides)
     data, folder = yaml_file.read(Path(path), "config file"), Path(path).parent
+    origin = {section: os.path.realpath(folder) for section in PATHS}
     if "task" in options:
         data["task"], folder = options.pop("task"), Path()
     given = _Given(str(path), str(path), options)
     if isinstance(data.get("task"), str):
         task = folder / data["task"]
         data["task"], given = yaml_file.read(task, "task file"), dataclasses.replace(given, task=str(task))
+        origin["task"] = os.path.realpath(task.parent)
+    if isinstance(known := data.get("origin", {}), dict):  # of a config that was read before, and saved
+        overridden = {section: os.getcwd() for section, setting in PATHS.items() if setting in options}
+        data["origin"] = origin | known | overridden
     return _build(data, given)
 
 

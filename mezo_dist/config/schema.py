@@ -19,9 +19,10 @@ from pydantic import Discriminator
 from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.lines import check_lines
+from mezo_dist.config.paths import located
 from mezo_dist.config.task import Task
 
-NO_RESULTS = ("layout", "output", "distributed")
+NO_RESULTS = ("layout", "output", "distributed", "origin")
 """Sections that do not change what is computed: a run may go on with others."""
 ModelKind = Literal["causal", "masked", "classifier"]
 """What answers: the language-model head of a causal or a masked model, or a classification head."""
@@ -62,7 +63,9 @@ class ModelConfig:
 
     name: str
     """Hub name, local folder, ``demo:NAME`` (``python -m mezo_dist.assets`` lists those), or ``random:PATH`` for random
-    weights of the shape that a Hugging Face config (a folder, or its config.json) describes, for benchmarks."""
+    weights of the shape that a Hugging Face config (a folder, or its config.json) describes, for benchmarks. This and
+    all paths but ``output.dir``, if relative, start at the folder of the file that they are written in; on the command
+    line, at the current folder."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     head: Literal["label-words", "classifier"] = "label-words"
@@ -226,6 +229,21 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
+class OriginConfig:
+    """Folders at which relative paths start. They are filled in when a config is read, and need not be given."""
+
+    model: str | None = None
+    """Where ``model.name`` starts: the folder of the file that it is written in. Null: the current folder."""
+    task: str | None = None
+    """The same for ``task.data``."""
+    layout: str | None = None
+    """The same for ``layout.ds_config``."""
+
+    def __post_init__(self) -> None:
+        check_lines(self, "origin.", "model", "task", "layout")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run of mezo_dist."""
 
@@ -250,6 +268,8 @@ class RunConfig:
     """The run folder, and what is written into it."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of a run communicate."""
+    origin: OriginConfig = field(default_factory=OriginConfig)
+    """Folders at which relative paths start. They are filled in when a config is read, and need not be given."""
 
     def __post_init__(self) -> None:
         check_ranges(self, direction_rank=(1, 10_000), seed=(-MAX_SEED, MAX_SEED))
@@ -261,6 +281,24 @@ class RunConfig:
             )
         if self.model.head == "classifier" and not self.task.plain:
             raise ValueError("task.plain: missing; model.head: classifier needs a text without prompt")
+
+    def located(self) -> RunConfig:
+        """The same settings with paths that work from anywhere, for those who open the files.
+
+        Raises:
+            UserError: a path starts at the folder of its file, and only in the current folder is there such a thing.
+        """
+        model, task, layout, origin = self.model, self.task, self.layout, self.origin
+        if layout.ds_config is not None:
+            ds_config = located(layout.ds_config, origin.layout, "layout.ds_config")
+            layout = dataclasses.replace(layout, ds_config=ds_config)
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(model, name=located(model.name, origin.model, "model.name")),
+            task=dataclasses.replace(task, data=located(task.data, origin.task, "task.data")),
+            layout=layout,
+            origin=OriginConfig(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as nested dicts of JSON types, in the shape of a config file."""

@@ -144,7 +144,8 @@ def _source(name: str) -> str:
     if path.is_dir() or path.suffix == ".json":
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name looks like that
-        raise UserError(f"model.name: folder {name} does not exist (relative paths start at {Path.cwd()})")
+        where = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
+        raise UserError(f"model.name: folder {name} does not exist{where}")
     return name
 
 

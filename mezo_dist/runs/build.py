@@ -111,7 +111,7 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     Raises:
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
     """
-    rows = load_rows(config.task)
+    rows = load_rows(config.located().task)
     order = BatchOrder(len(rows.train), config.train.batch_size, config.seed)
     full_size = config.train.full_size or len(rows.train)
     if full_size > len(rows.train):

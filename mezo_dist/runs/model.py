@@ -96,7 +96,7 @@ def reload_base(loaded: LoadedModel) -> None:
 
 
 def _load(config: RunConfig, *, whole: bool) -> Pretrained:
-    return load_model(config.model, num_labels=len(config.task.labels), seed=config.seed, whole=whole)
+    return load_model(config.located().model, num_labels=len(config.task.labels), seed=config.seed, whole=whole)
 
 
 def check_agreement(loaded: LoadedModel, comm: Communicator, **more: str) -> None:
@@ -140,6 +140,6 @@ def _layout(config: RunConfig, model: nn.Module, comm: Communicator) -> Layout:
     if layout.name == "zero":
         from mezo_dist.engines.layouts.zero import Zero, read_config
 
-        ds_config = read_config(layout.ds_config, config.model.weights)
+        ds_config = read_config(config.located().layout.ds_config, config.model.weights)
         return Zero(model, comm, ds_config, block_classes=layout.blocks, prefetch=layout.prefetch)
     return Replicated(model)

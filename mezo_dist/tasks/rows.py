@@ -90,7 +90,8 @@ def _load(task: Task) -> Mapping[str, Any]:
 def _local_files(path: Path) -> dict[str, Path]:
     """Split -> file."""
     if not path.exists():
-        raise UserError(f"task.data: file {path} does not exist (relative paths start at {Path.cwd()})")
+        where = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
+        raise UserError(f"task.data: file {path} does not exist{where}")
     candidates = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in candidates if file.suffix in BUILDERS]
     if not files:

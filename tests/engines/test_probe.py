@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,14 +195,12 @@ class Keeping(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
         self.kept: Any = None
-        self.cache: list[Tensor] = []
         self.is_hidden = hidden
-        self.refresh = lambda: self.cache or self.cache.append(self.second.weight.softmax(-1))
+        self.hide = functools.lru_cache(lambda: self.second.weight.softmax(-1))
 
     def forward(self, x: Tensor) -> Any:
         if self.is_hidden:
-            self.refresh()
-            return self.first(x) @ self.cache[0]
+            return self.first(x) @ self.hide()
         if self.kept is None:
             self.kept = self.second.weight.softmax(-1)
         return self.first(x) @ self.kept

@@ -64,7 +64,7 @@ def test_changes_of_the_model_are_noticed_at_the_next_step(name: str) -> None:
     opt: Optimizer[Tensor] = Optimizer(model, MeZO(lr=1e-3))
     opt.step(loss, X)
     with torch.no_grad():
-        model[0].weight.zero_()  # new values are no other parameters
+        model.get_parameter("0.weight").zero_()  # new values are no other parameters
     opt.step(loss, X)
     change(model)
     with pytest.raises(UserError, match=f"^model: {message}.*make a new Optimizer"):
