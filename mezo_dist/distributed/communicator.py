@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, final
+from typing import TypeVar, final
 
 import numpy as np
 import torch
@@ -21,17 +21,21 @@ from torch import Tensor
 
 from mezo_dist.distributed.watchdog import Watchdog
 from mezo_dist.errors import LostRankError, UserError
+from mezo_dist.json_types import JsonObject
 
 PAYLOAD_WORDS = 32
 """The first so many words of a round (256 bytes) travel alone, and a shorter round is padded to them: so ranks in
 different rounds still meet and can be told, where collectives of different lengths would kill the processes."""
 
 
+ValueT = TypeVar("ValueT")
+
+
 class OutOfStepError(RuntimeError):
     """Ranks disagree about the round they are in; going on would corrupt the weights."""
 
 
-def fingerprint(*what: Any) -> int:
+def fingerprint(*what: object) -> int:
     """A 62-bit hash of JSON-serialisable values."""
     text = json.dumps(what, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
@@ -132,14 +136,14 @@ class Communicator:
         self.payload_bytes += 8 + len(payload)
         return payload.numpy().tobytes()
 
-    def collect(self, work: Callable[[], Any]) -> list[Any]:
+    def collect(self, work: Callable[[], ValueT]) -> list[ValueT]:
         """What ``work()`` returned on every rank (JSON types), by rank, on every rank. All ranks must call it.
 
         Raises:
             UserError: on all ranks alike, if ``work`` raised OSError or UserError on some: so nobody waits for them.
         """
         try:
-            mine = {"value": work()}
+            mine: JsonObject = {"value": work()}
         except (OSError, UserError) as error:
             mine = {"error": str(error)}
         answers = [json.loads(text) for text in self.gather_texts(json.dumps(mine))]

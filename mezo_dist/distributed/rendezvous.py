@@ -15,11 +15,12 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch.distributed as dist
 
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 
 log = logging.getLogger(__name__)
 POLL_S = 0.01
@@ -113,7 +114,7 @@ def _receive(store: dist.Store, world_size: int, clock: _Clock) -> dist.Store:
     store.set(WORLD, str(world_size))
     answer = json.dumps({"start": word, "world_size": world_size})
     missing, answered = set(range(1, world_size)), set[int]()
-    outcome: dict[str, Any] = {}
+    outcome: JsonObject = {}
     while missing and not outcome:
         _answer(store, answer, answered)
         missing = _missing(start, missing)
@@ -141,7 +142,7 @@ def _answer(store: dist.Store, answer: str, answered: set[int]) -> None:
 
 def _wait_for(
     store: dist.Store, key: str, clock: _Clock, missing: Callable[[], list[int] | set[int]]
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """The JSON object under ``key``; None if the time is up before it is there."""
     pause = POLL_S
     while not store.check([key]):
@@ -149,7 +150,7 @@ def _wait_for(
             return None
         time.sleep(pause)
         pause = min(1.1 * pause, SLOWEST_POLL_S)
-    value: dict[str, Any] = json.loads(store.get(key))
+    value: JsonObject = json.loads(store.get(key))
     return value
 
 
@@ -158,7 +159,7 @@ def _missing(start: dist.Store, ranks: set[int]) -> set[int]:
     return {rank for rank in ranks if not start.check([f"has/{rank}"])}
 
 
-def _raise_if_failed(outcome: dict[str, Any]) -> None:
+def _raise_if_failed(outcome: JsonObject) -> None:
     if "problem" in outcome:
         raise UserError(outcome["problem"])
     if "missing" in outcome:

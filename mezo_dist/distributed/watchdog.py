@@ -16,9 +16,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from mezo_dist.distributed.bounded import bounded
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 log = logging.getLogger(__name__)
 ANSWER_S = 2.0
@@ -49,9 +52,15 @@ class Watchdog:
     """
 
     def __init__(
-        self, store: Any, rank: int, world_size: int, patience_s: float, holder: tuple[str, int] | None = None
+        self,
+        store: dist.Store | None,
+        rank: int,
+        world_size: int,
+        patience_s: float,
+        holder: tuple[str, int] | None = None,
     ) -> None:
-        self._store, self._rank, self._world_size, self._patience_s = store, rank, world_size, patience_s
+        self._rank, self._world_size, self._patience_s = rank, world_size, patience_s
+        self._store: Any = store  # used only where something is watched
         self._holder = holder
         self._tick_s = min(1.0, patience_s / 4)
         self._wait: _Wait | None = None  # the collective that the main thread is in

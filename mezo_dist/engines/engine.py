@@ -28,6 +28,7 @@ from mezo_dist.engines.lockstep.passes import ForwardPass
 from mezo_dist.engines.lockstep.unshard import UnshardSchedule
 
 ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 @final
@@ -84,11 +85,11 @@ class Engine:
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
+        forward: Callable[[nn.Module, ItemT], ResultT],
         *,
         most: int = 0,
         filler: ItemT | None = None,
-    ) -> list[list[Any]]:
+    ) -> list[list[ResultT]]:
         """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``.
 
         `evaluate_groups`, with all results at once. Arguments and errors are its.
@@ -100,12 +101,12 @@ class Engine:
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
+        forward: Callable[[nn.Module, ItemT], ResultT],
         *,
         most: int = 0,
         filler: ItemT | None = None,
         width: int | None = None,
-    ) -> Iterator[list[list[Any]]]:
+    ) -> Iterator[list[list[ResultT]]]:
         """Evaluate ``width`` items at a time in lock step; the results of one such group after another.
 
         Results are the same bits whatever the other items and variants are, and on every layout. Variants of the copied
@@ -138,10 +139,10 @@ class Engine:
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
+        forward: Callable[[nn.Module, ItemT], ResultT],
         filler: ItemT | None,
-    ) -> list[list[Any]]:
-        results: list[list[Any]] = [[None] * len(variants) for _ in items]
+    ) -> list[list[ResultT]]:
+        results: list[dict[int, ResultT]] = [{} for _ in items]
         for base, place in (("current", contextlib.nullcontext), ("anchor", self._anchor.in_place)):
             chosen = [v for v, variant in enumerate(variants) if variant.base == base]
             if not chosen:
@@ -151,15 +152,15 @@ class Engine:
             for row, some in zip(results, rows, strict=True):
                 for v, result in zip(chosen, some, strict=True):
                     row[v] = result
-        return results
+        return [[row[v] for v in range(len(variants))] for row in results]
 
     def _evaluate_in_place(
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
+        forward: Callable[[nn.Module, ItemT], ResultT],
         filler: ItemT | None,
-    ) -> list[list[Any]]:
+    ) -> list[list[ResultT]]:
         """All items on variants of the current contents of the weights, in lock step."""
         self._materialise.shifts = [variant.shift for variant in variants]
         passes = [
@@ -265,6 +266,11 @@ class Engine:
         The probe (`mezo_dist.engines.probe`) cannot tell: weights of an expert may be used by other samples than its.
         """
         return [name for name in self.trainable if name not in self._fanout.weights_served]
+
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """Dtype of the forward passes."""
+        return self.compute_dtype or next(self.model.parameters()).dtype
 
     @property
     def gathers(self) -> int:

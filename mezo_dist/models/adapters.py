@@ -11,7 +11,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from mezo_dist.config.schema import ModelKind, PeftConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.models.sliced_checkpoint import WeightSource
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel, PrefixTuningConfig
+    from transformers import PreTrainedModel
 
 FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX_STD = 0.02
@@ -36,7 +41,7 @@ _TASK_TYPES: Mapping[ModelKind, str | None] = {"causal": "CAUSAL_LM", "masked": 
 
 
 def attach(
-    model: Any,
+    model: PreTrainedModel,
     settings: PeftConfig,
     kind: ModelKind,
     source: WeightSource | None,
@@ -44,7 +49,7 @@ def attach(
     *,
     fresh: Iterable[str] = (),
     revision: str | None = None,
-) -> tuple[Any, WeightSource | None]:
+) -> tuple[PeftModel, WeightSource | None]:
     """``model`` with adapters, which are all that has ``requires_grad``, but for a fresh classification head.
 
     Args:
@@ -89,7 +94,9 @@ def attach(
     return adapted, _filled(adapted, base, source, seed)
 
 
-def _peft_config(model: Any, settings: PeftConfig, kind: ModelKind, fresh: Iterable[str]) -> Any:
+def _peft_config(
+    model: PreTrainedModel, settings: PeftConfig, kind: ModelKind, fresh: Iterable[str]
+) -> LoraConfig | PrefixTuningConfig:
     import peft
     from transformers.pytorch_utils import Conv1D
 
@@ -166,7 +173,7 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def saved_weights(model: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def saved_weights(model: PeftModel, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters' weights under the names that peft reads.
 
     Args:
@@ -188,7 +195,7 @@ def names_to_save(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
 
 
-def settings_to_json(model: Any) -> dict[str, Any]:
+def settings_to_json(model: PeftModel) -> JsonObject:
     """The contents of ``adapter_config.json``, which names the base model."""
     config, base = model.peft_config[_ADAPTER], model.get_base_model()
     data = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

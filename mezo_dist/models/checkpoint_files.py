@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _CONVERT = (
     "only safetensors are read, for other formats are pickles or not of transformers; convert the model once, on a "
@@ -19,7 +23,7 @@ _CONVERT = (
 )
 
 
-def checkpoint_files(source: str, hf_config: Any, revision: str | None) -> list[Path]:
+def checkpoint_files(source: str, hf_config: PreTrainedConfig, revision: str | None) -> list[Path]:
     """The checkpoint's safetensors files; fetched if ``source`` is a hub name.
 
     A link may lead out of a folder (the hub's cache consists of links), but only to a regular file.
@@ -31,7 +35,7 @@ def checkpoint_files(source: str, hf_config: Any, revision: str | None) -> list[
     """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    options: JsonObject = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     _check_folder(source, hf_config)
     whole = cached_file(source, SAFE_WEIGHTS_NAME, **options)
     if whole is not None:
@@ -45,7 +49,7 @@ def checkpoint_files(source: str, hf_config: Any, revision: str | None) -> list[
     return [_fetched(source, name, revision) for name in names]
 
 
-def _check_folder(source: str, hf_config: Any) -> None:
+def _check_folder(source: str, hf_config: PreTrainedConfig) -> None:
     """transformers would read other files than those below if one of these were there."""
     if (Path(source) / "adapter_config.json").exists():
         raise UserError(

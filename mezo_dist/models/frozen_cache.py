@@ -31,9 +31,9 @@ RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
 Group = tuple[Inputs, Tensor | None]
 """A micro-batch: inputs, and the positions that its logits are read at (None for a classifier, which picks them)."""
 
-_known: ContextVar[Sequence[Any] | None] = ContextVar("frozen_known", default=None)
+_known: ContextVar[Sequence[object] | None] = ContextVar("frozen_known", default=None)
 """What the modules at the end of the frozen blocks give in the forward pass of this context."""
-_recorded: ContextVar[list[Any] | None] = ContextVar("frozen_recorded", default=None)
+_recorded: ContextVar[list[object] | None] = ContextVar("frozen_recorded", default=None)
 """Where they write down what they give; the pass stops behind the last of them."""
 
 
@@ -71,7 +71,7 @@ class FrozenCache:
     def __init__(self, frozen: FrozenBlocks, limit: int, groups: Iterable[Group] = (), *, narrow: bool = False) -> None:
         self.frozen, self.narrow = frozen, narrow
         self._limit, self._used = limit, 0
-        self._latest: tuple[Tensor | None, list[Any]] = None, []
+        self._latest: tuple[Tensor | None, list[object]] = None, []
         self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
         self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
         for block in frozen.blocks[:-1]:
@@ -143,7 +143,7 @@ class FrozenCache:
             yield key + (b"" if position is None else b"@%d" % int(position)), (sample, position)
 
 
-def _skip(block: nn.Module, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _skip(block: nn.Module, inner: Forward, hidden: Tensor, *args: object, **kwargs: object) -> object:
     """The layer around a block before the last frozen one: it hands on what it gets, if that is not looked at."""
     return inner(hidden, *args, **kwargs) if _known.get() is None else hidden
 
@@ -156,7 +156,7 @@ class _Keep:
     """Its place among these modules."""
     is_last: bool
 
-    def __call__(self, module: nn.Module, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, inner: Forward, *args: object, **kwargs: object) -> object:
         known, recorded = _known.get(), _recorded.get()
         if known is not None:
             return known[self.index]

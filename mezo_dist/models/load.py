@@ -7,7 +7,7 @@ import logging
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -17,12 +17,16 @@ from mezo_dist.assets.registry import is_demo, resolve_model
 from mezo_dist.config.schema import ModelConfig, ModelKind
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.models import adapters, fresh_weights
 from mezo_dist.models.checkpoint_files import checkpoint_files
 from mezo_dist.models.identity import config_digest, tokenizer_digest
 from mezo_dist.models.random_weights import open_random
 from mezo_dist.models.sliced_checkpoint import NotSliceableError, WeightSource, materialise, open_checkpoint
 from mezo_dist.models.window import num_tokens_of, window_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 RANDOM = "random:"
@@ -38,7 +42,7 @@ class Pretrained:
     """A model in eval mode with its tokenizer."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     kind: ModelKind
     window: int
     """Longest sequence that the model takes, in tokens."""
@@ -78,7 +82,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said below
     source = _source(config.name.removeprefix(RANDOM))
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: JsonObject = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         hf_config = _config(source, options)
         tokenizer = _tokenizer(source, options)
@@ -138,7 +142,7 @@ def _source(name: str) -> str:
     return name
 
 
-def _config(source: str, options: dict[str, Any]) -> Any:
+def _config(source: str, options: JsonObject) -> PreTrainedConfig:
     import transformers
 
     try:
@@ -147,7 +151,7 @@ def _config(source: str, options: dict[str, Any]) -> Any:
         raise ValueError(f"its config: {error}") from error
 
 
-def _tokenizer(source: str, options: dict[str, Any]) -> Any:
+def _tokenizer(source: str, options: JsonObject) -> PreTrainedTokenizerBase:
     """The tokenizer of the model; for random weights with a config alone, one that takes every byte for a token."""
     import transformers
 
@@ -164,8 +168,8 @@ def _tokenizer(source: str, options: dict[str, Any]) -> Any:
 
 
 def _build(
-    config: ModelConfig, source: str, kind: ModelKind, hf_config: Any, seed: int, *, whole: bool
-) -> tuple[Any, dict[str, Any], WeightSource | None]:
+    config: ModelConfig, source: str, kind: ModelKind, hf_config: PreTrainedConfig, seed: int, *, whole: bool
+) -> tuple[PreTrainedModel, JsonObject, WeightSource | None]:
     """The model; transformers' report of weights that the checkpoint lacks, which were drawn from ``seed``; its source.
 
     A shape that does not match is reported, not raised: the caller's message can tell names.
@@ -179,7 +183,7 @@ def _build(
         if whole:
             materialise(model, weights)
         return model, report, None if whole else weights
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: JsonObject = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "fresh head") % 2**63)
         if not whole:
@@ -193,7 +197,7 @@ def _build(
         return *auto_class.from_pretrained(source, **options), None
 
 
-def _check_complete(report: dict[str, Any], kind: ModelKind, name: str) -> None:
+def _check_complete(report: JsonObject, kind: ModelKind, name: str) -> None:
     missing = _shortened(", ".join(sorted(report["missing_keys"])))
     misshapen = _shortened(", ".join(sorted(key for key, *_ in report["mismatched_keys"])))
     if misshapen:
@@ -226,7 +230,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _kind(config: ModelConfig, hf_config: Any) -> ModelKind:
+def _kind(config: ModelConfig, hf_config: PreTrainedConfig) -> ModelKind:
     if config.head == "classifier":
         return "classifier"
     if config.kind != "auto":

@@ -5,7 +5,7 @@ Like directions, they are a function of (seed, parameter name, element index) al
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ from mezo_dist.directions.add import add
 from mezo_dist.directions.bits import GAUSSIAN
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.seeds import derive_seed, param_id
+from mezo_dist.json_types import JsonObject
 from mezo_dist.models.sliced_checkpoint import class_of, without_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 STD_SETTINGS = ("initializer_range", "init_std")
 """Where configs of transformers keep the standard deviation of fresh weights; 0.02 if they do not."""
@@ -40,8 +45,12 @@ class RandomWeights:
 
 
 def open_random(
-    auto_class: Any, config: Any, dtype: torch.dtype, seed: int, trust_remote_code: bool = False
-) -> tuple[Any, dict[str, Any], RandomWeights]:
+    auto_class: type[_BaseAutoModelClass],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, JsonObject, RandomWeights]:
     """A model of ``config`` without data, and what fills it; see `sliced_checkpoint.open_checkpoint`."""
     model_class = class_of(auto_class, config, trust_remote_code)
     with torch.device("meta"):

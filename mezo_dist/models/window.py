@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NO_LIMIT = 1 << 30
 """Tokens, where neither the model nor the tokenizer has a limit."""
 _SETTINGS = ("max_position_embeddings", "max_seq_len")
 
 
-def window_of(tokenizer: Any, model: nn.Module, hf_config: Any) -> int:
+def window_of(tokenizer: PreTrainedTokenizerBase, model: nn.Module, hf_config: PreTrainedConfig) -> int:
     """Longest sequence, in tokens, that the model takes.
 
     Args:
@@ -35,7 +38,7 @@ def _reserved(model: nn.Module) -> int:
     return max(rows, default=0)
 
 
-def num_tokens_of(model: Any) -> int | None:
+def num_tokens_of(model: PreTrainedModel) -> int | None:
     """Rows of the table of token embeddings; None if the model does not say which one that is."""
     try:
         table = model.get_input_embeddings()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Any
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from mezo_dist.errors import UserError
 
 
 def check_arguments(
-    model: nn.Module, algorithm: Any, law: str, batch_size: int | None, num_steps: int | None, full_batch: Any
+    model: nn.Module, algorithm: object, law: str, batch_size: int | None, num_steps: int | None, full_batch: object
 ) -> None:
     """Check the arguments of `mezo_dist.Optimizer` that have these names.
 

@@ -7,7 +7,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +18,8 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.capacity import tokens_at_once
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.probe import check_model, failures_explained
+from mezo_dist.engines.probe import check_model
+from mezo_dist.engines.probe_messages import failures_explained
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import RunModel, attach_frozen_cache, run_whole
@@ -54,7 +54,7 @@ class Run:
     evaluator: Evaluator
     problem: Problem
     """What the algorithm knows about the run."""
-    algorithm: Algorithm[Any]
+    algorithm: Algorithm[object]
     data: dict[str, str]
     """Split -> digest of its encoded samples."""
     step: int = 0

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,10 @@ from mezo_dist.objectives.calibration import FILE as CALIBRATION_FILE
 from mezo_dist.objectives.calibration import Calibration
 from mezo_dist.storage import safetensors_io
 from mezo_dist.storage.files import remove
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE_BYTES = 5_000_000_000
 """Largest size of one file, unless a single weight is larger."""
@@ -46,7 +50,7 @@ class _Part:
 
 def export_model(
     engine: Engine,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     comm: Communicator,
     *,
@@ -90,7 +94,7 @@ def export_model(
 def _write(
     engine: Engine,
     weights: Iterator[tuple[str, Tensor]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     file_bytes: int,
     calibration: Calibration | None,
@@ -130,7 +134,7 @@ def _with_added(
         yield name, (tensor + offsets.to(tensor.device, tensor.dtype) if name == bias else tensor)
 
 
-def _write_adapters(model: Any, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+def _write_adapters(model: PeftModel, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
     names = adapters.names_to_save(model)
     held = {name: tensor.cpu().clone() for name, tensor in weights if name in names}  # they are few and small
     saved = adapters.saved_weights(model, held)
@@ -172,14 +176,14 @@ def _plan(engine: Engine) -> list[_Part]:
     return sorted(parts, key=lambda p: max(place[name] for name in p.inputs))
 
 
-def _revert(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _revert(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, weights)
 
 
 def _tensors(
-    model: Any, weights: Iterator[tuple[str, Tensor]], parts: Sequence[_Part], buffers: dict[str, Tensor]
+    model: PreTrainedModel, weights: Iterator[tuple[str, Tensor]], parts: Sequence[_Part], buffers: dict[str, Tensor]
 ) -> Iterator[Tensor]:
     """The contents of all parts, in order, then the buffers."""
     part_of = {name: part for part in parts for name in part.inputs}
@@ -199,7 +203,7 @@ def _tensors(
     yield from buffers.values()
 
 
-def _saved_buffers(model: Any) -> dict[str, Tensor]:
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     names = {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
@@ -227,7 +231,7 @@ def _write_files(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_settings(model: Any, dtype: torch.dtype, folder: Path) -> None:
+def _write_settings(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     """Everything of the model that is no weight."""
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype).removeprefix("torch.")

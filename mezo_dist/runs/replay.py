@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
-from mezo_dist.algorithms.base import Algorithm
+from mezo_dist.algorithms.base import Algorithm, StateT
 from mezo_dist.algorithms.step import Progress
 from mezo_dist.config.schema import NO_RESULTS, RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.runs.model import LoadedModel, reload_base
 from mezo_dist.storage import snapshots
 from mezo_dist.storage.replay import replay_steps
@@ -58,7 +58,7 @@ def _facts(header: Header) -> dict[str, object]:
     }
 
 
-def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
+def _differences(mine: object, theirs: object, path: str = "") -> list[str]:
     if isinstance(mine, dict) and isinstance(theirs, dict):
         names = (mine.keys() | theirs.keys()) - (set() if path else set(NO_RESULTS))
         return [d for n in names for d in _differences(mine.get(n), theirs.get(n), f"{path}.{n}" if path else n)]
@@ -67,14 +67,14 @@ def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
 
 def replay_from_newest(
     loaded: LoadedModel,
-    algorithm: Algorithm[Any],
+    algorithm: Algorithm[StateT],
     recorded: Log,
     num_steps: int,
     folder: Path,
     comm: Communicator,
     *,
     anchor: bool = False,
-) -> tuple[Progress[Any], int]:
+) -> tuple[Progress[StateT], int]:
     """`replay_steps` from the newest sound snapshot that is not too new, or else from the base. Collective.
 
     Args:
@@ -138,5 +138,5 @@ def _check_loaded(snapshot: Path, engine: Engine, recorded: Mark, *, anchor: boo
         raise UserError(f"{snapshot}: its copy of the anchor is not the one of the run (another fingerprint)")
 
 
-def _about(snapshot: snapshots.Snapshot) -> dict[str, Any]:
+def _about(snapshot: snapshots.Snapshot) -> JsonObject:
     return {"facts": snapshot.facts, "step": snapshot.step}

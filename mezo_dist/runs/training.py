@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -22,6 +21,7 @@ from mezo_dist.algorithms.step import Progress, StepResult, run_step
 from mezo_dist.config.schema import RunConfig, TrainConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import Stopped, UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.console import Monitor
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
@@ -72,7 +72,7 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
     return claim.folder
 
 
-def _train(run: Run, claim: Claim, progress: Progress[Any], monitor: Monitor) -> None:
+def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor) -> None:
     config, is_main = run.config, run.comm.rank == 0
     monitor.table("run", facts(run, claim.folder))
     monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
@@ -94,7 +94,7 @@ def _train(run: Run, claim: Claim, progress: Progress[Any], monitor: Monitor) ->
     _finish(run, claim.folder, progress, before, time.perf_counter() - started, monitor)
 
 
-def _resume(run: Run, claim: Claim, recorded: Log) -> Progress[Any]:
+def _resume(run: Run, claim: Claim, recorded: Log) -> Progress[object]:
     check_header(run.header(), recorded.header)
     progress, start = replay_from_newest(
         run.loaded, run.algorithm, recorded, len(recorded.steps), claim.snapshots, run.comm, anchor=True
@@ -125,7 +125,7 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
 def _stop_on_sigterm(comm: Communicator) -> Iterator[None]:
     """SIGTERM makes all ranks stop after the step they are in; a second one ends the process as ever."""
 
-    def handle(*_: Any) -> None:
+    def handle(*_: object) -> None:
         comm.wants_stop = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -139,7 +139,7 @@ def _stop_on_sigterm(comm: Communicator) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _loop(run: Run, progress: Progress[Any], recorder: RunRecorder, monitor: Monitor) -> None:
+def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: Monitor) -> None:
     config, comm, engine = run.config.train, run.comm, run.engine
     while progress.step < config.steps:
         if comm.stopping:
@@ -177,7 +177,7 @@ def _loop(run: Run, progress: Progress[Any], recorder: RunRecorder, monitor: Mon
             score(run, "validation", monitor, progress.step, calibrate(run, monitor))
 
 
-def _stop(run: Run, progress: Progress[Any], recorder: RunRecorder) -> None:
+def _stop(run: Run, progress: Progress[object], recorder: RunRecorder) -> None:
     """Whatever happens now, the trajectory holds the run; a snapshot makes going on faster, if there is time for it."""
     recorder.stopped(progress.step)
     raise Stopped(
@@ -186,7 +186,7 @@ def _stop(run: Run, progress: Progress[Any], recorder: RunRecorder) -> None:
     )
 
 
-def evaluate_step(run: Run, state: Any, step: int) -> tuple[StepResult[Any], int]:
+def evaluate_step(run: Run, state: object, step: int) -> tuple[StepResult[object], int]:
     """Evaluate ``step``; nothing is done to the weights yet. Collective.
 
     Args:
@@ -208,13 +208,13 @@ def evaluate_step(run: Run, state: Any, step: int) -> tuple[StepResult[Any], int
     return run_step(run.algorithm, state, step, evaluate), num_forwards
 
 
-def apply_step(run: Run, result: StepResult[Any]) -> None:
+def apply_step(run: Run, result: StepResult[object]) -> None:
     """Do to the weights what a step found; nothing, if it is skipped."""
     if result.update is not None:
         apply_updates(run.engine, run.config.seed, [(result.step, result.update.operations)])
 
 
-def _check_skips(progress: Progress[Any], result: StepResult[Any], config: TrainConfig, monitor: Monitor) -> None:
+def _check_skips(progress: Progress[object], result: StepResult[object], config: TrainConfig, monitor: Monitor) -> None:
     if not result.skipped:
         return
     monitor.say(f"step {progress.step}/{config.steps} skipped: {result.skipped} ({progress.skipped_in_a_row} in a row)")
@@ -257,13 +257,13 @@ def score(
 def _finish(
     run: Run,
     folder: Path,
-    progress: Progress[Any],
+    progress: Progress[object],
     before: Mapping[str, float | None],
     seconds: float,
     monitor: Monitor,
 ) -> None:
     is_main = run.comm.rank == 0
-    results: dict[str, Any] = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
+    results: JsonObject = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
     calibration = calibrate(run, monitor)
     results["validation"] = score(run, "validation", monitor, progress.step, calibration)
     if run.config.output.test:

@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from mezo_dist.engines.anchor import ANCHOR_PREFIX
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.storage import safetensors_io
 from mezo_dist.storage.files import read_in_place, remove, sync_folder
 
@@ -67,7 +67,7 @@ class Snapshot:
     folder: Path
     step: int
     """Number of steps that the weights have seen."""
-    facts: dict[str, Any]
+    facts: JsonObject
     """What the caller of `save_snapshot` wanted kept with the weights."""
     files: dict[str, str]
     """SHA-256 of every file."""
@@ -80,7 +80,7 @@ def save_snapshot(
     step: int,
     comm: Communicator,
     *,
-    facts: Mapping[str, Any] | None = None,
+    facts: JsonObject | None = None,
     keep: int = 2,
 ) -> Path:
     """Write ``folder/step-NNNNNNNN``; it appears under that name only when all of it is on disk.
@@ -196,7 +196,7 @@ def load_snapshot(folder: Path, engine: Engine, comm: Communicator, *, anchor: b
     return checked[0]
 
 
-def _on_main(comm: Communicator, work: Callable[..., object], *args: Any) -> None:
+def _on_main(comm: Communicator, work: Callable[..., object], *args: object) -> None:
     """``work(*args)`` on rank 0; its error on all ranks."""
     comm.collect(lambda: str(work(*args)) if comm.rank == 0 else "")
 
@@ -212,13 +212,13 @@ def _shards(engine: Engine) -> Iterator[Shard]:
     yield from engine.anchor_shards()
 
 
-def _piece(shard: Shard) -> dict[str, Any]:
+def _piece(shard: Shard) -> JsonObject:
     """What the index says of a shard; equal on replicas."""
     code, size = safetensors_io.CODES[shard.tensor.dtype], shard.tensor.numel()
     return {"name": shard.name, "dtype": code, "shape": list(shard.shape), "offset": shard.offset, "size": size}
 
 
-def _share(pieces: Sequence[dict[str, Any]], place: int, num_replicas: int) -> dict[str, dict[str, Any]]:
+def _share(pieces: Sequence[JsonObject], place: int, num_replicas: int) -> dict[str, JsonObject]:
     """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far."""
     loads = [0] * num_replicas
     share = {}
@@ -234,7 +234,7 @@ def _key(name: str, offset: int) -> str:
     return f"{name}@{offset}"
 
 
-def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, JsonObject]) -> JsonObject:
     layout = {
         _key(name, piece["offset"]): (safetensors_io.DTYPES[piece["dtype"]], [piece["size"]])
         for name, piece in share.items()
@@ -243,9 +243,9 @@ def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, dic
     return {"file": file, "sha256": digest, "pieces": list(share.values())}
 
 
-def _index(step: int, facts: dict[str, Any], parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _index(step: int, facts: JsonObject, parts: Sequence[JsonObject]) -> JsonObject:
     """The index's contents, from what every rank wrote."""
-    weights: dict[str, dict[str, Any]] = {}
+    weights: dict[str, JsonObject] = {}
     for part in parts:
         for piece in part["pieces"]:
             weight = weights.setdefault(piece["name"], {"dtype": piece["dtype"], "shape": piece["shape"], "pieces": []})
@@ -256,7 +256,7 @@ def _index(step: int, facts: dict[str, Any], parts: Sequence[dict[str, Any]]) ->
     return {"format": FORMAT, "step": step, "facts": facts, "files": files, "weights": weights}
 
 
-def _publish(part: Path, target: Path, index: dict[str, Any], keep: int) -> None:
+def _publish(part: Path, target: Path, index: JsonObject, keep: int) -> None:
     with (part / INDEX).open("w", encoding="utf-8") as file:
         json.dump(index, file, allow_nan=False)
         file.flush()
@@ -301,7 +301,7 @@ def _fill(shards: Iterable[Shard], snapshot: Snapshot) -> None:
                 entry.read(flat[first - shard.offset : stop - shard.offset], first - piece.offset)
 
 
-def _weight(name: str, item: Mapping[str, Any], files: Mapping[str, str]) -> SavedWeight:
+def _weight(name: str, item: JsonObject, files: Mapping[str, str]) -> SavedWeight:
     """Read a weight of the index. Raises ValueError if its pieces leave a gap."""
     weight = SavedWeight(
         safetensors_io.DTYPES[item["dtype"]], tuple(item["shape"]), tuple(Piece(*piece) for piece in item["pieces"])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import reprlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import ANSWER, Task
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.rows import Row
 from mezo_dist.tasks.templates import render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 SILENT_S = 5.0
@@ -43,7 +46,7 @@ class Encoder:
     """Turns rows into samples, for one task, tokenizer and kind of model."""
 
     task: Task
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     kind: ModelKind
     max_tokens: int
     """Longest sequence, special tokens included."""
@@ -194,5 +197,5 @@ class Encoder:
 _SLOT = "\ufdd0"  # what stands for the answer until the prompt is known: a noncharacter, so no text has it
 
 
-def _render(template: str, row: Mapping[str, Any]) -> str:
+def _render(template: str, row: Row) -> str:
     return render(template, row, sorted(name for name in row if name != ANSWER))

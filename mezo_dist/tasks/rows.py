@@ -8,16 +8,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mezo_dist.assets.registry import is_demo, resolve_data
 from mezo_dist.config.task import Split, Task
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
 
+if TYPE_CHECKING:
+    import datasets
+
 log = logging.getLogger(__name__)
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 Row = Mapping[str, Any]
+"""Field -> value, whatever the data set has there."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def load_rows(task: Task) -> Rows:
     return Rows(**rows)
 
 
-def _read_rows(name: str, source: Any, indices: list[int]) -> list[Row]:
+def _read_rows(name: str, source: datasets.Dataset, indices: list[int]) -> list[Row]:
     try:
         rows: list[Row] = source.with_format("arrow")[indices].to_pylist()  # images and sounds stay undecoded
         return rows
@@ -75,7 +79,7 @@ def _permutation(size: int, seed: int, source: str) -> list[int]:
     return sorted(range(size), key=lambda i: derive_seed(seed, "split", source, i))
 
 
-def _load(task: Task) -> Mapping[str, Any]:
+def _load(task: Task) -> Mapping[str, datasets.Dataset]:
     if is_demo(task.data):
         return {split: _load_file(path) for split, path in resolve_data(task.data).items()}
     path = Path(task.data).expanduser()
@@ -104,13 +108,13 @@ def _local_files(path: Path) -> dict[str, Path]:
     return {file.stem if path.is_dir() else "train": file for file in files}
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path) -> datasets.Dataset:
     import datasets
 
     datasets.disable_progress_bars()
     builder = BUILDERS[path.suffix]
     # Left alone, the reader of CSV takes a text such as "NA" or "null" for a missing one.
-    options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
+    options: dict[str, object] = {"keep_default_na": False} if builder == "csv" else {}
     if path.suffix == ".tsv":
         options["sep"] = "\t"
     if path.stat().st_size == 0:
@@ -138,7 +142,7 @@ def _content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _load_saved(folder: Path) -> Mapping[str, Any]:
+def _load_saved(folder: Path) -> Mapping[str, datasets.Dataset]:
     """A folder written by ``save_to_disk`` of `datasets`."""
     import datasets
 
@@ -149,11 +153,11 @@ def _load_saved(folder: Path) -> Mapping[str, Any]:
     return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
 
-def _load_hub(task: Task) -> Mapping[str, Any]:
+def _load_hub(task: Task) -> Mapping[str, datasets.Dataset]:
     import datasets
 
     try:
-        loaded: Mapping[str, Any] = datasets.load_dataset(task.data, task.subset)
+        loaded: Mapping[str, datasets.Dataset] = datasets.load_dataset(task.data, task.subset)
     except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
         raise UserError(
             f"task.data: {task.data!r} is no local file, no demo data set, and the hub did not give it: {error}"

@@ -55,7 +55,7 @@ LONGEST = 10_000_000
 """Characters that `replace` may make."""
 
 
-def render(template: str, values: Mapping[str, Any], shown: list[str]) -> str:
+def render(template: str, values: Mapping[str, object], shown: list[str]) -> str:
     """``template`` with ``values`` filled in, without space around it.
 
     Args:
@@ -75,20 +75,20 @@ def render(template: str, values: Mapping[str, Any], shown: list[str]) -> str:
         raise UserError(f"task template {template!r}: {reason} (the fields are {shown})") from error
 
 
-def _not_null(value: Any) -> Any:
+def _not_null(value: object) -> object:
     if value is None:
         raise jinja2.UndefinedError("a field that it prints is null")  # else the prompt would say None
     return value
 
 
-def _replace(text: Any, old: Any, new: Any) -> str:
+def _replace(text: object, old: object, new: object) -> str:
     text, old, new = str(text), str(old), str(new)
     if len(text) + text.count(old) * len(new) > LONGEST:
         raise SecurityError("replace makes the text too long")
     return text.replace(old, new)
 
 
-def _round(value: Any, precision: Any = 0, method: str = "common") -> Any:
+def _round(value: Any, precision: object = 0, method: str = "common") -> Any:
     if type(precision) is not int or abs(precision) > MOST_DIGITS:
         raise SecurityError(f"round takes a whole number of digits up to {MOST_DIGITS}, not {precision!r}")
     return do_round(value, precision, method)  # type: ignore[arg-type]  # it checks the method itself

@@ -16,22 +16,24 @@ PACKAGE = Path(__file__).resolve().parents[2] / "mezo_dist"
 # entries above it, so there are no cycles.
 LAYERS = {
     "errors": "",
+    "json_types": "",
     "directions": "errors",
-    "algorithms": "errors directions",
-    "config": "errors algorithms",
-    "distributed": "errors",
-    "engines": "errors directions algorithms distributed",
-    "assets": "errors",
+    "algorithms": "errors json_types directions",
+    "config": "errors json_types algorithms",
+    "distributed": "errors json_types",
+    "engines": "errors json_types directions algorithms distributed",
+    "assets": "errors json_types",
     # beside one another
-    "storage": "errors directions algorithms config distributed engines",
+    "storage": "errors json_types directions algorithms config distributed engines",
     "tasks": "errors directions config assets",
-    "models": "errors directions config engines assets storage",
+    "models": "errors json_types directions config engines assets storage",
     "objectives": "errors config engines tasks models",
     "monitoring": "errors storage",
     "testing": "errors distributed",
     # what brings them together
-    "optim": "errors directions algorithms config distributed engines storage",
-    "runs": "errors directions algorithms config distributed engines storage tasks models objectives monitoring",
+    "optim": "errors json_types directions algorithms config distributed engines storage",
+    "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
+    "monitoring",
     "cli": "errors config distributed engines objectives monitoring runs",
     "__main__": "cli",
 }

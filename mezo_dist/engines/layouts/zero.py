@@ -23,6 +23,7 @@ from mezo_dist.engines.hooked import Weight, swap
 from mezo_dist.engines.layouts.base import Shard, exchange_contents
 from mezo_dist.engines.units import Unit, find_units
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 
 log = logging.getLogger(__name__)
 HONOURED = ("stage", "offload_param")
@@ -35,7 +36,7 @@ REFUSED = {
 }
 
 
-def read_config(path: str | None, weights: str) -> dict[str, Any]:
+def read_config(path: str | None, weights: str) -> JsonObject:
     """The user's DeepSpeed config, checked against the run's settings; a plain ZeRO-3 config if ``path`` is None.
 
     Args:
@@ -70,7 +71,7 @@ def read_config(path: str | None, weights: str) -> dict[str, Any]:
     return config
 
 
-def _is_on(config: Mapping[str, Any], section: str) -> bool:
+def _is_on(config: JsonObject, section: str) -> bool:
     value = config.get(section, {})
     return isinstance(value, dict) and value.get("enabled") is True
 
@@ -95,7 +96,7 @@ class Zero:
     gather_dtype = None
 
     def __init__(
-        self, model: nn.Module, comm: Communicator, config: Mapping[str, Any], *, block_classes: Sequence[str] = ()
+        self, model: nn.Module, comm: Communicator, config: JsonObject, *, block_classes: Sequence[str] = ()
     ) -> None:
         self.units = find_units(model, block_classes)
         self._comm = comm
@@ -183,7 +184,7 @@ def _is_cut(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _complete(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _complete(config: JsonObject, dtype: torch.dtype) -> JsonObject:
     """``config`` with what DeepSpeed insists on."""
     complete = copy.deepcopy(dict(config))
     for key in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
@@ -197,7 +198,7 @@ def _complete(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return complete
 
 
-def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: dict[str, Any]) -> torch.device:
+def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: JsonObject) -> torch.device:
     """Cut every parameter, given by all places where it is used, into equal pieces, one for each rank.
 
     Returns:

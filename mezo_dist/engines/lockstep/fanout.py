@@ -15,11 +15,11 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Protocol, final
 
 import greenlet
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
@@ -38,7 +38,7 @@ class Served:
     call and its tensors."""
 
     tensors: dict[int, list[Tensor]]
-    forward: Callable[[Call, list[Tensor]], Any] | None = None
+    forward: Callable[[Call, list[Tensor]], object] | None = None
 
 
 class Server(Protocol):
@@ -71,7 +71,7 @@ class FanOut:
         self._serving: Call | None = None
         self.weights_served: set[str] = set()
 
-    def run(self, passes: Sequence[ForwardPass]) -> list[Any]:
+    def run(self, passes: Sequence[ForwardPass]) -> list[object]:
         """Results of ``passes``, in order.
 
         An exception inside a pass surfaces here with its own traceback; the model is usable afterwards.
@@ -88,13 +88,13 @@ class FanOut:
                     hooks.callback(unwatch, owner, before)
             return self._run(passes)
 
-    def _run(self, passes: Sequence[ForwardPass]) -> list[Any]:
-        results: list[Any] = [None] * len(passes)
+    def _run(self, passes: Sequence[ForwardPass]) -> list[object]:
+        results: list[object] = [None] * len(passes)
         waiting: dict[tuple[int, int], list[Call] | list[Read]] = {}
         coroutines = [Coroutine(index, forward_pass) for index, forward_pass in enumerate(passes)]
         autocast = _autocast()
 
-        def resume(caller: Coroutine, *outcome: Any) -> None:
+        def resume(caller: Coroutine, *outcome: object) -> None:
             for opened in caller.open:
                 opened.enter()
             try:
@@ -124,7 +124,7 @@ class FanOut:
                     caller.throw(greenlet.GreenletExit())
         return results
 
-    def _serve(self, requests: list[Call] | list[Read]) -> Iterator[tuple[Coroutine, Any]]:
+    def _serve(self, requests: list[Call] | list[Read]) -> Iterator[tuple[Coroutine, object]]:
         """Each waiting pass with what it waits for, computed when it is asked for: the pass goes on while it is hot."""
         reads = [request for request in requests if isinstance(request, Read)]
         calls = [request for request in requests if isinstance(request, Call)]
@@ -190,7 +190,7 @@ def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-def _wait(hooked: HookedModule, module: Any, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+def _wait(hooked: HookedModule, module: nn.Module, inner: Forward, *args: object, **kwargs: object) -> object:
     """The layer around a hooked module's forward: a call from inside a pass waits for the hub."""
     caller = greenlet.getcurrent()
     if not isinstance(caller, Coroutine):
@@ -210,7 +210,7 @@ def _wait(hooked: HookedModule, module: Any, inner: Forward, *args: Any, **kwarg
         caller.open.pop()
 
 
-def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Tensor]) -> Any:
+def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Tensor]) -> object:
     """The hooked module's real forward with ``tensors`` in place of its weights.
 
     Args:
@@ -223,7 +223,7 @@ def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Te
         return real(*call.args, **call.kwargs)
 
 
-def _unshared(output: Any, scratch: list[Tensor]) -> Any:
+def _unshared(output: object, scratch: list[Tensor]) -> object:
     """``output``, with whatever in it is a view of the scratch copied, for the next hooked module overwrites that."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in scratch}
 

@@ -46,7 +46,7 @@ class _Stack:
         self.layers: dict[Layer, Around] = {}
         self.top: Forward = self.own
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.top(*args, **kwargs)
 
     def below(self, limit: int) -> Forward:

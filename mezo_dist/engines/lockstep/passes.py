@@ -20,7 +20,7 @@ class ForwardPass:
     """One forward pass: ``run`` calls the model; ``variant`` is the number of the weights that it runs on."""
 
     variant: int
-    run: Callable[[], Any]
+    run: Callable[[], object]
     sample_shifts: tuple[Combination, ...] = ()
     """With a direction per sample: what to add to the variant for each sample of this pass."""
 
@@ -66,7 +66,7 @@ class Coroutine(greenlet.greenlet):
         self.has_read = False
         """A weight was read, so that handles may be among the pass's values (see `WeightHandle`)."""
 
-    def _run_model(self) -> Any:
+    def _run_model(self) -> object:
         result = self._run()
         return resolved(result) if self.has_read else result
 

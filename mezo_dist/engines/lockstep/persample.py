@@ -29,7 +29,7 @@ def with_sample_directions(
     law: Law,
     hooked: HookedModule,
     calls: Sequence[Call],
-    real: Callable[..., Any],
+    real: Callable[..., object],
     shared: Forward,
     rows: Tensor | None,
 ) -> Forward:
@@ -150,11 +150,11 @@ def _embedding(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: For
     return forward
 
 
-def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callable[..., Any]) -> Forward:
+def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callable[..., object]) -> Forward:
     place = {seed: k for k, seed in enumerate(seeds)}
     directions = {w.attribute: law.vector(seeds, w.param_id, w.shape.numel()) for w in hooked.weights if w.trainable}
 
-    def forward(call: Call, tensors: list[Tensor]) -> Any:
+    def forward(call: Call, tensors: list[Tensor]) -> object:
         shifts = call.caller.sample_shifts
         mixing = torch.zeros(len(shifts), len(seeds))  # coefficient of every direction for every sample
         for i, shift in enumerate(shifts):
@@ -165,7 +165,7 @@ def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callabl
             for w, tensor in zip(hooked.weights, tensors, strict=True)
         ]
 
-        def on_sample(weights: list[Tensor], x: Tensor) -> Any:
+        def on_sample(weights: list[Tensor], x: Tensor) -> object:
             for w, tensor in zip(hooked.weights, weights, strict=True):  # not `swap`: what vmap gives is no parameter
                 w.owner._parameters[w.attribute] = tensor  # type: ignore[assignment]
             return real(x, *call.args[1:], **call.kwargs)
@@ -181,8 +181,8 @@ def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callabl
     return forward
 
 
-def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., Any]) -> Forward:
-    def forward(call: Call, tensors: list[Tensor]) -> Any:
+def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., object]) -> Forward:
+    def forward(call: Call, tensors: list[Tensor]) -> object:
         n = len(call.caller.sample_shifts)
         outputs = []
         for i, shift in enumerate(call.caller.sample_shifts):
@@ -199,11 +199,12 @@ def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., Any]) -> For
     return forward
 
 
-def _joined(*parts: Any) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+def _joined(*parts: object) -> object:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(tensors) if tensors else parts[0]
 
 
-def _slice(hooked: HookedModule, argument: Any, i: int, n: int) -> Any:
+def _slice(hooked: HookedModule, argument: object, i: int, n: int) -> object:
     if not isinstance(argument, Tensor) or argument.dim() == 0:
         return argument
     if argument.shape[0] == 1:

@@ -9,7 +9,7 @@ code that only asks for ``weight.dtype`` costs nothing, and is told the dtype of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, final
+from typing import Any, NoReturn, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from mezo_dist.engines.hooked import HookedModule, Weight
 
+NestT = TypeVar("NestT")
 Resolve = Callable[[], Tensor]
 """The weight that a handle stands for, as the pass sees it that is running."""
 
@@ -56,8 +57,12 @@ class WeightHandle(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if func in _DESCRIBING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -67,7 +72,9 @@ class WeightHandle(Tensor):
         return func(*resolved(args), **resolved(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> NoReturn:
         names = [leaf._name for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, WeightHandle)]
         raise NotImplementedError(f"the model hands {', '.join(names)} to compiled code ({func}) inside a forward pass")
 
@@ -76,9 +83,10 @@ def _writes(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
-def resolved(values: Any) -> Any:
+def resolved(values: NestT) -> NestT:
     """``values`` (any nest of containers) with weights in place of handles."""
-    return pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
+    nest: NestT = pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
+    return nest
 
 
 @final
