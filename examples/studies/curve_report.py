@@ -21,7 +21,7 @@ PASSES, SECONDS, _, VALIDATION, _, TEST = range(6)
 
 def report(folder: Path, preset: str) -> str:
     """Write plots and tables of everything that is there; the tables."""
-    found: dict[str, dict[str, Curves]] = {}
+    curves_of: dict[str, dict[str, Curves]] = {}
     rates: dict[tuple[str, str, str], float] = {}
     for setting in PRESETS[preset].settings:
         pace = _pace(folder, f"learning_curves-{preset}-{setting}-*.jsonl")
@@ -29,12 +29,12 @@ def report(folder: Path, preset: str) -> str:
             path = folder / f"learning_curves-{preset}-{setting}-{task}.jsonl"
             for record in _runs(path):
                 if record["seed"]:
-                    curves = found.setdefault(setting, {}).setdefault(task, {})
+                    curves = curves_of.setdefault(setting, {}).setdefault(task, {})
                     curves.setdefault(record["label"], []).append(_timed(record, pace))
                     rates[setting, task, record["label"]] = record["lr"]
-    for setting, tasks in found.items():
+    for setting, tasks in curves_of.items():
         plot(tasks, setting, folder / f"learning_curves-{preset}-{setting}.png")
-    lines = [line for setting, tasks in found.items() for line in tables(setting, tasks, rates)]
+    lines = [line for setting, tasks in curves_of.items() for line in tables(setting, tasks, rates)]
     text = "\n".join(lines) + "\n"
     (folder / f"learning_curves-{preset}.md").write_text(text)
     return text
@@ -68,7 +68,7 @@ def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, s
     lines += _row(*["---"] * (1 + 2 * len(tasks)))
     for name, calibrated in {"before": False, "before, calibrated": True}.items():
         firsts = [_firsts(curves, calibrated=calibrated) for curves in tasks.values()]
-        lines += _row(name, *(cell for found in firsts for cell in ("", _spread(found) if found else "-")))
+        lines += _row(name, *(cell for first in firsts for cell in ("", _spread(first) if first else "-")))
     for label in labels:
         lines += _row(label, *(cell for curves in tasks.values() for cell in _accuracies(curves, label)))
     lines += ["", "Passes until validation accuracy is MeZO's best, and AdamW's best less a point", ""]
@@ -83,8 +83,8 @@ def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, s
         *_row(*["---"] * (1 + 2 * len(tasks))),
     ]
     for label in labels:
-        found = [(f"{rates.get((setting, task, label), '-')}", _seconds(tasks[task].get(label))) for task in tasks]
-        lines += _row(label, *(cell for cells in found for cell in cells))
+        pairs = [(f"{rates.get((setting, task, label), '-')}", _seconds(tasks[task].get(label))) for task in tasks]
+        lines += _row(label, *(cell for cells in pairs for cell in cells))
     return [*lines, ""]
 
 

@@ -113,11 +113,11 @@ class Bench:
         """Loss and metric of the current weights on validation and test samples."""
         task, evaluator = self.run.config.task, self._evaluator(self.run.engine, calibrated=calibrated)
         offsets = evaluator.offsets(self.run.split("train")) if calibrated else None
-        found = []
+        scores = []
         for split in self.splits.values():
             result = evaluator.score(split, task.metric, len(task.labels), lambda _: None, offsets)
-            found += [result["loss"], result[task.metric]]
-        return found
+            scores += [result["loss"], result[task.metric]]
+        return scores
 
 
 def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any]:

@@ -72,8 +72,8 @@ class Results:
     def __init__(self, path: Path, about: Record) -> None:
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        found = (json.loads(line) for line in lines)
-        self.runs = {_key(r["label"], r["lr"], r["seed"]): r for r in found if r["kind"] == "run"}
+        records = (json.loads(line) for line in lines)
+        self.runs = {_key(r["label"], r["lr"], r["seed"]): r for r in records if r["kind"] == "run"}
         self._about: Record | None = {"kind": "about", **about}
 
     def add(self, record: Record) -> None:
@@ -143,9 +143,9 @@ def run(bench: Bench, job: Job, learner: Learner, lr: float, seed: int, results:
     """One run, from the file if it is there."""
     key = _key(learner.label, lr, seed)
     if key not in results.runs:
-        found = learn(bench, learner, lr, seed)
-        results.add({"kind": "run", "label": learner.label, "lr": rounded(lr), "seed": seed, **found})
-        done, seconds, _, validation, _, test = found["points"][-1]
+        curve = learn(bench, learner, lr, seed)
+        results.add({"kind": "run", "label": learner.label, "lr": rounded(lr), "seed": seed, **curve})
+        done, seconds, _, validation, _, test = curve["points"][-1]
         figures = f"{done:7} passes {seconds:6.1f} s  validation {validation:.3f}  test {test:.3f}"
         print(f"{job.setting:8}{job.task:16} {learner.label:42} lr {lr:<8g} seed {seed}  {figures}", flush=True)
     return results.runs[key]

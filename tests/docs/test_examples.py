@@ -25,12 +25,12 @@ def run(*arguments: str) -> str:
 def test_estimator_quality(tmp_path: Path) -> None:
     labels = ["MeZO", "MeZO, 16 directions", "MeZO-SVRG, q = 2"]
     run("examples/studies/estimator_quality.py", "--estimates", "8", "--out", str(tmp_path), "--only", *labels)
-    found = json.loads((tmp_path / "estimator_quality-small-1.25.json").read_text())
-    rows = {row["label"]: row for row in found["rows"]}
+    result = json.loads((tmp_path / "estimator_quality-small-1.25.json").read_text())
+    rows = {row["label"]: row for row in result["rows"]}
     assert rows.keys() == set(labels)
     for row in rows.values():
         assert row["passes_per_step"] == 160
-        assert 0.05 * found["weights"] < row["error"] < 20 * found["weights"], "about as many as there are weights"
+        assert 0.05 * result["weights"] < row["error"] < 20 * result["weights"], "about as many as there are weights"
     svrg = rows["MeZO-SVRG, q = 2"]
     assert 1.8 < svrg["run_error"] / svrg["best_error"] < 2.2, "both steps of a cycle err alike"
     assert (tmp_path / "estimator_quality-small-1.25.png").stat().st_size > 1000
@@ -72,7 +72,7 @@ def test_learning_curves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["in one process", "in two more"])
 def test_minimize(options: list[str]) -> None:
     output = run("examples/minimize.py", "--steps", "12", *options)
-    found = re.search(r"down for ([\d.]+)% before, ([\d.]+)% after", output)
-    assert found, output
-    assert float(found[1]) > 90
-    assert float(found[2]) < 20
+    shares_down = re.search(r"down for ([\d.]+)% before, ([\d.]+)% after", output)
+    assert shares_down, output
+    assert float(shares_down[1]) > 90
+    assert float(shares_down[2]) < 20

@@ -43,8 +43,8 @@ def cross_entropy(model: nn.Module, batch: MicroBatch) -> Tensor:
     return nn.functional.cross_entropy(gathered(model, batch), batch.labels, reduction="none")
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+def close(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 @every_head
@@ -77,10 +77,10 @@ def test_losses_in_a_fan_out_are_those_of_whole_logits(kind: str, caplog: pytest
     objective = LabelWords(model, LABELS, micro_batches()[0])
     assert caplog.messages == []  # no fall-back: the read-out is what is tested
     variants = [Variant(), Variant(Combination.single(3, 1e-2))]
-    found = engine.evaluate(variants, micro_batches(), objective)
+    results = engine.evaluate(variants, micro_batches(), objective)
     engine.add(variants[1].shift, rounding_seed=0)
     moved = [objective(model, batch) for batch in micro_batches()]
-    for row, loss, after in zip(found, wanted, moved, strict=True):
+    for row, loss, after in zip(results, wanted, moved, strict=True):
         close(row[0].loss, loss)
         assert row[0].loss.dtype == torch.float32
         assert torch.equal(row[1].loss, after.loss)
@@ -118,8 +118,8 @@ def test_a_head_inside_another_module_reads_at_the_places_of_its_own_pass() -> N
     model.get_output_embeddings = lambda: model.lm_head.linear
     wanted = [cross_entropy(model, batch) for batch in micro_batches()]
     objective = LabelWords(model, LABELS, micro_batches()[0])
-    found = Engine(model, Law("gaussian")).evaluate([Variant()], micro_batches(), objective)
-    for row, loss in zip(found, wanted, strict=True):
+    results = Engine(model, Law("gaussian")).evaluate([Variant()], micro_batches(), objective)
+    for row, loss in zip(results, wanted, strict=True):
         close(row[0].loss, loss)
 
 
@@ -169,8 +169,8 @@ def test_falls_back_with_a_line_in_the_log(how: str, line: str, caplog: pytest.L
     objective = LabelWords(model, LABELS, micro_batches()[0])
     assert [line in message and "whole vocabulary" in message for message in caplog.messages] == [True]
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-    found = engine.evaluate([Variant()], micro_batches(), objective)
-    for row, batch in zip(found, micro_batches(), strict=True):
+    results = engine.evaluate([Variant()], micro_batches(), objective)
+    for row, batch in zip(results, micro_batches(), strict=True):
         assert torch.equal(row[0].loss, cross_entropy(model, batch))
 
 

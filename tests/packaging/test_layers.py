@@ -48,8 +48,8 @@ NO_TORCH = [
 
 
 def modules() -> set[str]:
-    found = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    return found - {"__init__"}
+    names = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    return names - {"__init__"}
 
 
 def sources(module: str) -> list[Path]:

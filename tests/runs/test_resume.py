@@ -113,14 +113,14 @@ def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
 def test_a_resumed_run_counts_the_steps_that_were_skipped(root: Path, tmp_path: Path) -> None:
     """Two were skipped in a row before the run died; one more is too much for it."""
     folder = killed(root, "mezo", 4, tmp_path / "run", b"")
-    found = trajectory.read(folder / "trajectory.jsonl")
-    writer = TrajectoryWriter.go_on(folder / "trajectory.jsonl", found)
+    recorded = trajectory.read(folder / "trajectory.jsonl")
+    writer = TrajectoryWriter.go_on(folder / "trajectory.jsonl", recorded)
     for number in (4, 5):
         writer.append(Step(number, (), skipped="a loss is not finite"))
     writer.close()
     run = build.build_run(load(root, "mezo"), Communicator())
-    found = trajectory.read(folder / "trajectory.jsonl")
-    progress = replay_steps(run.engine, 0, run.algorithm, found, 6)
+    recorded = trajectory.read(folder / "trajectory.jsonl")
+    progress = replay_steps(run.engine, 0, run.algorithm, recorded, 6)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (6, 2, 2)
 
 
@@ -156,8 +156,8 @@ def rewritten(folder: Path, change: Callable[[int, dict[str, Any]], None]) -> Pa
         content = json.loads(line)
         del content["check"]
         change(number, content)
-        new, own = trajectory.to_line(content, check)
-        check = check if "done" in content else own
+        new, line_check = trajectory.to_line(content, check)
+        check = check if "done" in content else line_check
         lines.append(new)
         if number == 0:
             check = Header(**{key: value for key, value in content.items() if key != "format"}).identity

@@ -25,17 +25,17 @@ def test_a_causal_prompt_stops_where_the_answer_goes(tokenizer: str) -> None:
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_a_masked_prompt_has_its_mask_anywhere(tokenizer: str) -> None:
-    made = encoder("masked", tokenizer, prompt="{{ text }} It was {{ answer }} .")
-    sample = one(made, text="the film", label=1)
+    the_encoder = encoder("masked", tokenizer, prompt="{{ text }} It was {{ answer }} .")
+    sample = one(the_encoder, text="the film", label=1)
     mask = TOKENIZERS[tokenizer].mask_token_id
     assert sample.ids == tuple(TOKENIZERS[tokenizer]("the film It was<mask> .")["input_ids"])
     assert [i for i, token in enumerate(sample.ids) if token == mask] == [sample.position]
 
 
 def test_a_classifier_reads_text_without_prompt() -> None:
-    made = encoder("classifier", plain=("{{ text }}",))
-    assert one(made, text="the film").ids == tuple(TOKENIZERS["word-level"]("the film")["input_ids"])
-    assert one(made, text="the film").position == -1
+    the_encoder = encoder("classifier", plain=("{{ text }}",))
+    assert one(the_encoder, text="the film").ids == tuple(TOKENIZERS["word-level"]("the film")["input_ids"])
+    assert one(the_encoder, text="the film").position == -1
 
 
 def bert_like() -> Any:
@@ -53,11 +53,11 @@ def bert_like() -> Any:
 
 
 def test_a_classifier_reads_a_pair_of_texts() -> None:
-    made = Encoder(task(plain=("{{ premise }}", "{{ hypothesis }}")), bert_like(), "classifier", 8)
-    sample = one(made, premise="a a", hypothesis="b")
+    the_encoder = Encoder(task(plain=("{{ premise }}", "{{ hypothesis }}")), bert_like(), "classifier", 8)
+    sample = one(the_encoder, premise="a a", hypothesis="b")
     assert sample.ids == (1, 3, 3, 2, 4, 2)
     assert sample.types == (0, 0, 0, 0, 1, 1)
-    long = one(made, premise="a a a a a a a", hypothesis="b b b")
+    long = one(the_encoder, premise="a a a a a a a", hypothesis="b b b")
     assert len(long.ids) == 8
     assert {3, 4} <= set(long.ids)  # neither text is lost
 
@@ -65,10 +65,10 @@ def test_a_classifier_reads_a_pair_of_texts() -> None:
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 def test_template_filters_and_conditions_work(kind: ModelKind) -> None:
     prompt = "{% if title %}{{ title | lower }} : {% endif %}{{ text }} It was {{ answer }}"
-    made = encoder(kind, prompt=prompt)
-    words = TOKENIZERS["word-level"].convert_ids_to_tokens(one(made, text="a film", title="THE PLOT").ids)
+    the_encoder = encoder(kind, prompt=prompt)
+    words = TOKENIZERS["word-level"].convert_ids_to_tokens(one(the_encoder, text="a film", title="THE PLOT").ids)
     assert words[:2] == ["the", "plot"]
-    assert one(made, text="a film", title="") == one(encoder(kind), text="a film")
+    assert one(the_encoder, text="a film", title="") == one(encoder(kind), text="a film")
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_an_empty_text_for_a_classifier() -> None:
     ],
 )
 def test_templates_are_boxed_in(attack: str) -> None:
-    made = encoder(prompt=attack + "{{ text }} {{ answer }}")
+    the_encoder = encoder(prompt=attack + "{{ text }} {{ answer }}")
     row = {"text": "a film", "tags": ["y"]}
-    message = fault(made, **row)
+    message = fault(the_encoder, **row)
     assert "task template" in message
     assert row["tags"] == ["y"]
 
@@ -143,32 +143,32 @@ def test_templates_are_boxed_in(attack: str) -> None:
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 @pytest.mark.parametrize("prompt", ["{{ text }} It was {{ answer }}", "{{ text }} {{ answer }}"])
 def test_label_words_are_found_as_they_stand_in_the_prompt(tokenizer: str, kind: ModelKind, prompt: str) -> None:
-    made = encoder(kind, tokenizer, prompt=prompt)
-    ids = made.label_ids({"text": "the film", "label": 0})
+    the_encoder = encoder(kind, tokenizer, prompt=prompt)
+    ids = the_encoder.label_ids({"text": "the film", "label": 0})
     expected = [SPACE[tokenizer] + "terrible", SPACE[tokenizer] + "great"]
-    assert made.tokenizer.convert_ids_to_tokens(ids) == expected
+    assert the_encoder.tokenizer.convert_ids_to_tokens(ids) == expected
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_the_label_token_continues_the_prompt_as_the_filled_in_text_does(tokenizer: str) -> None:
-    made = encoder(tokenizer=tokenizer)
+    the_encoder = encoder(tokenizer=tokenizer)
     row = {"text": "the film", "label": 1}
-    for word, token in zip(("terrible", "great"), made.label_ids(row), strict=True):
-        assert [*one(made, **row).ids, token] == made.tokenizer(f"the film It was {word}")["input_ids"]
+    for word, token in zip(("terrible", "great"), the_encoder.label_ids(row), strict=True):
+        assert [*one(the_encoder, **row).ids, token] == the_encoder.tokenizer(f"the film It was {word}")["input_ids"]
 
 
 def test_a_label_word_without_space_before_it_is_another_token() -> None:
-    made = encoder(
+    the_encoder = encoder(
         tokenizer="byte-level", prompt="{{ text }} It was:{{ answer }}", labels=(Label(0, "t"), Label(1, "g"))
     )
-    assert made.tokenizer.convert_ids_to_tokens(made.label_ids({"text": "a", "label": 0})) == ["t", "g"]
+    assert the_encoder.tokenizer.convert_ids_to_tokens(the_encoder.label_ids({"text": "a", "label": 0})) == ["t", "g"]
 
 
 def test_label_words_are_found_even_if_the_text_fills_the_window() -> None:
-    made = encoder(tokenizer="byte-level", window=8)
-    assert made.label_ids({"text": "the film was great " * 9, "label": 0}) == encoder(tokenizer="byte-level").label_ids(
-        {"text": "the film", "label": 0}
-    )
+    the_encoder = encoder(tokenizer="byte-level", window=8)
+    assert the_encoder.label_ids({"text": "the film was great " * 9, "label": 0}) == encoder(
+        tokenizer="byte-level"
+    ).label_ids({"text": "the film", "label": 0})
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
@@ -191,10 +191,10 @@ def test_bad_label_words(kind: ModelKind, tokenizer: str, words: tuple[str, str]
 
 def test_a_new_line_before_the_answer_belongs_to_the_prompt() -> None:
     labels = (Label(0, "t"), Label(1, "g"))
-    made = encoder(tokenizer="byte-level", prompt="{{ text }}\nIt was :\n{{ answer }}", labels=labels)
-    sample = one(made, text="the film")
+    the_encoder = encoder(tokenizer="byte-level", prompt="{{ text }}\nIt was :\n{{ answer }}", labels=labels)
+    sample = one(the_encoder, text="the film")
     assert sample.ids == tuple(TOKENIZERS["byte-level"]("the film\nIt was :\n")["input_ids"])
-    tokens = made.tokenizer.convert_ids_to_tokens(made.label_ids({"text": "the film", "label": 0}))
+    tokens = the_encoder.tokenizer.convert_ids_to_tokens(the_encoder.label_ids({"text": "the film", "label": 0}))
     assert tokens == ["t", "g"]
 
 
@@ -204,14 +204,14 @@ def test_a_tokenizer_that_appends_an_end() -> None:
     core.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 3)])
     ends = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
     assert ends("a film")["input_ids"][-1] == 3
-    made, plain = Encoder(task(), ends, "causal", 64), encoder()
-    assert one(made, text="a film") == one(plain, text="a film")
-    assert made.label_ids({"text": "a film", "label": 0}) == plain.label_ids({"text": "a film", "label": 0})
+    the_encoder, plain = Encoder(task(), ends, "causal", 64), encoder()
+    assert one(the_encoder, text="a film") == one(plain, text="a film")
+    assert the_encoder.label_ids({"text": "a film", "label": 0}) == plain.label_ids({"text": "a film", "label": 0})
 
 
 def test_tokens_that_the_model_does_not_know() -> None:
-    made = Encoder(task(), TOKENIZERS["word-level"], "causal", 64, num_tokens=12)
-    message = fault(made, text="a film")
+    the_encoder = Encoder(task(), TOKENIZERS["word-level"], "causal", 64, num_tokens=12)
+    message = fault(the_encoder, text="a film")
     assert message.startswith(
         "train sample 0: the tokenizer makes token 18 of it, but the model knows 12 tokens: resize"
     )

@@ -20,17 +20,19 @@ from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
 @pytest.mark.parametrize("window", [12, 17, 30])
 def test_a_long_text_is_cut_and_the_rest_of_the_prompt_stays(tokenizer: str, kind: ModelKind, window: int) -> None:
     prompt = "{{ text }} Is the {{ what }} good ? {{ answer }}"
-    made = encoder(kind, tokenizer, window, prompt=prompt)
+    the_encoder = encoder(kind, tokenizer, window, prompt=prompt)
     rest = {"what": "film"}
-    long, short = one(made, text="the plot  was great and " * 20, **rest), one(made, text="x", **rest)
-    question = made.tokenizer(" Is the film good ?" + ("<mask>" if kind == "masked" else ""), add_special_tokens=False)
+    long, short = one(the_encoder, text="the plot  was great and " * 20, **rest), one(the_encoder, text="x", **rest)
+    question = the_encoder.tokenizer(
+        " Is the film good ?" + ("<mask>" if kind == "masked" else ""), add_special_tokens=False
+    )
     tail = tuple(question["input_ids"])
     if tokenizer == "metaspace":  # puts a mark before a first space too
-        tail = tail[1:] if made.tokenizer.convert_ids_to_tokens(tail[0]) == SPACE[tokenizer] else tail
+        tail = tail[1:] if the_encoder.tokenizer.convert_ids_to_tokens(tail[0]) == SPACE[tokenizer] else tail
     assert short.ids[-len(tail) :] == tail
     assert long.ids[-len(tail) :] == tail
     assert window - 3 <= len(long.ids) <= window
-    head = made.tokenizer("the plot  was great and " * 20)["input_ids"][: len(long.ids) - len(tail) - 1]
+    head = the_encoder.tokenizer("the plot  was great and " * 20)["input_ids"][: len(long.ids) - len(tail) - 1]
     assert list(long.ids[: len(head)]) == head
 
 
@@ -44,22 +46,22 @@ def space_runs() -> Any:
 
 @pytest.mark.parametrize("window", range(5, 12))
 def test_a_cut_text_leaves_no_space_that_would_join_what_follows(window: int) -> None:
-    made = Encoder(task(prompt="{{ text }} It {{ answer }}"), space_runs(), "causal", window)
-    words = made.tokenizer.convert_ids_to_tokens(one(made, text="ab c ab c ab c ab c").ids)
+    the_encoder = Encoder(task(prompt="{{ text }} It {{ answer }}"), space_runs(), "causal", window)
+    words = the_encoder.tokenizer.convert_ids_to_tokens(one(the_encoder, text="ab c ab c ab c ab c").ids)
     assert words[-3:] == ["\u2581", "I", "t"]
     assert words[:2] == ["a", "b"]
 
 
 def test_of_several_fields_the_longest_is_cut() -> None:
-    made = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=20)
-    sample = one(made, a="film " * 40, b="plot " * 3)
-    words = made.tokenizer.convert_ids_to_tokens(sample.ids)
+    the_encoder = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=20)
+    sample = one(the_encoder, a="film " * 40, b="plot " * 3)
+    words = the_encoder.tokenizer.convert_ids_to_tokens(sample.ids)
     assert words == ["film"] * 13 + ["."] + ["plot"] * 3 + [".", "It", "was"]
 
 
 def test_both_of_two_long_fields_are_cut() -> None:
-    made = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=12)
-    words = made.tokenizer.convert_ids_to_tokens(one(made, a="film " * 30, b="plot " * 31).ids)
+    the_encoder = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=12)
+    words = the_encoder.tokenizer.convert_ids_to_tokens(one(the_encoder, a="film " * 30, b="plot " * 31).ids)
     assert len(words) <= 12
     assert words[-3:] == [".", "It", "was"]
 
@@ -73,9 +75,9 @@ def test_what_fits_exactly_is_left_alone() -> None:
 
 @pytest.mark.parametrize("character", ["\U0001f600", "\u00e9", "\u4e2d"])
 def test_characters_of_several_tokens_are_cut_whole(character: str) -> None:
-    made = encoder(tokenizer="byte-level", window=16)
-    sample = one(made, text=character * 40)
-    text = made.tokenizer.decode(sample.ids)
+    the_encoder = encoder(tokenizer="byte-level", window=16)
+    sample = one(the_encoder, text=character * 40)
+    text = the_encoder.tokenizer.decode(sample.ids)
     assert "\ufffd" not in text
     assert text.startswith(character)
     assert text.endswith(" It was")
@@ -105,11 +107,11 @@ class Slow:
 
 
 def test_a_long_text_is_cut_by_a_slow_tokenizer_too() -> None:
-    made = Encoder(task(), Slow(TOKENIZERS["byte-level"]), "causal", 12)
-    sample = one(made, text="the film was great " * 20)
+    the_encoder = Encoder(task(), Slow(TOKENIZERS["byte-level"]), "causal", 12)
+    sample = one(the_encoder, text="the film was great " * 20)
     assert 9 <= len(sample.ids) <= 12
-    assert made.tokenizer.decode(sample.ids).startswith("the film was")
-    assert made.tokenizer.decode(sample.ids).endswith(" It was")
+    assert the_encoder.tokenizer.decode(sample.ids).startswith("the film was")
+    assert the_encoder.tokenizer.decode(sample.ids).endswith(" It was")
 
 
 @pytest.mark.parametrize("kind", ["causal", "classifier"])
