@@ -217,6 +217,17 @@ def _work(
     results: multiprocessing.Queue[_Result],
     args: tuple[object, ...],
 ) -> None:
+    """One process of `spawn`: connect, call the function, and send the result.
+
+    Args:
+        function: see `spawn`.
+        rank: of this process.
+        environment: its environment variables.
+        init_method: where the processes meet.
+        timeout_s: seconds for every collective.
+        results: where the result goes.
+        args: arguments of the function after the communicator.
+    """
     import torch
 
     from mezo_dist.distributed.connect import connect
@@ -236,6 +247,14 @@ def _work(
 def _collect(
     workers: Sequence[BaseProcess], results: multiprocessing.Queue[_Result], world_size: int, timeout_s: float
 ) -> list[object]:
+    """The results of all processes, by rank. Raises RuntimeError if one failed, died or is late.
+
+    Args:
+        workers: the processes.
+        results: where their results come from.
+        world_size: number of processes.
+        timeout_s: seconds to wait for all.
+    """
     returned: dict[int, object] = {}
     deadline = time.monotonic() + timeout_s
     while len(returned) < world_size:

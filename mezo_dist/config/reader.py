@@ -117,7 +117,14 @@ def _adapter() -> TypeAdapter[RunConfig]:
 
 
 def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorithm: str) -> Json:
-    """The value that a text on the command line stands for: text as it is where text is wanted, else YAML."""
+    """The value that a text on the command line stands for: text as it is where text is wanted, else YAML.
+
+    Args:
+        name: of the setting, dotted.
+        text: what was given for it.
+        settings: all settings, by dotted name.
+        algorithm: name of the algorithm.
+    """
     if name not in settings:
         raise UserError(f"command line: {unknown(name, settings, algorithm)}\n{HELP}")
     if settings[name].is_section:
@@ -128,7 +135,14 @@ def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorith
 
 
 def _check_values(value: Json, name: str, given: _Given, depth: int = 0) -> None:
-    """Raises UserError for text that cannot be written down, and for nesting that no setting has."""
+    """Raises UserError for text that cannot be written down, and for nesting that no setting has.
+
+    Args:
+        value: a setting's, or a section.
+        name: its dotted name.
+        given: where settings were given.
+        depth: how many sections and lists it lies in.
+    """
     if depth > yaml_file.MAX_DEPTH:
         raise UserError(f"{given.where(name)}: {shown(name)}: nested more than {yaml_file.MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -147,6 +161,11 @@ def _filled(
     """All settings in nested dicts: those on the command line before those of the files before the defaults.
 
     What is no setting, and a value where a section should be, stays for pydantic to refuse.
+
+    Args:
+        data: what the files hold.
+        options: values from the command line, by dotted name.
+        settings: all settings, by dotted name.
     """
     full: dict[str, object] = dict(data)
     sections: dict[str, object] = {"": full}
@@ -166,7 +185,13 @@ def _filled(
 
 
 def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], algorithm: str) -> tuple[str, str]:
-    """The setting that pydantic complains about, and the complaint for people."""
+    """The setting that pydantic complains about, and the complaint for people.
+
+    Args:
+        detail: one of pydantic's complaints.
+        settings: all settings, by dotted name.
+        algorithm: name of the algorithm.
+    """
     place = list(detail["loc"])
     if place[:1] == ["algorithm"]:
         place[1:2] = []  # the name of the algorithm
@@ -194,7 +219,13 @@ def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], algorithm: str
 
 
 def _contradiction(message: str, section: str, settings: Mapping[str, Setting]) -> tuple[str, str]:
-    """What a section says about its own settings, which it names as they are called inside it."""
+    """What a section says about its own settings, which it names as they are called inside it.
+
+    Args:
+        message: the section's.
+        section: its dotted name.
+        settings: all settings, by dotted name.
+    """
     subject, colon, rest = message.partition(":")
     name = f"{section}.{subject}" if f"{section}.{subject}" in settings else subject
     return name, f"{name}{colon}{rest}"

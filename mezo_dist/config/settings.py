@@ -52,7 +52,14 @@ def all_settings(algorithm: str) -> dict[str, Setting]:
 
 
 def _walk(section: type, prefix: str, default: object, algorithm: str) -> Iterator[Setting]:
-    """The fields of a section whose value by default is ``default``; None if its own defaults count."""
+    """The settings of a section and of the sections inside it.
+
+    Args:
+        section: the dataclass.
+        prefix: what stands before the names of its fields.
+        default: the section's value by default; None if the defaults of its fields count.
+        algorithm: name of the algorithm whose settings stand under that name.
+    """
     kinds = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         name = prefix + field.name

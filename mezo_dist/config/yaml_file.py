@@ -101,7 +101,14 @@ _STARTS = (yaml.AliasEvent, yaml.ScalarEvent, yaml.SequenceStartEvent, yaml.Mapp
 
 
 def _value(event: yaml.Event, events: Iterator[yaml.Event], source: str, depth: int = 0) -> Json:
-    """The value that begins with ``event``; the rest of its events are taken from ``events``."""
+    """The value that begins with ``event``; the rest of its events are taken from ``events``.
+
+    Args:
+        event: the first event of the value.
+        events: all events; the rest of the value is taken from them.
+        source: where the text comes from, for messages.
+        depth: how many collections the value lies in.
+    """
     where = f"{source}, line {event.start_mark.line + 1 if event.start_mark else '?'}"
     if isinstance(event, yaml.AliasEvent):
         raise UserError(f"{where}: aliases (*{event.anchor}) are not taken; write the value out, or quote the text")
@@ -123,6 +130,13 @@ def _value(event: yaml.Event, events: Iterator[yaml.Event], source: str, depth: 
 
 
 def _mapping(events: Iterator[yaml.Event], source: str, depth: int) -> dict[str, Json]:
+    """The mapping whose events come next.
+
+    Args:
+        events: all events; those of the mapping are taken from them.
+        source: where the text comes from, for messages.
+        depth: how many collections the mapping lies in.
+    """
     mapping: dict[str, Json] = {}
     lines: dict[str, int] = {}
     for event in _until(yaml.MappingEndEvent, events):

@@ -94,7 +94,13 @@ def open_store(me: ClusterEnvironment, where: str, deadline: float) -> dist.Stor
 
 
 def _wait_for_listener(address: str, port: int, deadline: float) -> None:
-    """Raises LostRankError if nobody listens there until ``deadline``; says after a while that nobody does."""
+    """Raises LostRankError if nobody listens there until ``deadline``; says after a while that nobody does.
+
+    Args:
+        address: host name or address.
+        port: TCP port.
+        deadline: time (`time.monotonic`) at which to give up.
+    """
     hint_at = min(time.monotonic() + HINT_S, deadline)
     while True:
         left = deadline - time.monotonic()
@@ -114,6 +120,14 @@ def _wait_for_listener(address: str, port: int, deadline: float) -> None:
 
 
 def _meet(store: dist.Store, me: ClusterEnvironment, deadline: float, where: str) -> dist.Store:
+    """`rendezvous` until the deadline.
+
+    Args:
+        store: where the ranks meet.
+        me: what the launcher said about this process.
+        deadline: time (`time.monotonic`) at which to give up.
+        where: URL of the store, for messages.
+    """
     left = max(0.0, deadline - time.monotonic())
     return rendezvous(store, me.rank, me.world_size, left, min(HINT_S, left / 2), f" at {where}{me.hint}")
 
@@ -131,6 +145,13 @@ def store_holder(store: dist.Store) -> tuple[str, int] | None:
 
 
 def _joining(me: ClusterEnvironment, where: str, timeout_s: float) -> str:
+    """What failed, for the begin of a message.
+
+    Args:
+        me: what the launcher said about this process.
+        where: URL at which ranks meet.
+        timeout_s: seconds that were waited.
+    """
     return (
         f"rank {me.rank} of {me.world_size} (from {me.launcher}) could not join the others at {where} within "
         f"distributed.timeout_s = {timeout_s:g} s"
@@ -138,7 +159,14 @@ def _joining(me: ClusterEnvironment, where: str, timeout_s: float) -> str:
 
 
 def _explained(error: Exception, me: ClusterEnvironment, where: str, timeout_s: float) -> UserError | LostRankError:
-    """What a failure of torch's to connect means: an error of the user's, or a rank that is not there."""
+    """What torch's failure to connect means: an error of the user's, or a rank that is not there.
+
+    Args:
+        error: torch's.
+        me: what the launcher said about this process.
+        where: URL at which ranks meet.
+        timeout_s: seconds that were waited.
+    """
     joining, doctor = _joining(me, where, timeout_s), "`mezo-dist doctor`, started the same way, says what is wrong"
     if "EADDRINUSE" in str(error):
         return UserError(

@@ -197,6 +197,16 @@ def _same(
     hint: str,
     shown: str,
 ) -> Line:
+    """A line on a fact that must be the same on all ranks.
+
+    Args:
+        check: name of the line.
+        values: the fact on every rank.
+        facts: what else the ranks know.
+        verdict: of the line, if ranks differ.
+        hint: what to do then.
+        shown: rank 0's value, as it is shown.
+    """
     others = [f"{value[:12]} on {_who(rank, facts)}" for rank, value in enumerate(values) if value != values[0]]
     if not others:
         return Line(check, f"{shown}, the same on all" if len(values) > 1 else shown)
@@ -204,6 +214,13 @@ def _same(
 
 
 def _unreadable(path: str, values: Sequence[str], facts: Sequence[Facts]) -> Line:
+    """The line on a file that some ranks cannot read.
+
+    Args:
+        path: of the file.
+        values: its digest on every rank; empty where it cannot be read.
+        facts: what else the ranks know.
+    """
     where = ", ".join(_who(number, facts) for number, value in enumerate(values) if not value)
     return Line(path, f"cannot be read on {where}", PROBLEM, "copy it, or use a shared folder")
 
@@ -213,7 +230,13 @@ def _who(rank: int, facts: Sequence[Facts]) -> str:
 
 
 def _shared_folder(comm: Communicator, folder: Path, facts: Sequence[Facts]) -> list[Line]:
-    """Whether a file that rank 0 writes is seen by all."""
+    """Whether a file that rank 0 writes is seen by all.
+
+    Args:
+        comm: the ranks.
+        folder: the folder.
+        facts: what the ranks know of themselves.
+    """
     mark = Path(comm.broadcast_text(str(folder / f".mezo-dist-doctor-{uuid.uuid4().hex}")))
     problem = ""
     if comm.rank == 0:
@@ -260,7 +283,13 @@ def _speed(comm: Communicator) -> list[Line]:
 
 
 def _links(comm: Communicator, facts: Sequence[Facts], clock: Callable[[], float]) -> list[Line]:
-    """Round trips between rank 0 and each other rank: the slowest link, and how far their clocks are apart."""
+    """Round trips between rank 0 and each other rank: the slowest link, and how far their clocks are apart.
+
+    Args:
+        comm: the ranks.
+        facts: what the ranks know of themselves.
+        clock: this rank's, in seconds.
+    """
     links = {rank: offset_and_trip(comm, rank, clock) for rank in range(1, comm.world_size)}
     slow = max(links, key=lambda rank: links[rank][1])
     skewed = max(links, key=lambda rank: abs(links[rank][0]))

@@ -196,7 +196,13 @@ def _name(source: _Source, environment: Mapping[str, str]) -> str:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """The variable as an integer; ``default`` if it is not set or empty."""
+    """The variable as an integer; ``default`` if it is not set or empty.
+
+    Args:
+        environment: the environment variables.
+        name: of the variable.
+        default: its value if it is not set.
+    """
     text = environment.get(name, "")
     if default is not None and not text:
         return default

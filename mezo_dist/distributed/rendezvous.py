@@ -92,7 +92,13 @@ def wait_until_connected(store: dist.Store, world_size: int, timeout_s: float) -
 
 @final
 class _Clock:
-    """Time to wait, and to say once, after a while, for whom."""
+    """Time to wait, and to say once, after a while, for whom.
+
+    Args:
+        timeout_s: seconds to wait.
+        hint_s: seconds after which it says for whom.
+        hint: what it says besides.
+    """
 
     def __init__(self, timeout_s: float, hint_s: float, hint: str) -> None:
         self._began, self._timeout_s, self._hint_s, self._hint = time.monotonic(), timeout_s, hint_s, hint
@@ -108,7 +114,13 @@ class _Clock:
 
 
 def _receive(store: dist.Store, world_size: int, clock: _Clock) -> dist.Store:
-    """Rank 0: answer until all have heard. What an earlier start's rank has asked is answered too, and does no harm."""
+    """Rank 0: answer until all have heard. Questions of an earlier start's ranks are answered, too, which does no harm.
+
+    Args:
+        store: where the ranks meet.
+        world_size: number of ranks.
+        clock: says when to give up.
+    """
     word = uuid.uuid4().hex
     start = dist.PrefixStore(word, store)
     store.set(WORLD, str(world_size))
@@ -133,7 +145,13 @@ def _receive(store: dist.Store, world_size: int, clock: _Clock) -> dist.Store:
 
 
 def _answer(store: dist.Store, answer: str, answered: set[int]) -> None:
-    """Answer what was asked, but for the numbers in ``answered``, to which those of the answered are added."""
+    """Answer the questions that were not answered yet.
+
+    Args:
+        store: where the ranks meet.
+        answer: the answer to every question.
+        answered: numbers of the questions that were answered; grows.
+    """
     for number in range(1, store.add("asks", 0) + 1):
         if number not in answered and store.check([f"ask/{number}"]):
             store.set(f"answer/{store.get(f'ask/{number}').decode()}", answer)
@@ -143,7 +161,14 @@ def _answer(store: dist.Store, answer: str, answered: set[int]) -> None:
 def _wait_for(
     store: dist.Store, key: str, clock: _Clock, missing: Callable[[], list[int] | set[int]]
 ) -> JsonObject | None:
-    """The JSON object under ``key``; None if the time is up before it is there."""
+    """The JSON object under ``key``; None if the time is up before it is there.
+
+    Args:
+        store: where the ranks meet.
+        key: what is waited for.
+        clock: says when to give up.
+        missing: the ranks that are waited for.
+    """
     pause = POLL_S
     while not store.check([key]):
         if clock.is_up(missing):
@@ -167,6 +192,13 @@ def _raise_if_failed(outcome: JsonObject) -> None:
 
 
 def _disagreement(rank: int, world_size: int, world_size_0: int) -> str:
+    """The message for ranks that were told different world sizes.
+
+    Args:
+        rank: this process's.
+        world_size: what it was told.
+        world_size_0: what rank 0 was told.
+    """
     return (
         f"WORLD_SIZE: rank {rank} was told that there are {world_size} ranks, rank 0 that there are {world_size_0}; "
         "start all ranks of a job with the same number, by one launcher or by the same command line"

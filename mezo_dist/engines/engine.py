@@ -93,6 +93,13 @@ class Engine:
         """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``.
 
         `evaluate_groups`, with all results at once. Arguments and errors are its.
+
+        Args:
+            variants: what to evaluate.
+            items: this rank's micro-batches.
+            forward: calls the model.
+            most: the largest number of items that a rank has.
+            filler: any micro-batch.
         """
         groups = self.evaluate_groups(variants, items, forward, most=most, filler=filler)
         return [row for group in groups for row in group]
@@ -142,6 +149,14 @@ class Engine:
         forward: Callable[[nn.Module, ItemT], ResultT],
         filler: ItemT | None,
     ) -> list[list[ResultT]]:
+        """One group of items on all variants, those of the copied anchor after the others.
+
+        Args:
+            variants: what to evaluate.
+            items: the micro-batches of the group.
+            forward: calls the model.
+            filler: the micro-batch of a rank that has none left.
+        """
         results: list[dict[int, ResultT]] = [{} for _ in items]
         for base, place in (("current", contextlib.nullcontext), ("anchor", self._anchor.in_place)):
             chosen = [v for v, variant in enumerate(variants) if variant.base == base]
@@ -161,7 +176,14 @@ class Engine:
         forward: Callable[[nn.Module, ItemT], ResultT],
         filler: ItemT | None,
     ) -> list[list[ResultT]]:
-        """All items on variants of the current contents of the weights, in lock step."""
+        """All items on variants of the current contents of the weights, in lock step.
+
+        Args:
+            variants: what to evaluate; their bases do not count.
+            items: the micro-batches of the group.
+            forward: calls the model.
+            filler: the micro-batch of a rank that has none left.
+        """
         self._materialise.shifts = [variant.shift for variant in variants]
         passes = [
             ForwardPass(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))

@@ -79,7 +79,13 @@ def check_directions_per_sample(
 
 
 def _in_fp32(engine: Engine, item: ItemT, forward: Callable[[nn.Module, ItemT], object]) -> Engine:
-    """An engine of the same weights with a forward pass in fp32, if the model's code can do that; else the same one."""
+    """An engine of the same weights with a forward pass in fp32, if the model's code can do that; else the same one.
+
+    Args:
+        engine: owns the weights.
+        item: the micro-batch to try it on.
+        forward: calls the model.
+    """
     if engine.pass_dtype.itemsize >= 4:
         return engine
     exact = Engine(engine.model, engine.law, engine.layout, compute_dtype=torch.float32)

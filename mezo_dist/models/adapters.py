@@ -97,6 +97,14 @@ def attach(
 def _peft_config(
     model: PreTrainedModel, settings: PeftConfig, kind: ModelKind, fresh: Iterable[str]
 ) -> LoraConfig | PrefixTuningConfig:
+    """peft's settings.
+
+    Args:
+        model: of transformers.
+        settings: of the config.
+        kind: of model.
+        fresh: names of weights that are not from the checkpoint.
+    """
     import peft
     from transformers.pytorch_utils import Conv1D
 
@@ -119,7 +127,14 @@ def _peft_config(
 def _filled(
     adapted: nn.Module, base: list[tuple[str, nn.Parameter]], source: WeightSource | None, seed: int
 ) -> WeightSource | None:
-    """Give the weights that peft added their values, now or when `WeightSource.read` asks for them."""
+    """Give the weights that peft added their values, now or when `WeightSource.read` asks for them.
+
+    Args:
+        adapted: the model with adapters.
+        base: names and parameters of the model before.
+        source: what fills the weights, if they come without data.
+        seed: run seed.
+    """
     name_of = {id(parameter): name for name, parameter in base}
     dtype = base[0][1].dtype
     known: dict[str, str] = {}
@@ -142,7 +157,14 @@ def _filled(
 
 @final
 class _AdaptedSource:
-    """See `WeightSource`: ``known`` weights are those of another name in ``source``, ``fresh`` ones are made."""
+    """See `WeightSource`: ``known`` weights are those of another name in ``source``, ``fresh`` ones are made.
+
+    Args:
+        source: that of the model before.
+        known: name of a weight -> its name in ``source``.
+        fresh: name and shape of the weights that are drawn.
+        seed: run seed.
+    """
 
     def __init__(
         self, source: WeightSource, known: Mapping[str, str], fresh: Mapping[str, torch.Size], seed: int
@@ -159,7 +181,13 @@ class _AdaptedSource:
 
 
 def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """A fresh weight, fp32. LoRA begins as in peft: A uniform within 1 / sqrt(inputs), B zero, so it adds nothing."""
+    """A fresh weight, fp32. LoRA begins as in peft: A uniform within 1 / sqrt(inputs), B zero, so it adds nothing.
+
+    Args:
+        name: of the weight.
+        shape: of the weight.
+        seed: run seed.
+    """
     draw = torch.Generator().manual_seed(derive_seed(seed, "adapter", name) % 2**63)
     if "lora_B" in name:
         return torch.zeros(shape)

@@ -28,6 +28,11 @@ def checkpoint_files(source: str, hf_config: PreTrainedConfig, revision: str | N
 
     A link may lead out of a folder (the hub's cache consists of links), but only to a regular file.
 
+    Args:
+        source: folder or hub name.
+        hf_config: config of the model.
+        revision: of a hub name.
+
     Raises:
         UserError: there are none, the folder holds adapters, or the index names something else than files that are
             there.
@@ -86,6 +91,13 @@ def _regular(path: Path) -> Path:
 
 
 def _fetched(source: str, name: str, revision: str | None) -> Path:
+    """A file of the hub, fetched.
+
+    Args:
+        source: hub name.
+        name: of the file.
+        revision: commit, branch or tag.
+    """
     from transformers.utils import cached_file
 
     path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)

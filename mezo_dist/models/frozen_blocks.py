@@ -30,7 +30,13 @@ class BlockOutput:
 
     @staticmethod
     def of(module: nn.Module, output: object, shape: torch.Size) -> BlockOutput | None:
-        """None if the module gives something else than a vector per token, inputs being of ``shape`` [n, length]."""
+        """None if the module gives something else than a vector per token, inputs being of ``shape`` [n, length].
+
+        Args:
+            module: the module.
+            output: what it gave.
+            shape: of the inputs, [n, length].
+        """
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
         if not isinstance(first, Tensor) or first.shape[:2] != shape or any(item is not None for item in rest):
             return None
@@ -110,7 +116,13 @@ def _frozen_calls(model: nn.Module, probe: Inputs) -> list[_Called]:
 
 
 def _leading_children(blocks: set[nn.Module], called: Sequence[_Called], shape: torch.Size) -> list[BlockOutput]:
-    """Children, of the one of ``blocks`` that was entered, that gave one tensor each before anything trainable."""
+    """Children of the block that was entered that gave one tensor each before anything trainable was used.
+
+    Args:
+        blocks: the blocks that are not frozen as a whole.
+        called: calls after the last frozen block.
+        shape: of the inputs, [n, length].
+    """
     ends: list[BlockOutput] = []
     for block in blocks:
         children = set(block.children())

@@ -42,7 +42,13 @@ class _Reached(Exception):
 
 
 def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
-    """Every module computes; see `RunModel`."""
+    """Every module computes; see `RunModel`.
+
+    Args:
+        model: the model.
+        inputs: its inputs.
+        positions: int64 [n]: where logits are read; None: everywhere.
+    """
     token = HeadSlice.at(positions)
     try:
         logits: Tensor = model(**inputs).logits
@@ -100,7 +106,13 @@ class FrozenCache:
             remove_layer(module, Layer.FROZEN_CACHE)
 
     def _of(self, model: nn.Module, key: bytes, sample: Group) -> list[Tensor]:
-        """The output of each end for one sample: [length, features], or [1, features] if narrow."""
+        """The output of each end for one sample: [length, features], or [1, features] if narrow.
+
+        Args:
+            model: the model.
+            key: tells the sample from all others.
+            sample: the sample by itself.
+        """
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
@@ -109,6 +121,13 @@ class FrozenCache:
         return computed[key]
 
     def _compute(self, model: nn.Module, group: Group, device: torch.device) -> Iterator[tuple[bytes, list[Tensor]]]:
+        """Run a group through the frozen blocks. Yields the key of each sample, and the output of each end for it.
+
+        Args:
+            model: the model.
+            group: samples that go through together.
+            device: where the model is.
+        """
         outputs: list[Any] = []
         token = _recorded.set(outputs)
         try:
@@ -201,6 +220,14 @@ def attach_frozen_cache(model: nn.Module, groups: Sequence[Group], limit: int) -
 
 
 def _agrees(model: nn.Module, cache: FrozenCache, probe: Group, whole: Tensor) -> bool:
+    """Whether the logits of the frozen cache are those of the whole way.
+
+    Args:
+        model: the model.
+        cache: the cache, attached; it is detached here.
+        probe: a micro-batch.
+        whole: its logits, computed the whole way.
+    """
     inputs, positions = probe
     try:
         short = cache(model, inputs, positions)

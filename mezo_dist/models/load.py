@@ -173,6 +173,14 @@ def _build(
     """The model; transformers' report of weights that the checkpoint lacks, which were drawn from ``seed``; its source.
 
     A shape that does not match is reported, not raised: the caller's message can tell names.
+
+    Args:
+        config: which model.
+        source: folder or hub name.
+        kind: of model.
+        hf_config: config of transformers.
+        seed: run seed.
+        whole: with all weights.
     """
     import transformers
 
@@ -198,6 +206,13 @@ def _build(
 
 
 def _check_complete(report: JsonObject, kind: ModelKind, name: str) -> None:
+    """Raises UserError if a checkpoint lacks weights, or has some of another shape.
+
+    Args:
+        report: transformers'.
+        kind: of model.
+        name: of the checkpoint, for messages.
+    """
     missing = _shortened(", ".join(sorted(report["missing_keys"])))
     misshapen = _shortened(", ".join(sorted(key for key, *_ in report["mismatched_keys"])))
     if misshapen:

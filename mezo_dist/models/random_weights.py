@@ -27,7 +27,13 @@ STD_SETTINGS = ("initializer_range", "init_std")
 
 @final
 class RandomWeights:
-    """Matrices are normal with the standard deviation of the config, biases 0, other vectors 1."""
+    """Matrices are normal with the standard deviation of the config, biases 0, other vectors 1.
+
+    Args:
+        std: standard deviation of matrices.
+        seed: run seed.
+        dims: number of dimensions of every parameter, by canonical name.
+    """
 
     def __init__(self, std: float, seed: int, dims: dict[str, int]) -> None:
         """``dims``: the number of dimensions of every parameter, by canonical name."""
@@ -51,7 +57,15 @@ def open_random(
     seed: int,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, JsonObject, RandomWeights]:
-    """A model of ``config`` without data, and what fills it; see `sliced_checkpoint.open_checkpoint`."""
+    """A model of ``config`` without data, and what fills it; see `sliced_checkpoint.open_checkpoint`.
+
+    Args:
+        auto_class: ``transformers.AutoModelFor...``.
+        config: the model's.
+        dtype: of the weights.
+        seed: run seed.
+        trust_remote_code: let the checkpoint's own code define the class.
+    """
     model_class = class_of(auto_class, config, trust_remote_code)
     with torch.device("meta"):
         whole = model_class(config)

@@ -101,7 +101,13 @@ class _Recipe:
 
 @final
 class CheckpointReader:
-    """Reads pieces of the weights of one model from one checkpoint; see `open_checkpoint`."""
+    """Reads pieces of the weights of one model from one checkpoint; see `open_checkpoint`.
+
+    Args:
+        model: without data.
+        entries: the checkpoint's tensors, by name.
+        recipes: how each weight of the model is made of them.
+    """
 
     def __init__(self, model: PreTrainedModel, entries: dict[str, Entry], recipes: dict[str, _Recipe]) -> None:
         self._entries = entries
@@ -203,7 +209,13 @@ def _tensors(model: nn.Module, *, with_aliases: bool = False) -> Iterator[tuple[
 
 
 def _tie_equal(model: PreTrainedModel, recipes: dict[str, _Recipe], entries: dict[str, Entry]) -> None:
-    """Tie weights that are in the checkpoint twice, if they are equal there; transformers would compare their data."""
+    """Tie weights that are in the checkpoint twice, if they are equal there; transformers would compare their data.
+
+    Args:
+        model: without data.
+        recipes: how each weight is made.
+        entries: the checkpoint's tensors.
+    """
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in recipes and source in recipes:
             pair = [recipes[name] for name in (target, source)]
@@ -235,6 +247,12 @@ def without_data(
     tensors: Mapping[str, tuple[torch.Size, torch.dtype]],
 ) -> tuple[PreTrainedModel, JsonObject]:
     """``model_class.from_pretrained`` of a checkpoint of which only names, shapes and dtypes are known.
+
+    Args:
+        model_class: of transformers.
+        config: the model's.
+        dtype: of the weights.
+        tensors: shape and dtype of the checkpoint's tensors, by name.
 
     Returns:
         Model with ``tensors`` on device meta and everything else made by the model class; transformers' report.

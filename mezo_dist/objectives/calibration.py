@@ -102,14 +102,27 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _total(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
-    """n L at the given offsets: fp64 [...]."""
+    """n L at the given offsets: fp64 [...].
+
+    Args:
+        logits: fp64 [..., n, classes].
+        labels: int64 [n].
+        offsets: fp64 [..., classes].
+    """
     moved = logits + offsets.unsqueeze(-2)
     of_label = moved.gather(-1, labels.expand(moved.shape[:-1]).unsqueeze(-1)).squeeze(-1)
     return (moved.logsumexp(-1) - of_label).sum(-1) + RIDGE / 2 * offsets.square().sum(-1)
 
 
 def _descend(logits: Tensor, labels: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
-    """``offsets`` - ``step``, where the step is halved until the loss does not rise."""
+    """``offsets`` - ``step``, where the step is halved until the loss does not rise.
+
+    Args:
+        logits: fp64 [..., n, classes].
+        labels: int64 [n].
+        offsets: fp64 [..., classes].
+        step: shaped as ``offsets``.
+    """
     before = _total(logits, labels, offsets)
     for _ in range(40):
         worse = _total(logits, labels, offsets - step) > before

@@ -16,6 +16,14 @@ def check_arguments(
 ) -> None:
     """Check the arguments of `mezo_dist.Optimizer` that have these names.
 
+    Args:
+        model: has a trainable weight of a dtype that can be trained.
+        algorithm: settings of an algorithm.
+        law: name of a law.
+        batch_size: set for a direction per sample.
+        num_steps: set where a schedule needs it.
+        full_batch: None, or something with a length.
+
     Raises:
         UserError: one of them cannot be used, or needs another one; the message names it.
     """

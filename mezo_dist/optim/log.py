@@ -224,7 +224,13 @@ def _header(settings: JsonObject, engine: Engine, weights: str) -> Header:
 
 
 def _check_same(here: Header, there: Header, path: Path) -> None:
-    """Raises UserError, which names what differs, if a trajectory is not of these settings and base weights."""
+    """Raises UserError, which names what differs, if a trajectory is not of these settings and base weights.
+
+    Args:
+        here: header of this optimizer.
+        there: header of the trajectory.
+        path: of the trajectory, for messages.
+    """
     facts = {
         "base weights": "base_fingerprint",
         "saved buffers": "model_config",
@@ -238,7 +244,13 @@ def _check_same(here: Header, there: Header, path: Path) -> None:
 
 
 def differences(here: object, there: object, path: str = "") -> list[str]:
-    """Dotted names of the entries in which two nested dicts differ."""
+    """Dotted names of the entries in which two nested dicts differ.
+
+    Args:
+        here: one of them.
+        there: the other.
+        path: dotted name of both.
+    """
     if isinstance(here, dict) and isinstance(there, dict):
         names = sorted(here.keys() | there.keys())
         return [d for n in names for d in differences(here.get(n), there.get(n), f"{path}.{n}" if path else n)]

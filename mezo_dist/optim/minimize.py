@@ -155,6 +155,11 @@ class _Weights:
     def problem(self, algorithm: Settings, seed: int, steps: int) -> Problem:
         """What an algorithm may know.
 
+        Args:
+            algorithm: its settings.
+            seed: of the directions.
+            steps: how many.
+
         Raises:
             UserError: ``eps: auto``, and the perturbation is lost at every eps.
         """

@@ -199,6 +199,14 @@ def _encoder(config: RunConfig, pretrained: Pretrained) -> Encoder:
 
 
 def _objective(loaded: LoadedModel, encoder: Encoder, rows: Rows, splits: dict[str, list[Sample]]) -> Objective:
+    """The objective of the model's kind.
+
+    Args:
+        loaded: the model.
+        encoder: turns rows into samples.
+        rows: the data.
+        splits: its samples.
+    """
     pretrained = loaded.pretrained
     run_model = _run_model(loaded, splits)
     if pretrained.kind == "classifier":

@@ -110,6 +110,13 @@ class Evaluator:
     def _calibrated_losses(
         self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]
     ) -> Losses | None:
+        """`losses` with calibration.
+
+        Args:
+            request: what to evaluate.
+            batch: all micro-batches of the batch.
+            mark: see `losses`.
+        """
         assert not request.each_sample  # settings that ask for both are refused
         mark = (*mark, _describe(request))
         logits = self._logits(request.variants, batch, mark)
@@ -125,7 +132,14 @@ class Evaluator:
         mark: tuple[object, ...],
         advance: Callable[[int], None] = lambda _: None,
     ) -> torch.Tensor | None:
-        """fp64 [variants, samples, classes], the same on all ranks; None if any, anywhere, is not finite."""
+        """fp64 [variants, samples, classes], the same on all ranks; None if any, anywhere, is not finite.
+
+        Args:
+            variants: what to evaluate.
+            batch: all micro-batches of the batch.
+            mark: see `losses`.
+            advance: see `score`.
+        """
         num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
         table = torch.zeros(len(variants), num_samples, self.calibrated_classes, dtype=torch.int64)
         sound = True
@@ -142,7 +156,13 @@ class Evaluator:
     def _from_main(
         self, compute: Callable[[], torch.Tensor], shape: torch.Size, mark: tuple[object, ...]
     ) -> torch.Tensor:
-        """What rank 0 computes, on all ranks: another machine's exp and log may have other last bits."""
+        """What rank 0 computes, on all ranks: another machine's exp and log may have other last bits.
+
+        Args:
+            compute: called on rank 0 alone.
+            shape: of its result.
+            mark: see `losses`.
+        """
         words = torch.zeros(shape, dtype=torch.int64)
         if self.comm.rank == 0:
             words, _ = to_fixed(compute())

@@ -99,6 +99,16 @@ def _write(
     file_bytes: int,
     calibration: Calibration | None,
 ) -> None:
+    """Write the folder on rank 0.
+
+    Args:
+        engine: see `export_model`.
+        weights: name and whole tensor of every weight.
+        tokenizer: see `export_model`.
+        folder: see `export_model`.
+        file_bytes: see `export_model`.
+        calibration: see `export_model`.
+    """
     part = folder.with_name(f".{folder.name}.part")
     remove(part)
     part.mkdir(parents=True)
@@ -130,11 +140,25 @@ def _head_bias(model: nn.Module, num_classes: int) -> str | None:
 def _with_added(
     weights: Iterator[tuple[str, Tensor]], bias: str | None, offsets: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
+    """The weights, with the offsets added to one of them.
+
+    Args:
+        weights: name and whole tensor of every weight.
+        bias: name of the one; None: no weight takes them.
+        offsets: fp32 [classes].
+    """
     for name, tensor in weights:
         yield name, (tensor + offsets.to(tensor.device, tensor.dtype) if name == bias else tensor)
 
 
 def _write_adapters(model: PeftModel, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Write the files of a folder that peft loads.
+
+    Args:
+        model: with adapters.
+        weights: name and whole tensor of every weight.
+        folder: where to.
+    """
     names = adapters.names_to_save(model)
     held = {name: tensor.cpu().clone() for name, tensor in weights if name in names}  # they are few and small
     saved = adapters.saved_weights(model, held)
@@ -145,6 +169,14 @@ def _write_adapters(model: PeftModel, weights: Iterator[tuple[str, Tensor]], fol
 
 
 def _write_model(engine: Engine, weights: Iterator[tuple[str, Tensor]], folder: Path, file_bytes: int) -> None:
+    """Write the files of a folder that transformers loads.
+
+    Args:
+        engine: whose model.
+        weights: name and whole tensor of every weight.
+        folder: where to.
+        file_bytes: largest size of a file.
+    """
     parts, buffers = _plan(engine), _saved_buffers(engine.model)
     layout = {name: kind for p in parts for name, kind in p.outputs.items()}
     layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}
@@ -185,7 +217,14 @@ def _revert(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Ten
 def _tensors(
     model: PreTrainedModel, weights: Iterator[tuple[str, Tensor]], parts: Sequence[_Part], buffers: dict[str, Tensor]
 ) -> Iterator[Tensor]:
-    """The contents of all parts, in order, then the buffers."""
+    """The contents of all parts, in order, then the buffers.
+
+    Args:
+        model: whose conversions are reverted.
+        weights: name and whole tensor of every weight.
+        parts: from `_plan`.
+        buffers: those that are saved.
+    """
     part_of = {name: part for part in parts for name in part.inputs}
     held: dict[str, Tensor] = {}
     for name, tensor in weights:
@@ -211,6 +250,14 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _write_files(
     folder: Path, layout: dict[str, tuple[torch.dtype, torch.Size]], tensors: Iterator[Tensor], file_bytes: int
 ) -> None:
+    """Write tensors into files of limited size, and an index if there are several.
+
+    Args:
+        folder: where to.
+        layout: dtype and shape of every tensor, by name, in order.
+        tensors: in that order.
+        file_bytes: largest size of a file.
+    """
     files: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
     used = total = 0
     for name, (dtype, shape) in layout.items():
@@ -232,7 +279,13 @@ def _write_files(
 
 
 def _write_settings(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
-    """Everything of the model that is no weight."""
+    """Everything of the model that is no weight.
+
+    Args:
+        model: the model.
+        dtype: of its weights.
+        folder: where to.
+    """
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # torch renames the classes that it shards

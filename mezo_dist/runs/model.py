@@ -124,6 +124,13 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _layout(config: RunConfig, model: nn.Module, comm: Communicator) -> Layout:
+    """The layout that the config asks for.
+
+    Args:
+        config: the run's.
+        model: the model.
+        comm: the ranks.
+    """
     layout = config.layout
     if layout.name == "fsdp":
         from mezo_dist.engines.layouts.fsdp import Fsdp

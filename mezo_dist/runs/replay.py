@@ -59,6 +59,13 @@ def _facts(header: Header) -> dict[str, object]:
 
 
 def _differences(mine: object, theirs: object, path: str = "") -> list[str]:
+    """Dotted names of the settings in which two configs differ, but for those that change no result.
+
+    Args:
+        mine: one of them, or a value in it.
+        theirs: the other.
+        path: dotted name of both.
+    """
     if isinstance(mine, dict) and isinstance(theirs, dict):
         names = (mine.keys() | theirs.keys()) - (set() if path else set(NO_RESULTS))
         return [d for n in names for d in _differences(mine.get(n), theirs.get(n), f"{path}.{n}" if path else n)]
@@ -105,7 +112,16 @@ def snapshot_facts(header: Header) -> dict[str, str]:
 def _load_newest(
     loaded: LoadedModel, recorded: Log, num_steps: int, folder: Path, comm: Communicator, *, anchor: bool
 ) -> int:
-    """Load the newest snapshot that is sound and not after ``num_steps``. Returns its step, 0 if there is none."""
+    """Load the newest snapshot that is sound and not after ``num_steps``. Returns its step, 0 if there is none.
+
+    Args:
+        loaded: the base model.
+        recorded: the trajectory.
+        num_steps: the last step that is wanted.
+        folder: of the snapshots.
+        comm: the ranks.
+        anchor: also fill the copy of the anchor.
+    """
     tried = False
     names = comm.broadcast_text(" ".join(path.name for path in snapshots.snapshots(folder))).split()
     for name in reversed(names):
@@ -131,7 +147,14 @@ def _load_newest(
 
 
 def _check_loaded(snapshot: Path, engine: Engine, recorded: Mark, *, anchor: bool) -> None:
-    """Raises UserError if what was loaded is not what the trajectory says of that step."""
+    """Raises UserError if what was loaded is not what the trajectory says of that step.
+
+    Args:
+        snapshot: folder of the snapshot.
+        engine: owns the weights.
+        recorded: what the trajectory says of that step.
+        anchor: whether the copy of the anchor counts, too.
+    """
     if engine.fingerprint() != recorded.weights:
         raise UserError(f"{snapshot}: its weights are not those of the run (their fingerprint is another one)")
     if anchor and engine.anchor_fingerprint() != recorded.anchor:

@@ -73,6 +73,14 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
 
 
 def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor) -> None:
+    """Evaluate, take the steps, and evaluate again.
+
+    Args:
+        run: data, model and planner.
+        claim: the run folder.
+        progress: where the run is.
+        monitor: shows what happens.
+    """
     config, is_main = run.config, run.comm.rank == 0
     monitor.table("run", facts(run, claim.folder))
     monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
@@ -95,6 +103,13 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
 
 
 def _resume(run: Run, claim: Claim, recorded: Log) -> Progress[object]:
+    """Bring the base model to where the run was.
+
+    Args:
+        run: data, model and planner.
+        claim: the run folder.
+        recorded: its trajectory.
+    """
     check_header(run.header(), recorded.header)
     progress, start = replay_from_newest(
         run.loaded, run.algorithm, recorded, len(recorded.steps), claim.snapshots, run.comm, anchor=True
@@ -140,6 +155,14 @@ def _stop_on_sigterm(comm: Communicator) -> Iterator[None]:
 
 
 def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: Monitor) -> None:
+    """Take the steps that are left.
+
+    Args:
+        run: data, model and planner.
+        progress: where the run is; moved on.
+        recorder: logs the steps.
+        monitor: shows what happens.
+    """
     config, comm, engine = run.config.train, run.comm, run.engine
     while progress.step < config.steps:
         if comm.stopping:
@@ -178,7 +201,13 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
 
 
 def _stop(run: Run, progress: Progress[object], recorder: RunRecorder) -> None:
-    """Whatever happens now, the trajectory holds the run; a snapshot makes going on faster, if there is time for it."""
+    """Whatever happens now, the trajectory holds the run; a snapshot makes going on faster, if there is time for it.
+
+    Args:
+        run: data, model and planner.
+        progress: where the run is.
+        recorder: saves a snapshot.
+    """
     recorder.stopped(progress.step)
     raise Stopped(
         f"stopped after step {progress.step} of {run.config.train.steps}; go on with --output.if_exists=resume",
@@ -215,6 +244,14 @@ def apply_step(run: Run, result: StepResult[object]) -> None:
 
 
 def _check_skips(progress: Progress[object], result: StepResult[object], config: TrainConfig, monitor: Monitor) -> None:
+    """Say that a step was skipped. Raises UserError if too many were, one after another.
+
+    Args:
+        progress: where the run is, after the step.
+        result: of the step.
+        config: settings of the training.
+        monitor: shows what happens.
+    """
     if not result.skipped:
         return
     monitor.say(f"step {progress.step}/{config.steps} skipped: {result.skipped} ({progress.skipped_in_a_row} in a row)")
@@ -262,6 +299,16 @@ def _finish(
     seconds: float,
     monitor: Monitor,
 ) -> None:
+    """Evaluate the trained weights, write the results, and export.
+
+    Args:
+        run: data, model and planner.
+        folder: the run folder.
+        progress: where the run is.
+        before: scores before training.
+        seconds: time that training took.
+        monitor: shows what happens.
+    """
     is_main = run.comm.rank == 0
     results: JsonObject = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
     calibration = calibrate(run, monitor)

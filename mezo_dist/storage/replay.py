@@ -111,6 +111,13 @@ def _with_last_copy(
 
 
 def _check_mark(engine: Engine, recorded: str, step: int) -> None:
+    """Raises UserError if the weights are not what they were in the run.
+
+    Args:
+        engine: owns the weights.
+        recorded: their fingerprint in the run.
+        step: steps that they have seen.
+    """
     fingerprint = engine.fingerprint()
     if fingerprint != recorded:
         raise UserError(

@@ -253,6 +253,11 @@ def read_scores(folder: Path, name: str, needed: Iterable[str]) -> dict[str, flo
     """The scores that ``results.json`` has under ``name``; empty unless they are numbers and all ``needed`` are there.
 
     A score of null was not finite.
+
+    Args:
+        folder: the run folder.
+        name: which scores, such as ``before``.
+        needed: names of scores that must be there.
     """
     scores = read_results(folder).get(name, {})
     if not isinstance(scores, dict) or not all(_is_score(value) for value in scores.values()):

@@ -170,6 +170,14 @@ def sha256(path: Path) -> str:
 
 
 def _entry(path: Path, item: JsonObject, data_start: int, file_size: int) -> Entry:
+    """An entry of the header, checked.
+
+    Args:
+        path: of the file.
+        item: what the header says of the tensor.
+        data_start: place of the first byte after the header.
+        file_size: bytes of the file.
+    """
     if item["dtype"] not in DTYPES:
         raise ValueError(f"dtype {item['dtype']} is not supported")
     start, stop = (data_start + int(offset) for offset in item["data_offsets"])

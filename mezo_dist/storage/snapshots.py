@@ -219,7 +219,13 @@ def _piece(shard: Shard) -> JsonObject:
 
 
 def _share(pieces: Sequence[JsonObject], place: int, num_replicas: int) -> dict[str, JsonObject]:
-    """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far."""
+    """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far.
+
+    Args:
+        pieces: all that the replicas hold.
+        place: number of this replica.
+        num_replicas: how many hold the same pieces.
+    """
     loads = [0] * num_replicas
     share = {}
     for piece in pieces:
@@ -235,6 +241,14 @@ def _key(name: str, offset: int) -> str:
 
 
 def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, JsonObject]) -> JsonObject:
+    """Write one rank's file of a snapshot. Returns what the index needs of it.
+
+    Args:
+        folder: of the snapshot.
+        file: name of the file.
+        engine: owns the weights.
+        share: the pieces to write, by name.
+    """
     layout = {
         _key(name, piece["offset"]): (safetensors_io.DTYPES[piece["dtype"]], [piece["size"]])
         for name, piece in share.items()
@@ -244,7 +258,13 @@ def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, Jso
 
 
 def _index(step: int, facts: JsonObject, parts: Sequence[JsonObject]) -> JsonObject:
-    """The index's contents, from what every rank wrote."""
+    """The index's contents, from what every rank wrote.
+
+    Args:
+        step: number of steps that the weights have seen.
+        facts: the caller's.
+        parts: what every rank wrote.
+    """
     weights: dict[str, JsonObject] = {}
     for part in parts:
         for piece in part["pieces"]:
@@ -257,6 +277,14 @@ def _index(step: int, facts: JsonObject, parts: Sequence[JsonObject]) -> JsonObj
 
 
 def _publish(part: Path, target: Path, index: JsonObject, keep: int) -> None:
+    """Write the index, give the snapshot its name, and remove older ones.
+
+    Args:
+        part: folder in which it was written.
+        target: its name.
+        index: contents of the index.
+        keep: how many snapshots may stay.
+    """
     with (part / INDEX).open("w", encoding="utf-8") as file:
         json.dump(index, file, allow_nan=False)
         file.flush()
@@ -302,7 +330,13 @@ def _fill(shards: Iterable[Shard], snapshot: Snapshot) -> None:
 
 
 def _weight(name: str, item: JsonObject, files: Mapping[str, str]) -> SavedWeight:
-    """Read a weight of the index. Raises ValueError if its pieces leave a gap."""
+    """Read a weight of the index. Raises ValueError if its pieces leave a gap.
+
+    Args:
+        name: of the weight.
+        item: what the index says of it.
+        files: all files of the snapshot.
+    """
     weight = SavedWeight(
         safetensors_io.DTYPES[item["dtype"]], tuple(item["shape"]), tuple(Piece(*piece) for piece in item["pieces"])
     )
@@ -317,6 +351,13 @@ def _weight(name: str, item: JsonObject, files: Mapping[str, str]) -> SavedWeigh
 
 
 def _check_fits(snapshot: Snapshot, shards: Iterable[Shard], *, is_anchor: bool) -> None:
+    """Raises UserError if a snapshot holds other weights than an engine.
+
+    Args:
+        snapshot: its index.
+        shards: the engine's.
+        is_anchor: whether they are those of the copied anchor.
+    """
     needed = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
     saved_names = {name for name in snapshot.weights if name.startswith(ANCHOR_PREFIX) == is_anchor}
     if other := sorted(needed.keys() ^ saved_names):

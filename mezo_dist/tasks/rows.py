@@ -67,6 +67,13 @@ def load_rows(task: Task) -> Rows:
 
 
 def _read_rows(name: str, source: datasets.Dataset, indices: list[int]) -> list[Row]:
+    """Some rows of a split.
+
+    Args:
+        name: of the data set, for messages.
+        source: the split.
+        indices: numbers of the rows.
+    """
     try:
         rows: list[Row] = source.with_format("arrow")[indices].to_pylist()  # images and sounds stay undecoded
         return rows
@@ -75,7 +82,13 @@ def _read_rows(name: str, source: datasets.Dataset, indices: list[int]) -> list[
 
 
 def _permutation(size: int, seed: int, source: str) -> list[int]:
-    """By hashing, not by a library's generator, whose streams may change between versions."""
+    """By hashing, not by a library's generator, whose streams may change between versions.
+
+    Args:
+        size: number of rows.
+        seed: ``task.splits.seed``.
+        source: name of the split.
+    """
     return sorted(range(size), key=lambda i: derive_seed(seed, "split", source, i))
 
 

@@ -82,6 +82,13 @@ def _not_null(value: object) -> object:
 
 
 def _replace(text: object, old: object, new: object) -> str:
+    """The filter ``replace``, with a bound on the length of its result.
+
+    Args:
+        text: where to replace.
+        old: what is replaced.
+        new: what stands in its place.
+    """
     text, old, new = str(text), str(old), str(new)
     if len(text) + text.count(old) * len(new) > LONGEST:
         raise SecurityError("replace makes the text too long")
@@ -89,6 +96,13 @@ def _replace(text: object, old: object, new: object) -> str:
 
 
 def _round(value: Any, precision: object = 0, method: str = "common") -> Any:
+    """The filter ``round``, with a bound on its digits.
+
+    Args:
+        value: a number.
+        precision: digits after the point.
+        method: see jinja2.
+    """
     if type(precision) is not int or abs(precision) > MOST_DIGITS:
         raise SecurityError(f"round takes a whole number of digits up to {MOST_DIGITS}, not {precision!r}")
     return do_round(value, precision, method)  # type: ignore[arg-type]  # it checks the method itself

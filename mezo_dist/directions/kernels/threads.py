@@ -74,7 +74,13 @@ def _callable(kernel: int) -> Callable[[int], None]:
 
 
 def _in_pool(kernel: Callable[[int], None], address: int, num_threads: int) -> None:
-    """Call the kernel on ``num_threads`` threads, the caller's among them, each with the address of the arguments."""
+    """Call the kernel on ``num_threads`` threads, the caller's among them, each with the address of the arguments.
+
+    Args:
+        kernel: a C function.
+        address: of its arguments.
+        num_threads: how many, the caller's among them.
+    """
     others = [_pool(num_threads - 1).submit(kernel, address) for _ in range(num_threads - 1)]
     try:
         kernel(address)

@@ -199,7 +199,12 @@ def _complete(config: JsonObject, dtype: torch.dtype) -> JsonObject:
 
 
 def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: JsonObject) -> torch.device:
-    """Cut every parameter, given by all places where it is used, into equal pieces, one for each rank.
+    """Cut every parameter into equal pieces, one for each rank.
+
+    Args:
+        uses: for every parameter, all places where it is used.
+        comm: the ranks.
+        config: DeepSpeed's.
 
     Returns:
         The device on which gathered weights are.

@@ -45,7 +45,13 @@ class Server(Protocol):
     """Where a fan-out gets its weights from."""
 
     def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
-        """The weights of ``hooked`` for its waiting ``calls``; ``real`` is its forward."""
+        """The weights of a module for the calls that wait for it.
+
+        Args:
+            hooked: the module.
+            calls: its waiting calls.
+            real: its own forward.
+        """
 
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
         """One weight, by variant, for all who wait for it; valid as long as it is referenced.

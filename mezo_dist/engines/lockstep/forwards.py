@@ -57,7 +57,13 @@ class _Stack:
 
 
 def add_layer(module: nn.Module, layer: Layer, around: Around) -> None:
-    """Put a layer around ``module``'s forward, at its place among those that are there."""
+    """Put a layer around ``module``'s forward, at its place among those that are there.
+
+    Args:
+        module: the module.
+        layer: its place; what was there before is replaced.
+        around: what is called in place of the forward.
+    """
     stack = vars(module).get("forward")
     if not isinstance(stack, _Stack):
         stack = _Stack(module)

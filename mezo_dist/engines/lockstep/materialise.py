@@ -61,7 +61,13 @@ class Materialiser:
         self._scratch = torch.empty(0)
 
     def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
-        """The weights of ``hooked`` under every variant among its ``calls``."""
+        """The weights of a module under every variant among its calls.
+
+        Args:
+            hooked: the module.
+            calls: its waiting calls.
+            real: its own forward.
+        """
         self._need(hooked, keep_current=False)
         if self.only is not None:
             hooked = _restricted(hooked, self.only)
@@ -116,7 +122,16 @@ class Materialiser:
         must_copy: bool,
     ) -> dict[int, Tensor]:
         """One weight (or its needed rows) under every variant. Variants with the same shift share one tensor, and those
-        that do not move the weight share the weight itself."""
+        that do not move the weight share the weight itself.
+
+        Args:
+            weight: the weight.
+            source: its tensor, or its needed rows.
+            rows: the needed rows, if not all.
+            variants: numbers of the variants, ascending.
+            allocate: makes a tensor like another, of a dtype.
+            must_copy: whether a variant without a shift needs a copy, too.
+        """
         dtype = self._compute_dtype if self._compute_dtype and source.is_floating_point() else source.dtype
         shifts = {v: self.shifts[v] if weight.trainable else ZERO for v in variants}
         must_copy = must_copy or dtype != source.dtype

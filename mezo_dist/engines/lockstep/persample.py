@@ -81,7 +81,15 @@ def _spanning(hooked: HookedModule, shared: Forward) -> Forward:
 
 
 class _Factors:
-    """U and V of one weight for all seeds of a serving, picked by sample."""
+    """U and V of one weight for all seeds of a serving, picked by sample.
+
+    Args:
+        law: the run's directions.
+        weight: the weight, a matrix.
+        seeds: the directions', ascending.
+        swapped: whether the weight is [inputs, outputs].
+        rows: the outputs that are computed; None: all.
+    """
 
     def __init__(self, law: Law, weight: Weight, seeds: Sequence[int], *, swapped: bool, rows: Tensor | None) -> None:
         self._place = {seed: k for k, seed in enumerate(seeds)}
@@ -111,6 +119,15 @@ class _Factors:
 
 
 def _linear(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: Forward, rows: Tensor | None) -> Forward:
+    """A linear layer's forward, corrected in activation space.
+
+    Args:
+        law: the run's directions.
+        hooked: the layer.
+        seeds: the directions', ascending.
+        shared: the forward on weights that all samples share.
+        rows: the outputs that are computed; None: all.
+    """
     weights = {w.attribute: w for w in hooked.weights if w.trainable}
     swapped = hooked.kind is Conv1D  # its weight is [inputs, outputs]
     factors = _Factors(law, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
@@ -134,6 +151,14 @@ def _linear(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: Forwar
 
 
 def _embedding(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: Forward) -> Forward:
+    """An embedding's forward: rows of U are looked up like rows of the table.
+
+    Args:
+        law: the run's directions.
+        hooked: the embedding.
+        seeds: the directions', ascending.
+        shared: the forward on weights that all samples share.
+    """
     factors = _Factors(law, hooked.weights[0], seeds, swapped=True, rows=None)
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
@@ -151,6 +176,14 @@ def _embedding(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: For
 
 
 def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callable[..., object]) -> Forward:
+    """The forward of a module whose weights are vectors, mapped over the samples' weights.
+
+    Args:
+        law: the run's directions.
+        hooked: the module.
+        seeds: the directions', ascending.
+        real: its own forward.
+    """
     place = {seed: k for k, seed in enumerate(seeds)}
     directions = {w.attribute: law.vector(seeds, w.param_id, w.shape.numel()) for w in hooked.weights if w.trainable}
 
@@ -182,6 +215,14 @@ def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callabl
 
 
 def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., object]) -> Forward:
+    """The forward of any module, sample by sample.
+
+    Args:
+        law: the run's directions.
+        hooked: the module.
+        real: its own forward.
+    """
+
     def forward(call: Call, tensors: list[Tensor]) -> object:
         n = len(call.caller.sample_shifts)
         outputs = []
@@ -205,6 +246,14 @@ def _joined(*parts: object) -> object:
 
 
 def _slice(hooked: HookedModule, argument: object, i: int, n: int) -> object:
+    """Sample ``i``'s part of an argument; an argument that is no tensor, or has one row for all, stays as it is.
+
+    Args:
+        hooked: the module that is called.
+        argument: what it is called with.
+        i: number of the sample.
+        n: number of samples.
+    """
     if not isinstance(argument, Tensor) or argument.dim() == 0:
         return argument
     if argument.shape[0] == 1:
@@ -216,13 +265,26 @@ def _slice(hooked: HookedModule, argument: object, i: int, n: int) -> object:
 
 
 def _by_sample(hooked: HookedModule, tensor: Tensor, num_samples: int) -> Tensor:
-    """[n, tokens, features], from that or from [n * tokens, features] in sample order."""
+    """[n, tokens, features], from that or from [n * tokens, features] in sample order.
+
+    Args:
+        hooked: the module that is called.
+        tensor: its input or output.
+        num_samples: number of samples.
+    """
     if tensor.shape[0] % num_samples or tensor.shape[0] == 0:
         raise _not_by_sample(hooked, tensor, num_samples)
     return tensor.reshape(num_samples, -1, tensor.shape[-1])
 
 
 def _not_by_sample(hooked: HookedModule, tensor: Tensor, num_samples: int) -> UserError:
+    """The error for a tensor whose rows are not the samples.
+
+    Args:
+        hooked: the module that is called.
+        tensor: its input or output.
+        num_samples: number of samples.
+    """
     names = ", ".join(weight.name for weight in hooked.weights if weight.trainable)
     return UserError(
         f"algorithm.per_sample: module {hooked.name} gets a tensor {tuple(tensor.shape)} whose rows are not "

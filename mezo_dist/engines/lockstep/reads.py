@@ -42,7 +42,14 @@ class WeightHandle(Tensor):
 
     @staticmethod
     def make(weight: Weight, dtype: torch.dtype, device: torch.device, resolve: Resolve) -> WeightHandle:
-        """A handle of ``weight``, which will have ``dtype`` and be on ``device``."""
+        """A handle of a weight that has not been made yet.
+
+        Args:
+            weight: the weight.
+            dtype: of the tensor to come.
+            device: of the tensor to come.
+            resolve: makes it.
+        """
         handle: WeightHandle = Tensor._make_wrapper_subclass(
             WeightHandle, weight.shape, dtype=dtype, device=device, requires_grad=weight.trainable
         )
