@@ -23,6 +23,7 @@ from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.lines import check_lines
 
 Metric = Literal["accuracy", "f1", "macro-f1", "matthews"]
+TruncateSide = Literal["right", "left"]
 ANSWER = "answer"
 
 
@@ -90,8 +91,12 @@ class Task:
     """Configuration of a hub data set, by its name."""
     splits: Splits = field(default_factory=Splits)
     """Which samples are used for what."""
-    truncate: tuple[str, ...] = ("text",)
-    """Fields that are shortened, the longest first, when a prompt exceeds the model's window. Nothing else is."""
+    truncate: tuple[str, ...] | None = None
+    """Fields that are shortened, the longest first, when a prompt exceeds the model's window; ``passage.text`` is a
+    field inside another. Nothing else is shortened. Null: ``text``, where there is a field of that name."""
+    truncate_side: TruncateSide = "right"
+    """The end of such a field that is cut off: ``right``, its last tokens, or ``left``, its first ones. With a
+    classification head it is the end of the text, or of the longer one of a pair."""
     metric: Metric = "accuracy"
     """Figure of merit, between 0 and 1 (matthews: -1 and 1)."""
 
