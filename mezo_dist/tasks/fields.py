@@ -1,25 +1,14 @@
-"""Fields of a row by their names, those inside other fields too, and the texts by which a config may call a value."""
+"""Fields of a row by their names, those inside other fields too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mezo_dist.config.values import ClassIndex
 from mezo_dist.errors import UserError
 
 Row = Mapping[str, Any]
-
-
-class ClassIndex(int):
-    """A value of a column of class labels: a number that goes by the name of its class, too."""
-
-    name: str
-
-    def __new__(cls, index: int, name: str) -> ClassIndex:
-        """The number ``index``, also called ``name``."""
-        value = super().__new__(cls, index)
-        value.name = name
-        return value
 
 
 def lookup(row: Row, name: str, setting: str) -> Any:
@@ -59,21 +48,6 @@ def field_names(row: Row) -> list[str]:
     for name, value in row.items():
         names += [f"{name}.{inner}" for inner in field_names(value)] if isinstance(value, Mapping) else [str(name)]
     return sorted(names)
-
-
-def names_of(value: Any) -> tuple[str, ...]:
-    """The texts by which a config may call a value of the data.
-
-    A number goes by its digits, whether the data hold a number or a text; a whole one such as 1.0, into which tables
-    with gaps turn 1, goes by both. A class goes by its number and its name, a boolean by ``true`` in any case.
-    """
-    if isinstance(value, ClassIndex):
-        return str(int(value)), value.name
-    if isinstance(value, bool):
-        return str(value), str(value).lower(), str(value).upper()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value)), str(value)
-    return ("null" if value is None else str(value),)
 
 
 def shown(values: Iterable[Any]) -> str:

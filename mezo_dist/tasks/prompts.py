@@ -8,8 +8,9 @@ from typing import Any
 
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import ANSWER, Task
+from mezo_dist.config.values import ClassIndex, names_of
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.fields import ClassIndex, Row, lookup, names_of, shown
+from mezo_dist.tasks.fields import Row, lookup, shown
 from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
 
 
