@@ -60,6 +60,8 @@ def _metavar(kind: type) -> str:
     first = next((item for item in typing.get_args(kind) if item is not type(None)), kind)
     if typing.get_origin(kind) is tuple:
         return "[ITEM,...]"
+    if typing.get_origin(kind) is dict:
+        return "{FIELD:[ITEM,...]}"
     return {int: "N", float: "X"}.get(first, "TEXT")
 
 

@@ -122,6 +122,8 @@ def describe(kind: object) -> str:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return f"a list of {describe(arguments[0])}"
+    if typing.get_origin(kind) is dict:
+        return f"a mapping of {describe(arguments[0])} to {describe(arguments[1])}"
     if typing.get_origin(kind) is Literal:
         return " or ".join(arguments)
     if dataclasses.is_dataclass(kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 import textwrap
@@ -123,6 +124,22 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
             raise UserError(f"model.peft.num_virtual_tokens: {config.peft.num_virtual_tokens} fill the model's window")
     _freeze(model, config)
     return Pretrained(model.eval(), tokenizer, kind, window, num_tokens, pad_id, *digests, weights)
+
+
+def is_on_hub(config: ModelConfig) -> bool:
+    """The model is in no local folder; the hub's cache holds it, or will."""
+    return not Path(_source(config.name.removeprefix(RANDOM))).exists()
+
+
+def fetch(config: ModelConfig) -> None:
+    """Put what a model on the hub consists of into the hub's cache; `load_model` tells of what is wrong with it."""
+    source = config.name.removeprefix(RANDOM)
+    options: JsonObject = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with contextlib.suppress(UserError, OSError, ValueError):
+        hf_config = _config(source, options)
+        _tokenizer(source, options)
+        if source == config.name:
+            checkpoint_files(source, hf_config, config.revision)
 
 
 def _source(name: str) -> str:

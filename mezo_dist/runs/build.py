@@ -16,6 +16,7 @@ from mezo_dist.algorithms.decay import check_something_decays
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.distributed.in_turn import rank_zero_first
 from mezo_dist.engines.capacity import tokens_at_once
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.probe import check_model
@@ -32,7 +33,7 @@ from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.storage.trajectory import Header
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch, cut
 from mezo_dist.tasks.prompts import Encoder, Sample
-from mezo_dist.tasks.rows import Rows, load_rows
+from mezo_dist.tasks.rows import Rows, load_rows, uses_cache
 
 log = logging.getLogger(__name__)
 PROBE_SAMPLES = 4
@@ -110,7 +111,7 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     Raises:
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
     """
-    rows = load_rows(config.task)
+    rows = rank_zero_first(comm, lambda: load_rows(config.task)) if uses_cache(config.task) else load_rows(config.task)
     order = BatchOrder(len(rows.train), config.train.batch_size, config.seed)
     full_size = config.train.full_size or len(rows.train)
     if full_size > len(rows.train):

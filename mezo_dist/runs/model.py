@@ -13,12 +13,13 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.environment import code_digest
+from mezo_dist.distributed.in_turn import rank_zero_first
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.layouts.replicated import Replicated
 from mezo_dist.errors import UserError
 from mezo_dist.models.identity import model_digest
-from mezo_dist.models.load import Pretrained, load_model
+from mezo_dist.models.load import Pretrained, fetch, is_on_hub, load_model
 from mezo_dist.models.sliced_checkpoint import WeightSource, WholeModel, fill
 from mezo_dist.storage.trajectory import Header
 
@@ -67,6 +68,8 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
     """
     is_sharded = config.layout.name != "replicated"
     comm.agree({"config": config.digest(), "layout": repr(config.layout)})  # before anybody shards
+    if is_on_hub(config.model):
+        rank_zero_first(comm, lambda: fetch(config.model))
     pretrained = _load(config, whole=not is_sharded)
     engine = Engine(  # built before a head slice is attached: it is to see the model's modules as they are
         pretrained.model,

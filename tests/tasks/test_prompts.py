@@ -86,9 +86,8 @@ def test_template_filters_and_conditions_work(kind: ModelKind) -> None:
             "{{ answer }} must come last for a causal model, not before ' .'",
         ),
         ({}, {"text": None}, "a field that it prints is null"),
-        ({}, {"label": 2}, "task.labels: the label is '2', the task knows ['0', '1']; add it or leave the row out"),
-        ({}, {"label": None}, "task.labels: the label is 'None', the task knows"),
-        ({"label": "stars"}, {}, "task.label: there is no field 'stars', only ['label', 'text']"),
+        ({}, {"label": 2}, "task.labels: the label is 2, the task knows ['0', '1']; add it, or leave such rows out "),
+        ({}, {"label": "0.0"}, "task.labels: the label is '0.0', the task knows ['0', '1']"),
     ],
 )
 def test_bad_rows_and_templates(changes: dict[str, Any], fields: dict[str, Any], expected: str) -> None:
@@ -101,6 +100,19 @@ def test_a_bad_row_is_told_apart_from_the_good_ones() -> None:
     rows: list[dict[str, Any]] = [{"text": "a film", "label": 0}, {"text": "a plot", "label": "?"}]
     with pytest.raises(UserError, match=r"^test sample 1, \{'label': '\?', 'text': 'a plot'\}: task\.labels: "):
         encoder().encode(rows, "test")
+
+
+def test_rows_without_a_label() -> None:
+    rows = [{"text": "a film", "label": label} for label in (0, None, 1, None)]
+    with pytest.raises(UserError) as caught:
+        encoder().encode(rows, "train")
+    assert str(caught.value) == (
+        "task.label: the field 'label' is null in 2 of the 4 samples of the train split; leave these rows out with "
+        "task.where: {drop: {label: [null]}}"
+    )
+    assert fault(encoder(label="stars"), text="a film") == (
+        "task.label: there is no field 'stars', only ['label', 'text']"
+    )
 
 
 def test_masks_and_placeholders_in_the_text() -> None:
@@ -212,9 +224,11 @@ def test_a_tokenizer_that_appends_an_end() -> None:
 def test_tokens_that_the_model_does_not_know() -> None:
     the_encoder = Encoder(task(), TOKENIZERS["word-level"], "causal", 64, num_tokens=12)
     message = fault(the_encoder, text="a film")
-    assert message.startswith(
-        "train sample 0: the tokenizer makes token 18 of it, but the model knows 12 tokens: resize"
-    )
+    assert message.startswith("train sample 0, {")
+    assert "}: the tokenizer makes token " in message
+    assert " of it, but the model knows 12 tokens: resize its embeddings" in message
+    plain = Encoder(task(plain=("{{ text }}",)), TOKENIZERS["word-level"], "classifier", 64, num_tokens=12)
+    assert "the tokenizer makes token 18 of it, but the model knows 12 tokens: resize" in fault(plain, text="It was")
 
 
 def test_a_prompt_of_nothing() -> None:

@@ -10,7 +10,8 @@ from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mezo_dist.config.schema import ModelKind
-from mezo_dist.tasks import prompts
+from mezo_dist.config.task import Label
+from mezo_dist.tasks import text as text_module
 from mezo_dist.tasks.prompts import Encoder
 from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
 
@@ -44,11 +45,12 @@ def space_runs() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
 
 
-@pytest.mark.parametrize("window", range(5, 12))
+@pytest.mark.parametrize("window", range(6, 13))
 def test_a_cut_text_leaves_no_space_that_would_join_what_follows(window: int) -> None:
-    the_encoder = Encoder(task(prompt="{{ text }} It {{ answer }}"), space_runs(), "causal", window)
+    labels = (Label(0, "a"), Label(1, "b"))
+    the_encoder = Encoder(task(prompt="{{ text }} It {{ answer }}", labels=labels), space_runs(), "causal", window)
     words = the_encoder.tokenizer.convert_ids_to_tokens(one(the_encoder, text="ab c ab c ab c ab c").ids)
-    assert words[-3:] == ["\u2581", "I", "t"]
+    assert words[-4:] == ["\u2581", "I", "t", "\u2581"]
     assert words[:2] == ["a", "b"]
 
 
@@ -135,7 +137,7 @@ def test_a_very_long_text_is_cut_before_it_is_tokenised(kind: ModelKind) -> None
 
 
 def test_encoding_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(prompts, "SILENT_S", -1.0)
+    monkeypatch.setattr(text_module, "SILENT_S", -1.0)
     caplog.set_level("INFO")
     encoder().encode([{"label": 0, "text": "a film"}] * 3, "test")
     assert "encoding the test split: 2 of 3 samples are done" in caplog.text
