@@ -207,6 +207,19 @@ class Engine:
         finally:
             self._materialise.only = None
 
+    @contextlib.contextmanager
+    def keeping_factors(self) -> Iterator[None]:
+        """Within, the thin factors of directions per sample are kept, for forwards that call the model many times."""
+        self._materialise.factors.start_keeping()
+        try:
+            yield
+        finally:
+            self._materialise.factors.stop_keeping()
+
+    def anchor_in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the contents of the copied anchor are the weights. Raises RuntimeError if it was never copied."""
+        return self._anchor.in_place()
+
     def add(self, combination: Combination, rounding_seed: int) -> None:
         """weights <- weights + combination, in place, each rank on its shards.
 

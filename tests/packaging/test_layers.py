@@ -25,7 +25,7 @@ LAYERS = {
     "assets": "errors json_types",
     # beside one another
     "storage": "errors json_types directions algorithms config distributed engines",
-    "tasks": "errors directions config assets",
+    "tasks": "errors directions config assets engines",
     "models": "errors json_types directions config engines assets storage",
     "objectives": "errors config engines tasks models",
     "monitoring": "errors storage",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, forward_below, remove_layer
-from mezo_dist.engines.lockstep.passes import Call, Coroutine, ForwardPass, Open, Raised, Read
+from mezo_dist.engines.lockstep.passes import Agree, Call, Coroutine, ForwardPass, Open, Raised, Read
 from mezo_dist.engines.lockstep.reads import WeightHandle, resolved, unwatch, watch
 
 
@@ -62,6 +63,9 @@ class Server(Protocol):
     def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
         """Dtype and device that `read` will give ``weight``."""
 
+    def any_goes_on(self, answers: Sequence[bool]) -> bool:
+        """Whether any of this rank's passes, or of those of the ranks that gather with it, goes on."""
+
 
 @final
 class FanOut:
@@ -96,7 +100,7 @@ class FanOut:
 
     def _run(self, passes: Sequence[ForwardPass]) -> list[object]:
         results: list[object] = [None] * len(passes)
-        waiting: dict[tuple[int, int], list[Call] | list[Read]] = {}
+        waiting: dict[tuple[int, int], list[Call] | list[Read] | list[Agree]] = {}
         coroutines = [Coroutine(index, forward_pass) for index, forward_pass in enumerate(passes)]
         autocast = _autocast()
 
@@ -130,8 +134,13 @@ class FanOut:
                     caller.throw(greenlet.GreenletExit())
         return results
 
-    def _serve(self, requests: list[Call] | list[Read]) -> Iterator[tuple[Coroutine, object]]:
+    def _serve(self, requests: list[Call] | list[Read] | list[Agree]) -> Iterator[tuple[Coroutine, object]]:
         """Each waiting pass with what it waits for, computed when it is asked for: the pass goes on while it is hot."""
+        agrees = [request for request in requests if isinstance(request, Agree)]
+        if agrees:  # all passes that have not ended wait here, for this place is served last
+            goes_on = self._server.any_goes_on([request.goes_on for request in agrees])
+            yield from ((request.caller, goes_on) for request in agrees)
+            return
         reads = [request for request in requests if isinstance(request, Read)]
         calls = [request for request in requests if isinstance(request, Call)]
         if reads:
@@ -186,8 +195,10 @@ class FanOut:
             self._serving = call
 
 
-def _place(request: Call | Read) -> tuple[int, int]:
+def _place(request: Call | Read | Agree) -> tuple[int, int]:
     """Where a pass waits; on all ranks the same, and in the order in which places are served."""
+    if isinstance(request, Agree):
+        return sys.maxsize, 0
     weights = request.hooked.weights
     return request.hooked.order, weights.index(request.weight) if isinstance(request, Read) else len(weights)
 

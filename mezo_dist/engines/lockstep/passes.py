@@ -46,6 +46,14 @@ class Read:
     weight: Weight
 
 
+@dataclass(frozen=True, eq=False)
+class Agree:
+    """A pass waits for all others, on all ranks, to say whether they go on."""
+
+    caller: Coroutine
+    goes_on: bool
+
+
 @dataclass(frozen=True)
 class Raised:
     """An outcome that is to be raised inside the pass, where its traceback belongs."""
@@ -70,7 +78,7 @@ class Coroutine(greenlet.greenlet):
         result = self._run()
         return resolved(result) if self.has_read else result
 
-    def wait(self, request: Call | Read) -> Any:
+    def wait(self, request: Call | Read | Agree) -> Any:
         """Let the others run until ``request`` is served. Only the pass itself may call this."""
         outcome = self.parent.switch(request)
         if isinstance(outcome, Raised):
@@ -94,3 +102,16 @@ class Open:
     def leave(self) -> None:
         """The pass waits, or leaves the module."""
         swap(self.hooked.weights, self._before)
+
+
+def any_goes_on(goes_on: bool) -> bool:
+    """Whether any forward pass that runs in lock step with this one still has something to do, on any rank.
+
+    For forwards that call the model until they have enough, token by token. Where weights are sharded, all must call it
+    equally often, or ranks gather different things. So a pass that is done asks here, and goes on with the others.
+
+    Args:
+        goes_on: whether this pass has something to do.
+    """
+    caller = greenlet.getcurrent()
+    return bool(caller.wait(Agree(caller, goes_on))) if isinstance(caller, Coroutine) else goes_on
