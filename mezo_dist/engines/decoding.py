@@ -60,7 +60,7 @@ def choose_way(engine: Engine, processes: int) -> Way:
     reason = {
         "activations": "law lowrank needs no weights of its own",
         "copies": f"{need / 2**30:.2f} GiB for a copy of the weights are free",
-        "lock step": f"{need / 2**30:.2f} GiB for a copy of the weights are not free, so they are made for every token, "
+        "lock step": f"{need / 2**30:.2f} GiB for a copy of the weights are not free, so they are made for each token, "
         "which is slow; law: lowrank needs no copy",
     }[way]
     log.info("generation under perturbed weights: by %s (%s)", way, reason)

@@ -89,7 +89,7 @@ def test_the_way_is_chosen_by_law_and_memory(monkeypatch: pytest.MonkeyPatch, ca
     assert choose_way(Engine(model, Law("gaussian")), 1) == "copies"
     monkeypatch.setattr(decoding, "free_bytes", lambda: 1000)
     assert choose_way(Engine(model, Law("gaussian")), 1) == "lock step"
-    assert "they are made for every token" in caplog.records[-1].message
+    assert "they are made for each token" in caplog.records[-1].message
 
 
 def test_the_anchor_writes_too() -> None:
