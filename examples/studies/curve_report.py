@@ -124,8 +124,8 @@ def _accuracies(curves: Curves, label: str, budget: float) -> tuple[str, str]:
     """At a quarter of the budget and at the end, "-" where there is nothing."""
     if label not in curves:
         return "-", "-"
-    early = [_at(points, budget / 4)[TEST] for points in curves[label]]
-    return _spread(early), _spread([points[-1][TEST] for points in curves[label]])
+    early = [point[TEST] for points in curves[label] if (point := _at(points, budget / 4))]
+    return _spread(early) if early else "-", _spread([points[-1][TEST] for points in curves[label]])
 
 
 def _seconds(seeds: list[list[list[float]]] | None) -> str:
@@ -158,9 +158,9 @@ def _needs(seeds: list[list[list[float]]] | None, wanted: float) -> str:
     return "-"
 
 
-def _at(points: list[list[float]], passes: float) -> list[float]:
+def _at(points: list[list[float]], passes: float) -> list[float] | None:
     """The last point that took no more passes, but for an eighth of them: the last step may end a little later."""
-    return [point for point in points if point[PASSES] <= 1.125 * passes][-1]
+    return next((point for point in reversed(points) if point[PASSES] <= 1.125 * passes), None)
 
 
 def _spread(values: list[float]) -> str:
