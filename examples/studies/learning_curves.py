@@ -85,25 +85,41 @@ class Results:
             sink.write(json.dumps(record) + "\n")
         self.runs[_key(record["label"], record["lr"], record["seed"])] = record
 
+    def find(self, label: str, lr: float, seed: int) -> Record | None:
+        """A run that is there."""
+        return self.runs.get(_key(label, lr, seed))
+
 
 def _key(label: str, lr: float, seed: int) -> tuple[str, float, int]:
     return label, rounded(lr), seed
 
 
-def about(job: Job) -> Record:
-    """What every result file says of where it comes from."""
+def provenance(processes: str, seeds: str) -> Record:
+    """What every result file says of where it comes from.
+
+    Args:
+        processes: how the machine was used.
+        seeds: which, and what for.
+    """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip() + (" with changes" if dirty else ""),
-        "machine": f"{processor()}, {os.cpu_count()} cores; a process with {job.threads} thread(s) per data set",
+        "machine": f"{processor()}, {os.cpu_count()} cores; {processes}",
         "versions": f"mezo_dist {mezo_dist.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
-        "seeds": f"{TUNING_SEED} to choose the rate, then {list(PRESETS[job.preset].seeds)}",
-        "columns": "forward passes, seconds, validation loss, validation metric, test loss, test metric",
+        "seeds": seeds,
     }
+
+
+def about(job: Job) -> Record:
+    """Head of a result file."""
+    processes = f"a process with {job.threads} thread(s) per data set"
+    seeds = f"{TUNING_SEED} to choose the rate, then {list(PRESETS[job.preset].seeds)}"
+    columns = "forward passes of training, seconds, validation loss, validation metric, test loss, test metric"
+    return {**provenance(processes, seeds), "columns": columns}
 
 
 def work(job: Job) -> None:

@@ -68,6 +68,45 @@ def test_learning_curves(tmp_path: Path) -> None:
     assert before == {path: path.read_text() for path in files.values()}, "nothing is run twice"
     assert (tmp_path / "learning_curves-smoke-head.png").stat().st_size > 1000
 
+    run("examples/studies/offsets_at_prediction.py", "--preset", "smoke", "--out", str(tmp_path), "--only", "AdamW")
+    _, again = map(json.loads, (tmp_path / "offsets_at_prediction.jsonl").read_text().splitlines())
+    assert again["plain"][-1] == again["stored"], "the run is the one that is stored"
+    assert again["offsets"] != again["plain"]
+
+
+def test_passes_that_fit_offsets_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    import curve_report
+
+    def record(label: str, **more: int) -> str:
+        points = [[done, 0.1 * done, 1.0, done / 1000, 1.0, done / 1000] for done in (0, 96, 192, 384)]
+        return json.dumps({"kind": "run", "label": label, "lr": 0.1, "seed": 1, "points": points, **more})
+
+    runs = [record("MeZO, batch 4"), record("new, calibrated", fitting=48), record("old, calibrated")]
+    (tmp_path / "learning_curves-smoke-prompts-tiny.jsonl").write_text("\n".join(runs) + "\n")
+    lines = curve_report.report(tmp_path, "smoke").splitlines()
+    assert "| new, calibrated | 0.0 ± 0.0 | 38.4 ± 0.0 |" in lines, "96 and 48 passes are more than a quarter of 384"
+    assert "| MeZO, batch 4 | 9.6 ± 0.0 | 38.4 ± 0.0 |" in lines
+    needed = lines[lines.index("|  | tiny: 38.4 |") :]
+    assert {"| MeZO, batch 4 | 384 |", "| new, calibrated | 432 |", "| old, calibrated | 896 |"} <= set(needed)
+
+
+def test_quickstart_rate(tmp_path: Path) -> None:
+    command = ["examples/studies/quickstart_rate.py", "train.steps=2", "--config", "tiny", "--held-out", "8"]
+    output = run(*command, "--out", str(tmp_path), "--rates", "0.001", "0.01", "0.1")
+    about, *rows = map(json.loads, (tmp_path / "quickstart_rate.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    found = re.search(r"validation chose (\S+)", output)
+    assert found, output
+    accuracies: dict[float, list[float]] = {}
+    for row in rows:
+        if row["label"] == "quickstart, to choose":
+            assert row["scores"].keys() == {"validation"}, "nothing else is looked at before the rate is chosen"
+            accuracies.setdefault(row["lr"], []).append(row["scores"]["validation"][1])
+    assert sum(accuracies[float(found[1])]) == max(map(sum, accuracies.values()))
+    chosen = {row["seed"] for row in rows if row["label"] == "quickstart, chosen" and row["lr"] == float(found[1])}
+    assert chosen == {0, 1, 2}
+
 
 @pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["in one process", "in two more"])
 def test_minimize(options: list[str]) -> None:
