@@ -232,6 +232,14 @@ def _check_new(folder: Path) -> None:
 
 
 def _write_model(loaded: LoadedModel, folder: Path, comm: Communicator, calibration: Calibration | None = None) -> None:
+    """Export a model. Collective.
+
+    Args:
+        loaded: the model.
+        folder: where to.
+        comm: the ranks.
+        calibration: offsets that predictions need.
+    """
     from mezo_dist.runs.export import export_model
 
     export_model(loaded.engine, loaded.pretrained.tokenizer, folder, comm, calibration=calibration)
@@ -240,6 +248,13 @@ def _write_model(loaded: LoadedModel, folder: Path, comm: Communicator, calibrat
 
 
 def _with_communicator(timeout_s: float, job: Callable[[Communicator], None], patience_s: float = 30.0) -> None:
+    """Connect to the other ranks, and do something together.
+
+    Args:
+        timeout_s: seconds for every collective.
+        job: what to do.
+        patience_s: seconds of waiting after which a rank says for whom.
+    """
     from mezo_dist.distributed.connect import connect
     from mezo_dist.monitoring.console import configure_logging
 

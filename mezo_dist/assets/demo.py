@@ -91,11 +91,26 @@ def _safe(name: str) -> str:
 
 
 def _copy(files: Files, name: str, target: Path) -> None:
+    """Write one file of an archive to disk.
+
+    Args:
+        files: those of the archive.
+        name: of the file.
+        target: where to.
+    """
     with files[name]() as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink)
 
 
 def _copy_folder(folder: str, names: Iterable[str], files: Files, out: Path) -> None:
+    """Write some files of a folder in an archive to disk.
+
+    Args:
+        folder: in the archive.
+        names: of the files.
+        files: those of the archive.
+        out: folder to write to.
+    """
     for name in names:
         _copy(files, f"{folder}/{name}", out / name)
 
@@ -116,6 +131,13 @@ def _lines(stream: IO[bytes]) -> list[str]:
 
 
 def _write_split(out: Path, split: str, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write the rows of a split as JSON lines.
+
+    Args:
+        out: folder of the data set.
+        split: its name.
+        rows: field -> value.
+    """
     with (out / f"{split}.jsonl").open("w", encoding="utf-8") as sink:
         sink.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -155,7 +177,13 @@ def _save_unquantised(model: PreTrainedModel, out: Path) -> None:
 
 
 def _rated_sentences(name: str, files: Files, out: Path) -> None:
-    """Sentences with a mean human rating in [-4, 4]; those at most 0.5 away from 0 are left out."""
+    """Sentences with a mean human rating in [-4, 4]; those at most 0.5 away from 0 are left out.
+
+    Args:
+        name: of the table in the archive.
+        files: those of the archive.
+        out: folder of the data set.
+    """
     nested = files["vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"]
     with open_archive(nested()) as inner:
         lines = _lines(inner[f"hutto_ICWSM_2014/{name}_GroundTruth.txt"]())
@@ -209,6 +237,13 @@ def _r8(files: Files, out: Path) -> None:
 
 
 def _rated(name: str, what: str, table: str) -> Asset:
+    """A data set of rated sentences.
+
+    Args:
+        name: id of the asset.
+        what: what it is, for people.
+        table: name of its table in the archive.
+    """
     return Asset(
         id=name,
         kind="data",

@@ -45,6 +45,12 @@ def fingerprint(*what: object) -> int:
 class Communicator:
     """The processes of a run and the collectives between them. Use `connect` to make one.
 
+    Args:
+        rank: number of this process.
+        world_size: number of processes.
+        watch: says which ranks keep the others waiting; None: nobody watches.
+        ranks_here: ranks on this host; 0 if the launcher does not say.
+
     Attributes:
         rank, world_size: as the launcher gave them; 0 and 1 without a launcher.
         ranks_here: ranks on this host; all, if the launcher does not say.

@@ -163,7 +163,13 @@ class FrozenCache:
 
 
 def _skip(block: nn.Module, inner: Forward, hidden: Tensor, *args: object, **kwargs: object) -> object:
-    """The layer around a block before the last frozen one: it hands on what it gets, if that is not looked at."""
+    """The layer around a block before the last frozen one: it hands on what it gets, if that is not looked at.
+
+    Args:
+        block: the block.
+        inner: the forward inside of this layer.
+        hidden: [n, length, features].
+    """
     return inner(hidden, *args, **kwargs) if _known.get() is None else hidden
 
 

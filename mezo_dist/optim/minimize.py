@@ -188,6 +188,13 @@ class _Weights:
         self.anchor.update({name: tensor.clone() for name, tensor in self.params.items()})
 
     def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
+        """See `EditableWeights.scale`.
+
+        Args:
+            factor: an fp32 value.
+            rounding_seed: seed of stochastic rounding.
+            exempt_vectors: leave tensors with fewer than two dimensions alone.
+        """
         for name, tensor in self.params.items():
             if exempt_vectors and not decays(name, tensor.dim()):
                 continue

@@ -19,7 +19,13 @@ log = logging.getLogger(__name__)
 
 @final
 class RunRecorder:
-    """All ranks have one; rank 0's writes the trajectory. `open` makes one."""
+    """All ranks have one; rank 0's writes the trajectory. `open` makes one.
+
+    Args:
+        run: the run that is recorded.
+        claim: its folder.
+        writer: writes the trajectory; None on other ranks than 0.
+    """
 
     def __init__(self, run: Run, claim: Claim, writer: TrajectoryWriter | None) -> None:
         self._run, self._claim, self._writer = run, claim, writer

@@ -28,7 +28,7 @@ LAYERS = {
     "tasks": "errors directions config assets engines",
     "models": "errors json_types directions config engines assets storage",
     "objectives": "errors config engines tasks models",
-    "monitoring": "errors storage",
+    "monitoring": "errors json_types storage",
     "testing": "errors distributed",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",

@@ -194,7 +194,15 @@ def _gaussian(seed, chunk, param_id, stream, half_table, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _rademacher(seed, chunk, param_id, stream, CHUNKS: tl.constexpr):
-    """fp32 [1024 CHUNKS]: as `_gaussian`, 1 bit per element; in memory order these are block, word, bit."""
+    """fp32 [1024 CHUNKS]: as `_gaussian`, 1 bit per element; in memory order these are block, word, bit.
+
+    Args:
+        seed: the direction's, uint64.
+        chunk: number of the first chunk.
+        param_id: see `seeds.param_id`.
+        stream: of the generator.
+        CHUNKS: number of chunks.
+    """
     words = _words(seed, chunk * RADEMACHER_BLOCKS, param_id, stream, RADEMACHER_BLOCKS * CHUNKS)
     bits = (words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
     return tl.where(tl.reshape(bits, (CHUNKS * CHUNK_SIZE,)) == 1, 1.0, -1.0)
@@ -210,7 +218,13 @@ def _to_fp32(x):
 
 @triton.jit
 def _to_bf16(x, noise, STOCHASTIC: tl.constexpr):
-    """The bits of bf16, int16: to nearest even, or by adding ``noise`` < 2**16 to the bits that are then cut off."""
+    """The bits of bf16, int16: to nearest even, or by adding ``noise`` < 2**16 to the bits that are then cut off.
+
+    Args:
+        x: fp32.
+        noise: uint32; counts only if rounding is stochastic.
+        STOCHASTIC: round stochastically.
+    """
     bits = x.to(tl.uint32, bitcast=True)
     if not STOCHASTIC:
         noise = 0x7FFF + ((bits >> 16) & 1)

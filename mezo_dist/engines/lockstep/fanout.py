@@ -208,7 +208,13 @@ def _autocast() -> tuple[bool, ...]:
 
 
 def _wait(hooked: HookedModule, module: nn.Module, inner: Forward, *args: object, **kwargs: object) -> object:
-    """The layer around a hooked module's forward: a call from inside a pass waits for the hub."""
+    """The layer around a hooked module's forward: a call from inside a pass waits until it is served.
+
+    Args:
+        hooked: the module, with its weights.
+        module: the module itself.
+        inner: the forward inside of this layer.
+    """
     caller = greenlet.getcurrent()
     if not isinstance(caller, Coroutine):
         return inner(*args, **kwargs)

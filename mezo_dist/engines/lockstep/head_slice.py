@@ -67,6 +67,13 @@ def head_rows(module: nn.Module) -> Tensor | None:
 
 
 def _at_positions(head: nn.Module, inner: Forward, hidden: Tensor, *args: object, **kwargs: object) -> object:
+    """The layer that hands a head the hidden states of the positions that `HeadSlice.at` set; all if none are set.
+
+    Args:
+        head: the output head.
+        inner: the forward inside of this layer.
+        hidden: [n, length, features].
+    """
     positions = _positions.get()
     if positions is not None:
         hidden = hidden[torch.arange(len(positions), device=hidden.device), positions].unsqueeze(1)
