@@ -48,7 +48,7 @@ class Communicator:
     Args:
         rank: number of this process.
         world_size: number of processes.
-        watch: says which ranks keep the others waiting; None: nobody watches.
+        watchdog: says which ranks keep the others waiting; None: nobody watches.
         ranks_here: ranks on this host; 0 if the launcher does not say.
 
     Attributes:
@@ -61,7 +61,9 @@ class Communicator:
         stopping: a rank wanted to stop in some round so far; all ranks see this in the same round.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, watch: Watchdog | None = None, ranks_here: int = 0) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, watchdog: Watchdog | None = None, ranks_here: int = 0
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.ranks_here = ranks_here or world_size
@@ -70,7 +72,7 @@ class Communicator:
         self.place = "start"
         self.wants_stop = False
         self.stopping = False
-        self._watch = watch or Watchdog.off()
+        self._watchdog = watchdog or Watchdog.off()
 
     def round(self, values: Tensor, mark: int) -> Tensor:
         """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
@@ -201,14 +203,14 @@ class Communicator:
             return
         place = f"{self.place}, {what}" if what else self.place
         try:
-            with self._watch.waiting(place):
+            with self._watchdog.waiting(place):
                 yield
         except RuntimeError as error:
             if not _tells_of_a_lost_rank(error):
                 raise
-            late = self._watch.late() if "imed out" in str(error) else []
+            late = self._watchdog.late() if "imed out" in str(error) else []
             raise LostRankError(
-                f"{place}: {_in_words(late or self._watch.lost())} stopped, or did not answer within "
+                f"{place}: {_in_words(late or self._watchdog.lost())} stopped, or did not answer within "
                 f"distributed.timeout_s (seen on rank {self.rank}, round {self.rounds}); the message of that rank, if "
                 "there is one, says why"
             ) from error

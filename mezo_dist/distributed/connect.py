@@ -54,10 +54,10 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
     where = init_method or rendezvous_url(me, timeout_s)
     try:
         store = bounded(lambda: open_store(me, where, deadline), timeout_s + MARGIN_S)
-        met = bounded(lambda: _meet(store, me, deadline, where), timeout_s + MARGIN_S)
+        fresh_store = bounded(lambda: _rendezvous(store, me, deadline, where), timeout_s + MARGIN_S)
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group(backend(), store=met, timeout=timeout, rank=me.rank, world_size=me.world_size)
-        wait_until_connected(met, me.world_size, timeout_s)
+        dist.init_process_group(backend(), store=fresh_store, timeout=timeout, rank=me.rank, world_size=me.world_size)
+        wait_until_connected(fresh_store, me.world_size, timeout_s)
     except TimeoutError as error:
         raise UserError(
             f"{_joining(me, where, timeout_s)}: something there takes connections and says nothing. Either another "
@@ -68,8 +68,8 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
     except (LostRankError, RuntimeError, ValueError) as error:  # torch's own are RuntimeErrors
         raise _explained(error, me, where, timeout_s) from error
     store = dist.distributed_c10d._get_default_store()
-    watch = Watchdog(store, me.rank, me.world_size, min(patience_s, timeout_s / 4), store_holder(store))
-    comm = Communicator(me.rank, me.world_size, watch, me.local_world_size)
+    watchdog = Watchdog(store, me.rank, me.world_size, min(patience_s, timeout_s / 4), store_holder(store))
+    comm = Communicator(me.rank, me.world_size, watchdog, me.local_world_size)
     end_with_launcher(me.launcher, lambda: comm.wants_stop)
     return comm
 
@@ -119,7 +119,7 @@ def _wait_for_listener(address: str, port: int, deadline: float) -> None:
         time.sleep(min(0.2, max(0.0, left)))
 
 
-def _meet(store: dist.Store, me: ClusterEnvironment, deadline: float, where: str) -> dist.Store:
+def _rendezvous(store: dist.Store, me: ClusterEnvironment, deadline: float, where: str) -> dist.Store:
     """`rendezvous` until the deadline.
 
     Args:

@@ -83,7 +83,7 @@ def examine(files: Sequence[Path], folder: Path, timeout_s: float) -> list[Line]
     except UserError as error:
         return [Line("launcher", "environment not understood", PROBLEM, str(error))]
     lines = [_launcher(me)]
-    reached = _meeting_point(me, timeout_s) if me.world_size > 1 and me.address else []
+    reached = _way_to_rank_0(me, timeout_s) if me.world_size > 1 and me.address else []
     try:
         comm = connect(timeout_s)
     except (UserError, LostRankError) as error:
@@ -120,11 +120,11 @@ def _launcher(me: environment.ClusterEnvironment) -> Line:
     if me.world_size == 1:
         started = f"{me.launcher}, " if me.launcher else "none: "
         return Line("launcher", f"{started}one process; start me the way the job is started to see all ranks")
-    where = f", meeting at {me.address}:{me.port}" if me.address else ", meeting point from MPI"
+    where = f", rendezvous at {me.address}:{me.port}" if me.address else ", rendezvous through MPI"
     return Line("launcher", f"{me.launcher}: {me.world_size} ranks{where}", WARNING if me.hint else OK, me.hint[2:])
 
 
-def _meeting_point(me: environment.ClusterEnvironment, timeout_s: float) -> list[Line]:
+def _way_to_rank_0(me: environment.ClusterEnvironment, timeout_s: float) -> list[Line]:
     """Whether rank 0 can be reached from here. On rank 0 itself only the name is looked at."""
     try:
         address = str(socket.getaddrinfo(me.address, me.port, type=socket.SOCK_STREAM)[0][4][0])

@@ -79,7 +79,7 @@ WAYS = "torchrun, deepspeed, mpirun or srun"
 
 
 def discover(environment: Mapping[str, str]) -> ClusterEnvironment:
-    """Read rank, world size and meeting point from ``environment``; a world of one if no launcher has been there.
+    """Read rank, world size and rendezvous from ``environment``; a world of one if no launcher has been there.
 
     ``MASTER_ADDR`` and ``MASTER_PORT`` count under every launcher, if given.
 

@@ -76,7 +76,7 @@ class Engine:
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not self.layout.is_sharded and compute_dtype is None:  # frozen weights serve as they are
             hooked_modules = [hooked for hooked in hooked_modules if any(weight.trainable for weight in hooked.weights)]
-        self._gathers = UnshardSchedule(self.layout, prefetch=prefetch)
+        self._unshard = UnshardSchedule(self.layout, prefetch=prefetch)
         self._materialise = Materialiser(law, compute_dtype, self.layout, self._need)
         self._fanout = FanOut(hooked_modules, self._materialise)
         self._anchor = Anchor(self.layout, self.trainable)
@@ -310,21 +310,21 @@ class Engine:
     @property
     def gathers(self) -> int:
         """Collectives that gathered weights so far."""
-        return self._gathers.meter.gathers
+        return self._unshard.meter.gathers
 
     @property
     def gathered_bytes(self) -> int:
         """Bytes of weights that those collectives brought to this rank, its own share among them."""
-        return self._gathers.meter.num_bytes
+        return self._unshard.meter.num_bytes
 
     def _run(self, passes: Sequence[ForwardPass]) -> list[Any]:
         try:
             return self._fanout.run(passes)
         finally:
-            self._gathers.close()
+            self._unshard.close()
 
     def _need(self, hooked: HookedModule, *, keep_current: bool) -> None:
-        self._gathers.need(self._unit_of[hooked], keep_current=keep_current)
+        self._unshard.need(self._unit_of[hooked], keep_current=keep_current)
 
 
 def _shifts_of(variant: Variant, item: Any) -> tuple[Combination, ...]:

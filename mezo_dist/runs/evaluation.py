@@ -44,7 +44,7 @@ class Evaluator:
 
         Args:
             request: what to evaluate.
-            batch: all micro-batches of the batch; this rank takes its share.
+            batch: all micro-batches of the batch; this rank takes its part.
             mark: what the rank believes it is doing; ranks that differ are told (`Communicator.round`).
         """
         if self.calibrated_classes:
@@ -171,23 +171,23 @@ class Evaluator:
     def _evaluate(
         self, variants: Sequence[Variant], batch: Sequence[MicroBatch]
     ) -> Iterator[tuple[MicroBatch, list[tuple[int, Scores]]]]:
-        """This rank's share of the round, as many micro-batches at a time as go through the model together.
+        """This rank's part of the round, as many micro-batches at a time as go through the model together.
 
         Each with the scores of this rank's variants, whose places in ``variants`` come with them.
         """
-        share = (self.work_split or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
-        width = self.width or max(1, self.capacity // (share.most_variants * max(item.cost for item in batch)))
+        work = (self.work_split or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
+        width = self.width or max(1, self.capacity // (work.most_variants * max(item.cost for item in batch)))
         groups = self.engine.evaluate_groups(
-            [variants[v] for v in share.variants],
-            share.micro_batches,
+            [variants[v] for v in work.variants],
+            work.micro_batches,
             self.objective,
-            most=share.most_micro_batches,
+            most=work.most_micro_batches,
             filler=batch[0],
             width=width,
         )
         rows = (row for group in groups for row in group)
-        for micro_batch, scores in zip(share.micro_batches, rows, strict=True):
-            yield micro_batch, list(zip(share.variants, scores, strict=True))
+        for micro_batch, scores in zip(work.micro_batches, rows, strict=True):
+            yield micro_batch, list(zip(work.variants, scores, strict=True))
 
 
 def _describe(request: Evaluation) -> object:

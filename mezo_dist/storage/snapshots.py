@@ -110,8 +110,8 @@ def save_snapshot(
         pieces = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
         replicas = comm.collect(lambda: hashlib.sha256(json.dumps(pieces).encode()).hexdigest())
         mine = [rank for rank, digest in enumerate(replicas) if digest == replicas[comm.rank]]
-        share = _share(pieces, mine.index(comm.rank), len(mine))
-        parts = comm.collect(lambda: _write_part(part, f"rank-{comm.rank:05d}.safetensors", engine, share))
+        assigned = _assigned(pieces, mine.index(comm.rank), len(mine))
+        parts = comm.collect(lambda: _write_part(part, f"rank-{comm.rank:05d}.safetensors", engine, assigned))
         _on_main(comm, _publish, part, target, _index(step, dict(facts or {}), parts), keep)
     except UserError as error:
         if comm.rank == 0:
@@ -218,7 +218,7 @@ def _piece(shard: Shard) -> JsonObject:
     return {"name": shard.name, "dtype": code, "shape": list(shard.shape), "offset": shard.offset, "size": size}
 
 
-def _share(pieces: Sequence[JsonObject], place: int, num_replicas: int) -> dict[str, JsonObject]:
+def _assigned(pieces: Sequence[JsonObject], place: int, num_replicas: int) -> dict[str, JsonObject]:
     """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far.
 
     Args:
@@ -227,34 +227,34 @@ def _share(pieces: Sequence[JsonObject], place: int, num_replicas: int) -> dict[
         num_replicas: how many hold the same pieces.
     """
     loads = [0] * num_replicas
-    share = {}
+    assigned = {}
     for piece in pieces:
         least = loads.index(min(loads))
         loads[least] += piece["size"]
         if least == place:
-            share[piece["name"]] = piece
-    return share
+            assigned[piece["name"]] = piece
+    return assigned
 
 
 def _key(name: str, offset: int) -> str:
     return f"{name}@{offset}"
 
 
-def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, JsonObject]) -> JsonObject:
+def _write_part(folder: Path, file: str, engine: Engine, assigned: Mapping[str, JsonObject]) -> JsonObject:
     """Write one rank's file of a snapshot. Returns what the index needs of it.
 
     Args:
         folder: of the snapshot.
         file: name of the file.
         engine: owns the weights.
-        share: the pieces to write, by name.
+        assigned: the pieces to write, by name.
     """
     layout = {
         _key(name, piece["offset"]): (safetensors_io.DTYPES[piece["dtype"]], [piece["size"]])
-        for name, piece in share.items()
+        for name, piece in assigned.items()
     }
-    digest = safetensors_io.write(folder / file, layout, (s.tensor for s in _shards(engine) if s.name in share))
-    return {"file": file, "sha256": digest, "pieces": list(share.values())}
+    digest = safetensors_io.write(folder / file, layout, (s.tensor for s in _shards(engine) if s.name in assigned))
+    return {"file": file, "sha256": digest, "pieces": list(assigned.values())}
 
 
 def _index(step: int, facts: JsonObject, parts: Sequence[JsonObject]) -> JsonObject:

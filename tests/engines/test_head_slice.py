@@ -52,14 +52,14 @@ def test_only_wanted_rows_and_positions_are_computed(kind: str) -> None:
     model = tiny_model(kind)
     batch = micro_batches()[0]
     wanted = gathered(model, batch)
-    readout = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
+    head_slice = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
     with torch.no_grad():
         everywhere = model(**batch.inputs).logits
         token = HeadSlice.at(batch.positions)
         here = model(**batch.inputs).logits
         HeadSlice.reset(token)
         again = model(**batch.inputs).logits
-    readout.detach()
+    head_slice.detach()
     assert here.shape == (2, 1, len(LABELS))
     assert everywhere.shape == again.shape == (2, batch.inputs["input_ids"].shape[1], len(LABELS))
     close(here[:, 0], wanted)
@@ -93,8 +93,8 @@ def test_detaches_without_a_trace(kind: str) -> None:
     batch = micro_batches()[0]
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     wanted = gathered(model, batch)
-    readout = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
-    readout.detach()
+    head_slice = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
+    head_slice.detach()
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert not model.get_output_embeddings()._forward_pre_hooks
     assert torch.equal(gathered(model, batch), wanted)

@@ -68,11 +68,11 @@ def test_only_the_rows_that_are_looked_up_are_made(num_made: dict[str, int]) -> 
 
 def test_only_the_rows_of_the_label_words_are_made(num_made: dict[str, int]) -> None:
     model = Lookup()
-    readout = HeadSlice(model.head, torch.tensor([40, 2]))
+    head_slice = HeadSlice(model.head, torch.tensor([40, 2]))
     engine = Engine(model, Law("gaussian"))
     (results,) = engine.evaluate(VARIANTS, IDS[:1], lambda m, x: m(x))
     assert num_made["head.weight"] == 2 * WIDTH
-    readout.detach()
+    head_slice.detach()
     for shift, result in zip(SHIFTS, results, strict=True):
         torch.testing.assert_close(result, changed(model, shift)(IDS[0])[..., [40, 2]])
 
@@ -84,10 +84,10 @@ def test_a_head_that_owns_its_bias_twice_is_made_by_rows_too(kind: str) -> None:
     _, items, _ = make(kind)
     model = tiny_model(kind)
     model.resize_token_embeddings(2000)
-    readout = HeadSlice(model.get_output_embeddings(), torch.tensor([40, 2]))
+    head_slice = HeadSlice(model.get_output_embeddings(), torch.tensor([40, 2]))
     engine = Engine(model, Law("gaussian"))
     engine.evaluate(VARIANTS, items, lambda m, x: m(x).logits)
-    readout.detach()
+    head_slice.detach()
     assert engine._materialise._scratch.numel() < 4 * 2000 * 32  # not even one variant of the table
 
 
@@ -125,9 +125,9 @@ def test_scratch_holds_one_site_for_all_variants(name: str, dtype: torch.dtype |
 
 def test_scratch_never_holds_a_whole_table() -> None:
     model = Lookup()
-    readout = HeadSlice(model.head, torch.tensor([40, 2]))
+    head_slice = HeadSlice(model.head, torch.tensor([40, 2]))
     engine = Engine(model, Law("gaussian"))
     engine.evaluate(VARIANTS, IDS, lambda m, x: m(x))
-    readout.detach()
+    head_slice.detach()
     body = 4 * (model.body.weight.numel() + model.body.bias.numel())
     assert 0 < engine._materialise._scratch.numel() <= body * len(VARIANTS)

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, forward_below, remove_layer
 from mezo_dist.engines.lockstep.passes import Agree, Call, Coroutine, ForwardPass, Open, Raised, Read
-from mezo_dist.engines.lockstep.reads import WeightHandle, resolved, unwatch, watch
+from mezo_dist.engines.lockstep.reads import WeightHandle, intercept, resolved, stop_intercepting
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class FanOut:
             for hooked in self._hooked_modules:
                 add_layer(hooked.module, Layer.FAN_OUT, functools.partial(_wait, hooked))
                 hooks.callback(remove_layer, hooked.module, Layer.FAN_OUT)
-                for owner, before in watch(hooked, self._handle):
-                    hooks.callback(unwatch, owner, before)
+                for owner, before in intercept(hooked, self._handle):
+                    hooks.callback(stop_intercepting, owner, before)
             return self._run(passes)
 
     def _run(self, passes: Sequence[ForwardPass]) -> list[object]:
@@ -168,7 +168,7 @@ class FanOut:
             yield call.caller, outcome
 
     def _handle(self, hooked: HookedModule, weight: Weight) -> WeightHandle | None:
-        """See `WatchedParameters`: the hub and the module's own forward see what is there, passes see handles."""
+        """See `InterceptedParameters`: the hub and the module's own forward see what is there, passes see handles."""
         caller = greenlet.getcurrent()
         if not isinstance(caller, Coroutine):
             if self._serving is None or self._serving.hooked is hooked:

@@ -42,15 +42,15 @@ class _Stack:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.is_replaced = "forward" in vars(module)
-        self.own: Forward = module.forward
+        self.original: Forward = module.forward
         self.layers: dict[Layer, Around] = {}
-        self.top: Forward = self.own
+        self.top: Forward = self.original
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.top(*args, **kwargs)
 
     def below(self, limit: int) -> Forward:
-        forward = self.own
+        forward = self.original
         for layer in sorted(layer for layer in self.layers if layer < limit):
             forward = functools.partial(self.layers[layer], self.module, forward)
         return forward
@@ -80,7 +80,7 @@ def remove_layer(module: nn.Module, layer: Layer) -> None:
     if stack.layers:
         return
     if stack.is_replaced:
-        module.forward = stack.own
+        module.forward = stack.original
     else:
         del module.forward  # it was the class's method
 

@@ -97,7 +97,7 @@ def resolved(values: NestT) -> NestT:
 
 
 @final
-class WatchedParameters(dict[str, "nn.Parameter | None"]):
+class InterceptedParameters(dict[str, "nn.Parameter | None"]):
     """The ``_parameters`` of a module while passes run. Writing to it, and ``update`` from it, are those of a dict.
 
     Args:
@@ -135,17 +135,20 @@ class WatchedParameters(dict[str, "nn.Parameter | None"]):
         return {name: self[name] for name in self}.values()
 
 
-def watch(
+def intercept(
     hooked: HookedModule, read: Callable[[HookedModule, Weight], Tensor | None]
 ) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter | None]]]:
-    """Watch the parameters of all modules whose weights ``hooked`` has. Yields what `unwatch` needs."""
+    """Intercept reads of the parameters of all modules whose weights ``hooked`` has.
+
+    Yields what `stop_intercepting` needs.
+    """
     for owner in dict.fromkeys(weight.owner for weight in hooked.weights):
         before = owner._parameters
-        owner.__dict__["_parameters"] = WatchedParameters(owner, hooked, read)
+        owner.__dict__["_parameters"] = InterceptedParameters(owner, hooked, read)
         yield owner, before
 
 
-def unwatch(owner: nn.Module, before: dict[str, nn.Parameter | None]) -> None:
-    """Undo `watch`. What was put into the module since (sharded layouts do) stays there."""
+def stop_intercepting(owner: nn.Module, before: dict[str, nn.Parameter | None]) -> None:
+    """Undo `intercept`. What was put into the module since (sharded layouts do) stays there."""
     before.update(owner._parameters)
     owner.__dict__["_parameters"] = before
