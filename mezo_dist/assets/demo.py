@@ -54,7 +54,7 @@ class Asset:
     needs: tuple[str, ...] = ()
     """Modules from the extra `demo` that `convert` imports."""
     revision: int = 1
-    """Raise it when `convert` changes its output, so that caches made by an older version are not used."""
+    """Version of the output of `convert`: raise it when that changes, so that older caches are not used."""
 
 
 @contextmanager

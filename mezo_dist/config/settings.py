@@ -105,7 +105,7 @@ def unknown(name: str, settings: Mapping[str, Setting], algorithm: str) -> str:
     section = name.rpartition(".")[0]
     beside = [other for other in settings if other.rpartition(".")[0] == section]
     for candidates in (beside, list(settings)):
-        # Of settings with the same last part, the one nearest to the top: it comes last and stays.
+        # Where several settings have the same last part, the one nearest to the top counts: it comes last and stays.
         leaves = {other.rpartition(".")[2]: other for other in sorted(candidates, key=lambda other: -other.count("."))}
         near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
         if near:

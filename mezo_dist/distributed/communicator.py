@@ -24,8 +24,9 @@ from mezo_dist.errors import LostRankError, UserError
 from mezo_dist.json_types import JsonObject
 
 PAYLOAD_WORDS = 32
-"""The first so many words of a round (256 bytes) travel alone, and a shorter round is padded to them: so ranks in
-different rounds still meet and can be told, where collectives of different lengths would kill the processes."""
+"""The first words of a round (256 bytes) travel in a collective of their own, and a shorter round is padded to as many.
+Ranks that are in different rounds then still issue equal collectives, and the error can name them; collectives of
+different lengths would kill the processes."""
 
 
 ValueT = TypeVar("ValueT")
@@ -85,7 +86,7 @@ class Communicator:
 
         Raises:
             OutOfStepError: a rank came with another ``mark``; the message names it.
-            LostRankError: a rank is gone. So do all other methods that talk.
+            LostRankError: a rank is gone; all other collectives raise it, too.
         """
         words = torch.zeros(max(PAYLOAD_WORDS, values.numel() + 2), dtype=torch.int64)
         words[0] = mark // self.world_size  # the sum of equal marks stays below 2**62

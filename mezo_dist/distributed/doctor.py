@@ -1,4 +1,4 @@
-"""What to run when a job does not start: `mezo-dist doctor`, started the same way as the job.
+"""`mezo-dist doctor`: finds out why a job does not start, if it is started the same way as the job.
 
 Every rank looks at itself and at the way to rank 0; once all have met, rank 0 compares what they found and prints one
 line per check, with a verdict. Before they have met, each rank that is stuck prints its own lines.

@@ -27,7 +27,7 @@ POLL_S = 0.01
 SLOWEST_POLL_S = 0.25
 """How often a rank other than 0 looks for an answer after a while: a thousand of them must not drown rank 0."""
 REFUSE_S = 2.0
-"""How long rank 0 stays to tell ranks that come late why the job does not start."""
+"""Seconds that rank 0 stays to tell late ranks why the job does not start."""
 WORLD = "world size of the last start"
 
 
@@ -74,8 +74,8 @@ def wait_until_connected(store: dist.Store, world_size: int, timeout_s: float) -
     """Wait until all ranks are here, in a store that `rendezvous` gave. To be called once they are connected to each
     other.
 
-    gloo says that it is as soon as a rank's own ends are. If that rank then stopped at once (for a bad setting, say),
-    those that still connect would now and then be aborted, without a word about why.
+    gloo reports a rank as connected as soon as its ends of the connections are up. If that rank then stopped at once
+    (for a bad setting, say), ranks that still connect would sometimes be aborted without a message.
 
     Args:
         store: from `rendezvous`.

@@ -1,4 +1,4 @@
-"""The watchdog says which ranks keep the others waiting: nobody should sit in silence before a rank that hangs.
+"""The watchdog says which ranks keep the others waiting, so that a rank that hangs is named.
 
 Nothing is sent while all goes well. A rank that has waited in a collective for longer than its patience notes that in
 the key-value store where the ranks met, and reads what the others noted: those that do not wait are the late ones.
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ANSWER_S = 2.0
-"""How long the others get to say that they wait as well; about that long the end after a failure is delayed."""
+"""Seconds that the other ranks get to say that they wait as well; the end after a failure is delayed by about as
+much."""
 LINGER_S = 0.5
-"""How long the rank that holds the store stays after a roll call, so that the others can read what came of it."""
+"""Seconds that the rank that holds the store stays after a roll call, so that the others can read its result."""
 POLL_S = 0.05
 CALL, VERDICT = "mezo_dist/roll-call", "mezo_dist/lost"
 """Keys: somebody calls the roll; the list of the ranks that did not answer it."""
@@ -42,7 +43,7 @@ class _Wait(NamedTuple):
 
 @final
 class Watchdog:
-    """Watches one rank's waiting, on a thread of its own.
+    """Watches how long one rank waits, on a separate thread.
 
     Args:
         store: the key-value store of the process group; None: watch nothing.

@@ -92,7 +92,7 @@ class Engine:
     ) -> list[list[ResultT]]:
         """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``.
 
-        `evaluate_groups`, with all results at once. Arguments and errors are its.
+        `evaluate_groups` with all results at once; it raises the same errors.
 
         Args:
             variants: what to evaluate.
@@ -296,9 +296,9 @@ class Engine:
         return self.layout.named_weights()
 
     def never_used(self) -> list[str]:
-        """Names of trainable weights that no forward pass has used so far; their updates are noise.
+        """Names of trainable weights that no forward pass has used so far: their updates are noise.
 
-        The probe (`mezo_dist.engines.probe`) cannot tell: weights of an expert may be used by other samples than its.
+        The probe (`mezo_dist.engines.probe`) cannot find them: other samples than those of the probe may use an expert.
         """
         return [name for name in self.trainable if name not in self._fanout.weights_served]
 

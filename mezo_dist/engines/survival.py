@@ -5,7 +5,7 @@ the spacing is 2^-7 from 1 to 2, where the weights of norms lie, and with eps = 
 gone. Weights that are kept in fp32 and computed in bf16 are rounded up or down by chance instead: the perturbation is
 there on average, among noise that is longer than it. Matrices, whose weights are around 0.02, are fine.
 
-Measured are the cosine between the intended perturbation and the realised one, and the ratio of their lengths. The
+The cosine between the intended perturbation and the realised one, and the ratio of their lengths, are measured. The
 sample is the same part of the whole weight on every layout, and its sums are integers, so that any number of ranks
 comes to the same numbers.
 

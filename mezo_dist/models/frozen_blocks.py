@@ -1,7 +1,7 @@
-"""Finding the frozen blocks of a model: which of its modules `mezo_dist.models.frozen_cache` need not run twice.
+"""Finding the frozen blocks of a model: the modules that `mezo_dist.models.frozen_cache` runs once per sample.
 
-A model is looked at while it runs on one micro-batch: which modules are called before anything trainable is, and what
-they hand on to one another.
+They are observed while the model runs on one micro-batch: the modules that are called before any trainable one, and the
+tensors that they pass on to one another.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ Group = tuple[Inputs, Tensor | None]
 """A micro-batch: inputs, and the positions that its logits are read at (None for a classifier, which picks them)."""
 
 _known: ContextVar[Sequence[object] | None] = ContextVar("frozen_known", default=None)
-"""What the modules at the end of the frozen blocks give in the forward pass of this context."""
+"""The remembered outputs of the modules at the end of the frozen blocks, for the forward pass of this context."""
 _recorded: ContextVar[list[object] | None] = ContextVar("frozen_recorded", default=None)
-"""Where they write down what they give; the pass stops behind the last of them."""
+"""The list to which these modules append their outputs; the pass stops after the last of them."""
 
 
 class _Reached(Exception):
@@ -163,7 +163,8 @@ class FrozenCache:
 
 
 def _skip(block: nn.Module, inner: Forward, hidden: Tensor, *args: object, **kwargs: object) -> object:
-    """The layer around a block before the last frozen one: it hands on what it gets, if that is not looked at.
+    """The layer around a block before the last frozen one: where outputs are remembered, it passes its input on
+    unchanged.
 
     Args:
         block: the block.

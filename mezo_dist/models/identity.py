@@ -41,7 +41,7 @@ def model_digest(model: PreTrainedModel, config: str) -> str:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """32 hexadecimal digits over all that decides how a text becomes tokens.
 
-    It must be asked for before the tokenizer is used: a fast one remembers how it last truncated.
+    Call it before the tokenizer is used: a fast tokenizer remembers how it last truncated.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is not None:

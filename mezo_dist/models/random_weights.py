@@ -1,4 +1,5 @@
-"""Seeded random weights for any architecture, made piece by piece: for benchmarks of shapes that nobody has to hand.
+"""Seeded random weights for any architecture, generated piece by piece: for benchmarks of shapes without a checkpoint
+at hand.
 
 Like directions, they are a function of (seed, parameter name, element index) alone, so every layout has the same model.
 """

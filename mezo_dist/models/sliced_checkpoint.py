@@ -123,7 +123,7 @@ class CheckpointReader:
         self._fresh = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.is_meta}
         assert self._key.keys() | self._fresh.keys() == tensors.keys()
         self._made: tuple[_Recipe | None, dict[str, Tensor]] = (None, {})
-        """The last weights that had to be made whole: the next read is most often of the same."""
+        """The weights that were converted last: the next read is most often of the same ones."""
 
     def read(self, name: str, out: Tensor, offset: int = 0) -> None:
         """See `WeightSource.read`; also reads buffers that are in the checkpoint.

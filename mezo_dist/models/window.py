@@ -1,4 +1,4 @@
-"""How long a sequence may be, and how many tokens a model knows: what its tables and its tokenizer say."""
+"""The longest sequence and the number of tokens that a model can take, from its tables and its tokenizer."""
 
 from __future__ import annotations
 

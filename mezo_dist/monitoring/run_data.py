@@ -1,4 +1,4 @@
-"""What the files of a run folder say, read so that no content of theirs can stop the reader.
+"""The contents of a run folder's files, read so that no content can stop the reader.
 
 Only the trajectory must be sound. The other files are for people: what is missing is empty here, and what is damaged,
 edited, too large or no regular file is left out, with a line in `RunData.problems`.

@@ -1,4 +1,4 @@
-"""Calibrated classification: what a model says about a class in general is taken out of the loss.
+"""Calibrated classification: a model's general preference for some classes is taken out of the loss.
 
 A language model favours some answers whatever the text (Zhao et al. 2021, arXiv 2102.09690). That bias is one number
 per class, and few directions in the space of weights (one, if there are two classes) move it for all samples alike.

@@ -1,4 +1,4 @@
-"""What an `Optimizer` is given, checked before anything is done with it."""
+"""The arguments of an `Optimizer`, checked before anything is done with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trajectory of an `Optimizer`: every step in a file from which the weights can be made again."""
+"""The trajectory of an `Optimizer`: a file of all steps, from which the weights can be rebuilt."""
 
 from __future__ import annotations
 

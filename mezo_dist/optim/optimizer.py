@@ -40,7 +40,7 @@ class Optimizer(Generic[BatchT]):
 
     A step evaluates your loss function at several variants of the weights, on the same batch, and moves the weights
     along random directions by what the losses say. No gradient is computed, nothing is stored for a backward pass, and
-    the weights are not changed but by the update: after an exception they have the bits that they had before.
+    nothing but the update changes the weights: after an exception they have the bits that they had before.
 
     The forward passes of all variants and micro-batches run as coroutines through your unmodified code, layer by layer,
     so the loss function must be free of side effects that one pass could see of another, and must call the model (not

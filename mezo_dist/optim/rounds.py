@@ -37,7 +37,7 @@ class MicroBatch(Generic[BatchT]):
 
     content: BatchT
     slots: tuple[int, ...] = ()
-    """Places of its samples in the batch of all processes, where samples have directions of their own."""
+    """Places of its samples in the batch of all processes, if every sample has a direction."""
 
 
 @final

@@ -85,7 +85,7 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
 
 
 def reload_base(loaded: LoadedModel) -> None:
-    """Give the engine the weights of the base model again. Collective.
+    """Load the weights of the base model into the engine again. Collective.
 
     Raises:
         UserError: the checkpoint is no longer what it was.

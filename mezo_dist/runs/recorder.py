@@ -1,4 +1,5 @@
-"""What a run leaves on disk while it goes on: every step in the trajectory, snapshots, and the diary of events."""
+"""The run recorder writes to disk while a run goes on: every step to the trajectory, snapshots, and the log of
+events."""
 
 from __future__ import annotations
 

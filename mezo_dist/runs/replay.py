@@ -1,4 +1,4 @@
-"""A run goes on, or is made again: from its trajectory, and the newest snapshot that it has."""
+"""Resuming and rebuilding a run: from its trajectory, and from the newest snapshot that it has."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def check_config(config: RunConfig, header: Header) -> None:
 
 
 def check_header(mine: Header, theirs: Header) -> None:
-    """Raises UserError, which names them, if a trajectory was made from other things than this run has loaded."""
+    """Raises UserError if a trajectory belongs to another base model, tokenizer, law or data than this run has
+    loaded."""
     here, there = _facts(mine), _facts(theirs)
     others = [
         f"{what} ({there.get(what)} there, {fact} here)" for what, fact in here.items() if there.get(what) != fact

@@ -224,7 +224,7 @@ def evaluate_step(run: Run, state: object, step: int) -> tuple[StepResult[object
         step: number of the step (0-based).
 
     Returns:
-        What was found, and how many samples went through the model, counted once for every variant.
+        The outcome of the step, and the number of samples that went through the model, counted once for every variant.
     """
     num_forwards = 0
 
@@ -238,7 +238,7 @@ def evaluate_step(run: Run, state: object, step: int) -> tuple[StepResult[object
 
 
 def apply_step(run: Run, result: StepResult[object]) -> None:
-    """Do to the weights what a step found; nothing, if it is skipped."""
+    """Apply the update of a step to the weights; a skipped step changes nothing."""
     if result.update is not None:
         apply_updates(run.engine, run.config.seed, [(result.step, result.update.operations)])
 

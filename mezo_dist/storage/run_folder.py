@@ -211,7 +211,7 @@ def _lock(folder: Path) -> int:
 
 
 def note(folder: Path, event: str, step: int, **facts: Json) -> None:
-    """Add to the diary of what happened to the run: starts, stops, faults. Only rank 0 may call it.
+    """Add a line to the log of events of the run: starts, stops, faults. Only rank 0 may call it.
 
     Wall-clock time is for people alone: nothing in the run depends on it, so a clock may jump.
 

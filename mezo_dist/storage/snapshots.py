@@ -2,10 +2,10 @@
 
 A snapshot is a folder with one safetensors file per rank that wrote something, and an index (JSON) that says which
 piece of which weight lies in which file, with the SHA-256 of every file. It knows nothing of ranks or engines: any
-world size and any layout can read it. `torch.distributed.checkpoint` was turned down: its metadata file is a pickle,
-and nothing in a run folder may ever be unpickled. Its ``HuggingFaceStorageWriter`` writes safetensors without a pickle,
-but it knows no shards that start at any element of a flattened weight (ZeRO-3's do), has no checksum of its files, does
-not publish a snapshot in one step when all of it is on disk, and has no place for the copied anchor.
+world size and any layout can read it. `torch.distributed.checkpoint` is not used: its metadata file is a pickle, and
+nothing in a run folder may ever be unpickled. Its ``HuggingFaceStorageWriter`` writes safetensors without a pickle, but
+it knows no shards that start at any element of a flattened weight (ZeRO-3's do), has no checksum of its files, does not
+publish a snapshot in one step when all of it is on disk, and has no place for the copied anchor.
 
 All ranks must see the same folder, as for a run folder in general.
 """

@@ -6,10 +6,10 @@
     {"step":2,"skipped":"a loss is not finite","check":"..."}
     {"done":3,"weights":"0123456789abcdef","check":"..."}       fingerprint of the weights after three steps
 
-What stands here is what was measured: the losses. Everything else follows, and anybody can compute it again: the
+The lines hold what was measured: the losses. Everything else follows from them and can be computed again: the
 directions from (run seed, step, index), and what was added to the weights from the losses, by the algorithm's planner.
-``add`` is a digest of that combination, so an algorithm that computes anything else is noticed. (Seeds and
-coefficients took 45 bytes a term, and those of an anchor were there again in every step that builds on it.)
+``add`` is a digest of what was added, so that an algorithm that computes anything else is noticed. (A log of seeds and
+coefficients would take 45 bytes a term, and would repeat an anchor's terms in every step that builds on it.)
 
 Values are exact: decimals keep every bit, and lists of more than `PLAIN` numbers are base64 of little-endian fp32
 where that loses nothing (``f:``), else of fp64 (``d:``). ``check`` covers its line and the check of the step before,

@@ -33,7 +33,7 @@ from mezo_dist.directions.combination import Combination
 
 # mypy: disable-error-code="no-untyped-def, assignment"
 
-# num_stages: there is nothing to pipeline; a program is short, and others hide its waits.
+# num_stages: nothing can be pipelined; a program is short, and other programs hide its latency.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4, "num_stages": 1}
 M0, M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
 K0, K1 = (tl.constexpr(k) for k in philox.KEY_INCREMENTS)

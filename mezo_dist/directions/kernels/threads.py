@@ -1,8 +1,8 @@
 """Run the compiled kernel on as many threads as torch computes with: on torch's own threads, where possible.
 
 Torch's OpenMP threads keep their cores busy for about a millisecond after every parallel operation, waiting for the
-next one. Other threads that want these cores in that time get half of them at best. So work is given to the very team
-that waits: through the entry point that compilers of OpenMP programs call, in the library that torch brought along.
+next one. Other threads that want these cores in that time get half of them at best. So the work goes to the team that
+waits, through the entry point that compilers of OpenMP programs call, in the library that torch ships.
 
 The plain alternative is a pool of Python threads that run the kernel without the GIL; `_in_pool` is that, for where
 torch brought no such library. ``examples/benchmarks/step_cost.py --nogil-pool --repeats 16`` compares the two in one

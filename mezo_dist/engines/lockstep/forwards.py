@@ -1,7 +1,7 @@
 """What may stand before a module's own forward, in one declared order.
 
 Several parts of mezo_dist replace what a call of a module computes. Each is a layer around the module's forward, and
-`Layer` says which layer is inside which, whoever comes first.
+`Layer` says which layer is inside which, in whatever order they are added.
 """
 
 from __future__ import annotations

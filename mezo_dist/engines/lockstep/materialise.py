@@ -90,7 +90,8 @@ class Materialiser:
         return Served(tensors, forward)
 
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
-        """One weight under every variant among ``reads``: copies of its own, for nobody says when they are done with.
+        """One weight under every variant among ``reads``, not in scratch: a reader does not say when it is done with
+        it.
 
         Raises:
             UserError: a pass has a direction per sample, which only the weight's own module can apply.
