@@ -46,7 +46,7 @@ from mezo_dist.runs.evaluation import Evaluator
 RATES = {"1gbit": 1e9, "100mbit": 1e8, "10mbit": 1e7, "1mbit": 1e6}
 """Bits per second."""
 SAMPLES, TOKENS, LR = 8, 32, 1e-6
-"""Of a rank's micro-batch."""
+"""Samples and tokens of a rank's micro-batch, and the learning rate."""
 HEADERS = 14 + 20 + 32
 """Bytes of Ethernet, IPv4 and TCP (with time stamps) in a packet."""
 LOOPBACK = "loopback"

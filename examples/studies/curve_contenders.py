@@ -26,11 +26,11 @@ class Setting:
     """A model, and which of its weights are trained."""
 
     overrides: tuple[str, ...]
-    """Of configs/quickstart.yaml."""
+    """Overrides of configs/quickstart.yaml."""
     zeroth_scale: float = 1.0
-    """Of the learning rates of zeroth-order contenders, against those below."""
+    """Factor on the learning rates of zeroth-order contenders, against those below."""
     first_scale: float = 1.0
-    """Of those of first-order contenders."""
+    """The same for first-order contenders."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class CurvePreset:
     rates: int = 4
     """Learning rates to begin with, the same number for every contender."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Of the runs with the rate that was chosen; seed 0 is the one that it was chosen on."""
+    """Seeds of the runs with the rate that was chosen; seed 0 is the one that it was chosen on."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Samples of splits; those of the task file if left out."""
     max_tokens: Mapping[str, int] = field(default_factory=dict)
     """By data set; the setting's if left out."""
     shares: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    """Of the budget, by setting and data set; all of it if left out."""
+    """Parts of the budget, by setting and data set; all of it if left out."""
     full_size: int = 256
     """Samples of the anchors of the per-sample MeZO-SVRG."""
     batch_size: int = 64
@@ -77,7 +77,7 @@ class Learner:
     full_size: int | None = None
     """Samples of an anchor; all if None."""
     share: float = 1.0
-    """Of the budget."""
+    """The part of the budget that it gets."""
     calibrated: bool = False
     """Losses and predictions; see `mezo_dist.objectives.calibration`."""
 
@@ -98,7 +98,7 @@ def rounded(rate: float) -> float:
 
 
 def schedule(num_steps: int) -> Schedule:
-    """Of everybody: the rate rises over a twentieth of the steps, then falls to a fiftieth along a line."""
+    """The schedule of all contenders: the rate rises over a twentieth of the steps, then falls to a fiftieth along a line."""
     return Schedule("linear", warmup_steps=max(1, num_steps // 20), final=0.02)
 
 

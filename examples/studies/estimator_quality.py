@@ -86,7 +86,7 @@ def put(run: Run, weights: Vector) -> None:
 
 
 def gradient(run: Run) -> Vector:
-    """Of the loss of all training samples, by back-propagation."""
+    """The gradient of the loss of all training samples, by back-propagation."""
     names, parameters = zip(*trainable(run), strict=True)
     total = [torch.zeros_like(p) for p in parameters]
     batch = run.split("train")

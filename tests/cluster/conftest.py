@@ -98,7 +98,7 @@ class Workplace:
             time.sleep(0.02)
 
     def steps(self, run: str) -> list[Step]:
-        """Of a run's trajectory."""
+        """The steps in a run's trajectory."""
         return trajectory.read(self.folder / run / "trajectory.jsonl").steps
 
     def weights(self, run: str) -> str:

@@ -157,7 +157,7 @@ def wait_for_state(workplace: Workplace, hosts: Cluster, number: str, wanted: st
 
 
 def nodes(hosts: Cluster, number: str) -> list[str]:
-    """Of a SLURM job."""
+    """The hosts of a SLURM job."""
     listed = re.search(r"\bNodeList=(\S+)", hosts.run("host1", ["scontrol", "show", "job", number]))
     assert listed is not None
     return hosts.run("host1", ["scontrol", "show", "hostnames", listed[1]]).split()

@@ -48,7 +48,7 @@ class Passed:
     """What one rank found on one model."""
 
     results: list[list[Any]]
-    """Of its own micro-batches."""
+    """The results for its micro-batches."""
     fingerprints: tuple[str, str, str]
     """Before, after evaluating, after an update."""
     gathers: int

@@ -66,7 +66,7 @@ def test_a_run_cut_short_ends_as_the_undisturbed_one(
 def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms_at_once: int
 ) -> None:
-    """Of the steps 0 .. 6, 0 and 5 are anchors. The run dies in step 5 or in 6, and goes on from the weights after 4
+    """The steps 0 and 5 are anchors. The run dies in step 5 or in 6, and goes on from the weights after 4
     steps, or with anchors left out, from the base."""
     monkeypatch.setattr(storage_replay, "TERMS_AT_ONCE", terms_at_once)
     options = [f"output.dir={tmp_path / 'run'}", "output.snapshot_every=4", "output.export=false"]
