@@ -98,7 +98,7 @@ def rounded(rate: float) -> float:
 
 
 def schedule(num_steps: int) -> Schedule:
-    """The schedule of all contenders: the rate rises over a twentieth of the steps, then falls to a fiftieth along a line."""
+    """The schedule of all contenders: a rise over a twentieth of the steps, then a fall along a line to a fiftieth."""
     return Schedule("linear", warmup_steps=max(1, num_steps // 20), final=0.02)
 
 
