@@ -278,6 +278,20 @@ def digest_of(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+def differences(here: object, there: object, path: str = "") -> list[str]:
+    """Dotted names of the settings in which two configs, as nested dicts, differ.
+
+    Args:
+        here: one of them.
+        there: the other.
+        path: dotted name of both.
+    """
+    if isinstance(here, dict) and isinstance(there, dict):
+        names = sorted(here.keys() | there.keys())
+        return [d for n in names for d in differences(here.get(n), there.get(n), f"{path}.{n}" if path else n)]
+    return [path or "all"] if here != there else []
+
+
 def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -14,7 +14,7 @@ from mezo_dist import algorithms
 from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.base import Algorithm, Problem, StateT, state_from_json
 from mezo_dist.algorithms.step import Progress, StepResult
-from mezo_dist.config.schema import digest_of
+from mezo_dist.config.schema import differences, digest_of
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.join import join
@@ -241,17 +241,3 @@ def _check_same(here: Header, there: Header, path: Path) -> None:
     others += [what for what, name in facts.items() if getattr(here, name) != getattr(there, name)]
     if others:
         raise UserError(f"trajectory: {path} was made with other settings or weights: {', '.join(others)}")
-
-
-def differences(here: object, there: object, path: str = "") -> list[str]:
-    """Dotted names of the entries in which two nested dicts differ.
-
-    Args:
-        here: one of them.
-        there: the other.
-        path: dotted name of both.
-    """
-    if isinstance(here, dict) and isinstance(there, dict):
-        names = sorted(here.keys() | there.keys())
-        return [d for n in names for d in differences(here.get(n), there.get(n), f"{path}.{n}" if path else n)]
-    return [path or "all"] if here != there else []

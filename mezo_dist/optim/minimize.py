@@ -112,15 +112,20 @@ def minimize(
     while progress.step < steps:
         evaluator.step = progress.step
         update = take_step(planner, progress, evaluator, weights, seed).update
-        if progress.skipped_in_a_row >= max_skipped:
-            raise UserError(
-                f"max_skipped: {max_skipped} steps in a row had no finite value, the last one step {progress.step}; "
-                "the learning rate or eps is probably too large"
-            )
+        _check_skips(progress, max_skipped)
         losses.append(update.metrics["loss"] if update else math.nan)
         if after_step is not None:
             after_step(progress.step, params, update.metrics if update else {})
     return Minimum(params, tuple(losses), evaluator.calls)
+
+
+def _check_skips(progress: Progress[object], max_skipped: int) -> None:
+    """Raises UserError if the last ``max_skipped`` steps were all skipped."""
+    if progress.skipped_in_a_row >= max_skipped:
+        raise UserError(
+            f"max_skipped: {max_skipped} steps in a row had no finite value, the last one step {progress.step}; "
+            "the learning rate or eps is probably too large"
+        )
 
 
 def _number(value: Any) -> float:

@@ -17,6 +17,7 @@ from mezo_dist.algorithms.base import Evaluation, Losses, Problem, state_from_js
 from mezo_dist.algorithms.decay import check_something_decays
 from mezo_dist.algorithms.operations import apply_updates
 from mezo_dist.algorithms.step import Progress, run_step
+from mezo_dist.config.schema import differences
 from mezo_dist.directions.law import Law, LawName
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.join import join
@@ -26,7 +27,7 @@ from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.json_types import JsonObject
 from mezo_dist.optim.checks import check_arguments
-from mezo_dist.optim.log import TrajectoryLog, describe, differences
+from mezo_dist.optim.log import TrajectoryLog, describe
 from mezo_dist.optim.losses import BatchT, LossFunction, num_samples_of
 from mezo_dist.optim.rounds import Rounds
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mezo_dist.algorithms.base import Algorithm, StateT
 from mezo_dist.algorithms.step import Progress
-from mezo_dist.config.schema import NO_RESULTS, RunConfig
+from mezo_dist.config.schema import NO_RESULTS, RunConfig, differences
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 def check_config(config: RunConfig, header: Header) -> None:
     """Raises UserError naming the settings in which a run differs from the trajectory that it wants to go on with."""
     if config.digest() != header.config_digest:
-        keys = sorted(_differences(config.to_dict(), header.config))
+        here, there = ({k: v for k, v in c.items() if k not in NO_RESULTS} for c in (config.to_dict(), header.config))
+        keys = sorted(differences(here, there))
         raise UserError(
             f"settings differ from those of the trajectory: {', '.join(keys)}; use another output.dir, or --force-new"
         )
@@ -57,20 +58,6 @@ def _facts(header: Header) -> dict[str, object]:
         "full batch": header.full_size,
         "training set": header.num_train,
     }
-
-
-def _differences(mine: object, theirs: object, path: str = "") -> list[str]:
-    """Dotted names of the settings in which two configs differ, but for those that change no result.
-
-    Args:
-        mine: one of them, or a value in it.
-        theirs: the other.
-        path: dotted name of both.
-    """
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        names = (mine.keys() | theirs.keys()) - (set() if path else set(NO_RESULTS))
-        return [d for n in names for d in _differences(mine.get(n), theirs.get(n), f"{path}.{n}" if path else n)]
-    return [path] if mine != theirs else []
 
 
 def replay_from_newest(
