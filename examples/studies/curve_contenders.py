@@ -18,7 +18,7 @@ EXTENSIONS = 2
 """So many rates may be added to a grid whose best one lies at its edge."""
 FIRST_ORDER = ("sgd", "adamw")
 RATIOS = (50, 1000)
-"""Of anchor_lr and lr of MeZO-SVRG: the ends of what the paper uses (its eta1 over its eta2)."""
+"""Ratios of anchor_lr and lr of MeZO-SVRG: the ends of what the paper uses (its eta1 over its eta2)."""
 
 
 @dataclass(frozen=True)
