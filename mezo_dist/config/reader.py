@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_FAULTS = 10
 UNKNOWN = "unexpected_keyword_argument"
-UNION_MEMBER = re.compile(r"str|int|float|literal\[.*")
+UNION_MEMBER = re.compile(r"bool|str|int|float|literal\[.*")
 """Where a value may have several types, pydantic reports a fault for each, whose place ends in the name of the type."""
 
 

@@ -59,9 +59,10 @@ def load_rows(task: Task) -> Rows:
         left = len(order) - start
         size = left if split.size is None else split.size
         if left == 0 or size > left:
+            leaves = " that task.where leaves" if len(order) < len(data[split.source]) else ""
             raise UserError(
                 f"task.splits.{name}.size: {size or 'some'} samples wanted, but {task.data} split {split.source!r} has "
-                f"{len(order)}, of which {start} are taken by the splits before; make a split smaller"
+                f"{len(order)}{leaves}, of which {start} are taken by the splits before; make a split smaller"
             )
         taken[split.source] = start + size
         rows[name] = data[split.source].take(order[start : start + size])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import Label
+from mezo_dist.config.values import ClassIndex
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.prompts import Encoder, Sample
 from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
@@ -233,3 +235,154 @@ def test_tokens_that_the_model_does_not_know() -> None:
 
 def test_a_prompt_of_nothing() -> None:
     assert "task.prompt: nothing stands before {{ answer }}" in fault(encoder(prompt="{{ text }}{{ answer }}"), text="")
+
+
+# Labels, as data have them
+
+
+@pytest.mark.parametrize(
+    ("values", "cells"),
+    [
+        ((0, 1), [0, "1", 1.0, 0.0, ClassIndex(1, "x")]),
+        ((False, True), [False, "true", True, "False", "TRUE"]),
+        (("False", "true"), [False, "true", True, "False", True]),
+        (("negative", "positive"), ["negative", ClassIndex(1, "positive")] * 2),
+        ((0, "positive"), [ClassIndex(0, "negative"), ClassIndex(1, "positive"), 0, "positive"]),
+        (("0.0", "1.0"), [0.0, 1.0, "0.0", "1.0"]),
+    ],
+)
+def test_labels_in_all_their_shapes(values: tuple[Any, Any], cells: list[Any]) -> None:
+    labels = (Label(values[0], "terrible"), Label(values[1], "great"))
+    rows = [{"text": "a film", "label": cell} for cell in cells]
+    samples = encoder(labels=labels).encode(rows, "train")
+    expected = [0, 1, 1, 0, 1] if len(cells) == 5 else [0, 1, 0, 1]
+    assert [sample.label for sample in samples] == expected
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (True, "the label is True, the task knows ['0', '1']"),
+        ("01", "the label is '01', the task knows"),
+        (0.5, "the label is 0.5, the task knows"),
+        (ClassIndex(2, "neutral"), "the label is 2 (neutral), the task knows ['0', '1']; add it, or leave such rows"),
+        (ClassIndex(2, "neutral"), "task.where: {drop: {label: [neutral]}}"),
+    ],
+)
+def test_labels_that_the_task_does_not_know(cell: Any, expected: str) -> None:
+    assert expected in fault(encoder(), text="a film", label=cell)
+
+
+def test_a_label_inside_another_field() -> None:
+    made = encoder(label="gold.label", prompt="{{ gold.text }} It was {{ answer }}", truncate=("gold.text",))
+    (sample,) = made.encode([{"gold": {"label": 1, "text": "a film"}}], "train")
+    assert sample == one(encoder(), text="a film", label=1)
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_a_field_called_answer_beside_the_answer(kind: ModelKind) -> None:
+    made = encoder(kind, prompt="{{ row.answer }} It was {{ answer }}", label="answer", truncate=("answer",))
+    labels = (Label("the film", "terrible"), Label("the plot", "great"))
+    made = dataclasses.replace(made, task=dataclasses.replace(made.task, labels=labels))
+    (sample,) = made.encode([{"answer": "the plot"}], "train")
+    assert sample == one(encoder(kind), text="the plot", label=1)
+
+
+# Where the answer stands
+
+
+def yes_no() -> Any:
+    """A byte-level tokenizer with a token for each of Yes and No, with a space before it and without, and one for a
+    new line."""
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.train_from_iterator(
+        ["Is it ? Yes No\nYes\nNo :", "Yes", "No"] * 9,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=["<s>", "<mask>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    core.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])  # as RoBERTa's
+    return PreTrainedTokenizerFast(tokenizer_object=core, mask_token="<mask>")
+
+
+YES_NO = (Label(0, "No"), Label(1, "Yes"))
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("Is it ?\n{{ answer }}", ["No", "Yes"], "Is it ?\n"),
+        ("Is it ? \n {{ answer }}", ["\u0120No", "\u0120Yes"], "Is it ? \n"),
+        ("Is it ? {{ answer }}", ["\u0120No", "\u0120Yes"], "Is it ?"),
+        ("Is it ?:{{ answer }}", ["No", "Yes"], "Is it ?:"),
+        ("Is it ?\n\n{{ answer }}", ["No", "Yes"], "Is it ?\n\n"),
+        ("Is it ?   {{ answer }}", ["\u0120No", "\u0120Yes"], "Is it ?"),
+    ],
+)
+def test_what_stands_before_the_answer(kind: ModelKind, prompt: str, answer: list[str], expected: str) -> None:
+    made = Encoder(task(prompt=prompt, labels=YES_NO), yes_no(), kind, 64)
+    sample = one(made, text="")
+    ids = made.tokenizer(expected)["input_ids"]
+    if kind == "masked":
+        ids.append(made.tokenizer.mask_token_id)
+    assert list(sample.ids) == ids
+    assert sample.position == len(ids) - 1
+    assert made.tokenizer.convert_ids_to_tokens(made.label_ids({"label": 0})) == answer
+
+
+def test_a_space_that_is_a_token_belongs_to_the_prompt() -> None:
+    core = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, " ": 2, "yes": 3, "no": 4}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    made = Encoder(task(prompt="a {{ answer }}", labels=(Label(0, "no"), Label(1, "yes"))), tokenizer, "causal", 64)
+    assert one(made, text="").ids == (1, 2)
+    assert made.label_ids({"label": 0}) == [4, 3]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_an_answer_at_the_start_of_a_masked_prompt(tokenizer: str) -> None:
+    """Label words have their space there, too (LM-BFF)."""
+    made = encoder("masked", tokenizer, prompt="{{ answer }} . {{ text }}")
+    sample = one(made, text="the film", label=1)
+    tokens = made.tokenizer.convert_ids_to_tokens(list(sample.ids))
+    assert tokens[sample.position] == "<mask>"
+    assert sample.position == (1 if tokenizer == "metaspace" else 0)  # after its first token
+    words = made.tokenizer.convert_ids_to_tokens(made.label_ids({"text": "the film", "label": 0}))
+    assert words == [SPACE[tokenizer] + "terrible", SPACE[tokenizer] + "great"]
+
+
+def test_a_word_of_several_tokens_that_ends_like_another() -> None:
+    """What a causal prompt has after the answer is only what the tokenizer appends."""
+    labels = (Label(0, "terrible film"), Label(1, "great film"))
+    with pytest.raises(
+        UserError, match=r"'terrible film' is not one token after this prompt but \['terrible', 'film'\]"
+    ):
+        encoder(labels=labels).label_ids({"text": "the plot", "label": 0})
+
+
+def test_label_words_that_are_other_tokens_in_another_row() -> None:
+    made = encoder(tokenizer="byte-level", prompt="{{ text }}{{ answer }}", labels=(Label(0, "t"), Label(1, "g")))
+    with pytest.raises(UserError, match=r"test sample 1, .*not one token after|test sample 1, .*label words are"):
+        made.encode([{"text": "a:", "label": 0}, {"text": "grea", "label": 0}], "test")
+
+
+@pytest.mark.parametrize("declared", [{"eos_token": "<eos>"}, {}])
+@pytest.mark.parametrize("words", [("terrible", "great"), ("terrible", "magnificent")])
+def test_an_end_that_the_tokenizer_appends_is_not_the_label_words_fault(
+    declared: dict[str, str], words: tuple[str, str]
+) -> None:
+    core = tokenizers.Tokenizer.from_str(TOKENIZERS["word-level"].backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 3)])
+    ends = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", **declared)
+    labels = (Label(0, words[0]), Label(1, words[1]))
+    made = Encoder(task(labels=labels), ends, "causal", 64)
+    if words[1] == "great":
+        assert made.encode([{"text": "a film", "label": 0}], "train") == [one(encoder(), text="a film")]
+    else:
+        message = fault(made, text="a film")
+        assert "'magnificent' is not one token after this prompt but ['<unk>']; choose a word that is one" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mezo_dist.config.schema import ModelKind
-from mezo_dist.config.task import Label
+from mezo_dist.config.task import Label, TruncateSide
 from mezo_dist.tasks import text as text_module
 from mezo_dist.tasks.prompts import Encoder
 from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
@@ -141,3 +142,72 @@ def test_encoding_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplo
     caplog.set_level("INFO")
     encoder().encode([{"label": 0, "text": "a film"}] * 3, "test")
     assert "encoding the test split: 2 of 3 samples are done" in caplog.text
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("window", [12, 17])
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_start_of_a_text_is_cut_off(tokenizer: str, window: int, slow: bool) -> None:
+    text = "the plot was great and " * 20 + "the film was good"
+    used = Slow(TOKENIZERS[tokenizer]) if slow else TOKENIZERS[tokenizer]
+    made = Encoder(task(prompt="It is {{ text }} . It was {{ answer }}", truncate_side="left"), used, "causal", window)
+    sample = one(made, text=text)
+    assert window - 4 <= len(sample.ids) <= window
+    # What is left are the last words of the whole prompt, and before them its first ones.
+    whole = one(dataclasses.replace(made, max_tokens=10_000), text=text)
+    kept = next(n for n in range(len(sample.ids) - 1, -1, -1) if sample.ids[-n:] == whole.ids[-n:])
+    assert kept >= window - 6
+    assert sample.ids[:2] == whole.ids[:2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_classifier_cuts_the_end_that_is_asked_for(side: TruncateSide) -> None:
+    tokenizer = TOKENIZERS["word-level"]
+    made = Encoder(task(plain=("{{ text }}",), truncate_side=side), tokenizer, "classifier", 4)
+    words = tokenizer.convert_ids_to_tokens(one(made, text="the film was great and the plot was terrible").ids)
+    assert words == (["the", "film", "was", "great"] if side == "right" else ["the", "plot", "was", "terrible"])
+    assert tokenizer.truncation_side == "right", "what is exported with the model is the tokenizer as it was"
+
+
+def test_the_last_part_of_a_very_long_text() -> None:
+    made = encoder(truncate_side="left", window=8)
+    sample = one(made, text="film " * 40_000 + "the plot")
+    assert made.tokenizer.convert_ids_to_tokens(sample.ids)[-4:] == ["the", "plot", "It", "was"]
+
+
+def test_a_field_inside_another_is_cut() -> None:
+    made = encoder(prompt="{{ passage.text }} . It was {{ answer }}", truncate=("passage.text",), window=8)
+    row = {"passage": {"text": "film " * 40, "id": 3}}
+    sample = one(made, **row)
+    assert made.tokenizer.convert_ids_to_tokens(sample.ids) == ["film"] * 5 + [".", "It", "was"]
+    assert row["passage"]["text"] == "film " * 40
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "classifier"])
+@pytest.mark.parametrize(
+    ("truncate", "expected"),
+    [
+        (("txet",), "task.truncate: there is no field 'txet', only ['label', 'passage.text', 'tags', 'text']"),
+        (("text", "passage.txet"), "task.truncate: there is no field 'passage.txet', only "),
+        (("passage",), "task.truncate: the field 'passage' is no text but a dict; name a text in it: ['passage.text']"),
+        (("tags",), "task.truncate: the field 'tags' is no text but a list"),
+    ],
+)
+def test_a_wrong_name_is_refused_even_if_all_is_short(
+    kind: ModelKind, truncate: tuple[str, ...], expected: str
+) -> None:
+    made = encoder(kind, truncate=truncate, plain=("{{ text }}",))
+    assert expected in fault(made, text="a film", passage={"text": "a plot"}, tags=["a"])
+
+
+def test_unless_told_otherwise_the_text_is_cut_where_there_is_one() -> None:
+    assert len(one(encoder(window=8), text="film " * 40).ids) == 8
+    made = encoder(window=8, prompt="{{ sentence }} It was {{ answer }}")
+    assert "even without the text of [] (task.truncate)" in fault(made, sentence="film " * 40)
+
+
+def test_a_field_without_a_value_is_nothing_to_cut() -> None:
+    made = encoder(
+        prompt="{% if title %}{{ title }}{% endif %}{{ text }} It was {{ answer }}", truncate=("title", "text")
+    )
+    assert one(made, text="a film", title=None) == one(encoder(), text="a film")
