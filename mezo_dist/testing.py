@@ -160,7 +160,6 @@ PRELOAD = [
     "mezo_dist.runs.training",
     "datasets",
     "torch.utils.tensorboard",
-    "torchmetrics.functional.classification",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
 ]
