@@ -21,7 +21,7 @@ def write_config(tmp_path: Path) -> Iterator[Write]:
         (tmp_path / "run.yaml").write_text(CONFIG)
         return tmp_path / "run.yaml"
 
-    yield write
+    return write
 
 
 @pytest.mark.parametrize(

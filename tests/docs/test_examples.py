@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -70,7 +71,7 @@ def test_learning_curves(tmp_path: Path) -> None:
 
 def test_passes_that_fit_offsets_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
-    import curve_report
+    curve_report = importlib.import_module("curve_report")
 
     def record(label: str, **more: int) -> str:
         points = [[done, 0.1 * done, 1.0, done / 1000, 1.0, done / 1000] for done in (0, 96, 192, 384)]
