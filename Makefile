@@ -1,7 +1,7 @@
 # Two commands for a newcomer: `make quickstart` and `make test`. Both keep everything in .venv and set up what is missing.
 #
 #   PYTHON=python3.12         the Python that .venv is made with
-#   ARGS="--seed 1"           passed on to the run, to pytest: make test ARGS="-k wire"
+#   ARGS="--seed 1"           passed on to the run, to pytest: make test ARGS="-k communicator"
 #   WORKERS=1                 test files that run at a time
 #   TORCH=torch==2.13.0+cu126, TORCH_INDEX=URL    another build of torch, another index to take it from
 PYTHON ?= python3

@@ -72,7 +72,7 @@ def main() -> None:
     def run(mapper: Callable[..., Iterable[float]] = map) -> None:
         start = {"gains": torch.zeros(4)}
         held_out = Draw(10**6)
-        found = minimize(
+        minimum = minimize(
             fall,
             start,
             ALGORITHMS[options.algorithm],
@@ -81,9 +81,9 @@ def main() -> None:
             mapper=mapper,
             after_step=show,
         )
-        gains = ", ".join(f"{gain:.2f}" for gain in found.weights["gains"].tolist())
-        print(f"gains {gains} after {found.calls} calls")
-        print(f"new starts: down for {fall(start, held_out):.1%} before, {fall(found.weights, held_out):.1%} after")
+        gains = ", ".join(f"{gain:.2f}" for gain in minimum.weights["gains"].tolist())
+        print(f"gains {gains} after {minimum.calls} calls")
+        print(f"new starts: down for {fall(start, held_out):.1%} before, {fall(minimum.weights, held_out):.1%} after")
 
     if not options.processes:
         run()

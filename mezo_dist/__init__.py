@@ -7,7 +7,7 @@ they are first used (PEP 562). `docs/api.md` lists them all.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -75,7 +75,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not follow `__getat
     from mezo_dist.runs.api import evaluate, export, load_run, train
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'mezo_dist' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"mezo_dist.{_MODULE_OF[name]}"), name)

@@ -152,16 +152,16 @@ def _train(arguments: argparse.Namespace) -> None:
     config = reader.load(given[0], given[1:])
     tune_malloc(is_sharded=config.layout.name != "replicated")
 
-    def job(comm: Communicator) -> None:
+    def work(comm: Communicator) -> None:
         from mezo_dist.runs import training
 
         training.train(config, comm)
 
-    _with_communicator(config.distributed.timeout_s, job, config.distributed.patience_s)
+    _with_communicator(config.distributed.timeout_s, work, config.distributed.patience_s)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    def job(comm: Communicator) -> None:
+    def work(comm: Communicator) -> None:
         from mezo_dist.monitoring.console import Monitor
         from mezo_dist.runs import load, training
 
@@ -170,19 +170,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             calibration = training.calibrate(run, monitor)
             training.score(run, arguments.split, monitor, run.step, calibration)
 
-    _with_communicator(600.0, job)
+    _with_communicator(600.0, work)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     _check_new(arguments.folder)
 
-    def job(comm: Communicator) -> None:
+    def work(comm: Communicator) -> None:
         from mezo_dist.runs import load
 
         run = load.load_run(_opened(arguments, comm), comm)
         _write_model(run.loaded, arguments.folder, comm, run.calibration())
 
-    _with_communicator(600.0, job)
+    _with_communicator(600.0, work)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -195,7 +195,7 @@ def _replay(arguments: argparse.Namespace) -> None:
     if arguments.export is not None:
         _check_new(arguments.export)
 
-    def job(comm: Communicator) -> None:
+    def work(comm: Communicator) -> None:
         from mezo_dist.runs import load
 
         loaded, about = load.audit(_opened(arguments, comm), comm)
@@ -206,7 +206,7 @@ def _replay(arguments: argparse.Namespace) -> None:
                 log.warning("%s: without data there are no offsets (train.calibrate); `export` has them", arguments.run)
             _write_model(loaded, arguments.export, comm)
 
-    _with_communicator(600.0, job)
+    _with_communicator(600.0, work)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -232,6 +232,14 @@ def _check_new(folder: Path) -> None:
 
 
 def _write_model(loaded: LoadedModel, folder: Path, comm: Communicator, calibration: Calibration | None = None) -> None:
+    """Export a model. Collective.
+
+    Args:
+        loaded: the model.
+        folder: where to.
+        comm: the ranks.
+        calibration: offsets that predictions need.
+    """
     from mezo_dist.runs.export import export_model
 
     export_model(loaded.engine, loaded.pretrained.tokenizer, folder, comm, calibration=calibration)
@@ -239,11 +247,18 @@ def _write_model(loaded: LoadedModel, folder: Path, comm: Communicator, calibrat
         print(f"wrote {folder}")
 
 
-def _with_communicator(timeout_s: float, job: Callable[[Communicator], None], patience_s: float = 30.0) -> None:
+def _with_communicator(timeout_s: float, work: Callable[[Communicator], None], patience_s: float = 30.0) -> None:
+    """Connect to the other ranks, and do something together.
+
+    Args:
+        timeout_s: seconds for every collective.
+        work: what to do.
+        patience_s: seconds of waiting after which a rank says for whom.
+    """
     from mezo_dist.distributed.connect import connect
     from mezo_dist.monitoring.console import configure_logging
 
     comm = connect(timeout_s, patience_s=patience_s)
     configure_logging(comm.rank, sys.stderr.isatty())
-    job(comm)
+    work(comm)
     comm.close()  # not after an error: other ranks may not be there to leave together

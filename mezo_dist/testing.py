@@ -13,9 +13,14 @@ import random
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WORDS = (
     "a the this that film movie plot cast scene story ending music camera It was and but very quite rather "
@@ -24,7 +29,12 @@ WORDS = (
 BAD, GOOD = WORDS[20:29], WORDS[29:]
 
 
-def tiny_tokenizer() -> Any:
+ResultT = TypeVar("ResultT")
+_Result = tuple[int, object, "str | None"]
+"""Rank, result, and the traceback of an error."""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """A word-level tokeniser over `WORDS`, with pad, unknown, mask and separator tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +53,7 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_model(kind: str, seed: int = 0) -> Any:
+def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """A random model of a few thousand weights: ``llama``, ``llama-tied``, ``opt``, ``gpt2``, ``bert``, ``roberta``,
     ``distilbert``, ``t5`` or ``mixtral``."""
     import torch
@@ -51,7 +61,7 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
 
     size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     window = {"max_position_embeddings": 64, "intermediate_size": 48}
-    makers: dict[str, Callable[[], Any]] = {
+    makers: dict[str, Callable[[], PreTrainedModel]] = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, **window, tie_word_embeddings=False)),
         "llama-tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, **window, tie_word_embeddings=True)),
         "opt": lambda: t.OPTForCausalLM(
@@ -150,13 +160,12 @@ PRELOAD = [
     "mezo_dist.runs.training",
     "datasets",
     "torch.utils.tensorboard",
-    "torchmetrics.functional.classification",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
 ]
 
 
-def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def spawn(function: Callable[..., ResultT], world_size: int, *args: object, timeout_s: float = 120.0) -> list[ResultT]:
     """Call ``function(comm, *args)`` on ``world_size`` processes joined over gloo; one thread each.
 
     The processes are forked off a helper process that has imported what takes long and done nothing else, so that
@@ -175,7 +184,7 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    results: Any = context.Queue()
+    results = context.Queue()
     environments = [{**os.environ, "RANK": str(r), "WORLD_SIZE": str(world_size)} for r in range(world_size)]
     with tempfile.TemporaryDirectory() as folder:
         workers = [
@@ -188,7 +197,7 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
         for worker in workers:
             worker.start()
         try:
-            returned = _collect(workers, results, world_size, timeout_s)
+            returned = cast("list[ResultT]", _collect(workers, results, world_size, timeout_s))
             for worker in workers:
                 worker.join(timeout=10)
             return returned
@@ -199,14 +208,25 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: 
 
 
 def _work(
-    function: Callable[..., Any],
+    function: Callable[..., object],
     rank: int,
     environment: dict[str, str],
     init_method: str,
     timeout_s: float,
-    results: Any,
-    args: tuple[Any, ...],
+    results: multiprocessing.Queue[_Result],
+    args: tuple[object, ...],
 ) -> None:
+    """One process of `spawn`: connect, call the function, and send the result.
+
+    Args:
+        function: see `spawn`.
+        rank: of this process.
+        environment: its environment variables.
+        init_method: where the processes meet.
+        timeout_s: seconds for every collective.
+        results: where the result goes.
+        args: arguments of the function after the communicator.
+    """
     import torch
 
     from mezo_dist.distributed.connect import connect
@@ -223,8 +243,18 @@ def _work(
         raise SystemExit(1) from None
 
 
-def _collect(workers: list[Any], results: Any, world_size: int, timeout_s: float) -> list[Any]:
-    returned: dict[int, Any] = {}
+def _collect(
+    workers: Sequence[BaseProcess], results: multiprocessing.Queue[_Result], world_size: int, timeout_s: float
+) -> list[object]:
+    """The results of all processes, by rank. Raises RuntimeError if one failed, died or is late.
+
+    Args:
+        workers: the processes.
+        results: where their results come from.
+        world_size: number of processes.
+        timeout_s: seconds to wait for all.
+    """
+    returned: dict[int, object] = {}
     deadline = time.monotonic() + timeout_s
     while len(returned) < world_size:
         try:

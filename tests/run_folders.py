@@ -13,9 +13,9 @@ from mezo_dist.runs.load import load_run, open_run
 
 def results(folder: Path) -> dict[str, Any]:
     """The outcome of a run, without how long it took."""
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    del found["training_s"]
-    return found
+    contents: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    del contents["training_s"]
+    return contents
 
 
 def loaded_run(folder: Path, num_steps: int | None = None) -> Run:

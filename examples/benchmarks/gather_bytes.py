@@ -102,12 +102,12 @@ def measure(comm: Communicator, name: str, shape: str) -> dict[str, float]:
         SVRGPlanner(MeZOSVRG(lr=LR, anchor_lr=LR, eps=EPS), problem),
     )
     anchored = take(svrg, svrg.init(), 0)
-    found = {
+    num_bytes_of = {
         "mezo_over_weights": bytes_of(lambda: take(mezo, mezo.init(), 0)),
         "svrg_over_weights": bytes_of(lambda: take(svrg, anchored, 1)),
         "naive_svrg_over_weights": bytes_of(lambda: naive_svrg(Combination.single(2, LR))),
     }
-    return {what: num_bytes / weight_bytes for what, num_bytes in found.items()}
+    return {what: num_bytes / weight_bytes for what, num_bytes in num_bytes_of.items()}
 
 
 def everything(comm: Communicator, layouts: list[str], shape: str) -> dict[str, dict[str, float]]:
@@ -123,13 +123,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--layouts", nargs="+", choices=["fsdp", "zero"], default=["fsdp", "zero"])
     arguments = parser.parse_args()
-    found = spawn(everything, arguments.ranks, arguments.layouts, arguments.shape, timeout_s=900)[0]
+    by_layout = spawn(everything, arguments.ranks, arguments.layouts, arguments.shape, timeout_s=900)[0]
     print(f"{arguments.shape}, fp32, {arguments.ranks} ranks, torch {torch.__version__}; 1 = all weights once")
-    print(f"{'':26}" + "".join(f"{name:>10}" for name in found))
-    for what in next(iter(found.values())):
-        print(f"{what:26}" + "".join(f"{figures[what]:10.3f}" for figures in found.values()))
+    print(f"{'':26}" + "".join(f"{name:>10}" for name in by_layout))
+    for what in next(iter(by_layout.values())):
+        print(f"{what:26}" + "".join(f"{figures[what]:10.3f}" for figures in by_layout.values()))
     if arguments.json:
-        print(json.dumps({name: {what: round(x, 4) for what, x in f.items()} for name, f in found.items()}))
+        print(json.dumps({name: {what: round(x, 4) for what, x in f.items()} for name, f in by_layout.items()}))
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def in_own_process(case: list[str]) -> dict[str, float] | None:
     if done.returncode:
         print(f"{' '.join(case)}: exit status {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
         return None
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> None:
@@ -136,11 +136,11 @@ def measure(arguments: argparse.Namespace, size: str) -> dict[str, object]:
     row: dict[str, object] = {"shape": arguments.shape, "dtype": arguments.dtype, "size": size}
     peaks: dict[str, float] = {}
     for method in arguments.methods:
-        found = in_own_process([method, arguments.shape, arguments.dtype, num_samples, length])
-        if found is not None:
-            peaks[method] = found["peak_gib"]
-            row["weights_gib"] = round(found["weights_gib"], 3)
-        row[f"{method}_gib"] = found and round(found["peak_gib"], 3)
+        figures = in_own_process([method, arguments.shape, arguments.dtype, num_samples, length])
+        if figures is not None:
+            peaks[method] = figures["peak_gib"]
+            row["weights_gib"] = round(figures["weights_gib"], 3)
+        row[f"{method}_gib"] = figures and round(figures["peak_gib"], 3)
     for name, above, below in (
         ("mezo_over_forward", "mezo", "forward"),
         ("svrg_over_forward", "svrg", "forward"),

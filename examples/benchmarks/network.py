@@ -46,7 +46,7 @@ from mezo_dist.runs.evaluation import Evaluator
 RATES = {"1gbit": 1e9, "100mbit": 1e8, "10mbit": 1e7, "1mbit": 1e6}
 """Bits per second."""
 SAMPLES, TOKENS, LR = 8, 32, 1e-6
-"""Of a rank's micro-batch."""
+"""Samples and tokens of a rank's micro-batch, and the learning rate."""
 HEADERS = 14 + 20 + 32
 """Bytes of Ethernet, IPv4 and TCP (with time stamps) in a packet."""
 LOOPBACK = "loopback"
@@ -106,12 +106,12 @@ def work(kind: str, shape: str) -> None:
 class Pair:
     """Two ranks of a kind, on two hosts or, if these are the same, over loopback."""
 
-    def __init__(self, made: Cluster, hosts: tuple[str, str], kind: str, shape: str, port: int) -> None:
+    def __init__(self, machines: Cluster, hosts: tuple[str, str], kind: str, shape: str, port: int) -> None:
         address = "127.0.0.1" if hosts[0] == hosts[1] else hosts[0]
         command = [sys.executable, __file__, "--worker", kind, "--shape", shape]
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         self.ranks = [
-            made.popen(
+            machines.popen(
                 host,
                 ["env", *(f"{name}={value}" for name, value in {**shared, "RANK": str(rank)}.items()), *command],
                 stdin=subprocess.PIPE,
@@ -131,8 +131,8 @@ class Pair:
 
     def answer(self) -> tuple[float, float]:
         """Wait for them; seconds per step of the slower rank, payload bytes per step."""
-        found = [_answer(rank, "STEP") for rank in self.ranks]
-        return max(seconds for seconds, _ in found), found[0][1]
+        answers = [_answer(rank, "STEP") for rank in self.ranks]
+        return max(seconds for seconds, _ in answers), answers[0][1]
 
     def close(self) -> None:
         """End both ranks."""
@@ -148,26 +148,26 @@ def _answer(rank: subprocess.Popen[str], word: str) -> list[float]:
     raise RuntimeError(f"a rank ended with status {rank.wait()}")
 
 
-def measure_mezo(made: Cluster, shape: str, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
+def measure_mezo(machines: Cluster, shape: str, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
     """Condition -> figures of a step of mezo_dist."""
-    local = Pair(made, ("host1", "host1"), "mezo", shape, 29501)
-    apart = Pair(made, ("host1", "host2"), "mezo", shape, 29502)
+    local = Pair(machines, ("host1", "host1"), "mezo", shape, 29501)
+    apart = Pair(machines, ("host1", "host2"), "mezo", shape, 29502)
     times: dict[str, list[float]] = {name: [] for name in (LOOPBACK, *RATES)}
     sent: dict[str, list[Counters]] = {name: [] for name in RATES}
     payload = 0.0
     for round_number in range(rounds + 1):  # the first warms up and does not count
         for name, values in times.items():
-            made.rate(None if name == LOOPBACK else name)
-            pair, before = (local if name == LOOPBACK else apart), made.counters("host1")
+            machines.rate(None if name == LOOPBACK else name)
+            pair, before = (local if name == LOOPBACK else apart), machines.counters("host1")
             pair.ask(num_steps)
             seconds, payload = pair.answer()
             if round_number:
                 values.append(seconds)
                 if name != LOOPBACK:
-                    sent[name].append(made.counters("host1") - before)
+                    sent[name].append(machines.counters("host1") - before)
     local.close()
     apart.close()
-    found = {LOOPBACK: {"seconds": statistics.median(times[LOOPBACK]), "over_loopback": 1.0}}
+    figures = {LOOPBACK: {"seconds": statistics.median(times[LOOPBACK]), "over_loopback": 1.0}}
     for name, rate in RATES.items():
         # The barrier before the steps is a round like theirs.
         of_a_step = rounds * (num_steps + 1)
@@ -175,49 +175,49 @@ def measure_mezo(made: Cluster, shape: str, rounds: int, num_steps: int) -> dict
         packets = sum(counters.sent_packets for counters in sent[name]) / of_a_step
         line_s = num_bytes * 8 / rate
         ratios = [(there + line_s) / here for there, here in zip(times[name], times[LOOPBACK], strict=True)]
-        found[name] = {
+        figures[name] = {
             "seconds": statistics.median(times[name]) + line_s,
             "over_loopback": statistics.median(ratios),
             "bytes": num_bytes,
             "tcp_payload": num_bytes - packets * HEADERS,
             "payload": payload,
         }
-    return found
+    return figures
 
 
-def measure_ddp(made: Cluster, shape: str, patience_s: float) -> dict[str, dict[str, float]]:
+def measure_ddp(machines: Cluster, shape: str, patience_s: float) -> dict[str, dict[str, float]]:
     """Condition -> figures of a step of DDP."""
-    made.rate(None)
-    local = Pair(made, ("host1", "host1"), "ddp", shape, 29503)
+    machines.rate(None)
+    local = Pair(machines, ("host1", "host1"), "ddp", shape, 29503)
     local.ask(1)
-    found = {LOOPBACK: {"seconds": local.answer()[0]}}
+    figures = {LOOPBACK: {"seconds": local.answer()[0]}}
     local.close()
-    apart = Pair(made, ("host1", "host2"), "ddp", shape, 29504)
+    apart = Pair(machines, ("host1", "host2"), "ddp", shape, 29504)
     num_bytes = 0.0
     for name in RATES:
-        made.rate(name)
-        began, before = time.monotonic(), made.counters("host1")
+        machines.rate(name)
+        began, before = time.monotonic(), machines.counters("host1")
         apart.ask(1)
         if num_bytes * 8 / RATES[name] < patience_s:
-            found[name] = {"seconds": apart.answer()[0], "projected": 0.0}
-            num_bytes = num_bytes or (made.counters("host1") - before).sent_bytes
+            figures[name] = {"seconds": apart.answer()[0], "projected": 0.0}
+            num_bytes = num_bytes or (machines.counters("host1") - before).sent_bytes
         else:
             time.sleep(patience_s / 2)  # long past the forward pass
-            began, before = time.monotonic(), made.counters("host1")
+            began, before = time.monotonic(), machines.counters("host1")
             time.sleep(patience_s / 2)
-            rate = (made.counters("host1") - before).sent_bytes / (time.monotonic() - began)
-            found[name] = {"seconds": found[LOOPBACK]["seconds"] + num_bytes / rate, "projected": 1.0}
-            made.rate(None)
+            rate = (machines.counters("host1") - before).sent_bytes / (time.monotonic() - began)
+            figures[name] = {"seconds": figures[LOOPBACK]["seconds"] + num_bytes / rate, "projected": 1.0}
+            machines.rate(None)
             apart.answer()
-        found[name] |= {"over_loopback": found[name]["seconds"] / found[LOOPBACK]["seconds"], "bytes": num_bytes}
+        figures[name] |= {"over_loopback": figures[name]["seconds"] / figures[LOOPBACK]["seconds"], "bytes": num_bytes}
     apart.close()
-    return found
+    return figures
 
 
-def show(kind: str, found: dict[str, dict[str, float]]) -> None:
+def show(kind: str, figures: dict[str, dict[str, float]]) -> None:
     """A table."""
     print(f"\n{kind:12} {'s per step':>12} {'/ loopback':>12} {'bytes sent':>14} {'TCP payload':>12} {'payload':>9}")
-    for name, row in found.items():
+    for name, row in figures.items():
         mark = "~" if row.get("projected") else ""
         numbers = [f"{row[key]:.0f}" if key in row else "" for key in ("bytes", "tcp_payload", "payload")]
         ratio = f"{mark}{row.get('over_loopback', 1.0):.3f}"
@@ -230,9 +230,9 @@ def plot(path: str, results: dict[str, dict[str, dict[str, float]]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4))
-    for kind, found in results.items():
-        (line,) = axes.plot(RATES.values(), [found[name]["seconds"] for name in RATES], "o-", label=kind)
-        axes.axhline(found[LOOPBACK]["seconds"], linestyle=":", color=line.get_color())
+    for kind, figures in results.items():
+        (line,) = axes.plot(RATES.values(), [figures[name]["seconds"] for name in RATES], "o-", label=kind)
+        axes.axhline(figures[LOOPBACK]["seconds"], linestyle=":", color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="link, bit/s", ylabel="seconds per step (dotted: loopback)")
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -252,10 +252,10 @@ def main() -> None:
     if given.worker:
         work(given.worker, given.shape)
         return
-    with cluster(2) as made:
-        mezo = measure_mezo(made, given.shape, given.rounds, given.steps)
+    with cluster(2) as machines:
+        mezo = measure_mezo(machines, given.shape, given.rounds, given.steps)
         show("mezo_dist", mezo)
-        ddp = measure_ddp(made, given.shape, given.patience)
+        ddp = measure_ddp(machines, given.shape, given.patience)
         show("DDP", ddp)
     if given.plot:
         plot(given.plot, {"mezo_dist": mezo, "DDP": ddp})

@@ -173,18 +173,18 @@ def run_rank(name: str, shape: str, text: str, threads: int) -> None:
             apply_updates(engine, 0, [(step, result.update.operations)])
         clock.seconds["materialise"] = inside
         progress.after(result.update)
-    found = {"cycle_s": time.perf_counter() - began, "load_s": load_s, **clock.seconds}
-    found["forward"] = found.pop("evaluate") - sum(found[part] for part in ("gather", "wait", "materialise"))
+    figures = {"cycle_s": time.perf_counter() - began, "load_s": load_s, **clock.seconds}
+    figures["forward"] = figures.pop("evaluate") - sum(figures[part] for part in ("gather", "wait", "materialise"))
     peaks = connection.collect(lambda: [loaded, peak_bytes()])
     if connection.rank == 0:
         weights = sum(shard.shape.numel() for shard in engine.shards()) * 2
-        found |= {
+        figures |= {
             "weights_gib": weights / GIB,
             "loading_peak_rss_gib": sum(peak for peak, _ in peaks) / GIB,
             "peak_rss_gib": sum(peak for _, peak in peaks) / GIB,
             "gathered_over_weights": (engine.gathered_bytes - gathered) / weights,
         }
-        print(json.dumps({key: round(value, 3) for key, value in found.items()}), flush=True)
+        print(json.dumps({key: round(value, 3) for key, value in figures.items()}), flush=True)
     connection.close()
 
 
@@ -212,15 +212,15 @@ def main() -> None:
         return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)]
     same = ["--shape", arguments.shape, "--text", arguments.text, "--threads", str(arguments.threads)]
-    found = {}
+    by_engine = {}
     for engine in arguments.engines:
         done = subprocess.run(
             [*torchrun, __file__, "--rank-of", engine, *same], stdout=subprocess.PIPE, text=True, check=True
         )
-        found[engine] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-        print(engine, "  ".join(f"{name} {value}" for name, value in found[engine].items()), flush=True)
+        by_engine[engine] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        print(engine, "  ".join(f"{name} {value}" for name, value in by_engine[engine].items()), flush=True)
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(by_engine))
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def look(run: Run, *, calibrated: bool) -> dict[str, float]:
     draw, size = random.Random(0), float(whole @ whole)
     errors = []
     for _ in range(BATCHES):
-        found = gradients(run, draw.sample(range(len(each)), BATCH), calibrated=calibrated)[0]
-        errors.append(float((found - whole).square().sum()) / size)
+        gradient = gradients(run, draw.sample(range(len(each)), BATCH), calibrated=calibrated)[0]
+        errors.append(float((gradient - whole).square().sum()) / size)
     return {
         "gradient": size**0.5,
         "spread": float(squares.sum()) / len(each) / size,

@@ -26,15 +26,15 @@ class Preset:
     num_samples: int
     """Training samples, which are the full batch."""
     estimates: int
-    """Of each contender at each point, about; but at least `LEAST_CYCLES` cycles."""
+    """Estimates of each contender at each point, about; but at least `LEAST_CYCLES` cycles."""
     adamw_lr: float
     points: tuple[int, ...]
     """Steps of AdamW after which estimates are made."""
     lr: float
-    """Of the steps within a cycle; as large as in training, for an anchor is as good as it is near."""
+    """Learning rate of the steps within a cycle; as large as in training, for an anchor is as good as it is near."""
     eps: float = 1e-3
     ranks: tuple[int, ...] = ()
-    """Of low-rank directions, beside 1; for presets that train matrices."""
+    """Ranks of low-rank directions, beside 1; for presets that train matrices."""
 
 
 PRESETS = {
@@ -66,7 +66,7 @@ class Contender:
     """Steps before them."""
     law: str = "gaussian"
     rank: int = 1
-    """Of low-rank directions."""
+    """Rank of low-rank directions."""
     calibrated: bool = False
     """Losses, and the gradient that they are held against; see `mezo_dist.objectives.calibration`."""
 

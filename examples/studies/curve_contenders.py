@@ -17,6 +17,8 @@ STEP_OF_RATES = 10**0.5
 EXTENSIONS = 2
 """So many rates may be added to a grid whose best one lies at its edge."""
 FIRST_ORDER = ("sgd", "adamw")
+RATIOS = (50, 1000)
+"""Ratios of anchor_lr and lr of MeZO-SVRG: the ends of what the paper uses (its eta1 over its eta2)."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,11 @@ class Setting:
     """A model, and which of its weights are trained."""
 
     overrides: tuple[str, ...]
-    """Of configs/quickstart.yaml."""
+    """Overrides of configs/quickstart.yaml."""
     zeroth_scale: float = 1.0
-    """Of the learning rates of zeroth-order contenders, against those below."""
+    """Factor on the learning rates of zeroth-order contenders, against those below."""
     first_scale: float = 1.0
-    """Of those of first-order contenders."""
+    """The same for first-order contenders."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class CurvePreset:
     rates: int = 4
     """Learning rates to begin with, the same number for every contender."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Of the runs with the rate that was chosen; seed 0 is the one that it was chosen on."""
+    """Seeds of the runs with the rate that was chosen; seed 0 is the one that it was chosen on."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Samples of splits; those of the task file if left out."""
     max_tokens: Mapping[str, int] = field(default_factory=dict)
     """By data set; the setting's if left out."""
     shares: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    """Of the budget, by setting and data set; all of it if left out."""
+    """Parts of the budget, by setting and data set; all of it if left out."""
     full_size: int = 256
     """Samples of the anchors of the per-sample MeZO-SVRG."""
     batch_size: int = 64
@@ -75,7 +77,7 @@ class Learner:
     full_size: int | None = None
     """Samples of an anchor; all if None."""
     share: float = 1.0
-    """Of the budget."""
+    """The part of the budget that it gets."""
     calibrated: bool = False
     """Losses and predictions; see `mezo_dist.objectives.calibration`."""
 
@@ -96,7 +98,7 @@ def rounded(rate: float) -> float:
 
 
 def schedule(num_steps: int) -> Schedule:
-    """Of everybody: the rate rises over a twentieth of the steps, then falls to a fiftieth along a line."""
+    """The schedule of all contenders: a rise over a twentieth of the steps, then a fall along a line to a fiftieth."""
     return Schedule("linear", warmup_steps=max(1, num_steps // 20), final=0.02)
 
 
@@ -127,8 +129,7 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
         return MeZOSVRG(lr=lr, anchor_lr=lr, eps=eps, q=2, schedule=schedule(steps), annealing=off)
 
     def svrg_per_sample(lr: float, steps: int, eps: float) -> MeZOSVRG:
-        rule = schedule(steps)
-        return MeZOSVRG(lr=lr, anchor_lr=lr, eps=eps, q=2, per_sample=True, schedule=rule, annealing=off)
+        return dataclasses.replace(svrg(lr, steps, eps), per_sample=True)
 
     def svrg_several(lr: float, steps: int, eps: float) -> MeZOSVRG:
         several: dict[str, Any] = {"directions": 7, "anchor_directions": 7, "one_sided": True}
@@ -138,19 +139,31 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
         # Its own ratio of rates and its own plateau rule; it has no schedule.
         return MeZOSVRGReleased(lr=lr / 50, anchor_lr=lr, eps=eps, q=2)
 
+    def faster_anchors(label: str, base: Learner) -> list[Learner]:
+        """``base`` with inner steps at fractions of the anchor steps' rate, as in the paper."""
+        return [
+            dataclasses.replace(base, label=f"{label}, anchor rate {ratio} times", algorithm=_slower_inner(base, ratio))
+            for ratio in RATIOS
+        ]
+
     fzoo: dict[str, Any] = {"directions": 15, "one_sided": True, "scaling": "normalised", "law": "rademacher"}
     per_sample: dict[str, Any] = {"per_sample": True, "law": "lowrank"}
     seven: dict[str, Any] = {"directions": 7, "one_sided": True}
     calibrated: dict[str, Any] = {"calibrated": True}
     cycle, small_cycle = (2 * num_train + 4 * batch) / 2, (2 * full + 4 * batch) / 2
     seven_cycle = (8 * batch + 2 * 8 * few) / 2
+    true_svrg = Learner("MeZO-SVRG", svrg, cycle, _by_setting(3e-4, 3e-3), batch)
+    true_per_sample = Learner(
+        "MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 3e-3), batch, "lowrank", full
+    )
+    true_calibrated = Learner("MeZO-SVRG, calibrated", svrg, cycle, _by_setting(1e-2, 3e-3), batch, **calibrated)
     return [
         Learner("AdamW", "adamw", 3 * batch, _by_setting(1e-3, 1e-3), batch),
         mezo(f"MeZO, batch {few}", few, 2, (3e-4, 1e-3)),
         mezo("MeZO, per sample", batch, 2, (1e-2, 3e-3), **per_sample),
         mezo("MeZO, per sample, a quarter of the passes", batch, 2, (1e-2, 3e-3), share=0.25, **per_sample),
-        Learner("MeZO-SVRG", svrg, cycle, _by_setting(3e-4, 3e-3), batch),
-        Learner("MeZO-SVRG, per sample", svrg_per_sample, small_cycle, _by_setting(1e-2, 3e-3), batch, "lowrank", full),
+        true_svrg,
+        true_per_sample,
         Learner("MeZO-SVRG, released", released, cycle, _by_setting(3e-4, 3e-3), batch),
         Learner("SGD", "sgd", 3 * batch, _by_setting(3e-3, 3e-2), batch),
         mezo("normalised, 15 one-sided", few, 16, (3e-3, 1e-2), **fzoo),
@@ -173,8 +186,22 @@ def _all(preset: CurvePreset, num_train: int) -> list[Learner]:
         mezo("MeZO, 7 one-sided, calibrated", few, 8, (3e-2, 3e-3), **seven, **calibrated),
         mezo("MeZO, 7 one-sided, calibrated, a quarter", few, 8, (3e-2, 3e-3), share=0.25, **seven, **calibrated),
         mezo("normalised, 15 one-sided, calibrated", few, 16, (3e-2, 1e-2), **fzoo, **calibrated),
-        Learner("MeZO-SVRG, calibrated", svrg, cycle, _by_setting(1e-2, 3e-3), batch, **calibrated),
+        true_calibrated,
+        *faster_anchors("MeZO-SVRG", dataclasses.replace(true_svrg, rate=_by_setting(1e-3, 3e-3))),
+        *faster_anchors("MeZO-SVRG, per sample", true_per_sample),
+        *faster_anchors("MeZO-SVRG, calibrated", true_calibrated),
+        Learner(f"AdamW, batch {few}", "adamw", 3 * few, _by_setting(1e-3, 1e-3), few),
+        Learner(f"SGD, batch {few}", "sgd", 3 * few, _by_setting(3e-2, 3e-2), few),
+        Learner(f"AdamW, batch {few}, calibrated", "adamw", 3 * few, _by_setting(1e-3, 1e-3), few, **calibrated),
+        Learner(f"SGD, batch {few}, calibrated", "sgd", 3 * few, _by_setting(3e-2, 3e-2), few, **calibrated),
     ]
+
+
+def _slower_inner(base: Learner, ratio: int) -> Callable[[float, int, float], Any]:
+    """Settings of which the learning rate is that of anchor steps; inner steps have a fraction of it."""
+    make = base.algorithm
+    assert not isinstance(make, str)
+    return lambda lr, steps, eps: dataclasses.replace(make(lr, steps, eps), lr=lr / ratio)
 
 
 def _per_sample(preset: CurvePreset) -> list[Learner]:

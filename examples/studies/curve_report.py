@@ -1,7 +1,11 @@
 """Sums up what `learning_curves.py` has found: plots, and tables in Markdown.
 
-All runs of a contender do the same work per forward pass in one setting, on any data set, as the prefix is frozen: the
-seconds shown are at the pace of the fastest of them, for machines are shared.
+A calibrated model needs offsets for its predictions, which take a forward pass of every training sample, once. These
+passes count: every point of a calibrated run has them on top of those of training, from its start on.
+
+All runs of a contender do the same work per forward pass in one setting, on any data set, as the frozen blocks are
+computed once: the seconds shown are at the pace of the fastest of them, for machines are shared. Seconds are those of
+training alone.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ from curve_contenders import PRESETS
 Curves = dict[str, list[list[list[float]]]]
 """Label -> points of each seed that was not tuned on."""
 PASSES, SECONDS, _, VALIDATION, _, TEST = range(6)
+FITTING = 512
+"""Passes that the offsets take, where a record is too old to say: the training samples of all presets that were run."""
 
 
 def report(folder: Path, preset: str) -> str:
     """Write plots and tables of everything that is there; the tables."""
-    found: dict[str, dict[str, Curves]] = {}
+    curves_of: dict[str, dict[str, Curves]] = {}
     rates: dict[tuple[str, str, str], float] = {}
     for setting in PRESETS[preset].settings:
         pace = _pace(folder, f"learning_curves-{preset}-{setting}-*.jsonl")
@@ -29,12 +35,12 @@ def report(folder: Path, preset: str) -> str:
             path = folder / f"learning_curves-{preset}-{setting}-{task}.jsonl"
             for record in _runs(path):
                 if record["seed"]:
-                    curves = found.setdefault(setting, {}).setdefault(task, {})
+                    curves = curves_of.setdefault(setting, {}).setdefault(task, {})
                     curves.setdefault(record["label"], []).append(_timed(record, pace))
                     rates[setting, task, record["label"]] = record["lr"]
-    for setting, tasks in found.items():
+    for setting, tasks in curves_of.items():
         plot(tasks, setting, folder / f"learning_curves-{preset}-{setting}.png")
-    lines = [line for setting, tasks in found.items() for line in tables(setting, tasks, rates)]
+    lines = [line for setting, tasks in curves_of.items() for line in tables(preset, setting, tasks, rates)]
     text = "\n".join(lines) + "\n"
     (folder / f"learning_curves-{preset}.md").write_text(text)
     return text
@@ -55,12 +61,22 @@ def _pace(folder: Path, files: str) -> dict[str, float]:
 
 
 def _timed(record: dict[str, Any], pace: dict[str, float]) -> list[list[float]]:
-    """The points of a run, at that pace."""
-    return [[point[PASSES], point[PASSES] * pace[record["label"]], *point[2:]] for point in record["points"]]
+    """The points of a run, at that pace; their passes are all that it took to get there."""
+    fitting = record.get("fitting", FITTING if _is_calibrated(record["label"]) else 0)
+    return [[p[PASSES] + fitting, p[PASSES] * pace[record["label"]], *p[2:]] for p in record["points"]]
 
 
-def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, str], float]) -> list[str]:
-    """Test accuracy at a quarter of the passes and at the end; passes to two goals; rates and seconds."""
+def tables(preset: str, setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, str], float]) -> list[str]:
+    """Test accuracy at a quarter of the passes and at the end; passes to two goals; rates and seconds.
+
+    Args:
+        preset: name of the preset.
+        setting: name of the setting.
+        tasks: curves by data set.
+        rates: the rate of every contender, by setting, data set and label.
+    """
+    about = PRESETS[preset]
+    budgets = {task: about.budget * about.shares.get((setting, task), 1.0) for task in tasks}
     labels = list(dict.fromkeys(label for curves in tasks.values() for label in curves))
     seeds = sorted({len(points) for curves in tasks.values() for points in curves.values()})
     lines = [f"### {setting}", "", f"Test accuracy in % after a quarter of the passes and after all; {seeds} seeds", ""]
@@ -68,10 +84,13 @@ def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, s
     lines += _row(*["---"] * (1 + 2 * len(tasks)))
     for name, calibrated in {"before": False, "before, calibrated": True}.items():
         firsts = [_firsts(curves, calibrated=calibrated) for curves in tasks.values()]
-        lines += _row(name, *(cell for found in firsts for cell in ("", _spread(found) if found else "-")))
+        lines += _row(name, *(cell for values in firsts for cell in ("", _spread(values) if values else "-")))
     for label in labels:
-        lines += _row(label, *(cell for curves in tasks.values() for cell in _accuracies(curves, label)))
+        accuracies = [_accuracies(curves, label, budgets[task]) for task, curves in tasks.items()]
+        lines += _row(label, *(cell for cells in accuracies for cell in cells))
     lines += ["", "Passes until validation accuracy is MeZO's best, and AdamW's best less a point", ""]
+    if any(map(_is_calibrated, labels)):
+        lines += ["Calibrated runs: with those that fit the offsets for predictions.", ""]
     goals = [(task, wanted) for task, curves in tasks.items() for wanted in _goals(curves)]
     lines += _row("", *(f"{task}: {100 * wanted:.1f}" for task, wanted in goals))
     lines += _row(*["---"] * (1 + len(goals)))
@@ -83,8 +102,8 @@ def tables(setting: str, tasks: dict[str, Curves], rates: dict[tuple[str, str, s
         *_row(*["---"] * (1 + 2 * len(tasks))),
     ]
     for label in labels:
-        found = [(f"{rates.get((setting, task, label), '-')}", _seconds(tasks[task].get(label))) for task in tasks]
-        lines += _row(label, *(cell for cells in found for cell in cells))
+        pairs = [(f"{rates.get((setting, task, label), '-')}", _seconds(tasks[task].get(label))) for task in tasks]
+        lines += _row(label, *(cell for pair in pairs for cell in pair))
     return [*lines, ""]
 
 
@@ -101,13 +120,12 @@ def _is_calibrated(label: str) -> bool:
     return "calibrated" in label
 
 
-def _accuracies(curves: Curves, label: str) -> tuple[str, str]:
-    """At a quarter of the budget of all and at the end, "-" where there is nothing."""
+def _accuracies(curves: Curves, label: str, budget: float) -> tuple[str, str]:
+    """At a quarter of the budget and at the end, "-" where there is nothing."""
     if label not in curves:
         return "-", "-"
-    total = max(points[-1][PASSES] for seeds in curves.values() for points in seeds)
-    early = [_at(points, total / 4)[TEST] for points in curves[label]]
-    return _spread(early), _spread([points[-1][TEST] for points in curves[label]])
+    early = [point[TEST] for points in curves[label] if (point := _at(points, budget / 4))]
+    return _spread(early) if early else "-", _spread([points[-1][TEST] for points in curves[label]])
 
 
 def _seconds(seeds: list[list[list[float]]] | None) -> str:
@@ -140,9 +158,9 @@ def _needs(seeds: list[list[list[float]]] | None, wanted: float) -> str:
     return "-"
 
 
-def _at(points: list[list[float]], passes: float) -> list[float]:
-    """The last point that took no more passes (but for the last step, which may end a little later)."""
-    return [point for point in points if point[PASSES] <= 1.1 * passes][-1]
+def _at(points: list[list[float]], passes: float) -> list[float] | None:
+    """The last point that took no more passes, but for an eighth of them: the last step may end a little later."""
+    return next((point for point in reversed(points) if point[PASSES] <= 1.125 * passes), None)
 
 
 def _spread(values: list[float]) -> str:

@@ -53,7 +53,7 @@ class Bench:
 
     @staticmethod
     def open(preset: CurvePreset, setting: str, task: str, folder: Path, device: str) -> Bench:
-        """Model, data and engine; the frozen blocks is computed for all samples."""
+        """Model, data and engine; the frozen blocks are computed for all samples."""
         overrides = [
             "train.micro_batch=32",
             *preset.settings[setting].overrides,
@@ -113,11 +113,11 @@ class Bench:
         """Loss and metric of the current weights on validation and test samples."""
         task, evaluator = self.run.config.task, self._evaluator(self.run.engine, calibrated=calibrated)
         offsets = evaluator.offsets(self.run.split("train")) if calibrated else None
-        found = []
+        scores = []
         for split in self.splits.values():
             result = evaluator.score(split, task.metric, len(task.labels), lambda _: None, offsets)
-            found += [result["loss"], result[task.metric]]
-        return found
+            scores += [result["loss"], result[task.metric]]
+        return scores
 
 
 def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any]:
@@ -126,6 +126,7 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
     Returns:
         ``points``: forward passes, seconds, validation loss and metric, test loss and metric. Seconds are those of
         training alone; on a CPU, those that it worked (for one thread: what a run takes on a core of its own).
+        ``fitting``: forward passes that the offsets for predictions take, once, beyond those of training.
         ``diverged``: whether it ended early because losses were not finite.
     """
     bench.reset(seed)
@@ -143,7 +144,8 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
         if done >= marks[0] or step == num_steps:
             points.append(_point(bench, learner, done, seconds))
             marks = [mark for mark in marks if mark > done] or [math.inf]
-    return {"steps": step, "diverged": step < num_steps, "points": points}
+    fitting = bench.num_train if learner.calibrated else 0
+    return {"steps": step, "diverged": step < num_steps, "fitting": fitting, "points": points}
 
 
 def _point(bench: Bench, learner: Learner, done: int, seconds: float) -> list[float]:

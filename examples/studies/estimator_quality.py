@@ -86,7 +86,7 @@ def put(run: Run, weights: Vector) -> None:
 
 
 def gradient(run: Run) -> Vector:
-    """Of the loss of all training samples, by back-propagation."""
+    """The gradient of the loss of all training samples, by back-propagation."""
     names, parameters = zip(*trainable(run), strict=True)
     total = [torch.zeros_like(p) for p in parameters]
     batch = run.split("train")
@@ -105,15 +105,15 @@ def gradient(run: Run) -> Vector:
 def way_of_adamw(run: Run, lr: float, points: tuple[int, ...]) -> dict[int, Vector]:
     """Weights after so many full-batch steps."""
     optimiser = torch.optim.AdamW([p for _, p in trainable(run)], lr=lr, weight_decay=0.0)
-    found = {}
+    weights_at = {}
     for step in range(max(points) + 1):
         g = gradient(run)
         if step in points:
-            found[step] = {name: p.detach().clone() for name, p in trainable(run)}
+            weights_at[step] = {name: p.detach().clone() for name, p in trainable(run)}
         for name, parameter in trainable(run):
             parameter.grad = g[name]
         optimiser.step()
-    return found
+    return weights_at
 
 
 def dot(a: Vector, b: Vector) -> float:
@@ -123,10 +123,10 @@ def dot(a: Vector, b: Vector) -> float:
 
 def vector(run: Run, combination: Combination) -> Vector:
     """A combination as weights."""
-    made = {name: torch.zeros_like(p) for name, p in trainable(run)}
-    for name, tensor in made.items():
+    total = {name: torch.zeros_like(p) for name, p in trainable(run)}
+    for name, tensor in total.items():
         run.engine.law.add(tensor, [combination], [tensor], param_id=param_id(name), shape=tensor.shape)
-    return made
+    return total
 
 
 @dataclass
@@ -205,12 +205,13 @@ def study(preset: Preset, chosen: list[Contender], estimates: int, folder: Path)
             put(run, weights)
             norm = dot(g := gradient(run), g) ** 0.5
             for contender in (c for c in chosen if (c.law, c.rank, c.calibrated) == (law, rank, calibrated)):
-                found = measure(run, contender, weights, contender.draws(estimates))
-                rows.append({"label": contender.label, "law": law, "point": point, "gradient_norm": norm, **found})
-                figures = "  ".join(f"{name} {found[name]:9.4g}" for name in ("error", "best_error", "run_error"))
-                passes = f"{found['passes_per_step']:6.1f} passes a step"
+                measured = measure(run, contender, weights, contender.draws(estimates))
+                rows.append({"label": contender.label, "law": law, "point": point, "gradient_norm": norm, **measured})
+                figures = "  ".join(f"{name} {measured[name]:9.4g}" for name in ("error", "best_error", "run_error"))
+                passes = f"{measured['passes_per_step']:6.1f} passes a step"
                 print(
-                    f"AdamW {point:3}  {contender.label:38} {figures}  {passes}  {found['seconds']:5.1f} s", flush=True
+                    f"AdamW {point:3}  {contender.label:38} {figures}  {passes}  {measured['seconds']:5.1f} s",
+                    flush=True,
                 )
     return rows, size
 
@@ -224,10 +225,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 1 + 0.4 * len(labels)), layout="constrained")
     axes = figure.subplots()
     for k, point in enumerate(points):
-        found = {row["label"]: row["run_error"] for row in result["rows"] if row["point"] == point}
+        errors = {row["label"]: row["run_error"] for row in result["rows"] if row["point"] == point}
         height = 0.8 / len(points)
         places = [y + 0.4 - height * (k + 0.5) for y in range(len(labels))]
-        axes.barh(places, [found[label] for label in labels], height, label=f"after {point} steps of AdamW")
+        axes.barh(places, [errors[label] for label in labels], height, label=f"after {point} steps of AdamW")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xscale("log")
     axes.set_xlabel("run_error: squared error over the gradient's square, per step (less is better)")

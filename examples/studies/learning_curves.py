@@ -72,8 +72,8 @@ class Results:
     def __init__(self, path: Path, about: Record) -> None:
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        found = (json.loads(line) for line in lines)
-        self.runs = {_key(r["label"], r["lr"], r["seed"]): r for r in found if r["kind"] == "run"}
+        records = (json.loads(line) for line in lines)
+        self.runs = {_key(r["label"], r["lr"], r["seed"]): r for r in records if r["kind"] == "run"}
         self._about: Record | None = {"kind": "about", **about}
 
     def add(self, record: Record) -> None:
@@ -85,25 +85,41 @@ class Results:
             sink.write(json.dumps(record) + "\n")
         self.runs[_key(record["label"], record["lr"], record["seed"])] = record
 
+    def find(self, label: str, lr: float, seed: int) -> Record | None:
+        """A run that is there."""
+        return self.runs.get(_key(label, lr, seed))
+
 
 def _key(label: str, lr: float, seed: int) -> tuple[str, float, int]:
     return label, rounded(lr), seed
 
 
-def about(job: Job) -> Record:
-    """What every result file says of where it comes from."""
+def provenance(processes: str, seeds: str) -> Record:
+    """What every result file says of where it comes from.
+
+    Args:
+        processes: how the machine was used.
+        seeds: which, and what for.
+    """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip() + (" with changes" if dirty else ""),
-        "machine": f"{processor()}, {os.cpu_count()} cores; a process with {job.threads} thread(s) per data set",
+        "machine": f"{processor()}, {os.cpu_count()} cores; {processes}",
         "versions": f"mezo_dist {mezo_dist.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
-        "seeds": f"{TUNING_SEED} to choose the rate, then {list(PRESETS[job.preset].seeds)}",
-        "columns": "forward passes, seconds, validation loss, validation metric, test loss, test metric",
+        "seeds": seeds,
     }
+
+
+def about(job: Job) -> Record:
+    """Head of a result file."""
+    processes = f"a process with {job.threads} thread(s) per data set"
+    seeds = f"{TUNING_SEED} to choose the rate, then {list(PRESETS[job.preset].seeds)}"
+    columns = "forward passes of training, seconds, validation loss, validation metric, test loss, test metric"
+    return {**provenance(processes, seeds), "columns": columns}
 
 
 def work(job: Job) -> None:
@@ -143,9 +159,9 @@ def run(bench: Bench, job: Job, learner: Learner, lr: float, seed: int, results:
     """One run, from the file if it is there."""
     key = _key(learner.label, lr, seed)
     if key not in results.runs:
-        found = learn(bench, learner, lr, seed)
-        results.add({"kind": "run", "label": learner.label, "lr": rounded(lr), "seed": seed, **found})
-        done, seconds, _, validation, _, test = found["points"][-1]
+        curve = learn(bench, learner, lr, seed)
+        results.add({"kind": "run", "label": learner.label, "lr": rounded(lr), "seed": seed, **curve})
+        done, seconds, _, validation, _, test = curve["points"][-1]
         figures = f"{done:7} passes {seconds:6.1f} s  validation {validation:.3f}  test {test:.3f}"
         print(f"{job.setting:8}{job.task:16} {learner.label:42} lr {lr:<8g} seed {seed}  {figures}", flush=True)
     return results.runs[key]

@@ -6,8 +6,6 @@ To add one: a config dataclass, a state dataclass and a planner (see `mezo.py`),
 
 from __future__ import annotations
 
-from typing import Any
-
 from mezo_dist.algorithms.base import Algorithm, Problem
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
 from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
@@ -23,7 +21,7 @@ ALGORITHMS: dict[str, tuple[type, type]] = {
 """Name -> (settings, planner)."""
 
 
-def build(name: str, settings: Settings, problem: Problem) -> Algorithm[Any]:
+def build(name: str, settings: Settings, problem: Problem) -> Algorithm[object]:
     """The planner ``name`` with its ``settings``, an instance of the config class in `ALGORITHMS`.
 
     What its state is depends on ``name``: only the planner itself looks into it.
@@ -33,5 +31,5 @@ def build(name: str, settings: Settings, problem: Problem) -> Algorithm[Any]:
         settings: an instance of the config class that stands there.
         problem: what the algorithm may know about the run.
     """
-    planner: Algorithm[Any] = ALGORITHMS[name][1](settings, problem)
+    planner: Algorithm[object] = ALGORITHMS[name][1](settings, problem)
     return planner

@@ -19,6 +19,7 @@ from mezo_dist.algorithms.operations import CopyAnchor, Operation, total_added
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import Json, JsonObject
 
 Batch = Literal["minibatch", "full"]
 Base = Literal["current", "anchor"]
@@ -162,7 +163,7 @@ class Algorithm(Protocol[StateT]):
         """
 
 
-def state_to_json(state: Any) -> Any:
+def state_to_json(state: Any) -> Json:
     """A frozen dataclass of JSON types, `Combination`, tuples and nested such dataclasses, as JSON."""
     if isinstance(state, Combination):
         return state.to_json()
@@ -173,13 +174,13 @@ def state_to_json(state: Any) -> Any:
     return state
 
 
-def state_from_json(kind: type[StateT], data: dict[str, Any]) -> StateT:
+def state_from_json(kind: type[StateT], data: JsonObject) -> StateT:
     """Read `state_to_json` back; field types tell what each value was."""
     hints = typing.get_type_hints(kind)
     return kind(**{name: _value_from_json(hints[name], value) for name, value in data.items()})
 
 
-def _value_from_json(kind: Any, value: Any) -> Any:
+def _value_from_json(kind: object, value: Any) -> object:
     if kind is Combination:
         return Combination.from_json(value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):

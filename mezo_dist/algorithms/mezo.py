@@ -6,7 +6,7 @@
 With ``per_sample`` the loss of sample i is probed along a direction z_i of its own: p_i = (L_i(w + eps z_i) -
 L_i(w - eps z_i)) / (2 eps), and k runs over the samples (and over the directions of each, if they have several).
 
-Its settings make a family of it, and they go together:
+Its settings, which can be combined:
 
 * ``directions``: SPSA with n directions (Spall 1992); ``one_sided``: n + 1 forward passes for them instead of 2 n.
 * ``scaling: sign``: the sign of p_k in its place. Under ``law: rademacher``, with one direction, that is the sign of
@@ -14,7 +14,7 @@ Its settings make a family of it, and they go together:
 * ``scaling: normalised``: p_k over the standard deviation of all p_k of the step. With ``one_sided``, directions: 8 and
   ``law: rademacher``, this is the step of FZOO (Dang et al. 2025, arXiv 2506.09034) up to a constant in the learning
   rate, which becomes a length: steps are as long where the loss is flat as where it is steep.
-* ``clip``: no p_k is larger; one wild batch cannot carry the weights away.
+* ``clip``: a bound on the size of every p_k, so that one outlier batch cannot move the weights far.
 * ``momentum``: a decaying mean of the last estimates, normalised (`mezo_dist.algorithms.momentum`).
 * ``pool``: the directions come from a pool of K seeds, as in FedKSeed (Qin et al. 2023, arXiv 2312.06353). The model is
   then its base and K numbers, however many steps it took. Only so can weights be pulled back to their base

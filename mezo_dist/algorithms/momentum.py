@@ -17,7 +17,8 @@ from mezo_dist.directions.combination import Combination
 
 @dataclass(frozen=True)
 class Momentum:
-    """Step along a weighted mean of the last estimates. Memory: a few scalars for each, and no copy of the weights.
+    """Step along a weighted mean of the last estimates. It takes a few scalars of memory for each, and no copy of the
+    weights.
 
     The mean is normalised: learning rates need no change when momentum is switched on.
     """

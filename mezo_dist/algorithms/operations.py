@@ -1,8 +1,8 @@
 """What an update does to the weights: a short list of operations, which one function interprets (torch-free).
 
-An operation says what happens and nothing about how: where the weights live, and how sums are rounded to 16 bits, is
-the business of whatever owns them (`EditableWeights`). A further operation (a momentum buffer, Adam's statistics) is
-one more class here and one more case in `apply_updates`.
+An operation says what happens, not how: the owner of the weights (`EditableWeights`) knows where they live and how sums
+are rounded to 16 bits. A further operation (a momentum buffer, Adam's statistics) is one more class here and one more
+case in `apply_updates`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The reader of config files checks types by itself; settings that are written in 
 from __future__ import annotations
 
 import typing
-from typing import Any, Literal
+from typing import Literal
 
 MANY = 10**9
 """More steps, samples or tokens than any run has: a larger number is a slip, or meant to exhaust the memory."""
@@ -32,7 +32,7 @@ def check_ranges(section: object, prefix: str = "", **ranges: tuple[float, float
         raise ValueError(f"{prefix}{name}: must be at {limit}, not {value}")
 
 
-def check_types(section: Any, prefix: str = "") -> None:
+def check_types(section: object, prefix: str = "") -> None:
     """Check the fields of a dataclass against their annotations: numbers, truth values, words of a choice, sections.
 
     Args:
@@ -49,7 +49,7 @@ def check_types(section: Any, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name}: must be {' or '.join(map(_in_words, kinds))}, not {value!r}")
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def _is_of(value: object, kind: type) -> bool:
     if typing.get_origin(kind) is Literal:
         return isinstance(value, str) and value in typing.get_args(kind)
     if kind is float:
@@ -59,7 +59,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _in_words(kind: Any) -> str:
+def _in_words(kind: type) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(typing.get_args(kind))
     words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}

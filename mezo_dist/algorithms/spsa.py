@@ -81,7 +81,7 @@ def clipped(projected: Sequence[float], limit: float | None) -> list[float]:
 
 
 def typical(values: Sequence[float]) -> float:
-    """What is shown as "the" projected gradient: the value if there is one, the root mean square of several."""
+    """The scalar that is logged as the projected gradient: the root mean square, if there are several."""
     return values[0] if len(values) == 1 else float((sum(v * v for v in values) / len(values)) ** 0.5)
 
 

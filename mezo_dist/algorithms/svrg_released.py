@@ -81,6 +81,13 @@ class SVRGReleasedPlanner:
         return SVRGReleasedState(lr=self.config.lr, anchor_lr=self.config.anchor_lr)
 
     def _probe(self, step: int, index: int = 0, base: Combination = ZERO) -> Probe:
+        """What is evaluated on both sides of some weights.
+
+        Args:
+            step: number of the step.
+            index: number of the direction in the step.
+            base: what has been added to the weights in this step.
+        """
         seeds = (self.problem.direction_seed(step, index),)
         batch: Batch = "minibatch" if step % self.config.q else "full"
         return Probe(seeds, self.config.eps, batch, bases=(Variant(base),))

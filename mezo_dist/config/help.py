@@ -10,7 +10,6 @@ import inspect
 import itertools
 import sys
 import typing
-from typing import Any
 
 from mezo_dist.algorithms import ALGORITHMS
 from mezo_dist.config.settings import Setting, algorithm_name, all_settings, choices, describe
@@ -57,10 +56,12 @@ def _explained(setting: Setting) -> tuple[str, str]:
     )
 
 
-def _metavar(kind: Any) -> str:
+def _metavar(kind: type) -> str:
     first = next((item for item in typing.get_args(kind) if item is not type(None)), kind)
     if typing.get_origin(kind) is tuple:
         return "[ITEM,...]"
+    if typing.get_origin(kind) is dict:
+        return "{FIELD:[ITEM,...]}"
     return {int: "N", float: "X"}.get(first, "TEXT")
 
 

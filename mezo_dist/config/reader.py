@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -29,6 +29,7 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.config.settings import HELP, Setting, algorithm_name, all_settings, describe, unknown
 from mezo_dist.config.yaml_file import shown
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import Json
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -37,7 +38,7 @@ MAX_FAULTS = 10
 PATHS = {"model": "model.name", "task": "task.data", "layout": "layout.ds_config"}
 """Settings that may be paths, by the section of each."""
 UNKNOWN = "unexpected_keyword_argument"
-UNION_MEMBER = re.compile(r"str|int|float|literal\[.*")
+UNION_MEMBER = re.compile(r"bool|str|int|float|literal\[.*")
 """Where a value may have several types, pydantic reports a fault for each, whose place ends in the name of the type."""
 
 
@@ -57,8 +58,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if "task" in options:
         data["task"], folder = options.pop("task"), Path()
     given = _Given(str(path), str(path), options)
-    if isinstance(data.get("task"), str):
-        task = folder / data["task"]
+    if isinstance(file := data.get("task"), str):
+        task = folder / file
         data["task"], given = yaml_file.read(task, "task file"), dataclasses.replace(given, task=str(task))
         origin["task"] = os.path.realpath(task.parent)
     if isinstance(known := data.get("origin", {}), dict):  # of a config that was read before, and saved
@@ -67,7 +68,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _build(data, given)
 
 
-def from_dict(data: Mapping[str, Any], source: str) -> RunConfig:
+def from_dict(data: Mapping[str, Json], source: str) -> RunConfig:
     """`RunConfig.to_dict` read back; errors, the same as those of `load`, name ``source``."""
     return _build(data, _Given(source, source, {}))
 
@@ -100,7 +101,7 @@ def _options(overrides: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _build(data: Mapping[str, Any], given: _Given) -> RunConfig:
+def _build(data: Mapping[str, Json], given: _Given) -> RunConfig:
     section = data.get("algorithm")
     name = section.get("name") if isinstance(section, dict) else section
     algorithm = algorithm_name(given.options.get("algorithm.name", name), given.where("algorithm.name"))
@@ -124,8 +125,15 @@ def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
-def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorithm: str) -> Any:
-    """The value that a text on the command line stands for: text as it is where text is wanted, else YAML."""
+def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorithm: str) -> Json:
+    """The value that a text on the command line stands for: text as it is where text is wanted, else YAML.
+
+    Args:
+        name: of the setting, dotted.
+        text: what was given for it.
+        settings: all settings, by dotted name.
+        algorithm: name of the algorithm.
+    """
     if name not in settings:
         raise UserError(f"command line: {unknown(name, settings, algorithm)}\n{HELP}")
     if settings[name].is_section:
@@ -135,8 +143,15 @@ def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorith
     return yaml_file.parse(text, f"command line: {name}: {shown(text)}")
 
 
-def _check_values(value: Any, name: str, given: _Given, depth: int = 0) -> None:
-    """Raises UserError for text that cannot be written down, and for nesting that no setting has."""
+def _check_values(value: Json, name: str, given: _Given, depth: int = 0) -> None:
+    """Raises UserError for text that cannot be written down, and for nesting that no setting has.
+
+    Args:
+        value: a setting's, or a section.
+        name: its dotted name.
+        given: where settings were given.
+        depth: how many sections and lists it lies in.
+    """
     if depth > yaml_file.MAX_DEPTH:
         raise UserError(f"{given.where(name)}: {shown(name)}: nested more than {yaml_file.MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -149,13 +164,20 @@ def _check_values(value: Any, name: str, given: _Given, depth: int = 0) -> None:
         _check_values(item, f"{name}.{key}".removeprefix("."), given, depth + 1)
 
 
-def _filled(data: Mapping[str, Any], options: Mapping[str, Any], settings: Mapping[str, Setting]) -> dict[str, Any]:
+def _filled(
+    data: Mapping[str, Json], options: Mapping[str, Json], settings: Mapping[str, Setting]
+) -> dict[str, object]:
     """All settings in nested dicts: those on the command line before those of the files before the defaults.
 
     What is no setting, and a value where a section should be, stays for pydantic to refuse.
+
+    Args:
+        data: what the files hold.
+        options: values from the command line, by dotted name.
+        settings: all settings, by dotted name.
     """
-    full = dict(data)
-    sections: dict[str, Any] = {"": full}
+    full: dict[str, object] = dict(data)
+    sections: dict[str, object] = {"": full}
     for name, setting in settings.items():
         parent, _, last = name.rpartition(".")
         section = sections.get(parent)
@@ -172,7 +194,13 @@ def _filled(data: Mapping[str, Any], options: Mapping[str, Any], settings: Mappi
 
 
 def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], algorithm: str) -> tuple[str, str]:
-    """The setting that pydantic complains about, and the complaint for people."""
+    """The setting that pydantic complains about, and the complaint for people.
+
+    Args:
+        detail: one of pydantic's complaints.
+        settings: all settings, by dotted name.
+        algorithm: name of the algorithm.
+    """
     place = list(detail["loc"])
     if place[:1] == ["algorithm"]:
         place[1:2] = []  # the name of the algorithm
@@ -200,7 +228,13 @@ def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], algorithm: str
 
 
 def _contradiction(message: str, section: str, settings: Mapping[str, Setting]) -> tuple[str, str]:
-    """What a section says about its own settings, which it names as they are called inside it."""
+    """What a section says about its own settings, which it names as they are called inside it.
+
+    Args:
+        message: the section's.
+        section: its dotted name.
+        settings: all settings, by dotted name.
+    """
     subject, colon, rest = message.partition(":")
     name = f"{section}.{subject}" if f"{section}.{subject}" in settings else subject
     return name, f"{name}{colon}{rest}"

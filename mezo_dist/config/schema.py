@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator
 
@@ -21,6 +21,7 @@ from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.lines import check_lines
 from mezo_dist.config.paths import located
 from mezo_dist.config.task import Task
+from mezo_dist.json_types import JsonObject
 
 NO_RESULTS = ("layout", "output", "distributed", "origin")
 """Sections that do not change what is computed: a run may go on with others."""
@@ -300,23 +301,36 @@ class RunConfig:
             origin=OriginConfig(),
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Every setting as nested dicts of JSON types, in the shape of a config file."""
-        data: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return data
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def digest(self) -> str:
         """SHA-256 of all settings except `NO_RESULTS`."""
         return digest_of(self.to_dict())
 
 
-def digest_of(settings: Mapping[str, Any]) -> str:
+def digest_of(settings: Mapping[str, object]) -> str:
     """The digest of a config as `RunConfig.to_dict` writes it, whether or not it can be read as one."""
     data = {name: value for name, value in settings.items() if name not in NO_RESULTS}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def differences(here: object, there: object, path: str = "") -> list[str]:
+    """Dotted names of the settings in which two configs, as nested dicts, differ.
+
+    Args:
+        here: one of them.
+        there: the other.
+        path: dotted name of both.
+    """
+    if isinstance(here, dict) and isinstance(there, dict):
+        names = sorted(here.keys() | there.keys())
+        return [d for n in names for d in differences(here.get(n), there.get(n), f"{path}.{n}" if path else n)]
+    return [path or "all"] if here != there else []
+
+
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

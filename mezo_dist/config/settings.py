@@ -7,7 +7,7 @@ import difflib
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mezo_dist.algorithms import ALGORITHMS
 from mezo_dist.config.schema import RunConfig
@@ -22,9 +22,9 @@ class Setting:
 
     name: str
     """Dotted, such as ``train.steps``; of a section, ``train``."""
-    kind: Any
+    kind: type
     """Its type; that of a section is its dataclass."""
-    default: Any
+    default: object
     """`dataclasses.MISSING` where a value must be given."""
     owner: type
     """The section that it is a field of."""
@@ -51,8 +51,15 @@ def all_settings(algorithm: str) -> dict[str, Setting]:
     return {setting.name: setting for setting in _walk(RunConfig, "", None, algorithm)}
 
 
-def _walk(section: type, prefix: str, default: Any, algorithm: str) -> Iterator[Setting]:
-    """The fields of a section whose value by default is ``default``; None if its own defaults count."""
+def _walk(section: type, prefix: str, default: object, algorithm: str) -> Iterator[Setting]:
+    """The settings of a section and of the sections inside it.
+
+    Args:
+        section: the dataclass.
+        prefix: what stands before the names of its fields.
+        default: the section's value by default; None if the defaults of its fields count.
+        algorithm: name of the algorithm whose settings stand under that name.
+    """
     kinds = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         name = prefix + field.name
@@ -65,11 +72,11 @@ def _walk(section: type, prefix: str, default: Any, algorithm: str) -> Iterator[
             )
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[object]) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def algorithm_name(name: Any, where: str) -> str:
+def algorithm_name(name: object, where: str) -> str:
     """``name``, if there is such an algorithm.
 
     Raises:
@@ -98,7 +105,7 @@ def unknown(name: str, settings: Mapping[str, Setting], algorithm: str) -> str:
     section = name.rpartition(".")[0]
     beside = [other for other in settings if other.rpartition(".")[0] == section]
     for candidates in (beside, list(settings)):
-        # Of settings with the same last part, the one nearest to the top: it comes last and stays.
+        # Where several settings have the same last part, the one nearest to the top counts: it comes last and stays.
         leaves = {other.rpartition(".")[2]: other for other in sorted(candidates, key=lambda other: -other.count("."))}
         near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
         if near:
@@ -107,7 +114,7 @@ def unknown(name: str, settings: Mapping[str, Setting], algorithm: str) -> str:
     return f"unknown setting {name!r}; there are {', '.join(there)}"
 
 
-def describe(kind: Any) -> str:
+def describe(kind: object) -> str:
     """What a value of a type looks like in a config file."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if kind in words:
@@ -115,6 +122,8 @@ def describe(kind: Any) -> str:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return f"a list of {describe(arguments[0])}"
+    if typing.get_origin(kind) is dict:
+        return f"a mapping of {describe(arguments[0])} to {describe(arguments[1])}"
     if typing.get_origin(kind) is Literal:
         return " or ".join(arguments)
     if dataclasses.is_dataclass(kind):
@@ -122,7 +131,7 @@ def describe(kind: Any) -> str:
     return " or ".join(describe(argument) for argument in arguments)
 
 
-def choices(kind: Any) -> list[str]:
+def choices(kind: object) -> list[str]:
     """The values that a type allows where they can be listed; else empty."""
     if kind is bool:
         return ["true", "false"]
@@ -134,5 +143,5 @@ def choices(kind: Any) -> list[str]:
     return []
 
 
-def _is_nullable(kind: Any) -> bool:
+def _is_nullable(kind: object) -> bool:
     return type(None) in typing.get_args(kind)

@@ -21,8 +21,10 @@ from typing import Literal
 
 from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.lines import check_lines
+from mezo_dist.config.values import Where, names_of
 
 Metric = Literal["accuracy", "f1", "macro-f1", "matthews"]
+TruncateSide = Literal["right", "left"]
 ANSWER = "answer"
 
 
@@ -61,8 +63,8 @@ class Splits:
 class Label:
     """One class."""
 
-    value: str | int
-    """Value of the label field in the data."""
+    value: bool | int | str
+    """Value of the label field in the data: its text, number, ``true`` or ``false``, or the name of the class."""
     word: str
     """Word that stands for the class in the prompt and in reports."""
 
@@ -88,18 +90,27 @@ class Task:
     """Name of the data's field that holds the label."""
     subset: str | None = None
     """Configuration of a hub data set, by its name."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    where: Where = field(default_factory=Where)
+    """Which rows count at all."""
     splits: Splits = field(default_factory=Splits)
     """Which samples are used for what."""
-    truncate: tuple[str, ...] = ("text",)
-    """Fields that are shortened, the longest first, when a prompt exceeds the model's window. Nothing else is."""
+    truncate: tuple[str, ...] | None = None
+    """Fields that are shortened, the longest first, when a prompt exceeds the model's window; ``passage.text`` is a
+    field inside another. Nothing else is shortened. Null: ``text``, where there is a field of that name."""
+    truncate_side: TruncateSide = "right"
+    """The end of such a field that is cut off: ``right``, its last tokens, or ``left``, its first ones. With a
+    classification head it is the end of the text, or of the longer one of a pair."""
     metric: Metric = "accuracy"
     """Figure of merit, between 0 and 1 (matthews: -1 and 1)."""
 
     def __post_init__(self) -> None:
-        check_lines(self, "task.", "name", "data", "label", "subset")
+        check_lines(self, "task.", "name", "data", "label", "subset", "revision")
         if len(self.labels) < 2:
             raise ValueError("task.labels: a classification task needs at least two labels")
-        for what, names in (("value", [str(x.value) for x in self.labels]), ("word", [x.word for x in self.labels])):
+        values = [name for label in self.labels for name in names_of(label.value)]
+        for what, names in (("value", values), ("word", [label.word for label in self.labels])):
             if len(set(names)) < len(names):
                 raise ValueError(f"task.labels: two labels have the same {what}: {names}")
         if ANSWER not in self.prompt:

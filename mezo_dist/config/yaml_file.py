@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import Json
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -34,7 +34,7 @@ _NOT_FINITE = {
 }
 
 
-def read(path: Path, what: str) -> dict[str, Any]:
+def read(path: Path, what: str) -> dict[str, Json]:
     """Read a file of settings.
 
     Args:
@@ -66,7 +66,7 @@ def read(path: Path, what: str) -> dict[str, Any]:
     return settings
 
 
-def parse(text: str, source: str) -> Any:
+def parse(text: str, source: str) -> Json:
     """The value that a YAML text stands for.
 
     Args:
@@ -86,12 +86,12 @@ def parse(text: str, source: str) -> Any:
     return documents[0] if documents else None
 
 
-def dump(data: dict[str, Any]) -> str:
+def dump(data: Mapping[str, Json]) -> str:
     """A YAML text that `read` and other readers of YAML take for ``data``, keys in their order."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message, as it stands in YAML or JSON, cut where it is too long for one."""
     text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:100]} ..."
@@ -100,8 +100,15 @@ def shown(value: Any) -> str:
 _STARTS = (yaml.AliasEvent, yaml.ScalarEvent, yaml.SequenceStartEvent, yaml.MappingStartEvent)
 
 
-def _value(event: yaml.Event, events: Iterator[yaml.Event], source: str, depth: int = 0) -> Any:
-    """The value that begins with ``event``; the rest of its events are taken from ``events``."""
+def _value(event: yaml.Event, events: Iterator[yaml.Event], source: str, depth: int = 0) -> Json:
+    """The value that begins with ``event``; the rest of its events are taken from ``events``.
+
+    Args:
+        event: the first event of the value.
+        events: all events; the rest of the value is taken from them.
+        source: where the text comes from, for messages.
+        depth: how many collections the value lies in.
+    """
     where = f"{source}, line {event.start_mark.line + 1 if event.start_mark else '?'}"
     if isinstance(event, yaml.AliasEvent):
         raise UserError(f"{where}: aliases (*{event.anchor}) are not taken; write the value out, or quote the text")
@@ -122,8 +129,15 @@ def _value(event: yaml.Event, events: Iterator[yaml.Event], source: str, depth: 
         raise UserError(f"{where}: a number of {len(event.value):,} digits is too long") from error
 
 
-def _mapping(events: Iterator[yaml.Event], source: str, depth: int) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
+def _mapping(events: Iterator[yaml.Event], source: str, depth: int) -> dict[str, Json]:
+    """The mapping whose events come next.
+
+    Args:
+        events: all events; those of the mapping are taken from them.
+        source: where the text comes from, for messages.
+        depth: how many collections the mapping lies in.
+    """
+    mapping: dict[str, Json] = {}
     lines: dict[str, int] = {}
     for event in _until(yaml.MappingEndEvent, events):
         line = event.start_mark.line + 1 if event.start_mark else 0

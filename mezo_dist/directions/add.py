@@ -123,7 +123,13 @@ def implementation(device_type: str) -> ModuleType:
 
 
 def _check(weight: Tensor, outputs: Sequence[Tensor], *, is_stochastic: bool) -> None:
-    """Raise ValueError for tensors that no implementation takes."""
+    """Raise ValueError for tensors that no implementation takes.
+
+    Args:
+        weight: what is added to.
+        outputs: where results go.
+        is_stochastic: whether outputs are rounded stochastically.
+    """
     for tensor in (weight, *outputs):
         if tensor.dtype not in DTYPES or not tensor.is_contiguous():
             raise ValueError(f"weights and outputs must be contiguous fp32, bf16 or fp16, not {tensor.dtype}")

@@ -11,26 +11,19 @@ direction need not exist as weights: a linear layer can apply it to its input, a
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mezo_dist.directions import lowrank
 from mezo_dist.directions.add import add, advance
-from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout
+from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 
-BLOCK = 64
-"""Rows of a low-rank direction that one matrix product computes."""
-BLOCKS_AT_ONCE = 64
-"""Blocks of rows whose rows of U are generated together."""
-SEEDS_AT_ONCE = 32
-"""Directions that one call of `add` generates."""
 SCALED_AT_ONCE = 1 << 20
 """Elements that are scaled at a time: 4 MiB of scratch."""
 
@@ -106,8 +99,11 @@ class Law:
             rounding_seed: for bf16 outputs that are to be rounded stochastically.
         """
         if self.is_lowrank and len(shape) >= 2 and any(combinations):
-            pieces = _pieces_of_shard(offset, weight.numel(), shape) if rows is None else _pieces_of_rows(rows, shape)
-            self._add_lowrank(weight, combinations, outputs, param_id, shape, pieces, rounding_seed)
+            if rows is None:
+                pieces = lowrank.pieces_of_shard(offset, weight.numel(), shape)
+            else:
+                pieces = lowrank.pieces_of_rows(rows, shape)
+            lowrank.add_lowrank(weight, combinations, outputs, self.rank, param_id, shape, pieces, rounding_seed)
             return
         offsets = [offset] if rows is None else (rows * math.prod(shape[1:])).tolist()
         add(
@@ -184,10 +180,7 @@ class Law:
         Returns:
             U [num_seeds, rows, rank] and V [num_seeds, columns, rank], fp32; V carries the 1 / sqrt(rank).
         """
-        rows, columns = shape[0], math.prod(shape[1:])
-        u = self._factor(FACTOR_U, seeds, param_id, 0, rows)
-        v = self._factor(FACTOR_V, seeds, param_id, 0, columns)
-        return u, v / math.sqrt(self.rank)
+        return lowrank.factors(self.rank, seeds, param_id, shape)
 
     def vector(self, seeds: Sequence[int], param_id: int, size: int) -> Tensor:
         """The directions of a 1-D parameter.
@@ -200,167 +193,4 @@ class Law:
         Returns:
             fp32 [num_seeds, size].
         """
-        return _fill(self._bits, seeds, param_id, 0, size)
-
-    def _factor(self, bits: BitLayout, seeds: Sequence[int], param_id: int, first_row: int, num_rows: int) -> Tensor:
-        """Rows ``first_row ..`` of one factor of many directions, unscaled: fp32 [num_seeds, num_rows, rank].
-
-        Args:
-            bits: `FACTOR_U` or `FACTOR_V`.
-            seeds: the directions'.
-            param_id: see `seeds.param_id`.
-            first_row: number of the first row.
-            num_rows: number of rows.
-        """
-        flat = _fill(bits, seeds, param_id, first_row * self.rank, num_rows * self.rank)
-        return flat.view(len(seeds), num_rows, self.rank)
-
-    def _add_lowrank(
-        self,
-        weight: Tensor,
-        combinations: Sequence[Combination],
-        outputs: Sequence[Tensor],
-        param_id: int,
-        shape: torch.Size,
-        pieces: Iterable[_Piece],
-        rounding_seed: int | None,
-    ) -> None:
-        """``U diag(c) V^T`` over all directions of a combination, `BLOCK` rows at a time: one matrix product each.
-
-        A product of another shape may be summed in another order. So all have the same shape, whatever the shard, and
-        a row of a matrix gets the same bits wherever it lies.
-
-        Args:
-            weight: a shard of a matrix, or some of its rows.
-            combinations: one per output.
-            outputs: shaped as ``weight``.
-            param_id: see `seeds.param_id`.
-            shape: the whole matrix's.
-            pieces: blocks of rows that ``weight`` consists of.
-            rounding_seed: for bf16 outputs that are to be rounded stochastically.
-        """
-        columns = math.prod(shape[1:])
-        source, targets = weight.view(-1), [output.view(-1) for output in outputs]
-        seeds = sorted({seed for combination in combinations for seed, _ in combination.terms})
-        right = self._factor(FACTOR_V, seeds, param_id, 0, columns) / math.sqrt(self.rank)
-        rights = [_side_by_side(right, seeds, combination).T.contiguous() for combination in combinations]
-        base = torch.zeros(BLOCK, columns)
-        for piece, left in self._with_rows_of_u(pieces, seeds, param_id):
-            here, inside = slice(piece.first, piece.first + piece.length), slice(piece.skip, piece.skip + piece.length)
-            base.view(-1)[inside] = source[here]
-            for combination, v, target in zip(combinations, rights, targets, strict=True):
-                total = base
-                if combination:
-                    c = torch.tensor([c for _, c in combination.terms]).repeat_interleave(self.rank)
-                    total = torch.addmm(base, _side_by_side(left, seeds, combination) * c, v)
-                if rounding_seed is None:
-                    target[here] = total.view(-1)[inside]
-                else:
-                    add(total.view(-1)[inside], [ZERO], [target[here]], param_id=param_id, bits=GAUSSIAN,
-                        offsets=[piece.rows[0] * columns + piece.skip], rounding_seed=rounding_seed)  # fmt: skip
-
-    def _with_rows_of_u(
-        self, pieces: Iterable[_Piece], seeds: Sequence[int], param_id: int
-    ) -> Iterator[tuple[_Piece, Tensor]]:
-        """Each piece with its rows of U, filled up with zeros: [num_seeds, BLOCK, rank].
-
-        They are generated for many pieces at once, because a chunk of the generator is longer than a block's rows.
-
-        Args:
-            pieces: of one shard (all consecutive), or of some rows.
-            seeds: the directions'.
-            param_id: see `seeds.param_id`.
-        """
-        remaining = iter(pieces)
-        while some := list(itertools.islice(remaining, BLOCKS_AT_ONCE)):
-            if isinstance(some[0].rows, range):  # a shard: each piece follows the one before
-                first, last = some[0].rows[0], some[-1].rows[-1]
-                left = self._factor(FACTOR_U, seeds, param_id, first, last + 1 - first)
-            else:
-                offsets = [row * self.rank for piece in some for row in piece.rows]
-                left = _fill(FACTOR_U, seeds, param_id, offsets, self.rank).view(len(seeds), -1, self.rank)
-            left = torch.nn.functional.pad(left, (0, 0, 0, -left.shape[1] % BLOCK))
-            yield from zip(some, left.split(BLOCK, dim=1), strict=True)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The elements that one product is added to: those from ``skip`` on of some rows of the matrix."""
-
-    rows: Sequence[int]
-    """Numbers of the rows, at most `BLOCK`."""
-    skip: int
-    """Elements of these rows before the piece."""
-    first: int
-    """Index of the piece's first element in the tensor that `Law.add` was given."""
-    length: int
-    """Number of elements."""
-
-
-def _pieces_of_shard(offset: int, length: int, shape: torch.Size) -> Iterator[_Piece]:
-    """Blocks of rows, cut at multiples of `BLOCK` whatever the shard.
-
-    Args:
-        offset: index of the shard's first element in the flattened matrix.
-        length: elements of the shard.
-        shape: the whole matrix's.
-    """
-    columns = math.prod(shape[1:])
-    step = BLOCK * columns
-    for start in range(offset // step * step if step else 0, offset + length, max(step, 1)):
-        first, stop = max(start, offset), min(start + step, offset + length)
-        row = start // columns
-        yield _Piece(range(row, min(row + BLOCK, shape[0])), first - start, first - offset, stop - first)
-
-
-def _pieces_of_rows(rows: Tensor, shape: torch.Size) -> Iterator[_Piece]:
-    """Blocks of the rows ``rows`` (int64 [k]), in that order."""
-    columns, numbers = math.prod(shape[1:]), rows.tolist()
-    for k in range(0, len(numbers), BLOCK):
-        some = numbers[k : k + BLOCK]
-        yield _Piece(some, 0, k * columns, len(some) * columns)
-
-
-def _side_by_side(factor: Tensor, seeds: Sequence[int], combination: Combination) -> Tensor:
-    """The factors of a combination's terms as one matrix.
-
-    Args:
-        factor: [num_seeds, n, rank].
-        seeds: the directions that ``factor`` holds, ascending.
-        combination: its seeds are some of ``seeds``.
-
-    Returns:
-        [n, number of terms * rank].
-    """
-    if len(combination) < len(seeds):
-        place = {seed: k for k, seed in enumerate(seeds)}
-        factor = factor[[place[seed] for seed, _ in combination.terms]]
-    return factor.transpose(0, 1).reshape(factor.shape[1], -1)
-
-
-@functools.lru_cache(maxsize=4096)
-def _direction(seed: int) -> Combination:
-    return Combination.single(seed, 1.0)
-
-
-def _fill(bits: BitLayout, seeds: Sequence[int], param_id: int, offset: int | list[int], length: int) -> Tensor:
-    """The values of many directions at the same places.
-
-    Args:
-        bits: bit layout of the directions.
-        seeds: the directions'.
-        param_id: see `seeds.param_id`.
-        offset: index of the first element in the flattened parameter, or of each piece's first element.
-        length: elements of a piece.
-
-    Returns:
-        fp32 [num_seeds, number of pieces * length].
-    """
-    offsets = offset if isinstance(offset, list) else [offset]
-    values = torch.empty(len(seeds), len(offsets) * length)
-    zero = torch.zeros(len(offsets) * length)
-    for first in range(0, len(seeds), SEEDS_AT_ONCE):
-        some = seeds[first : first + SEEDS_AT_ONCE]
-        outputs = list(values[first : first + SEEDS_AT_ONCE])
-        add(zero, [_direction(seed) for seed in some], outputs, param_id=param_id, bits=bits, offsets=offsets)
-    return values
+        return lowrank.fill(self._bits, seeds, param_id, 0, size)

@@ -1,1 +1,1 @@
-"""Processes: which rank this one is, how ranks meet, what crosses between them."""
+"""Processes: the rank of this one, the rendezvous of ranks, and the collectives between them."""

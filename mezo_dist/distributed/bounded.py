@@ -1,4 +1,4 @@
-"""Calls that may never return, with an end."""
+"""A time limit for calls that may never return."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, final
+from typing import TypeVar, final
 
 import numpy as np
 import torch
@@ -21,17 +21,22 @@ from torch import Tensor
 
 from mezo_dist.distributed.watchdog import Watchdog
 from mezo_dist.errors import LostRankError, UserError
+from mezo_dist.json_types import JsonObject
 
 PAYLOAD_WORDS = 32
-"""The first so many words of a round (256 bytes) travel alone, and a shorter round is padded to them: so ranks in
-different rounds still meet and can be told, where collectives of different lengths would kill the processes."""
+"""The first words of a round (256 bytes) travel in a collective of their own, and a shorter round is padded to as many.
+Ranks that are in different rounds then still issue equal collectives, and the error can name them; collectives of
+different lengths would kill the processes."""
+
+
+ValueT = TypeVar("ValueT")
 
 
 class OutOfStepError(RuntimeError):
     """Ranks disagree about the round they are in; going on would corrupt the weights."""
 
 
-def fingerprint(*what: Any) -> int:
+def fingerprint(*what: object) -> int:
     """A 62-bit hash of JSON-serialisable values."""
     text = json.dumps(what, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
@@ -40,6 +45,12 @@ def fingerprint(*what: Any) -> int:
 @final
 class Communicator:
     """The processes of a run and the collectives between them. Use `connect` to make one.
+
+    Args:
+        rank: number of this process.
+        world_size: number of processes.
+        watchdog: says which ranks keep the others waiting; None: nobody watches.
+        ranks_here: ranks on this host; 0 if the launcher does not say.
 
     Attributes:
         rank, world_size: as the launcher gave them; 0 and 1 without a launcher.
@@ -51,7 +62,9 @@ class Communicator:
         stopping: a rank wanted to stop in some round so far; all ranks see this in the same round.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, watch: Watchdog | None = None, ranks_here: int = 0) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, watchdog: Watchdog | None = None, ranks_here: int = 0
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.ranks_here = ranks_here or world_size
@@ -60,7 +73,7 @@ class Communicator:
         self.place = "start"
         self.wants_stop = False
         self.stopping = False
-        self._watch = watch or Watchdog.off()
+        self._watchdog = watchdog or Watchdog.off()
 
     def round(self, values: Tensor, mark: int) -> Tensor:
         """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
@@ -73,7 +86,7 @@ class Communicator:
 
         Raises:
             OutOfStepError: a rank came with another ``mark``; the message names it.
-            LostRankError: a rank is gone. So do all other methods that talk.
+            LostRankError: a rank is gone; all other collectives raise it, too.
         """
         words = torch.zeros(max(PAYLOAD_WORDS, values.numel() + 2), dtype=torch.int64)
         words[0] = mark // self.world_size  # the sum of equal marks stays below 2**62
@@ -132,14 +145,14 @@ class Communicator:
         self.payload_bytes += 8 + len(payload)
         return payload.numpy().tobytes()
 
-    def collect(self, work: Callable[[], Any]) -> list[Any]:
+    def collect(self, work: Callable[[], ValueT]) -> list[ValueT]:
         """What ``work()`` returned on every rank (JSON types), by rank, on every rank. All ranks must call it.
 
         Raises:
             UserError: on all ranks alike, if ``work`` raised OSError or UserError on some: so nobody waits for them.
         """
         try:
-            mine = {"value": work()}
+            mine: JsonObject = {"value": work()}
         except (OSError, UserError) as error:
             mine = {"error": str(error)}
         answers = [json.loads(text) for text in self.gather_texts(json.dumps(mine))]
@@ -191,14 +204,14 @@ class Communicator:
             return
         place = f"{self.place}, {what}" if what else self.place
         try:
-            with self._watch.waiting(place):
+            with self._watchdog.waiting(place):
                 yield
         except RuntimeError as error:
             if not _tells_of_a_lost_rank(error):
                 raise
-            late = self._watch.late() if "imed out" in str(error) else []
+            late = self._watchdog.late() if "imed out" in str(error) else []
             raise LostRankError(
-                f"{place}: {_in_words(late or self._watch.lost())} stopped, or did not answer within "
+                f"{place}: {_in_words(late or self._watchdog.lost())} stopped, or did not answer within "
                 f"distributed.timeout_s (seen on rank {self.rank}, round {self.rounds}); the message of that rank, if "
                 "there is one, says why"
             ) from error

@@ -54,10 +54,10 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
     where = init_method or rendezvous_url(me, timeout_s)
     try:
         store = bounded(lambda: open_store(me, where, deadline), timeout_s + MARGIN_S)
-        met = bounded(lambda: _meet(store, me, deadline, where), timeout_s + MARGIN_S)
+        fresh_store = bounded(lambda: _rendezvous(store, me, deadline, where), timeout_s + MARGIN_S)
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group(backend(), store=met, timeout=timeout, rank=me.rank, world_size=me.world_size)
-        wait_until_connected(met, me.world_size, timeout_s)
+        dist.init_process_group(backend(), store=fresh_store, timeout=timeout, rank=me.rank, world_size=me.world_size)
+        wait_until_connected(fresh_store, me.world_size, timeout_s)
     except TimeoutError as error:
         raise UserError(
             f"{_joining(me, where, timeout_s)}: something there takes connections and says nothing. Either another "
@@ -68,8 +68,8 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
     except (LostRankError, RuntimeError, ValueError) as error:  # torch's own are RuntimeErrors
         raise _explained(error, me, where, timeout_s) from error
     store = dist.distributed_c10d._get_default_store()
-    watch = Watchdog(store, me.rank, me.world_size, min(patience_s, timeout_s / 4), store_holder(store))
-    comm = Communicator(me.rank, me.world_size, watch, me.local_world_size)
+    watchdog = Watchdog(store, me.rank, me.world_size, min(patience_s, timeout_s / 4), store_holder(store))
+    comm = Communicator(me.rank, me.world_size, watchdog, me.local_world_size)
     end_with_launcher(me.launcher, lambda: comm.wants_stop)
     return comm
 
@@ -94,7 +94,13 @@ def open_store(me: ClusterEnvironment, where: str, deadline: float) -> dist.Stor
 
 
 def _wait_for_listener(address: str, port: int, deadline: float) -> None:
-    """Raises LostRankError if nobody listens there until ``deadline``; says after a while that nobody does."""
+    """Raises LostRankError if nobody listens there until ``deadline``; says after a while that nobody does.
+
+    Args:
+        address: host name or address.
+        port: TCP port.
+        deadline: time (`time.monotonic`) at which to give up.
+    """
     hint_at = min(time.monotonic() + HINT_S, deadline)
     while True:
         left = deadline - time.monotonic()
@@ -113,7 +119,15 @@ def _wait_for_listener(address: str, port: int, deadline: float) -> None:
         time.sleep(min(0.2, max(0.0, left)))
 
 
-def _meet(store: dist.Store, me: ClusterEnvironment, deadline: float, where: str) -> dist.Store:
+def _rendezvous(store: dist.Store, me: ClusterEnvironment, deadline: float, where: str) -> dist.Store:
+    """`rendezvous` until the deadline.
+
+    Args:
+        store: where the ranks meet.
+        me: what the launcher said about this process.
+        deadline: time (`time.monotonic`) at which to give up.
+        where: URL of the store, for messages.
+    """
     left = max(0.0, deadline - time.monotonic())
     return rendezvous(store, me.rank, me.world_size, left, min(HINT_S, left / 2), f" at {where}{me.hint}")
 
@@ -131,6 +145,13 @@ def store_holder(store: dist.Store) -> tuple[str, int] | None:
 
 
 def _joining(me: ClusterEnvironment, where: str, timeout_s: float) -> str:
+    """What failed, for the begin of a message.
+
+    Args:
+        me: what the launcher said about this process.
+        where: URL at which ranks meet.
+        timeout_s: seconds that were waited.
+    """
     return (
         f"rank {me.rank} of {me.world_size} (from {me.launcher}) could not join the others at {where} within "
         f"distributed.timeout_s = {timeout_s:g} s"
@@ -138,7 +159,14 @@ def _joining(me: ClusterEnvironment, where: str, timeout_s: float) -> str:
 
 
 def _explained(error: Exception, me: ClusterEnvironment, where: str, timeout_s: float) -> UserError | LostRankError:
-    """What a failure of torch's to connect means: an error of the user's, or a rank that is not there."""
+    """What torch's failure to connect means: an error of the user's, or a rank that is not there.
+
+    Args:
+        error: torch's.
+        me: what the launcher said about this process.
+        where: URL at which ranks meet.
+        timeout_s: seconds that were waited.
+    """
     joining, doctor = _joining(me, where, timeout_s), "`mezo-dist doctor`, started the same way, says what is wrong"
     if "EADDRINUSE" in str(error):
         return UserError(

@@ -1,4 +1,4 @@
-"""What to run when a job does not start: `mezo-dist doctor`, started the same way as the job.
+"""`mezo-dist doctor`: finds out why a job does not start, if it is started the same way as the job.
 
 Every rank looks at itself and at the way to rank 0; once all have met, rank 0 compares what they found and prints one
 line per check, with a verdict. Before they have met, each rank that is stuck prints its own lines.
@@ -83,7 +83,7 @@ def examine(files: Sequence[Path], folder: Path, timeout_s: float) -> list[Line]
     except UserError as error:
         return [Line("launcher", "environment not understood", PROBLEM, str(error))]
     lines = [_launcher(me)]
-    reached = _meeting_point(me, timeout_s) if me.world_size > 1 and me.address else []
+    reached = _way_to_rank_0(me, timeout_s) if me.world_size > 1 and me.address else []
     try:
         comm = connect(timeout_s)
     except (UserError, LostRankError) as error:
@@ -120,11 +120,11 @@ def _launcher(me: environment.ClusterEnvironment) -> Line:
     if me.world_size == 1:
         started = f"{me.launcher}, " if me.launcher else "none: "
         return Line("launcher", f"{started}one process; start me the way the job is started to see all ranks")
-    where = f", meeting at {me.address}:{me.port}" if me.address else ", meeting point from MPI"
+    where = f", rendezvous at {me.address}:{me.port}" if me.address else ", rendezvous through MPI"
     return Line("launcher", f"{me.launcher}: {me.world_size} ranks{where}", WARNING if me.hint else OK, me.hint[2:])
 
 
-def _meeting_point(me: environment.ClusterEnvironment, timeout_s: float) -> list[Line]:
+def _way_to_rank_0(me: environment.ClusterEnvironment, timeout_s: float) -> list[Line]:
     """Whether rank 0 can be reached from here. On rank 0 itself only the name is looked at."""
     try:
         address = str(socket.getaddrinfo(me.address, me.port, type=socket.SOCK_STREAM)[0][4][0])
@@ -197,6 +197,16 @@ def _same(
     hint: str,
     shown: str,
 ) -> Line:
+    """A line on a fact that must be the same on all ranks.
+
+    Args:
+        check: name of the line.
+        values: the fact on every rank.
+        facts: what else the ranks know.
+        verdict: of the line, if ranks differ.
+        hint: what to do then.
+        shown: rank 0's value, as it is shown.
+    """
     others = [f"{value[:12]} on {_who(rank, facts)}" for rank, value in enumerate(values) if value != values[0]]
     if not others:
         return Line(check, f"{shown}, the same on all" if len(values) > 1 else shown)
@@ -204,6 +214,13 @@ def _same(
 
 
 def _unreadable(path: str, values: Sequence[str], facts: Sequence[Facts]) -> Line:
+    """The line on a file that some ranks cannot read.
+
+    Args:
+        path: of the file.
+        values: its digest on every rank; empty where it cannot be read.
+        facts: what else the ranks know.
+    """
     where = ", ".join(_who(number, facts) for number, value in enumerate(values) if not value)
     return Line(path, f"cannot be read on {where}", PROBLEM, "copy it, or use a shared folder")
 
@@ -213,7 +230,13 @@ def _who(rank: int, facts: Sequence[Facts]) -> str:
 
 
 def _shared_folder(comm: Communicator, folder: Path, facts: Sequence[Facts]) -> list[Line]:
-    """Whether a file that rank 0 writes is seen by all."""
+    """Whether a file that rank 0 writes is seen by all.
+
+    Args:
+        comm: the ranks.
+        folder: the folder.
+        facts: what the ranks know of themselves.
+    """
     mark = Path(comm.broadcast_text(str(folder / f".mezo-dist-doctor-{uuid.uuid4().hex}")))
     problem = ""
     if comm.rank == 0:
@@ -260,7 +283,13 @@ def _speed(comm: Communicator) -> list[Line]:
 
 
 def _links(comm: Communicator, facts: Sequence[Facts], clock: Callable[[], float]) -> list[Line]:
-    """Round trips between rank 0 and each other rank: the slowest link, and how far their clocks are apart."""
+    """Round trips between rank 0 and each other rank: the slowest link, and how far their clocks are apart.
+
+    Args:
+        comm: the ranks.
+        facts: what the ranks know of themselves.
+        clock: this rank's, in seconds.
+    """
     links = {rank: offset_and_trip(comm, rank, clock) for rank in range(1, comm.world_size)}
     slow = max(links, key=lambda rank: links[rank][1])
     skewed = max(links, key=lambda rank: abs(links[rank][0]))

@@ -1,4 +1,4 @@
-"""Which rank this process is, of how many, and where they meet: read from what the launcher left in the environment.
+"""Rank, world size and rendezvous of this process, read from the environment variables that the launcher set.
 
 This is the one place that knows launchers. It is torch-free and looks at nothing but the environment (`discover`), the
 network cards (`interface_towards`) and, if nothing else tells where rank 0 is, MPI (`rendezvous_through_mpi`).
@@ -24,7 +24,7 @@ FIRST_PORT, NUM_PORTS = 15000, 15000
 
 @dataclass(frozen=True)
 class ClusterEnvironment:
-    """Which rank this process is, and where the ranks meet."""
+    """Rank, world size and rendezvous of this process."""
 
     launcher: str
     """Name of the launcher, for people; empty if there is none."""
@@ -49,7 +49,7 @@ class ClusterEnvironment:
 
 @dataclass(frozen=True)
 class _Source:
-    """How one family of launchers says it: names of environment variables."""
+    """The names of the environment variables of one family of launchers."""
 
     launcher: str
     rank: str
@@ -62,7 +62,7 @@ TORCH = _Source("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZ
 SLURM = _Source("SLURM's srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
 MPICH = _Source("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 # The innermost launcher comes first: mpirun inside a SLURM job starts its helpers with srun, and torchrun may be
-# started by any of them, so what the outer ones say is about the inner one and not about this process.
+# started by any of them, so the variables of the outer ones describe the inner one and not this process.
 SOURCES = (
     TORCH,
     _Source(
@@ -79,7 +79,7 @@ WAYS = "torchrun, deepspeed, mpirun or srun"
 
 
 def discover(environment: Mapping[str, str]) -> ClusterEnvironment:
-    """Read rank, world size and meeting point from ``environment``; a world of one if no launcher has been there.
+    """Read rank, world size and rendezvous from ``environment``; a world of one if no launcher set any.
 
     ``MASTER_ADDR`` and ``MASTER_PORT`` count under every launcher, if given.
 
@@ -135,7 +135,7 @@ def _hint(source: _Source, environment: Mapping[str, str], world_size: int) -> s
 
 
 def _explain_half(source: _Source, environment: Mapping[str, str]) -> None:
-    """Raises UserError unless half a description can be passed over."""
+    """Raises UserError unless a description that is not complete can be ignored."""
     rank, world_size = (environment.get(name, "") for name in (source.rank, source.world_size))
     if source is SLURM:
         # A batch script has a rank too, but only what srun starts has a step.
@@ -196,7 +196,13 @@ def _name(source: _Source, environment: Mapping[str, str]) -> str:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """The variable as an integer; ``default`` if it is not set or empty."""
+    """The variable as an integer; ``default`` if it is not set or empty.
+
+    Args:
+        environment: the environment variables.
+        name: of the variable.
+        default: its value if it is not set.
+    """
     text = environment.get(name, "")
     if default is not None and not text:
         return default

@@ -15,18 +15,19 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch.distributed as dist
 
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 
 log = logging.getLogger(__name__)
 POLL_S = 0.01
 SLOWEST_POLL_S = 0.25
 """How often a rank other than 0 looks for an answer after a while: a thousand of them must not drown rank 0."""
 REFUSE_S = 2.0
-"""How long rank 0 stays to tell ranks that come late why the job does not start."""
+"""Seconds that rank 0 stays to tell late ranks why the job does not start."""
 WORLD = "world size of the last start"
 
 
@@ -73,8 +74,8 @@ def wait_until_connected(store: dist.Store, world_size: int, timeout_s: float) -
     """Wait until all ranks are here, in a store that `rendezvous` gave. To be called once they are connected to each
     other.
 
-    gloo says that it is as soon as a rank's own ends are. If that rank then stopped at once (for a bad setting, say),
-    those that still connect would now and then be aborted, without a word about why.
+    gloo reports a rank as connected as soon as its ends of the connections are up. If that rank then stopped at once
+    (for a bad setting, say), ranks that still connect would sometimes be aborted without a message.
 
     Args:
         store: from `rendezvous`.
@@ -91,7 +92,13 @@ def wait_until_connected(store: dist.Store, world_size: int, timeout_s: float) -
 
 @final
 class _Clock:
-    """Time to wait, and to say once, after a while, for whom."""
+    """Time to wait, and to say once, after a while, for whom.
+
+    Args:
+        timeout_s: seconds to wait.
+        hint_s: seconds after which it says for whom.
+        hint: what it says besides.
+    """
 
     def __init__(self, timeout_s: float, hint_s: float, hint: str) -> None:
         self._began, self._timeout_s, self._hint_s, self._hint = time.monotonic(), timeout_s, hint_s, hint
@@ -107,13 +114,19 @@ class _Clock:
 
 
 def _receive(store: dist.Store, world_size: int, clock: _Clock) -> dist.Store:
-    """Rank 0: answer until all have heard. What an earlier start's rank has asked is answered too, and does no harm."""
+    """Rank 0: answer until all have heard. Questions of an earlier start's ranks are answered, too, which does no harm.
+
+    Args:
+        store: where the ranks meet.
+        world_size: number of ranks.
+        clock: says when to give up.
+    """
     word = uuid.uuid4().hex
     start = dist.PrefixStore(word, store)
     store.set(WORLD, str(world_size))
     answer = json.dumps({"start": word, "world_size": world_size})
     missing, answered = set(range(1, world_size)), set[int]()
-    outcome: dict[str, Any] = {}
+    outcome: JsonObject = {}
     while missing and not outcome:
         _answer(store, answer, answered)
         missing = _missing(start, missing)
@@ -132,7 +145,13 @@ def _receive(store: dist.Store, world_size: int, clock: _Clock) -> dist.Store:
 
 
 def _answer(store: dist.Store, answer: str, answered: set[int]) -> None:
-    """Answer what was asked, but for the numbers in ``answered``, to which those of the answered are added."""
+    """Answer the questions that were not answered yet.
+
+    Args:
+        store: where the ranks meet.
+        answer: the answer to every question.
+        answered: numbers of the questions that were answered; grows.
+    """
     for number in range(1, store.add("asks", 0) + 1):
         if number not in answered and store.check([f"ask/{number}"]):
             store.set(f"answer/{store.get(f'ask/{number}').decode()}", answer)
@@ -141,15 +160,22 @@ def _answer(store: dist.Store, answer: str, answered: set[int]) -> None:
 
 def _wait_for(
     store: dist.Store, key: str, clock: _Clock, missing: Callable[[], list[int] | set[int]]
-) -> dict[str, Any] | None:
-    """The JSON object under ``key``; None if the time is up before it is there."""
+) -> JsonObject | None:
+    """The JSON object under ``key``; None if the time is up before it is there.
+
+    Args:
+        store: where the ranks meet.
+        key: what is waited for.
+        clock: says when to give up.
+        missing: the ranks that are waited for.
+    """
     pause = POLL_S
     while not store.check([key]):
         if clock.is_up(missing):
             return None
         time.sleep(pause)
         pause = min(1.1 * pause, SLOWEST_POLL_S)
-    value: dict[str, Any] = json.loads(store.get(key))
+    value: JsonObject = json.loads(store.get(key))
     return value
 
 
@@ -158,7 +184,7 @@ def _missing(start: dist.Store, ranks: set[int]) -> set[int]:
     return {rank for rank in ranks if not start.check([f"has/{rank}"])}
 
 
-def _raise_if_failed(outcome: dict[str, Any]) -> None:
+def _raise_if_failed(outcome: JsonObject) -> None:
     if "problem" in outcome:
         raise UserError(outcome["problem"])
     if "missing" in outcome:
@@ -166,6 +192,13 @@ def _raise_if_failed(outcome: dict[str, Any]) -> None:
 
 
 def _disagreement(rank: int, world_size: int, world_size_0: int) -> str:
+    """The message for ranks that were told different world sizes.
+
+    Args:
+        rank: this process's.
+        world_size: what it was told.
+        world_size_0: what rank 0 was told.
+    """
     return (
         f"WORLD_SIZE: rank {rank} was told that there are {world_size} ranks, rank 0 that there are {world_size_0}; "
         "start all ranks of a job with the same number, by one launcher or by the same command line"

@@ -1,4 +1,4 @@
-"""The watchdog says which ranks keep the others waiting: nobody should sit in silence before a rank that hangs.
+"""The watchdog says which ranks keep the others waiting, so that a rank that hangs is named.
 
 Nothing is sent while all goes well. A rank that has waited in a collective for longer than its patience notes that in
 the key-value store where the ranks met, and reads what the others noted: those that do not wait are the late ones.
@@ -16,15 +16,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from mezo_dist.distributed.bounded import bounded
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 log = logging.getLogger(__name__)
 ANSWER_S = 2.0
-"""How long the others get to say that they wait as well; about that long the end after a failure is delayed."""
+"""Seconds that the other ranks get to say that they wait as well; the end after a failure is delayed by about as
+much."""
 LINGER_S = 0.5
-"""How long the rank that holds the store stays after a roll call, so that the others can read what came of it."""
+"""Seconds that the rank that holds the store stays after a roll call, so that the others can read its result."""
 POLL_S = 0.05
 CALL, VERDICT = "mezo_dist/roll-call", "mezo_dist/lost"
 """Keys: somebody calls the roll; the list of the ranks that did not answer it."""
@@ -39,7 +43,7 @@ class _Wait(NamedTuple):
 
 @final
 class Watchdog:
-    """Watches one rank's waiting, on a thread of its own.
+    """Watches how long one rank waits, on a separate thread.
 
     Args:
         store: the key-value store of the process group; None: watch nothing.
@@ -49,9 +53,15 @@ class Watchdog:
     """
 
     def __init__(
-        self, store: Any, rank: int, world_size: int, patience_s: float, holder: tuple[str, int] | None = None
+        self,
+        store: dist.Store | None,
+        rank: int,
+        world_size: int,
+        patience_s: float,
+        holder: tuple[str, int] | None = None,
     ) -> None:
-        self._store, self._rank, self._world_size, self._patience_s = store, rank, world_size, patience_s
+        self._rank, self._world_size, self._patience_s = rank, world_size, patience_s
+        self._store: Any = store  # used only where something is watched
         self._holder = holder
         self._tick_s = min(1.0, patience_s / 4)
         self._wait: _Wait | None = None  # the collective that the main thread is in

@@ -43,7 +43,7 @@ class Anchor:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the copy's contents are the weights.
+        """Within, the weights have the contents of the copy, and the copy those of the weights.
 
         Raises:
             RuntimeError: nothing was kept.

@@ -28,6 +28,7 @@ from mezo_dist.engines.lockstep.passes import ForwardPass
 from mezo_dist.engines.lockstep.unshard import UnshardSchedule
 
 ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 @final
@@ -75,7 +76,7 @@ class Engine:
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not self.layout.is_sharded and compute_dtype is None:  # frozen weights serve as they are
             hooked_modules = [hooked for hooked in hooked_modules if any(weight.trainable for weight in hooked.weights)]
-        self._gathers = UnshardSchedule(self.layout, prefetch=prefetch)
+        self._unshard = UnshardSchedule(self.layout, prefetch=prefetch)
         self._materialise = Materialiser(law, compute_dtype, self.layout, self._need)
         self._fanout = FanOut(hooked_modules, self._materialise)
         self._anchor = Anchor(self.layout, self.trainable)
@@ -84,14 +85,21 @@ class Engine:
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
+        forward: Callable[[nn.Module, ItemT], ResultT],
         *,
         most: int = 0,
         filler: ItemT | None = None,
-    ) -> list[list[Any]]:
+    ) -> list[list[ResultT]]:
         """``forward(model, item)`` for every item (a micro-batch) on every variant: ``result[item][variant]``.
 
-        `evaluate_groups`, with all results at once. Arguments and errors are its.
+        `evaluate_groups` with all results at once; it raises the same errors.
+
+        Args:
+            variants: what to evaluate.
+            items: this rank's micro-batches.
+            forward: calls the model.
+            most: the largest number of items that a rank has.
+            filler: any micro-batch.
         """
         groups = self.evaluate_groups(variants, items, forward, most=most, filler=filler)
         return [row for group in groups for row in group]
@@ -100,12 +108,12 @@ class Engine:
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
+        forward: Callable[[nn.Module, ItemT], ResultT],
         *,
         most: int = 0,
         filler: ItemT | None = None,
         width: int | None = None,
-    ) -> Iterator[list[list[Any]]]:
+    ) -> Iterator[list[list[ResultT]]]:
         """Evaluate ``width`` items at a time in lock step; the results of one such group after another.
 
         Results are the same bits whatever the other items and variants are, and on every layout. Variants of the copied
@@ -138,10 +146,18 @@ class Engine:
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
+        forward: Callable[[nn.Module, ItemT], ResultT],
         filler: ItemT | None,
-    ) -> list[list[Any]]:
-        results: list[list[Any]] = [[None] * len(variants) for _ in items]
+    ) -> list[list[ResultT]]:
+        """One group of items on all variants, those of the copied anchor after the others.
+
+        Args:
+            variants: what to evaluate.
+            items: the micro-batches of the group.
+            forward: calls the model.
+            filler: the micro-batch of a rank that has none left.
+        """
+        results: list[dict[int, ResultT]] = [{} for _ in items]
         for base, place in (("current", contextlib.nullcontext), ("anchor", self._anchor.in_place)):
             chosen = [v for v, variant in enumerate(variants) if variant.base == base]
             if not chosen:
@@ -151,16 +167,23 @@ class Engine:
             for row, some in zip(results, rows, strict=True):
                 for v, result in zip(chosen, some, strict=True):
                     row[v] = result
-        return results
+        return [[row[v] for v in range(len(variants))] for row in results]
 
     def _evaluate_in_place(
         self,
         variants: Sequence[Variant],
         items: Sequence[ItemT],
-        forward: Callable[[nn.Module, ItemT], Any],
+        forward: Callable[[nn.Module, ItemT], ResultT],
         filler: ItemT | None,
-    ) -> list[list[Any]]:
-        """All items on variants of the current contents of the weights, in lock step."""
+    ) -> list[list[ResultT]]:
+        """All items on variants of the current contents of the weights, in lock step.
+
+        Args:
+            variants: what to evaluate; their bases do not count.
+            items: the micro-batches of the group.
+            forward: calls the model.
+            filler: the micro-batch of a rank that has none left.
+        """
         self._materialise.shifts = [variant.shift for variant in variants]
         passes = [
             ForwardPass(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
@@ -183,6 +206,19 @@ class Engine:
             yield
         finally:
             self._materialise.only = None
+
+    @contextlib.contextmanager
+    def keeping_factors(self) -> Iterator[None]:
+        """Within, the thin factors of directions per sample are kept, for forwards that call the model many times."""
+        self._materialise.factors.start_keeping()
+        try:
+            yield
+        finally:
+            self._materialise.factors.stop_keeping()
+
+    def anchor_in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the contents of the copied anchor are the weights. Raises RuntimeError if it was never copied."""
+        return self._anchor.in_place()
 
     def add(self, combination: Combination, rounding_seed: int) -> None:
         """weights <- weights + combination, in place, each rank on its shards.
@@ -260,9 +296,9 @@ class Engine:
         return self.layout.named_weights()
 
     def never_used(self) -> list[str]:
-        """Names of trainable weights that no forward pass has used so far; their updates are noise.
+        """Names of trainable weights that no forward pass has used so far: their updates are noise.
 
-        The probe (`mezo_dist.engines.probe`) cannot tell: weights of an expert may be used by other samples than its.
+        The probe (`mezo_dist.engines.probe`) cannot find them: other samples than those of the probe may use an expert.
         """
         return [name for name in self.trainable if name not in self._fanout.weights_served]
 
@@ -272,23 +308,28 @@ class Engine:
         return [name for name in self.trainable if name in gone]
 
     @property
+    def pass_dtype(self) -> torch.dtype:
+        """Dtype of the forward passes."""
+        return self.compute_dtype or next(self.model.parameters()).dtype
+
+    @property
     def gathers(self) -> int:
         """Collectives that gathered weights so far."""
-        return self._gathers.meter.gathers
+        return self._unshard.meter.gathers
 
     @property
     def gathered_bytes(self) -> int:
         """Bytes of weights that those collectives brought to this rank, its own share among them."""
-        return self._gathers.meter.num_bytes
+        return self._unshard.meter.num_bytes
 
     def _run(self, passes: Sequence[ForwardPass]) -> list[Any]:
         try:
             return self._fanout.run(passes)
         finally:
-            self._gathers.close()
+            self._unshard.close()
 
     def _need(self, hooked: HookedModule, *, keep_current: bool) -> None:
-        self._gathers.need(self._unit_of[hooked], keep_current=keep_current)
+        self._unshard.need(self._unit_of[hooked], keep_current=keep_current)
 
 
 def _shifts_of(variant: Variant, item: Any) -> tuple[Combination, ...]:

@@ -38,7 +38,7 @@ class Weight:
     def tensor(self) -> nn.Parameter:
         """The tensor that the module uses at the moment. It is looked up every time, for layouts put shards and
         gathered weights there in turn (and a reference kept here would keep the memory of the whole model)."""
-        # A plain dict's lookup, also while passes run and reads are watched (`mezo_dist.engines.lockstep.reads`).
+        # A plain dict's lookup, also while passes run and reads are intercepted (`mezo_dist.engines.lockstep.reads`).
         tensor = dict.__getitem__(self.owner._parameters, self.attribute)
         assert tensor is not None
         return tensor

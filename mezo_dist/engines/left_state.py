@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -22,7 +21,7 @@ def states_left(model: nn.Module) -> Iterator[set[str]]:
     names = {module: name for name, module in model.named_modules()}
     assign = nn.Module.__setattr__
 
-    def record(module: nn.Module, attribute: str, value: Any) -> None:
+    def record(module: nn.Module, attribute: str, value: Tensor | nn.Module) -> None:
         if module in names and attribute != "forward":  # the engine's doing
             left.add(_joined(names[module], attribute))
         assign(module, attribute, value)
@@ -50,7 +49,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[tuple[str, str, int], Tensor]]:
                 yield from (((name, attribute, place), leaf) for place, leaf in enumerate(leaves))
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Buffers, and what hangs on the module itself; not its weights, modules and hooks."""
     yield from module._buffers.items()
     yield from ((name, value) for name, value in vars(module).items() if name not in _INNER)

@@ -4,8 +4,8 @@ Weights stream through the CPU several times a step, and on pages of 4 KB much o
 on virtual machines above all. Where the system gives pages of 2 MB to those who ask (``transparent_hugepage`` is
 ``madvise``, a common default), torch asks if it is told to.
 
-Freed blocks malloc keeps for the next layer, or gives back to the system. By default it decides from what it has seen,
-and is wrong twice. Both figures are from two cores, OPT shapes.
+malloc keeps freed blocks for the next layer, or gives them back to the system. By default it decides from the blocks
+that it has seen, and is wrong in two cases (figures from two cores, OPT shapes).
 
 * With whole weights, the blocks that come and go are the activations of all passes of a fan-out, in the same sizes
   layer after layer. If they are given back, every page of them comes with a fault the next time: a quarter of a forward
@@ -34,13 +34,14 @@ LARGEST_KEPT_IF_SHARDED = 2**20
 
 
 def ask_for_huge_pages() -> None:
-    """Have torch ask for large pages for its tensors; before it makes the first one, or it is too late."""
+    """Have torch ask for large pages for its tensors. It has no effect after torch has made the first tensor."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @functools.cache
 def tune_malloc(*, is_sharded: bool) -> None:
-    """Say what becomes of freed blocks, for this process, once: kept with whole weights, given back with sharded ones.
+    """Set, once for this process, what malloc does with freed blocks: keep them with whole weights, give them back with
+    sharded ones.
 
     The command line calls this. A library must not change the memory of somebody else's process.
     """

@@ -23,7 +23,9 @@ class Meter(TorchDispatchMode):
         self.gathers = 0
         self.num_bytes = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         if func.namespace == "c10d":
             self.gathers += 1
             outputs = pytree.tree_leaves(args[0])  # of c10d's collectives the first argument is what they write to

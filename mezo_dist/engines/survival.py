@@ -5,7 +5,7 @@ the spacing is 2^-7 from 1 to 2, where the weights of norms lie, and with eps = 
 gone. Weights that are kept in fp32 and computed in bf16 are rounded up or down by chance instead: the perturbation is
 there on average, among noise that is longer than it. Matrices, whose weights are around 0.02, are fine.
 
-Measured are the cosine between the intended perturbation and the realised one, and the ratio of their lengths. The
+The cosine between the intended perturbation and the realised one, and the ratio of their lengths, are measured. The
 sample is the same part of the whole weight on every layout, and its sums are integers, so that any number of ranks
 comes to the same numbers.
 
@@ -114,6 +114,15 @@ def measure_settings(
     """`measure` the perturbations of an algorithm with these ``settings``, if its eps were one of ``sizes``.
 
     Where ``eps_schedule`` makes eps smaller, the smallest one of the run is measured: it has to survive, too.
+
+    Args:
+        shards: this rank's shards of the trainable weights.
+        law: of the directions.
+        settings: the algorithm's.
+        sizes: values of eps.
+        seed: of the run.
+        compute_dtype: dtype of the forward pass; the weights' own if None.
+        gather_dtype: dtype to which weights are cast before they are gathered; none if None.
     """
     schedule = getattr(settings, "eps_schedule", None)
     factor = schedule.smallest() if schedule else 1.0
@@ -220,7 +229,18 @@ def _moved(
     *,
     one_sided: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The direction on ``piece``, and what is realised of it for each size, over that size (fp64)."""
+    """The direction on ``piece``, and what is realised of it for each size, over that size (fp64).
+
+    Args:
+        piece: the sampled elements, in the dtype in which they are gathered.
+        shard: the shard that they lie in.
+        start: index of the first one in the flattened weight.
+        law: of the directions.
+        direction: seed of the direction.
+        sizes: values of eps.
+        dtype: of the forward pass.
+        one_sided: see `measure`.
+    """
     shifts = [Combination.single(direction, sign * size) for size in sizes for sign in (1, -1)]
     outputs = [torch.empty_like(piece, dtype=dtype) for _ in range(len(shifts) + 1)]
     z = torch.zeros(len(piece))
@@ -237,6 +257,13 @@ def _moved(
 
 
 def _survival(product: int, realised: int, intended: int) -> Survival:
+    """From sums over a sample to the cosine and the ratio of lengths.
+
+    Args:
+        product: sum of r z.
+        realised: sum of r^2.
+        intended: sum of z^2.
+    """
     if not realised:
         return Survival(0.0, 0.0)
     return Survival(product / math.sqrt(realised * intended), math.sqrt(realised / intended))

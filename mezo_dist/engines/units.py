@@ -21,7 +21,8 @@ class Unit:
 
     name: str
     modules: tuple[nn.Module, ...]
-    """What an engine wraps: a block, a module, or several that share weights; none lies inside another one."""
+    """The modules that an engine gathers together: a block, a module, or several that share weights; none lies inside
+    another."""
     hooked_modules: tuple[HookedModule, ...]
     """Where its weights are used."""
     stays: bool

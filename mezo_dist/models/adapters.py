@@ -12,7 +12,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,12 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import OutOfStepError
 from mezo_dist.engines.probe import FlatLossError
 from mezo_dist.errors import LostRankError, UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.models.sliced_checkpoint import WeightSource
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel, PrefixTuningConfig
+    from transformers import PreTrainedModel
 
 FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX_STD = 0.02
@@ -40,7 +45,7 @@ _TASK_TYPES: Mapping[ModelKind, str | None] = {"causal": "CAUSAL_LM", "masked": 
 
 
 def attach(
-    model: Any,
+    model: PreTrainedModel,
     settings: PeftConfig,
     kind: ModelKind,
     source: WeightSource | None,
@@ -48,7 +53,7 @@ def attach(
     *,
     fresh: Iterable[str] = (),
     revision: str | None = None,
-) -> tuple[Any, WeightSource | None]:
+) -> tuple[PeftModel, WeightSource | None]:
     """``model`` with adapters, which are all that has ``requires_grad``, but for a fresh classification head.
 
     Args:
@@ -126,7 +131,17 @@ def prefix_failures_explained(model: Any) -> Iterator[None]:
         ) from error
 
 
-def _peft_config(model: Any, settings: PeftConfig, kind: ModelKind, fresh: Iterable[str]) -> Any:
+def _peft_config(
+    model: PreTrainedModel, settings: PeftConfig, kind: ModelKind, fresh: Iterable[str]
+) -> LoraConfig | PrefixTuningConfig:
+    """peft's settings.
+
+    Args:
+        model: of transformers.
+        settings: of the config.
+        kind: of model.
+        fresh: names of weights that are not from the checkpoint.
+    """
     import peft
     from transformers.pytorch_utils import Conv1D
 
@@ -149,7 +164,14 @@ def _peft_config(model: Any, settings: PeftConfig, kind: ModelKind, fresh: Itera
 def _filled(
     adapted: nn.Module, base: list[tuple[str, nn.Parameter]], source: WeightSource | None, seed: int
 ) -> WeightSource | None:
-    """Give the weights that peft added their values, now or when `WeightSource.read` asks for them."""
+    """Give the weights that peft added their values, now or when `WeightSource.read` asks for them.
+
+    Args:
+        adapted: the model with adapters.
+        base: names and parameters of the model before.
+        source: what fills the weights, if they come without data.
+        seed: run seed.
+    """
     name_of = {id(parameter): name for name, parameter in base}
     dtype = base[0][1].dtype
     known: dict[str, str] = {}
@@ -172,7 +194,14 @@ def _filled(
 
 @final
 class _AdaptedSource:
-    """See `WeightSource`: ``known`` weights are those of another name in ``source``, ``fresh`` ones are made."""
+    """See `WeightSource`: ``known`` weights are those of another name in ``source``, ``fresh`` ones are made.
+
+    Args:
+        source: that of the model before.
+        known: name of a weight -> its name in ``source``.
+        fresh: name and shape of the weights that are drawn.
+        seed: run seed.
+    """
 
     def __init__(
         self, source: WeightSource, known: Mapping[str, str], fresh: Mapping[str, torch.Size], seed: int
@@ -189,7 +218,13 @@ class _AdaptedSource:
 
 
 def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """A fresh weight, fp32. LoRA begins as in peft: A uniform within 1 / sqrt(inputs), B zero, so it adds nothing."""
+    """A fresh weight, fp32. LoRA begins as in peft: A uniform within 1 / sqrt(inputs), B zero, so it adds nothing.
+
+    Args:
+        name: of the weight.
+        shape: of the weight.
+        seed: run seed.
+    """
     draw = torch.Generator().manual_seed(derive_seed(seed, "adapter", name) % 2**63)
     if "lora_B" in name:
         return torch.zeros(shape)
@@ -203,7 +238,7 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def saved_weights(model: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def saved_weights(model: PeftModel, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters' weights under the names that peft reads.
 
     Args:
@@ -225,7 +260,7 @@ def names_to_save(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
 
 
-def settings_to_json(model: Any) -> dict[str, Any]:
+def settings_to_json(model: PeftModel) -> JsonObject:
     """The contents of ``adapter_config.json``, which names the base model."""
     config, base = model.peft_config[_ADAPTER], model.get_base_model()
     data = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.storage.files import open_regular
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MOST_INDEX_BYTES = 64 << 20
 """Indices of the largest models have some ten MB."""
@@ -23,10 +27,15 @@ _CONVERT = (
 )
 
 
-def checkpoint_files(source: str, hf_config: Any, revision: str | None) -> list[Path]:
+def checkpoint_files(source: str, hf_config: PreTrainedConfig, revision: str | None) -> list[Path]:
     """The checkpoint's safetensors files; fetched if ``source`` is a hub name.
 
     A link may lead out of a folder (the hub's cache consists of links), but only to a regular file.
+
+    Args:
+        source: folder or hub name.
+        hf_config: config of the model.
+        revision: of a hub name.
 
     Raises:
         UserError: there are none, the folder holds adapters, or the index names something else than files that are
@@ -35,7 +44,7 @@ def checkpoint_files(source: str, hf_config: Any, revision: str | None) -> list[
     """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    options: JsonObject = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     _check_folder(source, hf_config)
     whole = cached_file(source, SAFE_WEIGHTS_NAME, **options)
     if whole is not None:
@@ -49,7 +58,7 @@ def checkpoint_files(source: str, hf_config: Any, revision: str | None) -> list[
     return [_fetched(source, name, revision) for name in names]
 
 
-def _check_folder(source: str, hf_config: Any) -> None:
+def _check_folder(source: str, hf_config: PreTrainedConfig) -> None:
     """transformers would read other files than those below if one of these were there."""
     if (Path(source) / "adapter_config.json").exists():
         raise UserError(
@@ -90,6 +99,13 @@ def _regular(path: Path) -> Path:
 
 
 def _fetched(source: str, name: str, revision: str | None) -> Path:
+    """A file of the hub, fetched.
+
+    Args:
+        source: hub name.
+        name: of the file.
+        revision: commit, branch or tag.
+    """
     from transformers.utils import cached_file
 
     path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -7,17 +7,20 @@ not depend on which other weights have data in this process, and all layouts hav
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from mezo_dist.directions.seeds import derive_seed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _FLAG = "_is_hf_initialized"
 """By this attribute transformers knows what it must not draw."""
 
 
-def draw(model: Any, names: Iterable[str], seed: int) -> None:
+def draw(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
     """Draw the weights ``names`` of a transformers model, which have data, in place; no other weight changes.
 
     Args:

@@ -1,20 +1,21 @@
-"""Finding the frozen blocks of a model: which of its modules `mezo_dist.models.frozen_cache` need not run twice.
+"""Finding the frozen blocks of a model: the modules that `mezo_dist.models.frozen_cache` runs once per sample.
 
-A model is looked at while it runs on one micro-batch: which modules are called before anything trainable is, and what
-they hand on to one another.
+They are observed while the model runs on one micro-batch: the modules that are called before any trainable one, and the
+tensors that they pass on to one another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mezo_dist.engines.units import find_blocks
 
+_Called = tuple[nn.Module, tuple[object, ...], object]
+"""A module that was called, its arguments, and its output."""
 Inputs = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` (padding on the right) and maybe more, each [n, length]."""
 
@@ -28,14 +29,20 @@ class BlockOutput:
     """-1: it gives a tensor; else a tuple of one and so many Nones."""
 
     @staticmethod
-    def of(module: nn.Module, output: Any, shape: torch.Size) -> BlockOutput | None:
-        """None if the module gives something else than a vector per token, inputs being of ``shape`` [n, length]."""
+    def of(module: nn.Module, output: object, shape: torch.Size) -> BlockOutput | None:
+        """None if the module gives something else than a vector per token, inputs being of ``shape`` [n, length].
+
+        Args:
+            module: the module.
+            output: what it gave.
+            shape: of the inputs, [n, length].
+        """
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
         if not isinstance(first, Tensor) or first.shape[:2] != shape or any(item is not None for item in rest):
             return None
         return BlockOutput(module, len(rest) if isinstance(output, tuple) else -1)
 
-    def given(self, tensor: Tensor) -> Any:
+    def given(self, tensor: Tensor) -> object:
         """The output that ``tensor`` was taken out of."""
         return tensor if self.nones < 0 else (tensor, *[None] * self.nones)
 
@@ -61,9 +68,9 @@ def find_frozen_blocks(model: nn.Module, probe: Inputs) -> tuple[FrozenBlocks, s
     blocks = set(find_blocks(model))
     leading: list[nn.Module] = []
     last: tuple[BlockOutput, ...] = ()
-    handed: Any = None
+    handed: object = None
     reason = ""
-    rest: Sequence[tuple[nn.Module, Any, Any]] = ()
+    rest: Sequence[_Called] = ()
     for place, (block, args, output) in enumerate(called):
         if block not in blocks:
             continue
@@ -84,17 +91,17 @@ def find_frozen_blocks(model: nn.Module, probe: Inputs) -> tuple[FrozenBlocks, s
     ), ""
 
 
-def _frozen_calls(model: nn.Module, probe: Inputs) -> list[tuple[nn.Module, Any, Any]]:
+def _frozen_calls(model: nn.Module, probe: Inputs) -> list[_Called]:
     """Module, arguments and output of all calls that end before anything trainable is used, in order."""
-    called: list[tuple[nn.Module, Any, Any]] = []
+    called: list[_Called] = []
     trainable = {m for m in model.modules() if any(p is not None and p.requires_grad for p in m._parameters.values())}
     reached = False
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: tuple[object, ...]) -> None:
         nonlocal reached
         reached = reached or module in trainable
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if not reached:
             called.append((module, args, output))
 
@@ -108,10 +115,14 @@ def _frozen_calls(model: nn.Module, probe: Inputs) -> list[tuple[nn.Module, Any,
     return called
 
 
-def _leading_children(
-    blocks: set[nn.Module], called: Sequence[tuple[nn.Module, Any, Any]], shape: torch.Size
-) -> list[BlockOutput]:
-    """Children, of the one of ``blocks`` that was entered, that gave one tensor each before anything trainable."""
+def _leading_children(blocks: set[nn.Module], called: Sequence[_Called], shape: torch.Size) -> list[BlockOutput]:
+    """Children of the block that was entered that gave one tensor each before anything trainable was used.
+
+    Args:
+        blocks: the blocks that are not frozen as a whole.
+        called: calls after the last frozen block.
+        shape: of the inputs, [n, length].
+    """
     ends: list[BlockOutput] = []
     for block in blocks:
         children = set(block.children())

@@ -31,10 +31,10 @@ RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
 Group = tuple[Inputs, Tensor | None]
 """A micro-batch: inputs, and the positions that its logits are read at (None for a classifier, which picks them)."""
 
-_known: ContextVar[Sequence[Any] | None] = ContextVar("frozen_known", default=None)
-"""What the modules at the end of the frozen blocks give in the forward pass of this context."""
-_recorded: ContextVar[list[Any] | None] = ContextVar("frozen_recorded", default=None)
-"""Where they write down what they give; the pass stops behind the last of them."""
+_known: ContextVar[Sequence[object] | None] = ContextVar("frozen_known", default=None)
+"""The remembered outputs of the modules at the end of the frozen blocks, for the forward pass of this context."""
+_recorded: ContextVar[list[object] | None] = ContextVar("frozen_recorded", default=None)
+"""The list to which these modules append their outputs; the pass stops after the last of them."""
 
 
 class _Reached(Exception):
@@ -42,7 +42,13 @@ class _Reached(Exception):
 
 
 def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None) -> Tensor:
-    """Every module computes; see `RunModel`."""
+    """Every module computes; see `RunModel`.
+
+    Args:
+        model: the model.
+        inputs: its inputs.
+        positions: int64 [n]: where logits are read; None: everywhere.
+    """
     token = HeadSlice.at(positions)
     try:
         logits: Tensor = model(**inputs).logits
@@ -71,7 +77,7 @@ class FrozenCache:
     def __init__(self, frozen: FrozenBlocks, limit: int, groups: Iterable[Group] = (), *, narrow: bool = False) -> None:
         self.frozen, self.narrow = frozen, narrow
         self._limit, self._used = limit, 0
-        self._latest: tuple[Tensor | None, list[Any]] = None, []
+        self._latest: tuple[Tensor | None, list[object]] = None, []
         self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
         self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
         for block in frozen.blocks[:-1]:
@@ -100,7 +106,13 @@ class FrozenCache:
             remove_layer(module, Layer.FROZEN_CACHE)
 
     def _of(self, model: nn.Module, key: bytes, sample: Group) -> list[Tensor]:
-        """The output of each end for one sample: [length, features], or [1, features] if narrow."""
+        """The output of each end for one sample: [length, features], or [1, features] if narrow.
+
+        Args:
+            model: the model.
+            key: tells the sample from all others.
+            sample: the sample by itself.
+        """
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
@@ -109,6 +121,13 @@ class FrozenCache:
         return computed[key]
 
     def _compute(self, model: nn.Module, group: Group, device: torch.device) -> Iterator[tuple[bytes, list[Tensor]]]:
+        """Run a group through the frozen blocks. Yields the key of each sample, and the output of each end for it.
+
+        Args:
+            model: the model.
+            group: samples that go through together.
+            device: where the model is.
+        """
         outputs: list[Any] = []
         token = _recorded.set(outputs)
         try:
@@ -143,8 +162,15 @@ class FrozenCache:
             yield key + (b"" if position is None else b"@%d" % int(position)), (sample, position)
 
 
-def _skip(block: nn.Module, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The layer around a block before the last frozen one: it hands on what it gets, if that is not looked at."""
+def _skip(block: nn.Module, inner: Forward, hidden: Tensor, *args: object, **kwargs: object) -> object:
+    """The layer around a block before the last frozen one: where outputs are remembered, it passes its input on
+    unchanged.
+
+    Args:
+        block: the block.
+        inner: the forward inside of this layer.
+        hidden: [n, length, features].
+    """
     return inner(hidden, *args, **kwargs) if _known.get() is None else hidden
 
 
@@ -156,7 +182,7 @@ class _Keep:
     """Its place among these modules."""
     is_last: bool
 
-    def __call__(self, module: nn.Module, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, inner: Forward, *args: object, **kwargs: object) -> object:
         known, recorded = _known.get(), _recorded.get()
         if known is not None:
             return known[self.index]
@@ -201,6 +227,14 @@ def attach_frozen_cache(model: nn.Module, groups: Sequence[Group], limit: int) -
 
 
 def _agrees(model: nn.Module, cache: FrozenCache, probe: Group, whole: Tensor) -> bool:
+    """Whether the logits of the frozen cache are those of the whole way.
+
+    Args:
+        model: the model.
+        cache: the cache, attached; it is detached here.
+        probe: a micro-batch.
+        whole: its logits, computed the whole way.
+    """
     inputs, positions = probe
     try:
         short = cache(model, inputs, positions)

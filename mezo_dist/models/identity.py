@@ -7,20 +7,23 @@ import inspect
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mezo_dist.engines.fingerprint import buffers_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _NO_RESULTS = ("transformers_version", "_name_or_path", "name_or_path")
 """Entries of a model config that say where it is from, not what it computes."""
 
 
-def config_digest(hf_config: Any) -> str:
+def config_digest(hf_config: PreTrainedConfig) -> str:
     """32 hexadecimal digits over every entry of a model config of transformers, defaults included."""
     return _digest(json.dumps(_kept(hf_config.to_dict()), sort_keys=True, default=str).encode())
 
 
-def model_digest(model: Any, config: str) -> str:
+def model_digest(model: PreTrainedModel, config: str) -> str:
     """32 hexadecimal digits over what a model computes with beside its weights.
 
     Args:
@@ -35,10 +38,10 @@ def model_digest(model: Any, config: str) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """32 hexadecimal digits over all that decides how a text becomes tokens.
 
-    It must be asked for before the tokenizer is used: a fast one remembers how it last truncated.
+    Call it before the tokenizer is used: a fast tokenizer remembers how it last truncated.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is not None:
@@ -52,7 +55,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return _digest(json.dumps(facts, sort_keys=True).encode())
 
 
-def _kept(value: Any) -> Any:
+def _kept(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _kept(item) for key, item in value.items() if key not in _NO_RESULTS}
     return [_kept(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -17,12 +18,16 @@ from mezo_dist.assets.registry import is_demo, resolve_model
 from mezo_dist.config.schema import ModelConfig, ModelKind
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.models import adapters, fresh_weights
 from mezo_dist.models.checkpoint_files import checkpoint_files
 from mezo_dist.models.identity import config_digest, tokenizer_digest
 from mezo_dist.models.random_weights import open_random
 from mezo_dist.models.sliced_checkpoint import NotSliceableError, WeightSource, materialise, open_checkpoint
 from mezo_dist.models.window import num_tokens_of, window_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 RANDOM = "random:"
@@ -38,7 +43,7 @@ class Pretrained:
     """A model in eval mode with its tokenizer."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     kind: ModelKind
     window: int
     """Longest sequence that the model takes, in tokens."""
@@ -75,7 +80,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     """
     _quieten()
     source = _source(config.name.removeprefix(RANDOM))
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: JsonObject = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         hf_config = _config(source, options)
         tokenizer = _tokenizer(source, options)
@@ -131,6 +136,22 @@ def _is_no_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
+def is_on_hub(config: ModelConfig) -> bool:
+    """The model is in no local folder; the hub's cache holds it, or will."""
+    return not Path(_source(config.name.removeprefix(RANDOM))).exists()
+
+
+def fetch(config: ModelConfig) -> None:
+    """Put what a model on the hub consists of into the hub's cache; `load_model` tells of what is wrong with it."""
+    source = config.name.removeprefix(RANDOM)
+    options: JsonObject = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with contextlib.suppress(UserError, OSError, ValueError):
+        hf_config = _config(source, options)
+        _tokenizer(source, options)
+        if source == config.name:
+            checkpoint_files(source, hf_config, config.revision)
+
+
 def _source(name: str) -> str:
     """What ``from_pretrained`` takes: a folder or a hub name."""
     if is_demo(name):
@@ -149,7 +170,7 @@ def _source(name: str) -> str:
     return name
 
 
-def _config(source: str, options: dict[str, Any]) -> Any:
+def _config(source: str, options: JsonObject) -> PreTrainedConfig:
     import transformers
 
     try:
@@ -158,7 +179,7 @@ def _config(source: str, options: dict[str, Any]) -> Any:
         raise ValueError(f"its config: {error}") from error
 
 
-def _tokenizer(source: str, options: dict[str, Any]) -> Any:
+def _tokenizer(source: str, options: JsonObject) -> PreTrainedTokenizerBase:
     """The tokenizer of the model; for random weights with a config alone, one that takes every byte for a token."""
     import transformers
 
@@ -175,11 +196,19 @@ def _tokenizer(source: str, options: dict[str, Any]) -> Any:
 
 
 def _build(
-    config: ModelConfig, source: str, kind: ModelKind, hf_config: Any, seed: int, *, whole: bool
-) -> tuple[Any, dict[str, Any], WeightSource | None]:
+    config: ModelConfig, source: str, kind: ModelKind, hf_config: PreTrainedConfig, seed: int, *, whole: bool
+) -> tuple[PreTrainedModel, JsonObject, WeightSource | None]:
     """The model; transformers' report of weights that the checkpoint lacks, which were drawn from ``seed``; its source.
 
     A shape that does not match is reported, not raised: the caller's message can tell names.
+
+    Args:
+        config: which model.
+        source: folder or hub name.
+        kind: of model.
+        hf_config: config of transformers.
+        seed: run seed.
+        whole: with all weights.
     """
     import transformers
 
@@ -190,7 +219,7 @@ def _build(
         if whole:
             materialise(model, weights)
         return model, report, None if whole else weights
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: JsonObject = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "fresh head") % 2**63)
         if not whole:
@@ -204,7 +233,14 @@ def _build(
         return *auto_class.from_pretrained(source, **options), None
 
 
-def _check_complete(report: dict[str, Any], kind: ModelKind, name: str) -> None:
+def _check_complete(report: JsonObject, kind: ModelKind, name: str) -> None:
+    """Raises UserError if a checkpoint lacks weights, or has some of another shape.
+
+    Args:
+        report: transformers'.
+        kind: of model.
+        name: of the checkpoint, for messages.
+    """
     missing = _shortened(", ".join(sorted(report["missing_keys"])))
     misshapen = _shortened(", ".join(sorted(key for key, *_ in report["mismatched_keys"])))
     if misshapen:
@@ -237,7 +273,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _kind(config: ModelConfig, hf_config: Any) -> ModelKind:
+def _kind(config: ModelConfig, hf_config: PreTrainedConfig) -> ModelKind:
     if config.head == "classifier":
         return "classifier"
     if config.kind != "auto":

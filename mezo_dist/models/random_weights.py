@@ -1,11 +1,12 @@
-"""Seeded random weights for any architecture, made piece by piece: for benchmarks of shapes that nobody has to hand.
+"""Seeded random weights for any architecture, generated piece by piece: for benchmarks of shapes without a checkpoint
+at hand.
 
 Like directions, they are a function of (seed, parameter name, element index) alone, so every layout has the same model.
 """
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -14,7 +15,12 @@ from mezo_dist.directions.add import add
 from mezo_dist.directions.bits import GAUSSIAN
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.seeds import derive_seed, param_id
+from mezo_dist.json_types import JsonObject
 from mezo_dist.models.sliced_checkpoint import class_of, without_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 STD_SETTINGS = ("initializer_range", "init_std")
 """Where configs of transformers keep the standard deviation of fresh weights; 0.02 if they do not."""
@@ -22,7 +28,13 @@ STD_SETTINGS = ("initializer_range", "init_std")
 
 @final
 class RandomWeights:
-    """Matrices are normal with the standard deviation of the config, biases 0, other vectors 1."""
+    """Matrices are normal with the standard deviation of the config, biases 0, other vectors 1.
+
+    Args:
+        std: standard deviation of matrices.
+        seed: run seed.
+        dims: number of dimensions of every parameter, by canonical name.
+    """
 
     def __init__(self, std: float, seed: int, dims: dict[str, int]) -> None:
         """``dims``: the number of dimensions of every parameter, by canonical name."""
@@ -40,9 +52,21 @@ class RandomWeights:
 
 
 def open_random(
-    auto_class: Any, config: Any, dtype: torch.dtype, seed: int, trust_remote_code: bool = False
-) -> tuple[Any, dict[str, Any], RandomWeights]:
-    """A model of ``config`` without data, and what fills it; see `sliced_checkpoint.open_checkpoint`."""
+    auto_class: type[_BaseAutoModelClass],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, JsonObject, RandomWeights]:
+    """A model of ``config`` without data, and what fills it; see `sliced_checkpoint.open_checkpoint`.
+
+    Args:
+        auto_class: ``transformers.AutoModelFor...``.
+        config: the model's.
+        dtype: of the weights.
+        seed: run seed.
+        trust_remote_code: let the checkpoint's own code define the class.
+    """
     model_class = class_of(auto_class, config, trust_remote_code)
     with torch.device("meta"):
         whole = model_class(config)

@@ -13,15 +13,20 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from mezo_dist.engines.layouts.base import Shard
+from mezo_dist.json_types import JsonObject
 from mezo_dist.models.checkpoint_files import checkpoint_files
 from mezo_dist.storage import safetensors_io
 from mezo_dist.storage.safetensors_io import Entry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
 class WeightSource(Protocol):
@@ -96,9 +101,15 @@ class _Recipe:
 
 @final
 class CheckpointReader:
-    """Reads pieces of the weights of one model from one checkpoint; see `open_checkpoint`."""
+    """Reads pieces of the weights of one model from one checkpoint; see `open_checkpoint`.
 
-    def __init__(self, model: Any, entries: dict[str, Entry], recipes: dict[str, _Recipe]) -> None:
+    Args:
+        model: without data.
+        entries: the checkpoint's tensors, by name.
+        recipes: how each weight of the model is made of them.
+    """
+
+    def __init__(self, model: PreTrainedModel, entries: dict[str, Entry], recipes: dict[str, _Recipe]) -> None:
         self._entries = entries
         self._recipes = recipes
         self._key: dict[str, str] = {}
@@ -112,7 +123,7 @@ class CheckpointReader:
         self._fresh = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.is_meta}
         assert self._key.keys() | self._fresh.keys() == tensors.keys()
         self._made: tuple[_Recipe | None, dict[str, Tensor]] = (None, {})
-        """The last weights that had to be made whole: the next read is most often of the same."""
+        """The weights that were converted last: the next read is most often of the same ones."""
 
     def read(self, name: str, out: Tensor, offset: int = 0) -> None:
         """See `WeightSource.read`; also reads buffers that are in the checkpoint.
@@ -143,8 +154,8 @@ class CheckpointReader:
 
 
 def open_checkpoint(
-    auto_class: Any, source: str, config: Any, dtype: torch.dtype, **options: Any
-) -> tuple[Any, dict[str, Any], CheckpointReader]:
+    auto_class: type[_BaseAutoModelClass], source: str, config: PreTrainedConfig, dtype: torch.dtype, **options: Any
+) -> tuple[PreTrainedModel, JsonObject, CheckpointReader]:
     """A model without data, and what fills it.
 
     Buffers are there in full, and so are weights that the checkpoint lacks (a fresh head). Everything else has device
@@ -197,8 +208,14 @@ def _tensors(model: nn.Module, *, with_aliases: bool = False) -> Iterator[tuple[
     yield from model.named_buffers(remove_duplicate=not with_aliases)
 
 
-def _tie_equal(model: Any, recipes: dict[str, _Recipe], entries: dict[str, Entry]) -> None:
-    """Tie weights that are in the checkpoint twice, if they are equal there; transformers would compare their data."""
+def _tie_equal(model: PreTrainedModel, recipes: dict[str, _Recipe], entries: dict[str, Entry]) -> None:
+    """Tie weights that are in the checkpoint twice, if they are equal there; transformers would compare their data.
+
+    Args:
+        model: without data.
+        recipes: how each weight is made.
+        entries: the checkpoint's tensors.
+    """
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in recipes and source in recipes:
             pair = [recipes[name] for name in (target, source)]
@@ -209,7 +226,9 @@ def _tie_equal(model: Any, recipes: dict[str, _Recipe], entries: dict[str, Entry
     model.tie_weights(recompute_mapping=False)
 
 
-def class_of(auto_class: Any, config: Any, trust_remote_code: bool) -> Any:
+def class_of(
+    auto_class: type[_BaseAutoModelClass], config: PreTrainedConfig, trust_remote_code: bool
+) -> type[PreTrainedModel]:
     """The model class that ``auto_class`` picks for ``config``.
 
     Args:
@@ -222,9 +241,18 @@ def class_of(auto_class: Any, config: Any, trust_remote_code: bool) -> Any:
 
 
 def without_data(
-    model_class: Any, config: Any, dtype: torch.dtype, tensors: Mapping[str, tuple[torch.Size, torch.dtype]]
-) -> tuple[Any, dict[str, Any]]:
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    tensors: Mapping[str, tuple[torch.Size, torch.dtype]],
+) -> tuple[PreTrainedModel, JsonObject]:
     """``model_class.from_pretrained`` of a checkpoint of which only names, shapes and dtypes are known.
+
+    Args:
+        model_class: of transformers.
+        config: the model's.
+        dtype: of the weights.
+        tensors: shape and dtype of the checkpoint's tensors, by name.
 
     Returns:
         Model with ``tensors`` on device meta and everything else made by the model class; transformers' report.
@@ -247,14 +275,14 @@ class _NoData:
     shape: torch.Size
     dtype: torch.dtype
 
-    def __getitem__(self, _: Any) -> _NoData:
+    def __getitem__(self, _: object) -> _NoData:
         return self
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
-def _recipes(model: Any, entries: dict[str, Entry]) -> dict[str, _Recipe]:
+def _recipes(model: PreTrainedModel, entries: dict[str, Entry]) -> dict[str, _Recipe]:
     """How each weight in ``model.state_dict()`` is made, by transformers' rules for this model class."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -276,7 +304,9 @@ def _recipes(model: Any, entries: dict[str, Entry]) -> dict[str, _Recipe]:
             to_convert.setdefault(name, []).append((key, pattern))
     for name, sources in to_convert.items():
 
-        def convert(tensors: dict[str, Tensor], name: str = name, sources: Any = sources) -> dict[str, Tensor]:
+        def convert(
+            tensors: dict[str, Tensor], name: str = name, sources: list[tuple[str, str]] = sources
+        ) -> dict[str, Tensor]:
             rule = copy.deepcopy(by_pattern[sources[0][1]])
             for key, pattern in sources:
                 rule.add_tensor(name, key, pattern, tensors[key])

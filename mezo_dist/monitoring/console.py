@@ -1,4 +1,4 @@
-"""Where a run shows itself: console, TensorBoard, a JSON line per measurement. Only rank 0 shows and writes.
+"""The output of a run: console, TensorBoard, and a JSON line per measurement. Only rank 0 shows and writes.
 
 A step number here is always the number of steps done: a training step is reported under its own count (1 is
 the first, ``num_steps`` the last), an evaluation under the steps that came before it (0: before the first).

@@ -10,8 +10,9 @@ from pathlib import Path
 import jinja2
 
 from mezo_dist.errors import UserError, printable
+from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.plots import draw, panels, shortened
-from mezo_dist.monitoring.run_data import Json, RunData, as_number, read_run
+from mezo_dist.monitoring.run_data import RunData, as_number, read_run
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import replace_file
 
@@ -103,11 +104,18 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
 
 
 def _setting(header: trajectory.Header, section: str, name: str) -> object:
+    """A setting of the run; ``?`` if its config has none of that name.
+
+    Args:
+        header: of the trajectory.
+        section: of the config.
+        name: of the setting in it.
+    """
     settings = header.config.get(section)
     return settings.get(name, "?") if isinstance(settings, dict) else "?"
 
 
-def _outcome(results: Json) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def _outcome(results: JsonObject) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Names of the metrics, and for each split that was evaluated its name and values."""
     splits = {name: values for name, key in SPLITS.items() if isinstance(values := results.get(key), dict) and values}
     names = list(dict.fromkeys(name for values in splits.values() for name in values))[:MOST_METRICS]
@@ -122,7 +130,7 @@ def _value(value: object) -> str:
     return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"
 
 
-def _event(event: Json) -> str:
+def _event(event: JsonObject) -> str:
     details = [(name, value) for name, value in event.items() if name not in ("time", "event", "step")]
     more = ", ".join(f"{shortened(name)} {_words(value)}" for name, value in details[:MOST_DETAILS])
     return f"{_words(event.get('event'))} after step {_words(event.get('step'))}{f' ({more})' if more else ''}"

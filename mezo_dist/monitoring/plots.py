@@ -20,7 +20,7 @@ SMOOTHING = 0.1
 """Weight of the newest value in the smoothed curve of the training loss."""
 MOST_PLOTS = 20
 MOST_SERIES = 8
-"""Series in one plot; more could not be told apart."""
+"""Largest number of series in one plot; more could not be distinguished."""
 LONGEST_WORDS = 48
 """Characters of a title, a unit or a series' name that are shown."""
 SYSTEM = (
@@ -31,7 +31,7 @@ SYSTEM = (
     ("communicator/payload_bytes_per_step", "Sent by each rank", "bytes per step"),
     ("trajectory/bytes", "Trajectory", "bytes"),
 )
-"""Tags with a plot of their own: tag, title, unit."""
+"""Tags that have a plot each: tag, title, unit."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the files of a run folder say, read so that no content of theirs can stop the reader.
+"""The contents of a run folder's files, read so that no content can stop the reader.
 
 Only the trajectory must be sound. The other files are for people: what is missing is empty here, and what is damaged,
 edited, too large or no regular file is left out, with a line in `RunData.problems`.
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mezo_dist.errors import printable
+from mezo_dist.json_types import JsonObject
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import open_in_place, read_in_place
 from mezo_dist.storage.run_folder import CONFIG, EVENTS, RESULTS
 
 METRICS = "metrics.jsonl"
-Json = dict[str, object]
 """A JSON object."""
 Series = dict[int, float]
 """Steps done -> value."""
@@ -43,8 +43,8 @@ class RunData:
     log: trajectory.Log
     scalars: dict[str, Series]
     """Tag -> series, from metrics.jsonl. Where a step has two values (it was done again) the last one counts."""
-    events: list[Json]
-    results: Json
+    events: list[JsonObject]
+    results: JsonObject
     config: str
     """The text of config.yaml."""
     problems: list[str]
@@ -109,7 +109,7 @@ def read_scalars(path: Path, problems: list[str]) -> dict[str, Series]:
     return {tag: dict(sorted(values.items())) for tag, values in series.items()}
 
 
-def _json_lines(path: Path, problems: list[str]) -> Iterator[Json]:
+def _json_lines(path: Path, problems: list[str]) -> Iterator[JsonObject]:
     """The JSON objects in a log, from its last `MOST_LOG_BYTES`."""
     damaged, first = 0, 0
     for number, line in enumerate(_lines(path, problems), start=1):
@@ -164,7 +164,7 @@ def _read_text(path: Path, problems: list[str]) -> str:
     return ""
 
 
-def _read_results(path: Path, problems: list[str]) -> Json:
+def _read_results(path: Path, problems: list[str]) -> JsonObject:
     before = len(problems)
     text = _read_text(path, problems)
     content = _parse(text)

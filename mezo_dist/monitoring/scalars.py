@@ -1,6 +1,6 @@
 """``metrics.jsonl`` and TensorBoard's event files: the same scalars in both.
 
-The run does not depend on these files: what a resume meets in their place and cannot append to is moved aside.
+The run does not depend on these files: anything in their place that a resumed run cannot append to is moved aside.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calibrated classification: what a model says about a class in general is taken out of the loss.
+"""Calibrated classification: a model's general preference for some classes is taken out of the loss.
 
 A language model favours some answers whatever the text (Zhao et al. 2021, arXiv 2102.09690). That bias is one number
 per class, and few directions in the space of weights (one, if there are two classes) move it for all samples alike.
@@ -102,14 +102,27 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _total(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
-    """n L at the given offsets: fp64 [...]."""
+    """n L at the given offsets: fp64 [...].
+
+    Args:
+        logits: fp64 [..., n, classes].
+        labels: int64 [n].
+        offsets: fp64 [..., classes].
+    """
     moved = logits + offsets.unsqueeze(-2)
     of_label = moved.gather(-1, labels.expand(moved.shape[:-1]).unsqueeze(-1)).squeeze(-1)
     return (moved.logsumexp(-1) - of_label).sum(-1) + RIDGE / 2 * offsets.square().sum(-1)
 
 
 def _descend(logits: Tensor, labels: Tensor, offsets: Tensor, step: Tensor) -> Tensor:
-    """``offsets`` - ``step``, where the step is halved until the loss does not rise."""
+    """``offsets`` - ``step``, where the step is halved until the loss does not rise.
+
+    Args:
+        logits: fp64 [..., n, classes].
+        labels: int64 [n].
+        offsets: fp64 [..., classes].
+        step: shaped as ``offsets``.
+    """
     before = _total(logits, labels, offsets)
     for _ in range(40):
         worse = _total(logits, labels, offsets - step) > before

@@ -1,4 +1,4 @@
-"""Objectives: what a forward pass of one micro-batch says about its samples.
+"""Objectives: losses and predictions from a forward pass of one micro-batch.
 
 Losses are computed in fp32 from the logits, whatever the model's dtype, one per sample.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What one forward pass says about each of its samples."""
+    """Losses and predictions of one forward pass, for each of its samples."""
 
     loss: Tensor
     """fp32 [n]: sum of losses over the things that ``weight`` counts."""

@@ -1,9 +1,9 @@
-"""What an `Optimizer` is given, checked before anything is done with it."""
+"""The arguments of an `Optimizer`, checked before anything is done with them."""
 
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import nn
@@ -14,9 +14,17 @@ from mezo_dist.errors import UserError
 
 
 def check_arguments(
-    model: nn.Module, algorithm: Any, law: str, batch_size: int | None, num_steps: int | None, full_batch: Any
+    model: nn.Module, algorithm: object, law: str, batch_size: int | None, num_steps: int | None, full_batch: object
 ) -> None:
     """Check the arguments of `mezo_dist.Optimizer` that have these names.
+
+    Args:
+        model: has a trainable weight of a dtype that can be trained.
+        algorithm: settings of an algorithm.
+        law: name of a law.
+        batch_size: set for a direction per sample.
+        num_steps: set where a schedule needs it.
+        full_batch: None, or something with a length.
 
     Raises:
         UserError: one of them cannot be used, or needs another one; the message names it.

@@ -1,19 +1,20 @@
-"""The trajectory of an `Optimizer`: every step in a file from which the weights can be made again."""
+"""The trajectory of an `Optimizer`: a file of all steps, from which the weights can be rebuilt."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from torch import nn
 
 import mezo_dist
 from mezo_dist import algorithms
-from mezo_dist.algorithms.base import Algorithm, Problem, state_from_json
+from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms.base import Algorithm, Problem, StateT, state_from_json
 from mezo_dist.algorithms.step import Progress, StepResult
-from mezo_dist.config.schema import digest_of
+from mezo_dist.config.schema import differences, digest_of
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.join import join
@@ -21,12 +22,13 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.fingerprint import buffers_digest
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.storage.replay import logged_step, replay_steps
 from mezo_dist.storage.trajectory import Header, Log, Mark, parse, read_bytes
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 
-def describe(algorithm: Any, law: Law, problem: Problem) -> dict[str, Any]:
+def describe(algorithm: Settings, law: Law, problem: Problem) -> JsonObject:
     """The settings of an `Optimizer` in JSON types: what a trajectory's header needs to make its steps again.
 
     Args:
@@ -46,12 +48,12 @@ def describe(algorithm: Any, law: Law, problem: Problem) -> dict[str, Any]:
     )
 
 
-def planner_of(settings: dict[str, Any], source: str) -> Algorithm[Any]:
+def planner_of(settings: JsonObject, source: str) -> Algorithm[object]:
     """The planner that `describe` described. Raises UserError, naming ``source``, if it does not fit this version."""
     try:
         name = settings["algorithm"]["name"]
         kind = algorithms.ALGORITHMS[name][0]
-        config: Any = state_from_json(kind, settings["algorithm"])
+        config: Settings = state_from_json(kind, settings["algorithm"])
         return algorithms.build(name, config, Problem(**settings["problem"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: not the trajectory of a mezo_dist.Optimizer of this version ({error!r})") from error
@@ -66,7 +68,7 @@ class TrajectoryLog:
 
     @staticmethod
     def open(
-        path: Path, settings: dict[str, Any], engine: Engine, comm: Communicator, *, resume: bool
+        path: Path, settings: JsonObject, engine: Engine, weights: str, comm: Communicator, *, resume: bool
     ) -> TrajectoryLog:
         """Begin a trajectory, or go on with one. Collective.
 
@@ -74,15 +76,15 @@ class TrajectoryLog:
             path: of the file.
             settings: from `describe`.
             engine: owns the base weights.
+            weights: their fingerprint.
             comm: the processes.
             resume: go on with the file if there is one.
 
         Raises:
             UserError: on all processes: the file exists and is not to be resumed, is damaged, or is of other settings
-                or
-                another base model; or it cannot be written.
+                or another base model; or it cannot be written.
         """
-        header = _header(settings, engine)
+        header = _header(settings, engine, weights)
         writers: list[TrajectoryWriter] = []
 
         def begin() -> str:
@@ -104,21 +106,20 @@ class TrajectoryLog:
         recorded = parse(text.encode(), path) if text else None
         return TrajectoryLog(recorded, writers[0] if writers else None)
 
-    def replay(self, engine: Engine, planner: Algorithm[Any]) -> Progress[Any]:
+    def replay(self, engine: Engine, planner: Algorithm[StateT]) -> Progress[StateT]:
         """Bring base weights to where the log ends. Collective."""
         if self._recorded is None:
             return Progress(planner.init())
         log = self._recorded
         return replay_steps(engine, log.header.seed, planner, log, len(log.steps), anchor=True)
 
-    def append(self, result: StepResult[Any]) -> None:
+    def append(self, result: StepResult[StateT]) -> None:
         """Log a step; it is on disk when this returns. Raises UserError if that failed."""
         if self._writer is not None:
             self._writer.append(logged_step(result))
 
-    def close(self, engine: Engine, num_steps: int) -> None:
-        """Log the fingerprint of the weights after ``num_steps`` steps, and close the file. Collective."""
-        weights = engine.fingerprint()
+    def close(self, num_steps: int, weights: str) -> None:
+        """Log the fingerprint ``weights`` of the weights after ``num_steps`` steps, and close the file."""
         if self._writer is not None:
             if self._recorded is None or max(self._recorded.marks, default=-1) < num_steps:
                 self._writer.append(Mark(num_steps, weights))
@@ -164,7 +165,22 @@ def replay(
     >>> torch.equal(model.weight, again.weight)
     True
     """
-    path, comm = Path(trajectory), comm or join()
+    path = Path(trajectory)
+    log = _read(path, comm or join())
+    wanted = len(log.steps) if num_steps is None else num_steps
+    if not 0 <= wanted <= len(log.steps):
+        raise UserError(f"num_steps: {path} has {len(log.steps)} steps, not {wanted}")
+    settings = log.header.config
+    planner = planner_of(settings, str(path))
+    law = Law(settings["law"], settings["direction_rank"])
+    engine = Engine(model, law, layout, stochastic_rounding="stochastic" in log.header.weights)
+    _check_same(_header(settings, engine, engine.fingerprint()), log.header, path)
+    replay_steps(engine, log.header.seed, planner, log, wanted)
+    return wanted
+
+
+def _read(path: Path, comm: Communicator) -> Log:
+    """The trajectory, which rank 0 reads for all. Raises UserError if it is missing, damaged or empty. Collective."""
 
     def read() -> str:
         if comm.rank != 0:
@@ -176,26 +192,24 @@ def replay(
     log = parse(comm.collect(read)[0].encode(), path)
     if log is None:
         raise UserError(f"trajectory: {path} has no steps")
-    wanted = len(log.steps) if num_steps is None else num_steps
-    if not 0 <= wanted <= len(log.steps):
-        raise UserError(f"num_steps: {path} has {len(log.steps)} steps, not {wanted}")
-    settings = log.header.config
-    planner = planner_of(settings, str(path))
-    law = Law(settings["law"], settings["direction_rank"])
-    engine = Engine(model, law, layout, stochastic_rounding="stochastic" in log.header.weights)
-    _check_same(_header(settings, engine), log.header, path)
-    replay_steps(engine, log.header.seed, planner, log, wanted)
-    return wanted
+    return log
 
 
-def _header(settings: dict[str, Any], engine: Engine) -> Header:
+def _header(settings: JsonObject, engine: Engine, weights: str) -> Header:
+    """The header of a new trajectory.
+
+    Args:
+        settings: from `describe`.
+        engine: owns the base weights.
+        weights: their fingerprint.
+    """
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in engine.model.parameters() if p.requires_grad})
     rounding = "stochastic rounding" if engine.stochastic_rounding else "to nearest"
     return Header(
         config=settings,
         config_digest=digest_of(settings),
         base_model=type(engine.model).__name__,
-        base_fingerprint=engine.fingerprint(),
+        base_fingerprint=weights,
         model_config=buffers_digest(engine.model),
         tokenizer="",  # tokens and data are the caller's
         data={},
@@ -210,7 +224,13 @@ def _header(settings: dict[str, Any], engine: Engine) -> Header:
 
 
 def _check_same(here: Header, there: Header, path: Path) -> None:
-    """Raises UserError, which names what differs, if a trajectory is not of these settings and base weights."""
+    """Raises UserError, which names what differs, if a trajectory is not of these settings and base weights.
+
+    Args:
+        here: header of this optimizer.
+        there: header of the trajectory.
+        path: of the trajectory, for messages.
+    """
     facts = {
         "base weights": "base_fingerprint",
         "saved buffers": "model_config",
@@ -221,11 +241,3 @@ def _check_same(here: Header, there: Header, path: Path) -> None:
     others += [what for what, name in facts.items() if getattr(here, name) != getattr(there, name)]
     if others:
         raise UserError(f"trajectory: {path} was made with other settings or weights: {', '.join(others)}")
-
-
-def differences(here: Any, there: Any, path: str = "") -> list[str]:
-    """Dotted names of the entries in which two nested dicts differ."""
-    if isinstance(here, dict) and isinstance(there, dict):
-        names = sorted(here.keys() | there.keys())
-        return [d for n in names for d in differences(here.get(n), there.get(n), f"{path}.{n}" if path else n)]
-    return [path or "all"] if here != there else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, Union
+from typing import TypeVar, Union
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ Loss = Union[Tensor, float, "tuple[Tensor | float, int]"]
 LossFunction = Callable[[nn.Module, BatchT], Loss]
 
 
-def loss_and_weight(loss: Any) -> tuple[Tensor, Tensor]:
+def loss_and_weight(loss: object) -> tuple[Tensor, Tensor]:
     """What a loss function returned, as sums of losses (fp32 or fp64 [n]) and what they are sums over (int64 [n]).
 
     Raises:
@@ -42,7 +42,7 @@ def loss_and_weight(loss: Any) -> tuple[Tensor, Tensor]:
     return (tensor.double() * count).reshape(1), torch.tensor([count])
 
 
-def num_samples_of(batch: Any) -> int:
+def num_samples_of(batch: object) -> int:
     """The first dimension of the first tensor in a batch: a tensor, or a mapping or sequence of such.
 
     Raises:
@@ -60,7 +60,7 @@ def num_samples_of(batch: Any) -> int:
     raise UserError("a batch without a tensor: say how many samples it has (Optimizer(num_samples=...))")
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, tuple):

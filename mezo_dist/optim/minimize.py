@@ -91,8 +91,7 @@ def minimize(
 
     Raises:
         UserError: settings or tensors that cannot be used, a function that returns no number, or too many steps in a
-            row
-            without a finite value.
+            row without a finite value.
 
     >>> import torch
     >>> from mezo_dist import MeZO, minimize
@@ -109,26 +108,24 @@ def minimize(
     weights = _Weights(params, Law(law, direction_rank), param_ids(params))
     check_something_decays(algorithm, [(name, tensor.dim()) for name, tensor in params.items()])
     planner = algorithms.build(algorithm.name, algorithm, weights.problem(algorithm, seed, steps))
-    progress, losses, calls = Progress(planner.init()), [], 0
-
-    def evaluate(request: Evaluation, round_number: int) -> Losses:
-        nonlocal calls
-        variants = weights.variants(request.variants)
-        calls += len(variants)
-        draws = [Draw(progress.step, request.batch)] * len(variants)
-        return Losses(tuple(map(_number, mapper(function, variants, draws))))
-
+    progress, evaluator, losses = Progress(planner.init()), _Evaluator(function, mapper, weights), []
     while progress.step < steps:
-        update = take_step(planner, progress, evaluate, weights, seed).update
-        if progress.skipped_in_a_row >= max_skipped:
-            raise UserError(
-                f"max_skipped: {max_skipped} steps in a row had no finite value, the last one step {progress.step}; "
-                "the learning rate or eps is probably too large"
-            )
+        evaluator.step = progress.step
+        update = take_step(planner, progress, evaluator, weights, seed).update
+        _check_skips(progress, max_skipped)
         losses.append(update.metrics["loss"] if update else math.nan)
         if after_step is not None:
             after_step(progress.step, params, update.metrics if update else {})
-    return Minimum(params, tuple(losses), calls)
+    return Minimum(params, tuple(losses), evaluator.calls)
+
+
+def _check_skips(progress: Progress[object], max_skipped: int) -> None:
+    """Raises UserError if the last ``max_skipped`` steps were all skipped."""
+    if progress.skipped_in_a_row >= max_skipped:
+        raise UserError(
+            f"max_skipped: {max_skipped} steps in a row had no finite value, the last one step {progress.step}; "
+            "the learning rate or eps is probably too large"
+        )
 
 
 def _number(value: Any) -> float:
@@ -163,6 +160,11 @@ class _Weights:
     def problem(self, algorithm: Settings, seed: int, steps: int) -> Problem:
         """What an algorithm may know.
 
+        Args:
+            algorithm: its settings.
+            seed: of the directions.
+            steps: how many.
+
         Raises:
             UserError: ``eps: auto``, and the perturbation is lost at every eps.
         """
@@ -191,6 +193,13 @@ class _Weights:
         self.anchor.update({name: tensor.clone() for name, tensor in self.params.items()})
 
     def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
+        """See `EditableWeights.scale`.
+
+        Args:
+            factor: an fp32 value.
+            rounding_seed: seed of stochastic rounding.
+            exempt_vectors: leave tensors with fewer than two dimensions alone.
+        """
         for name, tensor in self.params.items():
             if exempt_vectors and not decays(name, tensor.dim()):
                 continue
@@ -202,3 +211,22 @@ class _Weights:
             stochastic = tensor.dtype == torch.bfloat16
             rounded = [(combination, seed if stochastic else None) for combination, seed in updates]
             self.law.advance(tensor, rounded, param_id=self.ids[name], shape=tensor.shape)
+
+
+@dataclass(eq=False)
+class _Evaluator:
+    """Calls the function on all variants of a round; see `mezo_dist.algorithms.step.Evaluate`."""
+
+    function: Callable[[Params, Draw], float]
+    mapper: Callable[..., Iterable[float]]
+    weights: _Weights
+    step: int = 0
+    """The step that is evaluated."""
+    calls: int = 0
+    """How often the function was called."""
+
+    def __call__(self, request: Evaluation, round_number: int) -> Losses:
+        variants = self.weights.variants(request.variants)
+        self.calls += len(variants)
+        draws = [Draw(self.step, request.batch)] * len(variants)
+        return Losses(tuple(map(_number, self.mapper(self.function, variants, draws))))

@@ -6,16 +6,18 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, final
+from typing import Generic, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from mezo_dist import algorithms
+from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, state_from_json, state_to_json
 from mezo_dist.algorithms.decay import check_something_decays
 from mezo_dist.algorithms.operations import apply_updates
 from mezo_dist.algorithms.step import Progress, run_step
+from mezo_dist.config.schema import differences
 from mezo_dist.directions.law import Law, LawName
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.join import join
@@ -24,8 +26,9 @@ from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.lockstep.passes import is_inside
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.optim.checks import KnownWeights, check_arguments
-from mezo_dist.optim.log import TrajectoryLog, describe, differences
+from mezo_dist.optim.log import TrajectoryLog, describe
 from mezo_dist.optim.losses import BatchT, LossFunction, num_samples_of
 from mezo_dist.optim.rounds import Rounds
 
@@ -39,7 +42,7 @@ class Optimizer(Generic[BatchT]):
 
     A step evaluates your loss function at several variants of the weights, on the same batch, and moves the weights
     along random directions by what the losses say. No gradient is computed, nothing is stored for a backward pass, and
-    the weights are not changed but by the update: after an exception they have the bits that they had before.
+    nothing but the update changes the weights: after an exception they have the bits that they had before.
 
     The forward passes of all variants and micro-batches run as coroutines through your unmodified code, layer by layer,
     so the loss function must be free of side effects that one pass could see of another, and must call the model (not
@@ -70,8 +73,7 @@ class Optimizer(Generic[BatchT]):
         trajectory: file to which every step is logged (by rank 0): base model + this file = the trained model, see
             `mezo_dist.replay`. It must not exist.
         resume: go on with ``trajectory``, if it exists: the model, which must have its base weights, is brought to
-            where
-            it was, and `num_steps_done` says how far that is.
+            where it was, and `num_steps_done` says how far that is.
         max_skipped: steps in a row that may be skipped for a loss that is not finite.
         probe: before the first step, hold the losses of one micro-batch under a shift of the weights against those of
             really changed weights, in five more forward passes (nine, if there are several): a model that uses weights
@@ -104,7 +106,7 @@ class Optimizer(Generic[BatchT]):
     def __init__(
         self,
         model: nn.Module,
-        algorithm: Any,
+        algorithm: Settings,
         *,
         full_batch: Sequence[BatchT] | None = None,
         num_steps: int | None = None,
@@ -142,18 +144,18 @@ class Optimizer(Generic[BatchT]):
         problem = Problem(seed, num_steps or 1, batch_size or 1, full_size, has_16bit_weights=stochastic, eps=eps)
         self._seed, self._planner = seed, algorithms.build(algorithm.name, algorithm, problem)
         self._settings = describe(algorithm, self.engine.law, problem)
-        self._progress: Progress[Any] = Progress(self._planner.init())
+        self._progress: Progress[object] = Progress(self._planner.init())
         if full_batch is None and self._planner.plan(self._progress.state, 0).batch == "full":
             raise UserError(
                 f"full_batch: {algorithm.name} evaluates the full batch at its anchors; give its micro-batches"
             )
         self._num_steps = num_steps
-        self._check_agreement(trainable=repr(self.engine.trainable), settings=repr(self._settings))
+        weights = self._agreed_weights(trainable=repr(self.engine.trainable), settings=repr(self._settings))
         self.metrics: dict[str, float] = {}
         self._known = KnownWeights(model)
         self._log = None
         if trajectory is not None:
-            self._log = TrajectoryLog.open(Path(trajectory), self._settings, self.engine, comm, resume=resume)
+            self._log = TrajectoryLog.open(Path(trajectory), self._settings, self.engine, weights, comm, resume=resume)
             self._progress = self._log.replay(self.engine, self._planner)
 
     @property
@@ -190,7 +192,7 @@ class Optimizer(Generic[BatchT]):
         """
         if (batch is None) == (micro_batches is None):
             raise UserError("step: give a batch, or micro_batches=[...], and not both")
-        items: list[Any] = [batch] if micro_batches is None else list(micro_batches)
+        items: Sequence[BatchT] = [cast(BatchT, batch)] if micro_batches is None else list(micro_batches)
         if self._progress.step == self._num_steps:
             log.warning("num_steps: %d steps are done, and schedules stay where they have ended", self._num_steps)
 
@@ -220,14 +222,13 @@ class Optimizer(Generic[BatchT]):
         self.metrics = update.metrics if update is not None else {}
         return self.metrics.get("loss", math.nan)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the optimizer is, in plain JSON types (a few numbers): save it beside ``model.state_dict()``.
-        Collective.
+    def state_dict(self) -> JsonObject:
+        """Where the optimizer is, in JSON types (a few numbers): save it beside ``model.state_dict()``. Collective.
 
         It holds no weights and no copy of any; their fingerprint makes sure that the right ones come back with it.
         """
         progress = self._progress
-        self._check_agreement()
+        weights = self._agreed_weights()
         return {
             "format": STATE_FORMAT,
             "settings": self._settings,
@@ -235,10 +236,10 @@ class Optimizer(Generic[BatchT]):
             "skipped": progress.skipped,
             "skipped_in_a_row": progress.skipped_in_a_row,
             "state": state_to_json(progress.state),
-            "weights": self.engine.fingerprint(),
+            "weights": weights,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         """Go on where `state_dict` was called. The model's weights must have been restored before. Collective.
 
         Raises:
@@ -255,7 +256,7 @@ class Optimizer(Generic[BatchT]):
                 f"load_state_dict: the model's weights have the fingerprint {weights}, but {state['weights']} when the "
                 "state was saved; load the model's state_dict of that step first"
             )
-        planner_state: Any = state_from_json(self._planner.State, state["state"])
+        planner_state: object = state_from_json(self._planner.State, state["state"])
         if any(variant.base == "anchor" for variant in self._planner.plan(planner_state, state["step"]).variants):
             raise UserError(
                 "load_state_dict: anchor: stored keeps a copy of the weights, which a state does not hold; resume from "
@@ -280,14 +281,20 @@ class Optimizer(Generic[BatchT]):
         Raises:
             UserError: processes have other weights than the first: some were changed beside the optimizer.
         """
-        self._check_agreement()
+        weights = self._agreed_weights()
         if self._log is not None:
-            self._log.close(self.engine, self._progress.step)
+            self._log.close(self._progress.step, weights)
             self._log = None
 
-    def _check_agreement(self, **more: str) -> None:
-        """Raises UserError unless all processes have the same weights, and agree about the facts in ``more``."""
-        self._comm.agree({"weights": self.engine.fingerprint(), **more})
+    def _agreed_weights(self, **more: str) -> str:
+        """The fingerprint of the weights.
+
+        Raises:
+            UserError: processes have different weights, or disagree about a fact in ``more``.
+        """
+        weights = self.engine.fingerprint()
+        self._comm.agree({"weights": weights, **more})
+        return weights
 
     def __enter__(self) -> Optimizer[BatchT]:
         return self

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, final
+from typing import Generic, final
 
 from torch import Tensor, nn
 
@@ -15,10 +15,20 @@ from mezo_dist.distributed.communicator import Communicator, OutOfStepError
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.loss_table import LossTable
 from mezo_dist.engines.probe import check_model
+from mezo_dist.engines.probe_messages import SettingNames
 from mezo_dist.errors import LostRankError, UserError
 from mezo_dist.optim.losses import BatchT, LossFunction, loss_and_weight
 
 log = logging.getLogger(__name__)
+
+ARGUMENT_NAMES = SettingNames(
+    model="model",
+    compute="compute_dtype",
+    freeze="leave them out by requires_grad_(False): {}",
+    weights="cast the model itself to {}",
+    hint="Optimizer(probe=False) skips this check.",
+)
+"""The probe's settings as an `Optimizer`'s user knows them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +37,7 @@ class MicroBatch(Generic[BatchT]):
 
     content: BatchT
     slots: tuple[int, ...] = ()
-    """Places of its samples in the batch of all processes, where samples have directions of their own."""
+    """Places of its samples in the batch of all processes, if every sample has a direction."""
 
 
 @final
@@ -106,7 +116,7 @@ class Rounds(Generic[BatchT]):
         expected = max(len(variant.per_sample) for variant in request.variants)
         if total != expected:
             raise UserError(f"batch_size: directions for {expected} samples, but the {request.batch} has {total}")
-        items: list[MicroBatch[Any]] = []
+        items: list[MicroBatch[BatchT]] = []
         for content in batch:
             stop = place + self._num_samples(content)
             items.append(MicroBatch(content, tuple(range(place, stop))))
@@ -119,27 +129,28 @@ class Rounds(Generic[BatchT]):
         items: Sequence[MicroBatch[BatchT]],
         forward: Callable[[nn.Module, MicroBatch[BatchT]], tuple[Tensor, Tensor]],
     ) -> None:
-        """See `mezo_dist.engines.probe`: this model and loss are right, or refused, before the first step."""
+        """Refuse a model or loss that would be evaluated wrongly, before the first step: `mezo_dist.engines.probe`.
+
+        Args:
+            request: the first round.
+            items: this process's micro-batches.
+            forward: gives losses and weights.
+        """
         if self._must_probe and items:
             self._must_probe = False
             if self._engine.layout.is_sharded:
                 log.info("losses under a shift are not probed: ranks of a sharded layout have no micro-batch in common")
                 return
-            try:
-                check_model(
-                    self._engine,
-                    items[0],
-                    lambda model, item: forward(model, item)[0],
-                    other=items[1] if len(items) > 1 else None,
-                    per_sample=request.each_sample,
-                    processes=self._comm.ranks_here,
-                    refuse_flat=False,
-                )
-            except UserError as error:
-                raise UserError(
-                    f"{error}\n(In a loop of your own: requires_grad_(False) leaves a weight out, compute_dtype is "
-                    "model.compute, and Optimizer(probe=False) skips this check.)"
-                ) from error
+            check_model(
+                self._engine,
+                items[0],
+                lambda model, item: forward(model, item)[0],
+                other=items[1] if len(items) > 1 else None,
+                per_sample=request.each_sample,
+                processes=self._comm.ranks_here,
+                refuse_flat=False,
+                settings=ARGUMENT_NAMES,
+            )
 
     def _tell_others(self, table: LossTable, mark: int) -> None:
         """Let the other processes end at once, where they would wait for this one's losses."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mezo_dist.config import reader
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.join import join
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import Json
 from mezo_dist.monitoring.console import Monitor
 from mezo_dist.runs import load, training
 from mezo_dist.runs.build import Run
@@ -18,7 +19,7 @@ from mezo_dist.runs.export import export_model
 
 
 def train(
-    config: RunConfig | str | Path | Mapping[str, Any],
+    config: RunConfig | str | Path | Mapping[str, Json],
     overrides: Sequence[str] = (),
     *,
     comm: Communicator | None = None,

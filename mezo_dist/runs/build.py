@@ -7,7 +7,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,9 +16,11 @@ from mezo_dist.algorithms.decay import check_something_decays
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.distributed.in_turn import rank_zero_first
 from mezo_dist.engines.capacity import tokens_at_once
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.probe import check_model, failures_explained
+from mezo_dist.engines.probe import check_model
+from mezo_dist.engines.probe_messages import failures_explained
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.adapters import prefix_failures_explained
@@ -33,7 +34,7 @@ from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.storage.trajectory import Header
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch, cut
 from mezo_dist.tasks.prompts import Encoder, Sample
-from mezo_dist.tasks.rows import Rows, load_rows
+from mezo_dist.tasks.rows import Rows, load_rows, uses_cache
 
 log = logging.getLogger(__name__)
 PROBE_SAMPLES = 4
@@ -55,7 +56,7 @@ class Run:
     evaluator: Evaluator
     problem: Problem
     """What the algorithm knows about the run."""
-    algorithm: Algorithm[Any]
+    algorithm: Algorithm[object]
     data: dict[str, str]
     """Split -> digest of its encoded samples."""
     step: int = 0
@@ -111,7 +112,8 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     Raises:
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
     """
-    rows = load_rows(config.located().task)
+    task = config.located().task
+    rows = rank_zero_first(comm, lambda: load_rows(task)) if uses_cache(task) else load_rows(task)
     order = BatchOrder(len(rows.train), config.train.batch_size, config.seed)
     full_size = config.train.full_size or len(rows.train)
     if full_size > len(rows.train):
@@ -203,6 +205,14 @@ def _encoder(config: RunConfig, pretrained: Pretrained) -> Encoder:
 
 
 def _objective(loaded: LoadedModel, encoder: Encoder, rows: Rows, splits: dict[str, list[Sample]]) -> Objective:
+    """The objective of the model's kind.
+
+    Args:
+        loaded: the model.
+        encoder: turns rows into samples.
+        rows: the data.
+        splits: its samples.
+    """
     pretrained = loaded.pretrained
     run_model = _run_model(loaded, splits)
     if pretrained.kind == "classifier":

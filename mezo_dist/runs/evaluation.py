@@ -44,7 +44,7 @@ class Evaluator:
 
         Args:
             request: what to evaluate.
-            batch: all micro-batches of the batch; this rank takes its share.
+            batch: all micro-batches of the batch; this rank takes its part.
             mark: what the rank believes it is doing; ranks that differ are told (`Communicator.round`).
         """
         if self.calibrated_classes:
@@ -110,6 +110,13 @@ class Evaluator:
     def _calibrated_losses(
         self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]
     ) -> Losses | None:
+        """`losses` with calibration.
+
+        Args:
+            request: what to evaluate.
+            batch: all micro-batches of the batch.
+            mark: see `losses`.
+        """
         assert not request.each_sample  # settings that ask for both are refused
         mark = (*mark, _describe(request))
         logits = self._logits(request.variants, batch, mark)
@@ -125,7 +132,14 @@ class Evaluator:
         mark: tuple[object, ...],
         advance: Callable[[int], None] = lambda _: None,
     ) -> torch.Tensor | None:
-        """fp64 [variants, samples, classes], the same on all ranks; None if any, anywhere, is not finite."""
+        """fp64 [variants, samples, classes], the same on all ranks; None if any, anywhere, is not finite.
+
+        Args:
+            variants: what to evaluate.
+            batch: all micro-batches of the batch.
+            mark: see `losses`.
+            advance: see `score`.
+        """
         num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
         table = torch.zeros(len(variants), num_samples, self.calibrated_classes, dtype=torch.int64)
         sound = True
@@ -142,7 +156,13 @@ class Evaluator:
     def _from_main(
         self, compute: Callable[[], torch.Tensor], shape: torch.Size, mark: tuple[object, ...]
     ) -> torch.Tensor:
-        """What rank 0 computes, on all ranks: another machine's exp and log may have other last bits."""
+        """What rank 0 computes, on all ranks: another machine's exp and log may have other last bits.
+
+        Args:
+            compute: called on rank 0 alone.
+            shape: of its result.
+            mark: see `losses`.
+        """
         words = torch.zeros(shape, dtype=torch.int64)
         if self.comm.rank == 0:
             words, _ = to_fixed(compute())
@@ -151,23 +171,23 @@ class Evaluator:
     def _evaluate(
         self, variants: Sequence[Variant], batch: Sequence[MicroBatch]
     ) -> Iterator[tuple[MicroBatch, list[tuple[int, Scores]]]]:
-        """This rank's share of the round, as many micro-batches at a time as go through the model together.
+        """This rank's part of the round, as many micro-batches at a time as go through the model together.
 
         Each with the scores of this rank's variants, whose places in ``variants`` come with them.
         """
-        share = (self.work_split or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
-        width = self.width or max(1, self.capacity // (share.most_variants * max(item.cost for item in batch)))
+        work = (self.work_split or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
+        width = self.width or max(1, self.capacity // (work.most_variants * max(item.cost for item in batch)))
         groups = self.engine.evaluate_groups(
-            [variants[v] for v in share.variants],
-            share.micro_batches,
+            [variants[v] for v in work.variants],
+            work.micro_batches,
             self.objective,
-            most=share.most_micro_batches,
+            most=work.most_micro_batches,
             filler=batch[0],
             width=width,
         )
         rows = (row for group in groups for row in group)
-        for micro_batch, scores in zip(share.micro_batches, rows, strict=True):
-            yield micro_batch, list(zip(share.variants, scores, strict=True))
+        for micro_batch, scores in zip(work.micro_batches, rows, strict=True):
+            yield micro_batch, list(zip(work.variants, scores, strict=True))
 
 
 def _describe(request: Evaluation) -> object:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,10 @@ from mezo_dist.objectives.calibration import FILE as CALIBRATION_FILE
 from mezo_dist.objectives.calibration import Calibration
 from mezo_dist.storage import safetensors_io
 from mezo_dist.storage.files import remove
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE_BYTES = 5_000_000_000
 """Largest size of one file, unless a single weight is larger."""
@@ -46,7 +50,7 @@ class _Part:
 
 def export_model(
     engine: Engine,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     comm: Communicator,
     *,
@@ -90,11 +94,21 @@ def export_model(
 def _write(
     engine: Engine,
     weights: Iterator[tuple[str, Tensor]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     file_bytes: int,
     calibration: Calibration | None,
 ) -> None:
+    """Write the folder on rank 0.
+
+    Args:
+        engine: see `export_model`.
+        weights: name and whole tensor of every weight.
+        tokenizer: see `export_model`.
+        folder: see `export_model`.
+        file_bytes: see `export_model`.
+        calibration: see `export_model`.
+    """
     part = folder.with_name(f".{folder.name}.part")
     remove(part)
     part.mkdir(parents=True)
@@ -126,11 +140,25 @@ def _head_bias(model: nn.Module, num_classes: int) -> str | None:
 def _with_added(
     weights: Iterator[tuple[str, Tensor]], bias: str | None, offsets: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
+    """The weights, with the offsets added to one of them.
+
+    Args:
+        weights: name and whole tensor of every weight.
+        bias: name of the one; None: no weight takes them.
+        offsets: fp32 [classes].
+    """
     for name, tensor in weights:
         yield name, (tensor + offsets.to(tensor.device, tensor.dtype) if name == bias else tensor)
 
 
-def _write_adapters(model: Any, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+def _write_adapters(model: PeftModel, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Write the files of a folder that peft loads.
+
+    Args:
+        model: with adapters.
+        weights: name and whole tensor of every weight.
+        folder: where to.
+    """
     names = adapters.names_to_save(model)
     held = {name: tensor.cpu().clone() for name, tensor in weights if name in names}  # they are few and small
     saved = adapters.saved_weights(model, held)
@@ -141,6 +169,14 @@ def _write_adapters(model: Any, weights: Iterator[tuple[str, Tensor]], folder: P
 
 
 def _write_model(engine: Engine, weights: Iterator[tuple[str, Tensor]], folder: Path, file_bytes: int) -> None:
+    """Write the files of a folder that transformers loads.
+
+    Args:
+        engine: whose model.
+        weights: name and whole tensor of every weight.
+        folder: where to.
+        file_bytes: largest size of a file.
+    """
     parts, buffers = _plan(engine), _saved_buffers(engine.model)
     layout = {name: kind for p in parts for name, kind in p.outputs.items()}
     layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}
@@ -172,16 +208,23 @@ def _plan(engine: Engine) -> list[_Part]:
     return sorted(parts, key=lambda p: max(place[name] for name in p.inputs))
 
 
-def _revert(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _revert(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, weights)
 
 
 def _tensors(
-    model: Any, weights: Iterator[tuple[str, Tensor]], parts: Sequence[_Part], buffers: dict[str, Tensor]
+    model: PreTrainedModel, weights: Iterator[tuple[str, Tensor]], parts: Sequence[_Part], buffers: dict[str, Tensor]
 ) -> Iterator[Tensor]:
-    """The contents of all parts, in order, then the buffers."""
+    """The contents of all parts, in order, then the buffers.
+
+    Args:
+        model: whose conversions are reverted.
+        weights: name and whole tensor of every weight.
+        parts: from `_plan`.
+        buffers: those that are saved.
+    """
     part_of = {name: part for part in parts for name in part.inputs}
     held: dict[str, Tensor] = {}
     for name, tensor in weights:
@@ -199,7 +242,7 @@ def _tensors(
     yield from buffers.values()
 
 
-def _saved_buffers(model: Any) -> dict[str, Tensor]:
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     names = {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
@@ -207,6 +250,14 @@ def _saved_buffers(model: Any) -> dict[str, Tensor]:
 def _write_files(
     folder: Path, layout: dict[str, tuple[torch.dtype, torch.Size]], tensors: Iterator[Tensor], file_bytes: int
 ) -> None:
+    """Write tensors into files of limited size, and an index if there are several.
+
+    Args:
+        folder: where to.
+        layout: dtype and shape of every tensor, by name, in order.
+        tensors: in that order.
+        file_bytes: largest size of a file.
+    """
     files: list[dict[str, tuple[torch.dtype, torch.Size]]] = [{}]
     used = total = 0
     for name, (dtype, shape) in layout.items():
@@ -227,8 +278,14 @@ def _write_files(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_settings(model: Any, dtype: torch.dtype, folder: Path) -> None:
-    """Everything of the model that is no weight."""
+def _write_settings(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
+    """Everything of the model that is no weight.
+
+    Args:
+        model: the model.
+        dtype: of its weights.
+        folder: where to.
+    """
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # torch renames the classes that it shards

@@ -13,12 +13,13 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.environment import code_digest
+from mezo_dist.distributed.in_turn import rank_zero_first
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.layouts.replicated import Replicated
 from mezo_dist.errors import UserError
 from mezo_dist.models.identity import model_digest
-from mezo_dist.models.load import Pretrained, load_model
+from mezo_dist.models.load import Pretrained, fetch, is_on_hub, load_model
 from mezo_dist.models.sliced_checkpoint import WeightSource, WholeModel, fill
 from mezo_dist.storage.trajectory import Header
 
@@ -67,6 +68,9 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
     """
     is_sharded = config.layout.name != "replicated"
     comm.agree({"config": config.digest(), "layout": repr(config.layout)})  # before anybody shards
+    model = config.located().model
+    if is_on_hub(model):
+        rank_zero_first(comm, lambda: fetch(model))
     pretrained = _load(config, whole=not is_sharded)
     engine = Engine(  # built before a head slice is attached: it is to see the model's modules as they are
         pretrained.model,
@@ -82,7 +86,7 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
 
 
 def reload_base(loaded: LoadedModel) -> None:
-    """Give the engine the weights of the base model again. Collective.
+    """Load the weights of the base model into the engine again. Collective.
 
     Raises:
         UserError: the checkpoint is no longer what it was.
@@ -124,6 +128,13 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _layout(config: RunConfig, model: nn.Module, comm: Communicator) -> Layout:
+    """The layout that the config asks for.
+
+    Args:
+        config: the run's.
+        model: the model.
+        comm: the ranks.
+    """
     layout = config.layout
     if layout.name == "fsdp":
         from mezo_dist.engines.layouts.fsdp import Fsdp

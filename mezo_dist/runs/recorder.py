@@ -1,4 +1,5 @@
-"""What a run leaves on disk while it goes on: every step in the trajectory, snapshots, and the diary of events."""
+"""The run recorder writes to disk while a run goes on: every step to the trajectory, snapshots, and the log of
+events."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ log = logging.getLogger(__name__)
 
 @final
 class RunRecorder:
-    """All ranks have one; rank 0's writes the trajectory. `open` makes one."""
+    """All ranks have one; rank 0's writes the trajectory. `open` makes one.
+
+    Args:
+        run: the run that is recorded.
+        claim: its folder.
+        writer: writes the trajectory; None on other ranks than 0.
+    """
 
     def __init__(self, run: Run, claim: Claim, writer: TrajectoryWriter | None) -> None:
         self._run, self._claim, self._writer = run, claim, writer

@@ -1,18 +1,18 @@
-"""A run goes on, or is made again: from its trajectory, and the newest snapshot that it has."""
+"""Resuming and rebuilding a run: from its trajectory, and from the newest snapshot that it has."""
 
 from __future__ import annotations
 
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
-from mezo_dist.algorithms.base import Algorithm
+from mezo_dist.algorithms.base import Algorithm, StateT
 from mezo_dist.algorithms.step import Progress
-from mezo_dist.config.schema import NO_RESULTS, RunConfig
+from mezo_dist.config.schema import NO_RESULTS, RunConfig, differences
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.runs.model import LoadedModel, reload_base
 from mezo_dist.storage import snapshots
 from mezo_dist.storage.replay import replay_steps
@@ -24,14 +24,16 @@ log = logging.getLogger(__name__)
 def check_config(config: RunConfig, header: Header) -> None:
     """Raises UserError naming the settings in which a run differs from the trajectory that it wants to go on with."""
     if config.digest() != header.config_digest:
-        keys = sorted(_differences(config.to_dict(), header.config))
+        here, there = ({k: v for k, v in c.items() if k not in NO_RESULTS} for c in (config.to_dict(), header.config))
+        keys = sorted(differences(here, there))
         raise UserError(
             f"settings differ from those of the trajectory: {', '.join(keys)}; use another output.dir, or --force-new"
         )
 
 
 def check_header(mine: Header, theirs: Header) -> None:
-    """Raises UserError, which names them, if a trajectory was made from other things than this run has loaded."""
+    """Raises UserError if a trajectory belongs to another base model, tokenizer, law or data than this run has
+    loaded."""
     here, there = _facts(mine), _facts(theirs)
     others = [
         f"{what} ({there.get(what)} there, {fact} here)" for what, fact in here.items() if there.get(what) != fact
@@ -58,23 +60,16 @@ def _facts(header: Header) -> dict[str, object]:
     }
 
 
-def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        names = (mine.keys() | theirs.keys()) - (set() if path else set(NO_RESULTS))
-        return [d for n in names for d in _differences(mine.get(n), theirs.get(n), f"{path}.{n}" if path else n)]
-    return [path] if mine != theirs else []
-
-
 def replay_from_newest(
     loaded: LoadedModel,
-    algorithm: Algorithm[Any],
+    algorithm: Algorithm[StateT],
     recorded: Log,
     num_steps: int,
     folder: Path,
     comm: Communicator,
     *,
     anchor: bool = False,
-) -> tuple[Progress[Any], int]:
+) -> tuple[Progress[StateT], int]:
     """`replay_steps` from the newest sound snapshot that is not too new, or else from the base. Collective.
 
     Args:
@@ -105,7 +100,16 @@ def snapshot_facts(header: Header) -> dict[str, str]:
 def _load_newest(
     loaded: LoadedModel, recorded: Log, num_steps: int, folder: Path, comm: Communicator, *, anchor: bool
 ) -> int:
-    """Load the newest snapshot that is sound and not after ``num_steps``. Returns its step, 0 if there is none."""
+    """Load the newest snapshot that is sound and not after ``num_steps``. Returns its step, 0 if there is none.
+
+    Args:
+        loaded: the base model.
+        recorded: the trajectory.
+        num_steps: the last step that is wanted.
+        folder: of the snapshots.
+        comm: the ranks.
+        anchor: also fill the copy of the anchor.
+    """
     tried = False
     names = comm.broadcast_text(" ".join(path.name for path in snapshots.snapshots(folder))).split()
     for name in reversed(names):
@@ -131,12 +135,19 @@ def _load_newest(
 
 
 def _check_loaded(snapshot: Path, engine: Engine, recorded: Mark, *, anchor: bool) -> None:
-    """Raises UserError if what was loaded is not what the trajectory says of that step."""
+    """Raises UserError if what was loaded is not what the trajectory says of that step.
+
+    Args:
+        snapshot: folder of the snapshot.
+        engine: owns the weights.
+        recorded: what the trajectory says of that step.
+        anchor: whether the copy of the anchor counts, too.
+    """
     if engine.fingerprint() != recorded.weights:
         raise UserError(f"{snapshot}: its weights are not those of the run (their fingerprint is another one)")
     if anchor and engine.anchor_fingerprint() != recorded.anchor:
         raise UserError(f"{snapshot}: its copy of the anchor is not the one of the run (another fingerprint)")
 
 
-def _about(snapshot: snapshots.Snapshot) -> dict[str, Any]:
+def _about(snapshot: snapshots.Snapshot) -> JsonObject:
     return {"facts": snapshot.facts, "step": snapshot.step}

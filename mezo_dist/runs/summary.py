@@ -6,8 +6,8 @@ import json
 import math
 import shlex
 from pathlib import Path
-from typing import Any
 
+from mezo_dist.json_types import JsonObject
 from mezo_dist.runs.build import Run
 from mezo_dist.storage import trajectory
 
@@ -33,7 +33,7 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
 _LOSSES = {False: "plain", True: "calibrated (biased low: not to be compared with validation losses)"}
 
 
-def summary(run: Run, folder: Path, results: dict[str, Any]) -> list[str]:
+def summary(run: Run, folder: Path, results: JsonObject) -> list[str]:
     """What happened, and what to try next.
 
     Args:

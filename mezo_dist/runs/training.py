@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -22,6 +21,7 @@ from mezo_dist.algorithms.step import Progress, StepResult, run_step
 from mezo_dist.config.schema import RunConfig, TrainConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import Stopped, UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.console import Monitor
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
@@ -72,7 +72,15 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
     return claim.folder
 
 
-def _train(run: Run, claim: Claim, progress: Progress[Any], monitor: Monitor) -> None:
+def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor) -> None:
+    """Evaluate, take the steps, and evaluate again.
+
+    Args:
+        run: data, model and planner.
+        claim: the run folder.
+        progress: where the run is.
+        monitor: shows what happens.
+    """
     config, is_main = run.config, run.comm.rank == 0
     monitor.table("run", facts(run, claim.folder))
     monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
@@ -94,7 +102,14 @@ def _train(run: Run, claim: Claim, progress: Progress[Any], monitor: Monitor) ->
     _finish(run, claim.folder, progress, before, time.perf_counter() - started, monitor)
 
 
-def _resume(run: Run, claim: Claim, recorded: Log) -> Progress[Any]:
+def _resume(run: Run, claim: Claim, recorded: Log) -> Progress[object]:
+    """Bring the base model to where the run was.
+
+    Args:
+        run: data, model and planner.
+        claim: the run folder.
+        recorded: its trajectory.
+    """
     check_header(run.header(), recorded.header)
     progress, start = replay_from_newest(
         run.loaded, run.algorithm, recorded, len(recorded.steps), claim.snapshots, run.comm, anchor=True
@@ -125,7 +140,7 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
 def _stop_on_sigterm(comm: Communicator) -> Iterator[None]:
     """SIGTERM makes all ranks stop after the step they are in; a second one ends the process as ever."""
 
-    def handle(*_: Any) -> None:
+    def handle(*_: object) -> None:
         comm.wants_stop = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -139,7 +154,15 @@ def _stop_on_sigterm(comm: Communicator) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _loop(run: Run, progress: Progress[Any], recorder: RunRecorder, monitor: Monitor) -> None:
+def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: Monitor) -> None:
+    """Take the steps that are left.
+
+    Args:
+        run: data, model and planner.
+        progress: where the run is; moved on.
+        recorder: logs the steps.
+        monitor: shows what happens.
+    """
     config, comm, engine = run.config.train, run.comm, run.engine
     while progress.step < config.steps:
         if comm.stopping:
@@ -177,8 +200,14 @@ def _loop(run: Run, progress: Progress[Any], recorder: RunRecorder, monitor: Mon
             score(run, "validation", monitor, progress.step, calibrate(run, monitor))
 
 
-def _stop(run: Run, progress: Progress[Any], recorder: RunRecorder) -> None:
-    """Whatever happens now, the trajectory holds the run; a snapshot makes going on faster, if there is time for it."""
+def _stop(run: Run, progress: Progress[object], recorder: RunRecorder) -> None:
+    """Whatever happens now, the trajectory holds the run; a snapshot makes going on faster, if there is time for it.
+
+    Args:
+        run: data, model and planner.
+        progress: where the run is.
+        recorder: saves a snapshot.
+    """
     recorder.stopped(progress.step)
     raise Stopped(
         f"stopped after step {progress.step} of {run.config.train.steps}; go on with --output.if_exists=resume",
@@ -186,7 +215,7 @@ def _stop(run: Run, progress: Progress[Any], recorder: RunRecorder) -> None:
     )
 
 
-def evaluate_step(run: Run, state: Any, step: int) -> tuple[StepResult[Any], int]:
+def evaluate_step(run: Run, state: object, step: int) -> tuple[StepResult[object], int]:
     """Evaluate ``step``; nothing is done to the weights yet. Collective.
 
     Args:
@@ -195,7 +224,7 @@ def evaluate_step(run: Run, state: Any, step: int) -> tuple[StepResult[Any], int
         step: number of the step (0-based).
 
     Returns:
-        What was found, and how many samples went through the model, counted once for every variant.
+        The outcome of the step, and the number of samples that went through the model, counted once for every variant.
     """
     num_forwards = 0
 
@@ -208,13 +237,21 @@ def evaluate_step(run: Run, state: Any, step: int) -> tuple[StepResult[Any], int
     return run_step(run.algorithm, state, step, evaluate), num_forwards
 
 
-def apply_step(run: Run, result: StepResult[Any]) -> None:
-    """Do to the weights what a step found; nothing, if it is skipped."""
+def apply_step(run: Run, result: StepResult[object]) -> None:
+    """Apply the update of a step to the weights; a skipped step changes nothing."""
     if result.update is not None:
         apply_updates(run.engine, run.config.seed, [(result.step, result.update.operations)])
 
 
-def _check_skips(progress: Progress[Any], result: StepResult[Any], config: TrainConfig, monitor: Monitor) -> None:
+def _check_skips(progress: Progress[object], result: StepResult[object], config: TrainConfig, monitor: Monitor) -> None:
+    """Say that a step was skipped. Raises UserError if too many were, one after another.
+
+    Args:
+        progress: where the run is, after the step.
+        result: of the step.
+        config: settings of the training.
+        monitor: shows what happens.
+    """
     if not result.skipped:
         return
     monitor.say(f"step {progress.step}/{config.steps} skipped: {result.skipped} ({progress.skipped_in_a_row} in a row)")
@@ -257,13 +294,23 @@ def score(
 def _finish(
     run: Run,
     folder: Path,
-    progress: Progress[Any],
+    progress: Progress[object],
     before: Mapping[str, float | None],
     seconds: float,
     monitor: Monitor,
 ) -> None:
+    """Evaluate the trained weights, write the results, and export.
+
+    Args:
+        run: data, model and planner.
+        folder: the run folder.
+        progress: where the run is.
+        before: scores before training.
+        seconds: time that training took.
+        monitor: shows what happens.
+    """
     is_main = run.comm.rank == 0
-    results: dict[str, Any] = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
+    results: JsonObject = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
     calibration = calibrate(run, monitor)
     results["validation"] = score(run, "validation", monitor, progress.step, calibration)
     if run.config.output.test:

@@ -17,7 +17,7 @@ from typing import TextIO
 
 log = logging.getLogger(__name__)
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-"""Errors of the disk, as opposed to those of what lies at a path."""
+"""Errors of the disk itself, as opposed to errors about the file at a path."""
 _BLOCK = 1 << 16
 
 

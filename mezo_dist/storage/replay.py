@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from mezo_dist.algorithms.base import Algorithm, Evaluation, Update
+from mezo_dist.algorithms.base import Algorithm, Evaluation, StateT, Update
 from mezo_dist.algorithms.operations import CopyAnchor, Operation, apply_updates
 from mezo_dist.algorithms.step import Progress, StepResult
 from mezo_dist.engines.engine import Engine
@@ -16,7 +15,7 @@ TERMS_AT_ONCE = 4096
 """About how many terms are added in one pass over the weights; more would only take memory."""
 
 
-def logged_step(result: StepResult[Any]) -> Step:
+def logged_step(result: StepResult[StateT]) -> Step:
     """The line of the trajectory that a step becomes."""
     if result.update is None:
         return Step(result.step, (), skipped=result.skipped)
@@ -24,8 +23,8 @@ def logged_step(result: StepResult[Any]) -> Step:
 
 
 def replay_updates(
-    algorithm: Algorithm[Any], steps: Sequence[Step], progress: Progress[Any]
-) -> Iterator[Update[Any] | None]:
+    algorithm: Algorithm[StateT], steps: Sequence[Step], progress: Progress[StateT]
+) -> Iterator[Update[StateT] | None]:
     """What each of the logged steps did, None where it was skipped. ``progress`` is after the step that came last.
 
     Args:
@@ -58,14 +57,14 @@ def replay_updates(
 def replay_steps(
     engine: Engine,
     run_seed: int,
-    algorithm: Algorithm[Any],
+    algorithm: Algorithm[StateT],
     recorded: Log,
     num_steps: int,
     *,
     start: int = 0,
     verify: bool = True,
     anchor: bool = False,
-) -> Progress[Any]:
+) -> Progress[StateT]:
     """Bring weights that are those after ``start`` steps to where they were after ``num_steps``. Collective.
 
     Args:
@@ -112,6 +111,13 @@ def _with_last_copy(
 
 
 def _check_mark(engine: Engine, recorded: str, step: int) -> None:
+    """Raises UserError if the weights are not what they were in the run.
+
+    Args:
+        engine: owns the weights.
+        recorded: their fingerprint in the run.
+        step: steps that they have seen.
+    """
     fingerprint = engine.fingerprint()
     if fingerprint != recorded:
         raise UserError(

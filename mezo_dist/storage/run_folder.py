@@ -17,15 +17,15 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mezo_dist.config import yaml_file
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import Json, JsonObject
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import (
     is_plain_file,
@@ -212,8 +212,8 @@ def _lock(folder: Path) -> int:
     return handle
 
 
-def note(folder: Path, event: str, step: int, **facts: Any) -> None:
-    """Add to the diary of what happened to the run: starts, stops, faults. Only rank 0 may call it.
+def note(folder: Path, event: str, step: int, **facts: Json) -> None:
+    """Add a line to the log of events of the run: starts, stops, faults. Only rank 0 may call it.
 
     Wall-clock time is for people alone: nothing in the run depends on it, so a clock may jump.
 
@@ -234,13 +234,13 @@ def save_config(config: RunConfig, folder: Path) -> None:
     replace_file(folder / CONFIG, f"# sha256 of the lines below: {digest}\n{body}".encode())
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> None:
+def write_results(folder: Path, results: Mapping[str, Json]) -> None:
     """Write ``results.json``; what is not finite becomes null, as JSON has no NaN."""
-    text = json.dumps(_finite(results), indent=2, allow_nan=False)
+    text = json.dumps(_finite(dict(results)), indent=2, allow_nan=False)
     replace_file(folder / RESULTS, f"{text}\n".encode())
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path) -> JsonObject:
     """What `write_results` wrote; empty if nothing readable is there."""
     try:
         results = json.loads(read_in_place(folder / RESULTS, MOST_RESULTS_BYTES))
@@ -254,6 +254,11 @@ def read_scores(folder: Path, name: str, needed: Iterable[str]) -> dict[str, flo
     """The scores that ``results.json`` has under ``name``; empty unless they are numbers and all ``needed`` are there.
 
     A score of null was not finite.
+
+    Args:
+        folder: the run folder.
+        name: which scores, such as ``before``.
+        needed: names of scores that must be there.
     """
     scores = read_results(folder).get(name, {})
     if not isinstance(scores, dict) or not all(_is_score(value) for value in scores.values()):
@@ -261,11 +266,11 @@ def read_scores(folder: Path, name: str, needed: Iterable[str]) -> dict[str, flo
     return scores if set(needed) <= scores.keys() else {}
 
 
-def _is_score(value: Any) -> bool:
+def _is_score(value: object) -> bool:
     return value is None or type(value) is float or (type(value) is int and abs(value) < 2**53)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: Json) -> Json:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

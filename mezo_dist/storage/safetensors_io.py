@@ -18,12 +18,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.storage.files import open_in_place, open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -179,7 +179,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _entry(path: Path, item: Any, data_start: int, file_size: int, in_place: bool) -> Entry:
+def _entry(path: Path, item: JsonObject, data_start: int, file_size: int, in_place: bool) -> Entry:
+    """An entry of the header, checked.
+
+    Args:
+        path: of the file.
+        item: what the header says of the tensor.
+        data_start: place of the first byte after the header.
+        file_size: bytes of the file.
+        in_place: see `Entry.in_place`.
+    """
     if item["dtype"] not in DTYPES:
         raise ValueError(f"dtype {item['dtype']} is not supported")
     start, stop = (data_start + int(offset) for offset in item["data_offsets"])

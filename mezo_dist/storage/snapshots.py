@@ -2,10 +2,10 @@
 
 A snapshot is a folder with one safetensors file per rank that wrote something, and an index (JSON) that says which
 piece of which weight lies in which file, with the SHA-256 of every file. It knows nothing of ranks or engines: any
-world size and any layout can read it. `torch.distributed.checkpoint` was turned down: its metadata file is a pickle,
-and nothing in a run folder may ever be unpickled. Its ``HuggingFaceStorageWriter`` writes safetensors without a pickle,
-but it knows no shards that start at any element of a flattened weight (ZeRO-3's do), has no checksum of its files, does
-not publish a snapshot in one step when all of it is on disk, and has no place for the copied anchor.
+world size and any layout can read it. `torch.distributed.checkpoint` is not used: its metadata file is a pickle, and
+nothing in a run folder may ever be unpickled. Its ``HuggingFaceStorageWriter`` writes safetensors without a pickle, but
+it knows no shards that start at any element of a flattened weight (ZeRO-3's do), has no checksum of its files, does not
+publish a snapshot in one step when all of it is on disk, and has no place for the copied anchor.
 
 All ranks must see the same folder, as for a run folder in general.
 """
@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from mezo_dist.engines.anchor import ANCHOR_PREFIX
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.storage import safetensors_io
 from mezo_dist.storage.files import is_plain_folder, read_in_place, remove, sync_folder
 
@@ -67,7 +67,7 @@ class Snapshot:
     folder: Path
     step: int
     """Number of steps that the weights have seen."""
-    facts: dict[str, Any]
+    facts: JsonObject
     """What the caller of `save_snapshot` wanted kept with the weights."""
     files: dict[str, str]
     """SHA-256 of every file."""
@@ -80,7 +80,7 @@ def save_snapshot(
     step: int,
     comm: Communicator,
     *,
-    facts: Mapping[str, Any] | None = None,
+    facts: JsonObject | None = None,
     keep: int = 2,
 ) -> Path:
     """Write ``folder/step-NNNNNNNN``; it appears under that name only when all of it is on disk.
@@ -110,8 +110,8 @@ def save_snapshot(
         pieces = [_piece(shard) for shard in _shards(engine) if shard.tensor.numel()]
         replicas = comm.collect(lambda: hashlib.sha256(json.dumps(pieces).encode()).hexdigest())
         mine = [rank for rank, digest in enumerate(replicas) if digest == replicas[comm.rank]]
-        share = _share(pieces, mine.index(comm.rank), len(mine))
-        parts = comm.collect(lambda: _write_part(part, f"rank-{comm.rank:05d}.safetensors", engine, share))
+        assigned = _assigned(pieces, mine.index(comm.rank), len(mine))
+        parts = comm.collect(lambda: _write_part(part, f"rank-{comm.rank:05d}.safetensors", engine, assigned))
         _on_main(comm, _publish, part, target, _index(step, dict(facts or {}), parts), keep)
     except UserError as error:
         if comm.rank == 0:
@@ -199,7 +199,7 @@ def load_snapshot(folder: Path, engine: Engine, comm: Communicator, *, anchor: b
     return checked[0]
 
 
-def _on_main(comm: Communicator, work: Callable[..., object], *args: Any) -> None:
+def _on_main(comm: Communicator, work: Callable[..., object], *args: object) -> None:
     """``work(*args)`` on rank 0; its error on all ranks."""
     comm.collect(lambda: str(work(*args)) if comm.rank == 0 else "")
 
@@ -215,40 +215,60 @@ def _shards(engine: Engine) -> Iterator[Shard]:
     yield from engine.anchor_shards()
 
 
-def _piece(shard: Shard) -> dict[str, Any]:
+def _piece(shard: Shard) -> JsonObject:
     """What the index says of a shard; equal on replicas."""
     code, size = safetensors_io.CODES[shard.tensor.dtype], shard.tensor.numel()
     return {"name": shard.name, "dtype": code, "shape": list(shard.shape), "offset": shard.offset, "size": size}
 
 
-def _share(pieces: Sequence[dict[str, Any]], place: int, num_replicas: int) -> dict[str, dict[str, Any]]:
-    """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far."""
+def _assigned(pieces: Sequence[JsonObject], place: int, num_replicas: int) -> dict[str, JsonObject]:
+    """What replica number ``place`` writes: each piece goes to the one that has the fewest elements so far.
+
+    Args:
+        pieces: all that the replicas hold.
+        place: number of this replica.
+        num_replicas: how many hold the same pieces.
+    """
     loads = [0] * num_replicas
-    share = {}
+    assigned = {}
     for piece in pieces:
         least = loads.index(min(loads))
         loads[least] += piece["size"]
         if least == place:
-            share[piece["name"]] = piece
-    return share
+            assigned[piece["name"]] = piece
+    return assigned
 
 
 def _key(name: str, offset: int) -> str:
     return f"{name}@{offset}"
 
 
-def _write_part(folder: Path, file: str, engine: Engine, share: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _write_part(folder: Path, file: str, engine: Engine, assigned: Mapping[str, JsonObject]) -> JsonObject:
+    """Write one rank's file of a snapshot. Returns what the index needs of it.
+
+    Args:
+        folder: of the snapshot.
+        file: name of the file.
+        engine: owns the weights.
+        assigned: the pieces to write, by name.
+    """
     layout = {
         _key(name, piece["offset"]): (safetensors_io.DTYPES[piece["dtype"]], [piece["size"]])
-        for name, piece in share.items()
+        for name, piece in assigned.items()
     }
-    digest = safetensors_io.write(folder / file, layout, (s.tensor for s in _shards(engine) if s.name in share))
-    return {"file": file, "sha256": digest, "pieces": list(share.values())}
+    digest = safetensors_io.write(folder / file, layout, (s.tensor for s in _shards(engine) if s.name in assigned))
+    return {"file": file, "sha256": digest, "pieces": list(assigned.values())}
 
 
-def _index(step: int, facts: dict[str, Any], parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The index's contents, from what every rank wrote."""
-    weights: dict[str, dict[str, Any]] = {}
+def _index(step: int, facts: JsonObject, parts: Sequence[JsonObject]) -> JsonObject:
+    """The index's contents, from what every rank wrote.
+
+    Args:
+        step: number of steps that the weights have seen.
+        facts: the caller's.
+        parts: what every rank wrote.
+    """
+    weights: dict[str, JsonObject] = {}
     for part in parts:
         for piece in part["pieces"]:
             weight = weights.setdefault(piece["name"], {"dtype": piece["dtype"], "shape": piece["shape"], "pieces": []})
@@ -259,7 +279,15 @@ def _index(step: int, facts: dict[str, Any], parts: Sequence[dict[str, Any]]) ->
     return {"format": FORMAT, "step": step, "facts": facts, "files": files, "weights": weights}
 
 
-def _publish(part: Path, target: Path, index: dict[str, Any], keep: int) -> None:
+def _publish(part: Path, target: Path, index: JsonObject, keep: int) -> None:
+    """Write the index, give the snapshot its name, and remove older ones.
+
+    Args:
+        part: folder in which it was written.
+        target: its name.
+        index: contents of the index.
+        keep: how many snapshots may stay.
+    """
     with (part / INDEX).open("w", encoding="utf-8") as file:
         json.dump(index, file, allow_nan=False)
         file.flush()
@@ -304,8 +332,14 @@ def _fill(shards: Iterable[Shard], snapshot: Snapshot) -> None:
                 entry.read(flat[first - shard.offset : stop - shard.offset], first - piece.offset)
 
 
-def _weight(name: str, item: Mapping[str, Any], files: Mapping[str, str]) -> SavedWeight:
-    """Read a weight of the index. Raises ValueError if its pieces leave a gap."""
+def _weight(name: str, item: JsonObject, files: Mapping[str, str]) -> SavedWeight:
+    """Read a weight of the index. Raises ValueError if its pieces leave a gap.
+
+    Args:
+        name: of the weight.
+        item: what the index says of it.
+        files: all files of the snapshot.
+    """
     weight = SavedWeight(
         safetensors_io.DTYPES[item["dtype"]], tuple(item["shape"]), tuple(Piece(*piece) for piece in item["pieces"])
     )
@@ -320,6 +354,13 @@ def _weight(name: str, item: Mapping[str, Any], files: Mapping[str, str]) -> Sav
 
 
 def _check_fits(snapshot: Snapshot, shards: Iterable[Shard], *, is_anchor: bool) -> None:
+    """Raises UserError if a snapshot holds other weights than an engine.
+
+    Args:
+        snapshot: its index.
+        shards: the engine's.
+        is_anchor: whether they are those of the copied anchor.
+    """
     needed = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
     saved_names = {name for name in snapshot.weights if name.startswith(ANCHOR_PREFIX) == is_anchor}
     if other := sorted(needed.keys() ^ saved_names):

@@ -6,10 +6,10 @@
     {"step":2,"skipped":"a loss is not finite","check":"..."}
     {"done":3,"weights":"0123456789abcdef","check":"..."}       fingerprint of the weights after three steps
 
-What stands here is what was measured: the losses. Everything else follows, and anybody can compute it again: the
+The lines hold what was measured: the losses. Everything else follows from them and can be computed again: the
 directions from (run seed, step, index), and what was added to the weights from the losses, by the algorithm's planner.
-``add`` is a digest of that combination, so an algorithm that computes anything else is noticed. (Seeds and
-coefficients took 45 bytes a term, and those of an anchor were there again in every step that builds on it.)
+``add`` is a digest of what was added, so that an algorithm that computes anything else is noticed. (A log of seeds and
+coefficients would take 45 bytes a term, and would repeat an anchor's terms in every step that builds on it.)
 
 Values are exact: decimals keep every bit, and lists of more than `PLAIN` numbers are base64 of little-endian fp32
 where that loses nothing (``f:``), else of fp64 (``d:``). ``check`` covers its line and the check of the step before,
@@ -29,7 +29,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from mezo_dist.algorithms.base import Losses
 from mezo_dist.algorithms.operations import Operation, encode
 from mezo_dist.config.schema import digest_of
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 from mezo_dist.storage.files import open_in_place
 
 FORMAT = "mezo_dist/trajectory/3"
@@ -52,7 +53,7 @@ _TAIL_BYTES = len(',"check":"01234567"}\n')
 class Header:
     """What makes the steps reproducible."""
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved config."""
     config_digest: str
     """SHA-256 of the part of it that changes results."""
@@ -100,14 +101,14 @@ class Step:
     skipped: str = ""
     """Why the step was skipped; empty if it was not."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The line without its check."""
         if self.skipped:
             return {"step": self.step, "skipped": self.skipped}
         return {"step": self.step, "loss": [_losses_to_json(r) for r in self.rounds], "add": self.update}
 
     @staticmethod
-    def from_json(line: dict[str, Any]) -> Step:
+    def from_json(line: JsonObject) -> Step:
         """Read `to_json` back. Raises KeyError, TypeError or ValueError on anything else."""
         number = line.pop("step")
         if type(number) is not int:
@@ -127,7 +128,7 @@ class Mark:
     anchor: str = ""
     """Fingerprint of the copy that the run keeps of them (`Engine.copy_anchor`); empty if it keeps none."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The line without its check."""
         return {name: value for name, value in vars(self).items() if value != ""}
 
@@ -153,7 +154,7 @@ def digest(operations: Sequence[Operation]) -> str:
     return hashlib.blake2b(encode(operations), digest_size=4).hexdigest()
 
 
-def to_line(content: dict[str, Any], previous: str) -> tuple[bytes, str]:
+def to_line(content: JsonObject, previous: str) -> tuple[bytes, str]:
     """A line with its end, and its check. ``previous`` is the check of the step before, ``""`` for the header.
 
     Raises:
@@ -241,7 +242,7 @@ def _check(text: bytes, previous: str) -> str:
     return hashlib.blake2b(text + previous.encode(), digest_size=4).hexdigest()
 
 
-def _content(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
+def _content(line: bytes, previous: str) -> tuple[JsonObject, str]:
     tail = _TAIL.fullmatch(line[-_TAIL_BYTES:])
     text = line[:-_TAIL_BYTES]
     if tail is None or _check(text, previous) != tail[1].decode():
@@ -252,11 +253,11 @@ def _content(line: bytes, previous: str) -> tuple[dict[str, Any], str]:
     return content, tail[1].decode()
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"damaged: {constant} is no JSON")
 
 
-def _header(content: dict[str, Any]) -> Header:
+def _header(content: JsonObject) -> Header:
     version = content.pop("format")
     if version != FORMAT:
         raise ValueError(f"a trajectory of format {version!r}; this version of mezo_dist reads {FORMAT!r}")
@@ -279,26 +280,26 @@ def _header(content: dict[str, Any]) -> Header:
     return header
 
 
-def _step(content: dict[str, Any], expected: int) -> Step:
+def _step(content: JsonObject, expected: int) -> Step:
     step = Step.from_json(content)
     if step.step != expected:
         raise ValueError(f"step {step.step} where step {expected} was expected")
     return step
 
 
-def _mark(content: dict[str, Any], done: int) -> Mark:
+def _mark(content: JsonObject, done: int) -> Mark:
     if content["done"] != done:
         raise ValueError(f"a fingerprint after {content['done']!r} steps where there are {done}")
     return Mark(done, str(content["weights"]), str(content.get("anchor", "")))
 
 
-def _losses_to_json(losses: Losses) -> dict[str, Any]:
+def _losses_to_json(losses: Losses) -> JsonObject:
     """The means are left out where they follow from the losses of the samples (all of the same weight)."""
     each = {"each": [_pack(row) for row in losses.each]} if losses.each else {}
     return each if _bits(_means(losses.each)) == _bits(losses.mean) else {"mean": _pack(losses.mean)} | each
 
 
-def _losses_from_json(data: Any) -> Losses:
+def _losses_from_json(data: object) -> Losses:
     if not isinstance(data, dict):
         raise ValueError(f"damaged: a round must be an object, not {data!r}")
     each = tuple(_unpack(row) for row in data.get("each", ()))
@@ -328,7 +329,7 @@ def _pack(values: Sequence[float]) -> list[float] | str:
     return f"{code}:{base64.b64encode(data.tobytes()).decode().rstrip('=')}"
 
 
-def _unpack(packed: Any) -> tuple[float, ...]:
+def _unpack(packed: object) -> tuple[float, ...]:
     if isinstance(packed, list):
         values = [float(value) for value in packed if type(value) in (int, float)]
         if len(values) != len(packed):

@@ -60,6 +60,13 @@ class BatchOrder:
 
 @functools.lru_cache(maxsize=2)
 def _epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
+    """The order of the samples in one epoch.
+
+    Args:
+        num_samples: how many.
+        seed: of the order.
+        epoch: number of the epoch.
+    """
     return sorted(range(num_samples), key=lambda i: derive_seed(seed, "order", epoch, i))
 
 
@@ -88,6 +95,13 @@ def deal(micro_batches: Sequence[MicroBatch], world_size: int) -> list[list[Micr
 
 
 def _collate(samples: Sequence[Sample], slots: tuple[int, ...], pad_id: int) -> MicroBatch:
+    """A micro-batch, padded to its longest sample.
+
+    Args:
+        samples: of the micro-batch.
+        slots: their places in the batch.
+        pad_id: token id that sequences are filled up with.
+    """
     length = max(len(sample.ids) for sample in samples)
 
     def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -1,27 +1,20 @@
-"""From rows to token sequences: render the template, tokenise, truncate the text and nothing but the text."""
+"""Classification: rows become prompts in which a label word is missing, and prompts become token sequences."""
 
 from __future__ import annotations
 
-import logging
-import reprlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import ANSWER, Task
+from mezo_dist.config.values import ClassIndex, names_of
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.rows import Row
-from mezo_dist.tasks.templates import render
+from mezo_dist.tasks.fields import Row, lookup, shown
+from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
 
-log = logging.getLogger(__name__)
-SILENT_S = 5.0
-"""Encoding that takes longer than that says how far it is."""
-LONG_TEXT = 50_000
-"""Characters up to which a text is tokenised as a whole, however few of them the window takes."""
-MARGIN_TOKENS = 64
-"""Tokens that are cut off after the window: the last ones of a cut text may not be those of the whole."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -39,11 +32,25 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class _Prompt:
+    """A prompt as the model reads it."""
+
+    ids: tuple[int, ...]
+    answers: tuple[int, ...]
+    """The token of each label word, where the answer goes."""
+    place: int
+    """Index of that token in the sequence of the filled-in prompt."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
 class Encoder:
     """Turns rows into samples, for one task, tokenizer and kind of model."""
 
     task: Task
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     kind: ModelKind
     max_tokens: int
     """Longest sequence, special tokens included."""
@@ -54,26 +61,28 @@ class Encoder:
         """Encode the rows of one split.
 
         Raises:
-            UserError: a label is not in the task's list, a field is missing, or a prompt does not fit; says in which
-                sample.
+            UserError: a label is not in the task's list, a field is missing, a prompt does not fit, or label words are
+                other tokens than in the first row; says in which sample.
         """
-        samples = []
-        said_s = time.monotonic()
-        for number, row in enumerate(rows):
-            if time.monotonic() - said_s > SILENT_S:
-                log.info("encoding the %s split: %d of %d samples are done", split, number, len(rows))
-                said_s = time.monotonic()
-            try:
-                samples.append(self._sample(row))
-            except UserError as error:
-                raise UserError(f"{split} sample {number}, {reprlib.repr(dict(row))}: {error}") from error
-            largest = max(samples[-1].ids)
-            if self.num_tokens is not None and largest >= self.num_tokens:
+        self._check_labels(rows, split)
+        if self.kind == "classifier":
+            return encode_rows(rows, split, self._plain_sample)
+        words = self.task.words[:2]
+        (first,) = encode_rows(rows[:1], split, lambda row: self._fit(row, words).answers)
+
+        def sample(row: Row) -> Sample:
+            label, prompt = self._label(row), self._fit(row, words)
+            if prompt.answers != first:
+                tokens, before = (self.tokenizer.convert_ids_to_tokens(list(ids)) for ids in (prompt.answers, first))
                 raise UserError(
-                    f"{split} sample {number}: the tokenizer makes token {largest} of it, but the model knows "
-                    f"{self.num_tokens} tokens: resize its embeddings (resize_token_embeddings)"
+                    f"task.prompt: the label words are {tokens} here, but {before} in the first sample; put a space or "
+                    "a new line before {{ answer }}"
                 )
-        return samples
+            if not prompt.ids:
+                raise UserError("task.prompt: nothing stands before {{ answer }}; leave the row out (task.where)")
+            return Sample(prompt.ids, label, prompt.place - 1 if self.kind == "causal" else prompt.place)
+
+        return encode_rows(rows, split, sample)
 
     def label_ids(self, row: Row) -> list[int]:
         """The token of each label word where the prompt of ``row`` ends (or has its mask).
@@ -81,118 +90,110 @@ class Encoder:
         Raises:
             UserError: a label word is not one known token there, or two words share one.
         """
-        word_of: dict[int, str] = {}
-        ids, row = self._fit(row)
-        for word in self.task.words:
-            token = self._answer_token(ids, self._tokenize(self._prompt(row, word)), word)
-            if token in word_of:
-                raise UserError(f"task.labels: {word_of[token]!r} and {word!r} are the same token; choose other words")
-            word_of[token] = word
-        return list(word_of)
+        _, row = self._texts.fit(row, lambda row: self._prompt(row, self.task.words[:2]))
+        return list(self._prompt(row, self.task.words).answers)
 
-    def _sample(self, row: Row) -> Sample:
-        label = self._label(row)
-        if self.kind == "classifier":
-            texts = [self._cut(_render(template, row)) for template in self.task.plain]
-            encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_tokens)
-            if not encoded["input_ids"]:
-                raise UserError("task.plain: the text is empty; leave the row out")
-            return Sample(tuple(encoded["input_ids"]), label, -1, tuple(encoded.get("token_type_ids", ())))
-        ids, _ = self._fit(row)
-        if not ids:
-            raise UserError("task.prompt: nothing stands before {{ answer }}; leave the row out")
-        return Sample(tuple(ids), label, len(ids) - 1 if self.kind == "causal" else self._mask_position(ids))
+    @property
+    def _texts(self) -> TextEncoder:
+        task = self.task
+        return TextEncoder(self.tokenizer, self.max_tokens, task.truncate, task.truncate_side, self.num_tokens)
+
+    def _fit(self, row: Row, words: Sequence[str]) -> _Prompt:
+        return self._texts.fit(row, lambda row: self._prompt(row, words))[0]
+
+    # Labels
+
+    def _check_labels(self, rows: Sequence[Row], split: str) -> None:
+        """Raises UserError if rows have no label: in how many, and what to do."""
+        nulls = sum(lookup(row, self.task.label, "task.label") is None for row in rows)
+        if nulls:
+            raise UserError(
+                f"task.label: the field {self.task.label!r} is null in {nulls} of the {len(rows)} samples of the "
+                f"{split} split; leave these rows out with task.where: {{drop: {{{self.task.label}: [null]}}}}"
+            )
 
     def _label(self, row: Row) -> int:
-        if self.task.label not in row:
-            raise UserError(f"task.label: there is no field {self.task.label!r}, only {sorted(row)}")
-        known = [str(label.value) for label in self.task.labels]
-        value = str(row[self.task.label])
-        if value not in known:
-            raise UserError(f"task.labels: the label is {value!r}, the task knows {known}; add it or leave the row out")
-        return known.index(value)
+        value = lookup(row, self.task.label, "task.label")
+        known = [names_of(label.value) for label in self.task.labels]
+        for name in names_of(value):
+            for index, names in enumerate(known):
+                if name in names:
+                    return index
+        raise UserError(
+            f"task.labels: the label is {shown([value])[1:-1]}, the task knows "
+            f"{[str(label.value) for label in self.task.labels]}; add it, or leave such rows out with task.where: "
+            f"{{drop: {{{self.task.label}: [{value.name if isinstance(value, ClassIndex) else value}]}}}}"
+        )
 
-    def _prompt(self, row: Row, word: str | None = None) -> str:
-        """The prompt up to the answer (causal) or with the mask token (masked); with ``word`` filled in if given."""
-        text = _render(self.task.prompt, {**row, ANSWER: _SLOT})
+    # Prompts
+
+    def _plain_sample(self, row: Row) -> Sample:
+        texts, label = self._texts, self._label(row)
+        _, row = texts.fit(row, lambda _: ())  # nothing is shortened, but the fields in task.truncate are checked
+        parts = [texts.limit(render_row(template, row)) for template in self.task.plain]
+        encoded = texts.truncated(*parts)
+        if not encoded["input_ids"]:
+            raise UserError("task.plain: the text is empty; leave the row out (task.where)")
+        return Sample(tuple(encoded["input_ids"]), label, -1, tuple(encoded.get("token_type_ids", ())))
+
+    def _parts(self, row: Row) -> tuple[str, str]:
+        """The prompt before and after the answer."""
+        text = render_row(self.task.prompt, row, **{ANSWER: _SLOT})
         if text.count(_SLOT) != 1:
             raise UserError("task.prompt: {{ answer }} must occur exactly once")
         before, after = text.split(_SLOT)
         if self.kind == "causal" and after.strip():
             raise UserError(f"task.prompt: {{{{ answer }}}} must come last for a causal model, not before {after!r}")
-        if word is not None:
-            return before + word + after
-        # A space before an answer is part of the answer's token, or of none; a new line is a token of the prompt's.
-        return before.rstrip(" ") + (self.tokenizer.mask_token + after if self.kind == "masked" else "")
+        # One space before a word belongs to its token in many vocabularies, and more are tokens of their own.
+        space = before.endswith(" ") or (self.kind == "masked" and not before)
+        return before.rstrip(" ") + " " * space, after
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]  # not verbose: too long texts are our matter
-        if self.kind == "causal":  # an end that the tokenizer appends would stand between prompt and answer
-            while ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
-                ids = ids[:-1]
-        return ids
+    def _prompt(self, row: Row, words: Sequence[str]) -> _Prompt:
+        """The prompt, read off the texts with each of ``words`` filled in: they differ in the token of the word.
 
-    def _cut(self, text: str) -> str:
-        """``text``, but of a very long one no more than what surely fills the window: tokenising it takes seconds."""
-        length = max(LONG_TEXT, 16 * self.max_tokens)
-        while length < len(text):
-            if len(self._tokenize(text[:length])) > self.max_tokens + MARGIN_TOKENS:
-                return text[:length]
-            length *= 2
-        return text
-
-    def _fit(self, row: Row) -> tuple[list[int], Row]:
-        """Token ids of the prompt, and the row with the fields in ``task.truncate`` shortened until the prompt fits."""
-        fields = {name: self._cut(str(row[name])) for name in self.task.truncate if row.get(name) is not None}
-        while True:
-            ids = self._tokenize(self._prompt({**row, **fields}))
-            excess = len(ids) - self.max_tokens
-            if excess <= 0:
-                return ids, {**row, **fields}
-            name = max(fields, key=lambda n: len(fields[n]), default=None)
-            if name is None or not fields[name]:
-                raise UserError(
-                    f"task.prompt: it needs {len(ids)} tokens even without the text of {list(self.task.truncate)} "
-                    f"(task.truncate), but train.max_tokens, or else the model's window, is {self.max_tokens}"
-                )
-            fields[name] = self._shorten(fields[name], excess)
-
-    def _shorten(self, text: str, excess: int) -> str:
-        """``text`` without its last ``excess`` tokens (at least one character less)."""
-        if not self.tokenizer.is_fast:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return str(self.tokenizer.decode(ids[: max(0, len(ids) - excess)]))[: len(text) - 1].rstrip()
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends = [end for _, end in encoded["offset_mapping"]]
-        keep = len(ends) - excess
-        # Without space at its end: it could join what follows into another token.
-        return text[: min(ends[keep - 1], len(text) - 1)].rstrip() if keep > 0 else ""
-
-    def _mask_position(self, ids: Sequence[int]) -> int:
-        places = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
-        if len(places) != 1:
-            raise UserError(f"task.prompt: {len(places)} mask tokens where one is needed (is one in the text?)")
-        return places[0]
-
-    def _answer_token(self, plain: list[int], filled: list[int], word: str) -> int:
-        """The one token that ``word`` adds in its context: in some vocabularies a space belongs to the token."""
+        What all of them share before that token belongs to the prompt, be it a new line or a space of its own. To the
+        first word of a masked prompt belongs the space that words have in the middle of a text (as in LM-BFF).
+        """
+        before, after = self._parts(row)
+        filled = [self._texts.tokenize(before + word + after) for word in words]
+        for number, ids in enumerate(filled):
+            if ids in filled[:number]:
+                other = words[filled.index(ids)]
+                raise UserError(f"task.labels: {other!r} and {words[number]!r} are the same token; choose other words")
+        # After the answer a causal prompt has only what the tokenizer appends to every text.
+        ends = [self._texts.tokenize(""), *filled] if self.kind == "causal" else filled
+        place = _shared(filled)
+        after_answer = min(_shared([ids[::-1] for ids in ends]), min(map(len, filled)) - place)
+        answers = [ids[place : len(ids) - after_answer] for ids in filled]
+        for word, tokens in zip(words, answers, strict=True):
+            if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
+                raise UserError(self._not_one_token(word, tokens, before))
+        prompt = filled[0][:place]
         if self.kind == "masked":
-            place = self._mask_position(plain)
-            new, rest = filled[place : place + 1 + len(filled) - len(plain)], filled[:place] == plain[:place]
-        else:
-            new, rest = filled[len(plain) :], filled[: len(plain)] == plain
-        pieces = self.tokenizer.convert_ids_to_tokens(new)
-        if len(new) != 1 or not rest or new[0] == self.tokenizer.unk_token_id:
-            joined = "" if new and rest else ", or put a space before {{ answer }}"
-            raise UserError(
-                f"task.labels: {word!r} is not one token after this prompt but {pieces or 'a part of the last one'}; "
-                f"choose a word that is one{joined}"
-            )
-        return int(new[0])
+            mask = self.tokenizer.mask_token_id
+            prompt = [*prompt, mask, *filled[0][place + 1 :]]
+            if prompt.count(mask) != 1:
+                raise UserError(
+                    f"task.prompt: {prompt.count(mask)} mask tokens where one is needed (is one in the text?)"
+                )
+        return _Prompt(tuple(prompt), tuple(tokens[0] for tokens in answers), place)
+
+    def _not_one_token(self, word: str, tokens: Sequence[int], before: str) -> str:
+        pieces = self.tokenizer.convert_ids_to_tokens(list(tokens))
+        hint = "" if not before or before[-1:].isspace() else ", or put a space before {{ answer }}"
+        return (
+            f"task.labels: {word!r} is not one token after this prompt but {pieces or 'a part of the last one'}; "
+            f"choose a word that is one{hint}"
+        )
 
 
 _SLOT = "\ufdd0"  # what stands for the answer until the prompt is known: a noncharacter, so no text has it
 
 
-def _render(template: str, row: Mapping[str, Any]) -> str:
-    return render(template, row, sorted(name for name in row if name != ANSWER))
+def _shared(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens the sequences have in common at their start."""
+    shortest = min(sequences, key=len)
+    for place, token in enumerate(shortest):
+        if any(sequence[place] != token for sequence in sequences):
+            return place
+    return len(shortest)

@@ -1,23 +1,26 @@
-"""From a task file to rows: load the data set, cut the splits."""
+"""From a task file to rows: load the data set, leave out what does not count, cut the splits."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mezo_dist.assets.registry import is_demo, resolve_data
 from mezo_dist.config.task import Split, Task
+from mezo_dist.config.values import Where, names_of
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
+from mezo_dist.tasks.fields import Row, lookup
+from mezo_dist.tasks.files import TYPES, Table, local_files, read_file
+from mezo_dist.tasks.hub import SAVED, read_hub, read_saved
 
 log = logging.getLogger(__name__)
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-Row = Mapping[str, Any]
+AT_ONCE = 10_000
+"""Rows that are looked at together to see which of them count."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,14 @@ class Rows:
 def load_rows(task: Task) -> Rows:
     """Load the task's data and cut its splits.
 
-    Splits of the same source are consecutive pieces of one permutation of it, a function of ``task.splits.seed``
-    alone, in the order train, validation, test.
+    Splits of the same source are consecutive pieces of one permutation of the rows in it that ``task.where`` leaves, a
+    function of ``task.splits.seed`` alone, in the order train, validation, test.
 
     Raises:
         UserError: data not found, unknown split, empty split, or too few rows; says which and what there is.
     """
     data = _load(task)
+    orders: dict[str, list[int]] = {}
     taken: dict[str, int] = {}
     rows: dict[str, list[Row]] = {}
     for name in ("train", "validation", "test"):
@@ -47,116 +51,103 @@ def load_rows(task: Task) -> Rows:
             raise UserError(
                 f"task.splits.{name}.source: {task.data} has no split {split.source!r}, only {sorted(data)}"
             )
-        source = data[split.source]
-        order = _permutation(len(source), task.splits.seed, split.source)
+        if split.source not in orders:
+            kept = _kept(task, split.source, data[split.source])
+            orders[split.source] = [kept[i] for i in _permutation(len(kept), task.splits.seed, split.source)]
+        order = orders[split.source]
         start = taken.get(split.source, 0)
-        left = len(source) - start
+        left = len(order) - start
         size = left if split.size is None else split.size
         if left == 0 or size > left:
+            leaves = " that task.where leaves" if len(order) < len(data[split.source]) else ""
             raise UserError(
                 f"task.splits.{name}.size: {size or 'some'} samples wanted, but {task.data} split {split.source!r} has "
-                f"{len(source)}, of which {start} are taken by the splits before; make a split smaller"
+                f"{len(order)}{leaves}, of which {start} are taken by the splits before; make a split smaller"
             )
         taken[split.source] = start + size
-        rows[name] = _read_rows(task.data, source, order[start : start + size])
+        rows[name] = data[split.source].take(order[start : start + size])
+        _tell_nulls(name, rows[name])
     return Rows(**rows)
 
 
-def _read_rows(name: str, source: Any, indices: list[int]) -> list[Row]:
-    try:
-        rows: list[Row] = source.with_format("arrow")[indices].to_pylist()  # images and sounds stay undecoded
-        return rows
-    except UnicodeDecodeError as error:  # pyarrow does not look into short strings when it reads a file
-        raise UserError(f"task.data: {name} is not UTF-8 ({error}): convert it") from error
+def uses_cache(task: Task) -> bool:
+    """The data are kept in the cache of ``datasets``, which ranks may share."""
+    path = Path(task.data).expanduser()
+    if is_demo(task.data) or not path.exists():
+        return not is_demo(task.data) and path.suffix not in TYPES
+    return not _is_saved(path) and any(file.suffix in (".parquet", ".arrow") for file in local_files(path).values())
 
 
 def _permutation(size: int, seed: int, source: str) -> list[int]:
-    """By hashing, not by a library's generator, whose streams may change between versions."""
+    """By hashing, not by a library's generator, whose streams may change between versions.
+
+    Args:
+        size: number of rows.
+        seed: ``task.splits.seed``.
+        source: name of the split.
+    """
     return sorted(range(size), key=lambda i: derive_seed(seed, "split", source, i))
 
 
-def _load(task: Task) -> Mapping[str, Any]:
+def _is_saved(path: Path) -> bool:
+    return any((path / name).exists() for name in SAVED)
+
+
+def _load(task: Task) -> Mapping[str, Table]:
     if is_demo(task.data):
-        return {split: _load_file(path) for split, path in resolve_data(task.data).items()}
+        return {split: read_file(path) for split, path in resolve_data(task.data).items()}
     path = Path(task.data).expanduser()
-    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return _load_saved(path)
-    if path.suffix in BUILDERS or path.exists():
+    if _is_saved(path):
+        return read_saved(path)
+    if path.suffix in TYPES or path.exists():
         # One by one: splits may differ in their fields, and may be called "all".
-        return {split: _load_file(file) for split, file in _local_files(path).items()}
-    return _load_hub(task)
+        return {split: read_file(file) for split, file in local_files(path).items()}
+    return read_hub(task.data, task.subset, task.revision)
 
 
-def _local_files(path: Path) -> dict[str, Path]:
-    """Split -> file."""
-    if not path.exists():
-        where = "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
-        raise UserError(f"task.data: file {path} does not exist{where}")
-    candidates = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in candidates if file.suffix in BUILDERS]
-    if not files:
-        what = f"folder {path} has no file" if path.is_dir() else f"{path} is no file"
-        raise UserError(f"task.data: {what} ending in {', '.join(BUILDERS)}")
-    for file in files:
-        if not file.is_file():  # a pipe or a device may never end
-            raise UserError(f"task.data: {file} is not a regular file")
-    if len({file.suffix for file in files}) > 1:
-        raise UserError(f"task.data: folder {path} mixes file types {sorted({f.suffix for f in files})}; keep one")
-    return {file.stem if path.is_dir() else "train": file for file in files}
+# Which rows count
 
 
-def _load_file(path: Path) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    builder = BUILDERS[path.suffix]
-    # Left alone, the reader of CSV takes a text such as "NA" or "null" for a missing one.
-    options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
-    if path.suffix == ".tsv":
-        options["sep"] = "\t"
-    if path.stat().st_size == 0:
-        raise UserError(f"task.data: {path} is empty")
-    try:
-        return datasets.load_dataset(
-            builder,
-            data_files=[glob.escape(str(path))],
-            split="train",
-            # Its cache knows a file by size and time of change, which a file with other rows may share.
-            cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "mezo_dist" / _content_digest(path)),
-            **options,
-        )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = str(error.__cause__ or error)
-        reason = "it has no rows" if "corresponds to no data" in cause else cause
-        raise UserError(f"task.data: cannot read {path} as {builder}: {reason}") from error
-
-
-def _content_digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _kept(task: Task, source: str, table: Table) -> Sequence[int]:
+    """Indices of the rows that ``task.where`` leaves; the log says how many those are, and what the others had."""
+    where = task.where
+    if not (where.keep or where.drop):
+        return range(len(table))
+    kept: list[int] = []
+    counts: Counter[str] = Counter()
+    for start in range(0, len(table), AT_ONCE):
+        indices = range(start, min(start + AT_ONCE, len(table)))
+        for index, row in zip(indices, table.take(indices), strict=True):
+            reason = _left_out(row, where)
+            if reason is None:
+                kept.append(index)
+            else:
+                counts[reason] += 1
+    log.info(
+        "task.where leaves %d of the %d rows of split %r of %s; left out: %s",
+        len(kept),
+        len(table),
+        source,
+        task.data,
+        "; ".join(f"{count} with {reason}" for reason, count in counts.most_common(10)) or "none",
+    )
+    if not kept:
+        raise UserError(f"task.where: it leaves no row of split {source!r} of {task.data}")
+    return kept
 
 
-def _load_saved(folder: Path) -> Mapping[str, Any]:
-    """A folder written by ``save_to_disk`` of `datasets`."""
-    import datasets
+def _left_out(row: Row, where: Where) -> str | None:
+    """Why a row does not count; None if it does."""
+    for setting, conditions, is_kept in (("keep", where.keep, True), ("drop", where.drop, False)):
+        for field, values in conditions.items():
+            names = names_of(lookup(row, field, f"task.where.{setting}"))
+            if any(name in names_of(value) for value in values for name in names) is not is_kept:
+                return f"{field}: {names[-1][:40]}"
+    return None
 
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (ValueError, OSError) as error:
-        raise UserError(f"task.data: cannot read the data set saved in {folder}: {error}") from error
-    return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
-
-def _load_hub(task: Task) -> Mapping[str, Any]:
-    import datasets
-
-    try:
-        loaded: Mapping[str, Any] = datasets.load_dataset(task.data, task.subset)
-    except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
-        raise UserError(
-            f"task.data: {task.data!r} is no local file, no demo data set, and the hub did not give it: {error}"
-        ) from error
-    return loaded
+def _tell_nulls(split: str, rows: list[Row]) -> None:
+    nulls: Counter[Any] = Counter(name for row in rows for name, value in row.items() if value is None)
+    if nulls:
+        counted = ", ".join(f"{name} in {count}" for name, count in nulls.most_common(10))
+        log.warning("fields that are null, of the %d rows of the %s split: %s", len(rows), split, counted)

@@ -1,14 +1,16 @@
 """Templates of prompts: jinja2, cut down to what fills fields into a text.
 
 A task file may come from anybody. So a template can do nothing but print fields, choose between texts and apply the
-filters below: no loops, macros, assignments or calls. What it prints is no longer than the template and its fields
-make it, and it always ends.
+filters below: no loops, macros, assignments, slices or calls. What it prints is no longer than the template and its
+fields make it, and it always ends. Besides jinja2's filters there are those that the papers' prompts need:
+`upper_first` and `lower_first` (the first letter), `drop_last` (the last character, or the last few) and `strip_end`
+(white space at the end, or an end that is given, as in ``question | strip_end('?')``).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -55,7 +57,7 @@ LONGEST = 10_000_000
 """Characters that `replace` may make."""
 
 
-def render(template: str, values: Mapping[str, Any], shown: list[str]) -> str:
+def render(template: str, values: Mapping[str, object], shown: list[str]) -> str:
     """``template`` with ``values`` filled in, without space around it.
 
     Args:
@@ -75,29 +77,99 @@ def render(template: str, values: Mapping[str, Any], shown: list[str]) -> str:
         raise UserError(f"task template {template!r}: {reason} (the fields are {shown})") from error
 
 
-def _not_null(value: Any) -> Any:
+def _not_null(value: object) -> object:
     if value is None:
         raise jinja2.UndefinedError("a field that it prints is null")  # else the prompt would say None
     return value
 
 
-def _replace(text: Any, old: Any, new: Any) -> str:
+def _replace(text: object, old: object, new: object) -> str:
+    """The filter ``replace``, with a bound on the length of its result.
+
+    Args:
+        text: where to replace.
+        old: what is replaced.
+        new: what stands in its place.
+    """
     text, old, new = str(text), str(old), str(new)
     if len(text) + text.count(old) * len(new) > LONGEST:
         raise SecurityError("replace makes the text too long")
     return text.replace(old, new)
 
 
-def _round(value: Any, precision: Any = 0, method: str = "common") -> Any:
+def _round(value: Any, precision: object = 0, method: str = "common") -> Any:
+    """The filter ``round``, with a bound on its digits.
+
+    Args:
+        value: a number.
+        precision: digits after the point.
+        method: see jinja2.
+    """
     if type(precision) is not int or abs(precision) > MOST_DIGITS:
         raise SecurityError(f"round takes a whole number of digits up to {MOST_DIGITS}, not {precision!r}")
     return do_round(value, precision, method)  # type: ignore[arg-type]  # it checks the method itself
 
 
-_environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, finalize=_not_null)
-_environment.globals.clear()
-_environment.filters = {name: _environment.filters[name] for name in FILTERS}
-_environment.filters |= {"replace": _replace, "round": _round}
+def _upper_first(text: Any) -> str:
+    return str(text)[:1].upper() + str(text)[1:]
+
+
+def _lower_first(text: Any) -> str:
+    return str(text)[:1].lower() + str(text)[1:]
+
+
+def _drop_last(text: Any, count: Any = 1) -> str:
+    if type(count) is not int or count < 0:
+        raise SecurityError(f"drop_last takes a number of characters, not {count!r}")
+    return str(text)[: max(0, len(str(text)) - count)]
+
+
+def _strip_end(text: Any, end: Any = None) -> str:
+    return str(text).rstrip() if end is None else str(text).removesuffix(str(end))
+
+
+def _refusing_null(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, which would make a text such as "none" of null."""
+    place = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @functools.wraps(function)
+    def checked(*values: Any, **options: Any) -> Any:
+        _not_null(values[place])
+        return function(*values, **options)
+
+    return checked
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """A dot is for fields inside fields: no method of a text, or of a mapping, is ever meant."""
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        try:
+            return obj[argument]
+        except (TypeError, LookupError):
+            return self.undefined(obj=obj, name=argument)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return self.getitem(obj, attribute)
+
+
+def _make_environment() -> _Environment:
+    environment = _Environment(undefined=jinja2.StrictUndefined, autoescape=False, finalize=_not_null)
+    environment.globals.clear()
+    filters = {name: environment.filters[name] for name in FILTERS} | {
+        "replace": _replace,
+        "round": _round,
+        "upper_first": _upper_first,
+        "lower_first": _lower_first,
+        "drop_last": _drop_last,
+        "strip_end": _strip_end,
+    }
+    default = filters.pop("default")  # the one that is for nulls, too
+    environment.filters = {name: _refusing_null(function) for name, function in filters.items()} | {"default": default}
+    return environment
+
+
+_environment = _make_environment()
 
 
 @functools.lru_cache

@@ -102,10 +102,10 @@ class Point:
     current: torch.Tensor = field(default_factory=lambda: torch.zeros(DIM, dtype=torch.float64))
     anchor: torch.Tensor | None = None
 
-    def at(self, variant: Variant, *own: Combination) -> torch.Tensor:
+    def at(self, variant: Variant, *sample_shifts: Combination) -> torch.Tensor:
         base = self.current if variant.base == "current" else self.anchor
         assert base is not None, "nothing was kept yet"
-        return moved(base, variant.shift, *own)
+        return moved(base, variant.shift, *sample_shifts)
 
     def after(self, update: Update[Any]) -> Point:
         weights = _Weights(self.current, self.anchor)
@@ -134,8 +134,8 @@ def answer(request: Evaluation, w: Point, loss: Loss) -> Losses:
     """What the training loop would find, if all samples had the same loss."""
     if not request.each_sample:
         return Losses(tuple(loss(w.at(v), request.batch) for v in request.variants))
-    own = {"minibatch": (ZERO,) * BATCH_SIZE, "full": (ZERO,) * FULL_SIZE}[request.batch]
-    each = tuple(tuple(loss(w.at(v, o), request.batch) for o in v.per_sample or own) for v in request.variants)
+    no_shifts = {"minibatch": (ZERO,) * BATCH_SIZE, "full": (ZERO,) * FULL_SIZE}[request.batch]
+    each = tuple(tuple(loss(w.at(v, o), request.batch) for o in v.per_sample or no_shifts) for v in request.variants)
     return Losses(tuple(sum(row) / len(row) for row in each), each)
 
 
@@ -218,7 +218,7 @@ def test_steps_draw_different_directions(case: str) -> None:
         fresh.append(set())
         update = one_step(algorithm, state, step, w, quadratic, fresh[-1])
         state, w = update.state, w.after(update)
-    assert all(own - set().union(*fresh[:step]) for step, own in enumerate(fresh))
+    assert all(seeds - set().union(*fresh[:step]) for step, seeds in enumerate(fresh))
 
 
 @every_case

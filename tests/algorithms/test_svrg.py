@@ -120,12 +120,12 @@ def test_variance_is_several_times_below_mezos_and_that_of_the_released_code_abo
         mezo = MeZOPlanner(MeZO(lr=lr, eps=1e-3), problem)
         svrg = SVRGPlanner(MeZOSVRG(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
         released = SVRGReleasedPlanner(MeZOSVRGReleased(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
-        found = {"mezo": toy.estimate(mezo, toy.w, mezo.init(), 1)[0]}
+        estimates = {"mezo": toy.estimate(mezo, toy.w, mezo.init(), 1)[0]}
         anchors: dict[str, Algorithm[Any]] = {"svrg": svrg, "released": released}
         for name, planner in anchors.items():
             anchored, state = toy.estimate(planner, toy.w, planner.init(), 0)
-            found[name] = toy.estimate(planner, toy.w - anchored, state, 1)[0]
-        for name, estimate in found.items():
+            estimates[name] = toy.estimate(planner, toy.w - anchored, state, 1)[0]
+        for name, estimate in estimates.items():
             errors[name].append(float(((estimate / lr - gradient) ** 2).sum()))
     relative = {name: sum(e) / DRAWS / float((gradient**2).sum()) for name, e in errors.items()}
     print("E|v - grad|^2 / |grad|^2: " + ", ".join(f"{name} {error:.0f}" for name, error in relative.items()))

@@ -40,8 +40,8 @@ def commands() -> list[str]:
 
 def command(start: str) -> list[str]:
     """The one command line that starts so, as arguments."""
-    (found,) = [line for line in commands() if line.startswith(start)]
-    return shlex.split(found)
+    (command_line,) = [line for line in commands() if line.startswith(start)]
+    return shlex.split(command_line)
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Workplace:
 
     folder: Path
 
-    def start(self, made: Cluster, host: str, line: list[str], **more: str) -> Started:
+    def start(self, hosts: Cluster, host: str, line: list[str], **more: str) -> Started:
         """Start a command on a host, in this folder; ``more`` are environment variables."""
         log = self.folder / f"log-{len(list(self.folder.glob('log-*')))}"
         environment = {**os.environ, **more, "OMP_NUM_THREADS": "1"}
         with log.open("w") as file:
-            process = made.popen(
+            process = hosts.popen(
                 host,
                 line,
                 cwd=self.folder,
@@ -81,9 +81,9 @@ class Workplace:
             )
         return Started(process, log)
 
-    def call(self, made: Cluster, host: str, line: list[str], **more: str) -> str:
+    def call(self, hosts: Cluster, host: str, line: list[str], **more: str) -> str:
         """The output of a command that must succeed."""
-        status, output = self.start(made, host, line, **more).finish()
+        status, output = self.start(hosts, host, line, **more).finish()
         assert status == 0, f"{shlex.join(line)}\n{output}"
         return output
 
@@ -98,13 +98,13 @@ class Workplace:
             time.sleep(0.02)
 
     def steps(self, run: str) -> list[Step]:
-        """Of a run's trajectory."""
+        """The steps in a run's trajectory."""
         return trajectory.read(self.folder / run / "trajectory.jsonl").steps
 
     def weights(self, run: str) -> str:
         """Fingerprint of a run's final weights."""
-        found: str = json.loads((self.folder / run / "results.json").read_text())["weights"]
-        return found
+        fingerprint: str = json.loads((self.folder / run / "results.json").read_text())["weights"]
+        return fingerprint
 
     def same_as_alone(self, run: str) -> bool:
         """Whether a run is done and has taken the same steps to the same weights as one process."""
@@ -136,12 +136,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture
 def two_hosts() -> Iterator[Cluster]:
     need({})
-    with cluster(2) as made:
-        yield made
+    with cluster(2) as hosts:
+        yield hosts
 
 
 @pytest.fixture
 def three_hosts() -> Iterator[Cluster]:
     need({})
-    with cluster(3) as made:
-        yield made
+    with cluster(3) as hosts:
+        yield hosts

@@ -24,7 +24,7 @@ def test_all_is_well(workplace: Workplace, two_hosts: Cluster) -> None:
     output = workplace.call(two_hosts, "host1", command("mpirun --host host1,host2 python -m mezo_dist doctor"))
     assert "PROBLEM" not in output
     for line in (
-        r"ok +launcher +Open MPI: 2 ranks, meeting point from MPI",
+        r"ok +launcher +Open MPI: 2 ranks, rendezvous through MPI",
         r"ok +ranks +2 on 2 host\(s\): host1, host2",
         r"ok +code of mezo_dist +\w{12}, the same on all",
         r"ok +configs/quickstart.yaml +\w{12}, the same on all",

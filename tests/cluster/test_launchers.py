@@ -39,9 +39,9 @@ def test_torchrun_goes_on_without_a_host_that_was_killed(workplace: Workplace, t
     workplace.wait_for_step("elastic", EARLY, *started)
     three_hosts.kill("host3")
     assert len(workplace.steps("elastic")) < STEPS, "killed too late to prove anything"
-    found = [one.finish() for one in started[:2]]
-    assert [status for status, _ in found] == [0, 0], found
-    output = found[0][1] + found[1][1]
+    outcomes = [one.finish() for one in started[:2]]
+    assert [status for status, _ in outcomes] == [0, 0], outcomes
+    output = outcomes[0][1] + outcomes[1][1]
     assert re.search(rf"3 process\(es\).*{LOST}.*2 process\(es\)", output, re.DOTALL), output
     assert workplace.same_as_alone("elastic")
 
@@ -56,9 +56,9 @@ def test_torchrun_survives_a_link_that_is_cut_for_10_s(workplace: Workplace, two
     time.sleep(9)
     assert len(workplace.steps("cut")) == stopped_at < STEPS, "the link was not cut"
     two_hosts.mend("host2")
-    found = [one.finish() for one in started]
-    assert [status for status, _ in found] == [0, 0], found
-    assert LOST not in found[0][1], "it was to survive, not to start again"
+    outcomes = [one.finish() for one in started]
+    assert [status for status, _ in outcomes] == [0, 0], outcomes
+    assert LOST not in outcomes[0][1], "it was to survive, not to start again"
     assert workplace.same_as_alone("cut")
 
 
@@ -92,9 +92,9 @@ def test_deepspeed_without_ssh(workplace: Workplace, two_hosts: Cluster, layout:
     for number, host in enumerate(two_hosts.hosts):
         line = command(f"launcher/deepspeed.sh --hostfile hostfile --no_ssh --node_rank {number}")
         started.append(workplace.start(two_hosts, host, [*line, f"--layout.name={layout}", into(layout)]))
-    found = [one.finish() for one in started]
-    assert [status for status, _ in found] == [0, 0], found
-    assert f"layout      {layout}, 2 process(es)" in found[0][1]
+    outcomes = [one.finish() for one in started]
+    assert [status for status, _ in outcomes] == [0, 0], outcomes
+    assert f"layout      {layout}, 2 process(es)" in outcomes[0][1]
     assert workplace.same_as_alone(layout)
 
 
@@ -127,22 +127,22 @@ def test_mpich_that_is_told_where_to_meet(workplace: Workplace, two_hosts: Clust
 def slurm() -> Iterator[Cluster]:
     """Three nodes, the first of which is the controller, too."""
     need(SLURM_TOOLS)
-    with cluster(3) as made:
-        start_slurm(made)
-        yield made
+    with cluster(3) as hosts:
+        start_slurm(hosts)
+        yield hosts
 
 
-def job(workplace: Workplace, made: Cluster, line: list[str]) -> str:
+def job(workplace: Workplace, hosts: Cluster, line: list[str]) -> str:
     """Submit a job; its number."""
-    (number,) = re.findall(r"Submitted batch job (\d+)", workplace.call(made, "host1", line))
+    (number,) = re.findall(r"Submitted batch job (\d+)", workplace.call(hosts, "host1", line))
     return str(number)
 
 
-def wait_for_state(workplace: Workplace, made: Cluster, number: str, wanted: str) -> None:
+def wait_for_state(workplace: Workplace, hosts: Cluster, number: str, wanted: str) -> None:
     """Until all parts of a SLURM job are in a state."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        shown = made.run("host1", ["scontrol", "show", "job", number])
+        shown = hosts.run("host1", ["scontrol", "show", "job", number])
         states = set(re.findall(r"JobState=(\w+)", shown))
         if states == {wanted}:
             return
@@ -152,15 +152,15 @@ def wait_for_state(workplace: Workplace, made: Cluster, number: str, wanted: str
         for part in shown.split("\n\n"):
             if "Reason=BeginTime" in part:  # SLURM holds back what returned to the queue for two minutes
                 with contextlib.suppress(ClusterError):  # it has just started
-                    made.run("host1", ["scontrol", "update", part.split()[0], "StartTime=now"])
+                    hosts.run("host1", ["scontrol", "update", part.split()[0], "StartTime=now"])
         time.sleep(0.2)
 
 
-def nodes(made: Cluster, number: str) -> list[str]:
-    """Of a SLURM job."""
-    listed = re.search(r"\bNodeList=(\S+)", made.run("host1", ["scontrol", "show", "job", number]))
+def nodes(hosts: Cluster, number: str) -> list[str]:
+    """The hosts of a SLURM job."""
+    listed = re.search(r"\bNodeList=(\S+)", hosts.run("host1", ["scontrol", "show", "job", number]))
     assert listed is not None
-    return made.run("host1", ["scontrol", "show", "hostnames", listed[1]]).split()
+    return hosts.run("host1", ["scontrol", "show", "hostnames", listed[1]]).split()
 
 
 def test_slurm_starts_a_job_per_seed_and_takes_it_up_again_after_a_warning(

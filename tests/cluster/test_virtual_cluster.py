@@ -39,10 +39,10 @@ def test_hosts_have_their_own_name_and_network_and_share_files(two_hosts: Cluste
         two_hosts.run("host1", ["false"])
 
 
-def wait_until_open(made: Cluster) -> None:
+def wait_until_open(hosts: Cluster) -> None:
     """A link that has just come up may carry nothing yet: the kernel looks and asks for addresses once a second."""
     deadline = time.monotonic() + 30
-    while made.run("host1", KNOCK) != "open\n":
+    while hosts.run("host1", KNOCK) != "open\n":
         assert time.monotonic() < deadline, "the link stays cut"
 
 
@@ -76,24 +76,24 @@ def test_a_host_can_be_killed(two_hosts: Cluster) -> None:
 
 def networks_of(*words: str) -> set[str]:
     """The network namespaces of processes whose command line has one of these words."""
-    found = set()
+    networks = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if set(words) & set((process / "cmdline").read_bytes().decode(errors="replace").split("\0")):
-                found.add(os.readlink(process / "ns/net"))
+                networks.add(os.readlink(process / "ns/net"))
         except OSError:  # gone meanwhile
             continue
-    return found
+    return networks
 
 
 def processes_in(networks: set[str]) -> list[str]:
     """Process ids."""
-    found = []
+    processes = []
     for link in Path("/proc").glob("[0-9]*/ns/net"):
         with contextlib.suppress(OSError):
             if os.readlink(link) in networks:
-                found.append(link.parts[2])
-    return found
+                processes.append(link.parts[2])
+    return processes
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

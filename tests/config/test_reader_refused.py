@@ -58,7 +58,11 @@ def test_unknown_settings_on_the_command_line(write_config: Write, override: str
         ("prompt:", "promt:", "unknown setting 'task.promt'; did you mean 'task.prompt'?"),
         ("name:", "metrics: f1\nname:", "unknown setting 'task.metrics'; did you mean 'task.metric'?"),
         ("name:", "splits: {tset: {}}\nname:", "unknown setting 'task.splits.tset'; did you mean 'task.splits.test'?"),
-        ("word: good", "wrod: good", "task.labels: must be a list of {value: text or a whole number, word: text}; "),
+        (
+            "word: good",
+            "wrod: good",
+            "task.labels: must be a list of {value: true or false or a whole number or text, word: text}; ",
+        ),
     ],
 )
 def test_unknown_settings_in_the_task_file(write_config: Write, old: str, new: str, expected: str) -> None:
@@ -89,7 +93,10 @@ def test_a_setting_given_twice(write_config: Write) -> None:
         ("model.weights=float16", "model.weights: must be float32 or bfloat16, not float16"),
         ("task.plain=text", "task.plain: must be a list of text, not text"),
         ("task.labels=[{value: 0, word: true}, {value: 1, word: '1'}]", "task.labels: must be a list of "),
-        ("task.labels=[{value: 0}]", "task.labels: must be a list of {value: text or a whole number, word: text}; "),
+        (
+            "task.labels=[{value: 0}]",
+            "task.labels: must be a list of {value: true or false or a whole number or text, word: text}; ",
+        ),
     ],
 )
 def test_wrong_types(write_config: Write, override: str, expected: str) -> None:
@@ -103,7 +110,7 @@ def test_wrong_types(write_config: Write, override: str, expected: str) -> None:
 
 
 def test_the_place_inside_a_list_is_named(write_config: Write) -> None:
-    kind = "task.labels: must be a list of {value: text or a whole number, word: text}"
+    kind = "task.labels: must be a list of {value: true or false or a whole number or text, word: text}"
     for old, new, expected in [
         ("word: good", "word: false", "[1].word is false"),
         ("value: 0", "value: 1.5", "[0].value is 1.5"),

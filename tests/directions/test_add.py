@@ -161,14 +161,14 @@ def test_any_piece_equals_that_piece_of_the_whole(bits: BitLayout) -> None:
 def test_number_of_threads_changes_no_bit(bits: BitLayout) -> None:
     count = 1024 * cpu.CHUNKS_PER_THREAD * 5 + 333  # enough for five threads
     weight, sums = weights(count, BF16), combinations(2, seed=8)
-    made = []
+    patterns = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         outputs = [torch.empty(count), torch.empty(count, dtype=BF16)]
         add(weight, sums, outputs, param_id=1, bits=bits, offsets=[1000])
-        made.append([bit_patterns(output) for output in outputs])
-    for other in made[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+        patterns.append([bit_patterns(output) for output in outputs])
+    for other in patterns[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(patterns[0], other, strict=True))
 
 
 @pytest.mark.usefixtures("torch_threads")

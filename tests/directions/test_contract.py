@@ -20,8 +20,8 @@ PARAM = 99
 
 @pytest.fixture(params=[reference.add, cpu.add], ids=["reference", "cpu"])
 def function(request: pytest.FixtureRequest) -> Add:
-    made: Add = request.param
-    return made
+    implementation: Add = request.param
+    return implementation
 
 
 def run(

@@ -103,9 +103,9 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], ex
 def test_words_are_a_function_of_seed_parameter_stream_and_block(
     seed: int, parameter: int, stream: int, block: int
 ) -> None:
-    made = direction_words(seed, parameter, stream, block, 2)
+    words = direction_words(seed, parameter, stream, block, 2)
     for j in range(2):
-        assert tuple(made[:, j].tolist()) == literal_words(seed, parameter, stream, block + j)
+        assert tuple(words[:, j].tolist()) == literal_words(seed, parameter, stream, block + j)
 
 
 def test_block_numbers_carry_into_the_high_word_so_that_none_repeats() -> None:
@@ -113,12 +113,12 @@ def test_block_numbers_carry_into_the_high_word_so_that_none_repeats() -> None:
 
     A parameter of a 7B model has under 2**33 elements, 2**30 gaussian blocks: even one of 2**35 elements stays below.
     """
-    made = direction_words(5, 6, 0, 2**32 - 2, 4)
+    words = direction_words(5, 6, 0, 2**32 - 2, 4)
     expected = [
         literal_philox((low, high, 6, 0), (5, 0)) for low, high in [(2**32 - 2, 0), (2**32 - 1, 0), (0, 1), (1, 1)]
     ]
-    assert [tuple(made[:, j].tolist()) for j in range(4)] == expected
-    assert not torch.equal(made[:, 2:], direction_words(5, 6, 0, 0, 2))
+    assert [tuple(words[:, j].tolist()) for j in range(4)] == expected
+    assert not torch.equal(words[:, 2:], direction_words(5, 6, 0, 0, 2))
     for bits, elements_per_block in ((GAUSSIAN, 8), (RADEMACHER, 128)):
         boundary = 2**32 * elements_per_block
         expected_values = [literal_value(bits.name, 5, 6, e) for e in range(boundary - 3, boundary + 3)]
@@ -189,17 +189,19 @@ def test_rademacher_costs_one_bit_per_element() -> None:
 @pytest.mark.parametrize("golden", GOLDEN["chunks"], ids=lambda g: f"{g['law']}-{g['seed']}-{g['first_chunk']}")
 def test_golden_chunks(golden: dict[str, Any]) -> None:
     bits = LAWS[golden["law"]]
-    made = bits.chunks(golden["seed"], golden["param_id"], golden["first_chunk"], golden["num_chunks"])
-    assert sha256(made) == golden["sha256"], f"the bits {bits.name} changed: give it another version"
+    values = bits.chunks(golden["seed"], golden["param_id"], golden["first_chunk"], golden["num_chunks"])
+    assert sha256(values) == golden["sha256"], f"the bits {bits.name} changed: give it another version"
 
 
 def test_golden_rounding_bits() -> None:
     golden = GOLDEN["rounding_bits"]
-    made = reference._rounding_bits(golden["seed"], golden["param_id"], golden["first_chunk"], golden["num_chunks"])
-    assert sha256(made.to(torch.int32)) == golden["sha256"]
+    rounding_bits = reference._rounding_bits(
+        golden["seed"], golden["param_id"], golden["first_chunk"], golden["num_chunks"]
+    )
+    assert sha256(rounding_bits.to(torch.int32)) == golden["sha256"]
     start = 1024 * golden["first_chunk"]
     literal = [literal_half(golden["seed"], golden["param_id"], 1, e) for e in range(start, start + 1024)]
-    assert made[:1024].tolist() == literal
+    assert rounding_bits[:1024].tolist() == literal
 
 
 # --- seeds and parameter ids -------------------------------------------------------------------------------------
@@ -212,9 +214,9 @@ def test_golden_seeds_and_parameter_ids() -> None:
 
 
 def test_seeds_of_neighbouring_purposes_differ() -> None:
-    made = {derive_seed(run, purpose, i) for run in range(20) for purpose in ("step", "round") for i in range(100)}
-    assert len(made) == 20 * 2 * 100  # 64-bit hashes: a repeat would have a chance of 4e-13
-    assert all(0 <= seed < 2**64 for seed in made)
+    seeds = {derive_seed(run, purpose, i) for run in range(20) for purpose in ("step", "round") for i in range(100)}
+    assert len(seeds) == 20 * 2 * 100  # 64-bit hashes: a repeat would have a chance of 4e-13
+    assert all(0 <= seed < 2**64 for seed in seeds)
 
 
 def test_seeds_of_purposes_with_slashes_in_them_differ() -> None:

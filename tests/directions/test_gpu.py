@@ -73,7 +73,7 @@ CASES = dict(_cases())
 
 
 def combinations(case: Case) -> list[Combination]:
-    """Of different seeds for every output, some above 2**63; each seed is missing from one output in three.
+    """Combinations of different seeds for every output, some above 2**63; every seed is missing in a third of them.
 
     With special weights the first output has no terms: what others add must not make a 0.0 of its -0.0.
     """

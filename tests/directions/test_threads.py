@@ -28,7 +28,7 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def made() -> torch.Tensor:
+def sample_of_a_direction() -> torch.Tensor:
     output = torch.empty(LARGE)
     add(torch.zeros(LARGE), [Combination.single(1, 1.0)], [output], param_id=2, bits=GAUSSIAN)
     return output
@@ -39,19 +39,19 @@ def test_directions_are_made_on_the_threads_that_torch_has() -> None:
     assert threads.torch_team() is not None, torch.__config__.parallel_info()
     torch.ones(1 << 20).mul_(2)  # now they are there
     before = sorted(path.name for path in Path("/proc/self/task").iterdir())
-    made()
+    sample_of_a_direction()
     assert sorted(path.name for path in Path("/proc/self/task").iterdir()) == before
 
 
 def test_without_them_others_do_it_and_the_log_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = made()
+    expected = sample_of_a_direction()
     threads.torch_team.cache_clear()
     monkeypatch.setattr(threads, "_openmp_of_torch", lambda: None)
     with caplog.at_level(logging.INFO):
-        assert torch.equal(made(), expected)
-        assert torch.equal(made(), expected)
+        assert torch.equal(sample_of_a_direction(), expected)
+        assert torch.equal(sample_of_a_direction(), expected)
     assert [record.getMessage().count("beside torch's") for record in caplog.records] == [1]
 
 

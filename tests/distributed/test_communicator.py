@@ -54,9 +54,9 @@ def test_a_long_round_meets_before_it_sends_the_rest(monkeypatch: pytest.MonkeyP
     mark = fingerprint("step", 3)
     others = OtherRanks(monkeypatch, [mark // 2, 0, *range(30)])
     comm = Communicator(rank=0, world_size=2)
-    found = comm.round(torch.arange(100), mark)
+    total = comm.round(torch.arange(100), mark)
     assert others.lengths == [PAYLOAD_WORDS, 100 + 2 - PAYLOAD_WORDS]
-    assert found.tolist() == [2 * i if i < 30 else i + 1 for i in range(100)]
+    assert total.tolist() == [2 * i if i < 30 else i + 1 for i in range(100)]
     assert comm.payload_bytes == 8 * 102
 
 

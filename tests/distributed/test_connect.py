@@ -87,7 +87,7 @@ RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
 @pytest.fixture(params=["silent", "talks"])
 def service(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
-    """Something else that listens at the meeting point: its kind and its port."""
+    """Something else that listens at the rendezvous: its kind and its port."""
     connections: list[socket.socket] = []
 
     def serve() -> None:
@@ -106,7 +106,7 @@ def service(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
         connection.close()
 
 
-def test_another_service_at_the_meeting_point(service: tuple[str, int], environment: pytest.MonkeyPatch) -> None:
+def test_another_service_at_the_rendezvous(service: tuple[str, int], environment: pytest.MonkeyPatch) -> None:
     kind, port = service
     for name, value in {**RANK_1, "MASTER_PORT": str(port)}.items():
         environment.setenv(name, value)
@@ -120,7 +120,7 @@ def test_another_service_at_the_meeting_point(service: tuple[str, int], environm
     assert time.monotonic() - began < 30, "torch alone would wait for ever"
 
 
-def test_nobody_at_the_meeting_point(environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_nobody_at_the_rendezvous(environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     for name, value in {**RANK_1, "MASTER_PORT": str(port)}.items():

@@ -86,13 +86,13 @@ def test_an_environment_that_makes_no_sense_is_the_first_line(monkeypatch: pytes
     assert "WORLD_SIZE" in line.hint
 
 
-def on_a_rank(comm: Communicator, shared: str, own: str) -> tuple[list[Line], float, list[str]]:
+def on_a_rank(comm: Communicator, shared: str, private: str) -> tuple[list[Line], float, list[str]]:
     """The folder check on a shared folder and on one per rank, and the clock of a rank that is 90 s ahead."""
     facts = [FACTS, OTHER]
     lines = doctor._shared_folder(comm, Path(shared), facts)
     doctor.SEEN_WITHIN_S = 0.2
     with mock.patch.object(Path, "exists", return_value=False) if comm.rank else contextlib.nullcontext():
-        lines += doctor._shared_folder(comm, Path(own), facts)
+        lines += doctor._shared_folder(comm, Path(private), facts)
     ahead = doctor.offset_and_trip(comm, 1, lambda: time.time() + 90 * comm.rank)[0]
     return lines, ahead, [str(line) for line in doctor._links(comm, facts, lambda: time.time() + 90 * comm.rank)]
 

@@ -22,16 +22,16 @@ from mezo_dist.distributed.environment import (
 from mezo_dist.errors import UserError
 
 # As found on the real launchers (the tests in tests/cluster/ start them), less what does not matter.
-MEETING = {"MASTER_ADDR": "host1", "MASTER_PORT": "29500"}
+RENDEZVOUS = {"MASTER_ADDR": "host1", "MASTER_PORT": "29500"}
 TORCHRUN = {
     "RANK": "3",
     "WORLD_SIZE": "4",
     "LOCAL_RANK": "1",
     "LOCAL_WORLD_SIZE": "2",
     "TORCHELASTIC_RUN_ID": "none",
-    **MEETING,
+    **RENDEZVOUS,
 }
-DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "CROSS_RANK": "1", "CROSS_SIZE": "2", **MEETING}
+DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "CROSS_RANK": "1", "CROSS_SIZE": "2", **RENDEZVOUS}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -56,18 +56,18 @@ KNOWN = {
     "torchrun": (TORCHRUN, ClusterEnvironment("torchrun", 3, 4, 1, 2, "host1", 29500)),
     "deepspeed": (DEEPSPEED, ClusterEnvironment("DeepSpeed", 1, 2, 0, 0, "host1", 29500)),
     "by hand": (
-        {"RANK": "1", "WORLD_SIZE": "2", **MEETING},
+        {"RANK": "1", "WORLD_SIZE": "2", **RENDEZVOUS},
         ClusterEnvironment("RANK and WORLD_SIZE", 1, 2, 0, 0, "host1", 29500),
     ),
     "Open MPI": (OPEN_MPI, ClusterEnvironment("Open MPI", 1, 4, 1, 2)),
-    "Open MPI that was told": ({**OPEN_MPI, **MEETING}, ClusterEnvironment("Open MPI", 1, 4, 1, 2, "host1", 29500)),
+    "Open MPI that was told": ({**OPEN_MPI, **RENDEZVOUS}, ClusterEnvironment("Open MPI", 1, 4, 1, 2, "host1", 29500)),
     "MPICH": (MPICH, ClusterEnvironment("MPICH", 2, 3, 0, 1)),
     "SLURM": (SRUN, ClusterEnvironment("SLURM's srun", 1, 2, 0, 0, "gpu07", SRUN_PORT)),
     "SLURM on one node": (
         {**SRUN, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n1"},
         ClusterEnvironment("SLURM's srun", 1, 2, 0, 2, "n1", SRUN_PORT),
     ),
-    "SLURM that was told": ({**SRUN, **MEETING}, ClusterEnvironment("SLURM's srun", 1, 2, 0, 0, "host1", 29500)),
+    "SLURM that was told": ({**SRUN, **RENDEZVOUS}, ClusterEnvironment("SLURM's srun", 1, 2, 0, 0, "host1", 29500)),
     "SLURM with PMI2": (
         {**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2"},
         ClusterEnvironment("SLURM's srun", 1, 2, 0, 0, "gpu07", SRUN_PORT),
@@ -97,7 +97,7 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
 
 WRONG = {
     "half of torchrun": (without(TORCHRUN, "RANK"), "RANK not set, but WORLD_SIZE=4, MASTER_ADDR=host1.*torchrun"),
-    "no meeting point": (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT not set, but RANK=3, WORLD_SIZE=4, MASTER_A"),
+    "no rendezvous": (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT not set, but RANK=3, WORLD_SIZE=4, MASTER_A"),
     "half of Open MPI": (
         without(OPEN_MPI, "OMPI_COMM_WORLD_SIZE"),
         "OMPI_COMM_WORLD_SIZE not set, but OMPI_COMM_WORLD_R",

@@ -84,12 +84,12 @@ comm.close()
 def test_a_rank_that_is_quicker_than_rank_0_after_a_restart_does_not_look_for_the_dead() -> None:
     """As under torchrun, whose store outlives the ranks."""
     store = dist.TCPStore("localhost", 0, is_master=True)
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    rendezvous_at = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for delays in (("0", "0"), ("2", "0")):
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-c", COME, delay],
-                env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+                env={**os.environ, **rendezvous_at, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
                 stdout=subprocess.PIPE,
                 text=True,
             )
@@ -127,11 +127,11 @@ def test_no_rank_goes_on_while_another_still_connects() -> None:
     """One that stopped at once, for a bad setting, would abort the other now and then: gloo's connections are not made
     at both ends at once."""
     store = dist.TCPStore("localhost", 0, is_master=True)
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    rendezvous_at = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", CONNECT_SLOWLY, seconds],
-            env={**os.environ, **meeting, "RANK": str(rank), "WORLD_SIZE": "2"},
+            env={**os.environ, **rendezvous_at, "RANK": str(rank), "WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             text=True,
         )

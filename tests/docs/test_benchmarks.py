@@ -4,50 +4,47 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import ROOT, output_of
 
 
 def run(*arguments: str) -> dict[str, Any]:
     """The last line of a benchmark's output."""
-    command = [sys.executable, *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    output = output_of(arguments, environment={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    figures: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return figures
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' peak counters")
 def test_memory() -> None:
     sizes = ["--shape", "tiny", "--sizes", "2x16", "--methods", "forward", "svrg"]
-    found = run("examples/benchmarks/memory.py", "--json", *sizes)
-    (row,) = found["rows"]
+    figures = run("examples/benchmarks/memory.py", "--json", *sizes)
+    (row,) = figures["rows"]
     assert row["size"] == "2x16"
     assert row["forward_gib"] > row["weights_gib"] > 0
-    assert found["svrg_over_forward"] == row["svrg_over_forward"]
-    assert found["svrg_over_forward"] == pytest.approx(row["svrg_gib"] / row["forward_gib"], rel=0.01)
+    assert figures["svrg_over_forward"] == row["svrg_over_forward"]
+    assert figures["svrg_over_forward"] == pytest.approx(row["svrg_gib"] / row["forward_gib"], rel=0.01)
 
 
 def test_a_case_that_fails_is_told_and_left_out() -> None:
-    found = run("examples/benchmarks/memory.py", "--json", "--shape", "tiny", "--sizes", "0x1", "--methods", "sgd")
-    assert found["svrg_over_forward"] is None
-    assert found["rows"][0]["sgd_gib"] is None
+    figures = run("examples/benchmarks/memory.py", "--json", "--shape", "tiny", "--sizes", "0x1", "--methods", "sgd")
+    assert figures["svrg_over_forward"] is None
+    assert figures["rows"][0]["sgd_gib"] is None
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ["fsdp", "zero"])
 def test_seven_billion(engine: str) -> None:
     sizes = ["--shape", "tiny", "--text", "random", "--engines", engine]
-    found = run("examples/benchmarks/seven_billion.py", "--json", *sizes)[engine]
-    assert found["gathered_over_weights"] == pytest.approx(2.0, rel=0.05)  # the anchor step's pass and the inner step's
-    assert found["peak_rss_gib"] >= found["loading_peak_rss_gib"] > found["weights_gib"] > 0
-    parts = [found[part] for part in ("wait", "gather", "materialise", "forward", "update")]
+    figures = run("examples/benchmarks/seven_billion.py", "--json", *sizes)[engine]
+    assert figures["gathered_over_weights"] == pytest.approx(
+        2.0, rel=0.05
+    )  # the anchor step's pass and the inner step's
+    assert figures["peak_rss_gib"] >= figures["loading_peak_rss_gib"] > figures["weights_gib"] > 0
+    parts = [figures[part] for part in ("wait", "gather", "materialise", "forward", "update")]
     assert min(parts) >= 0
-    assert sum(parts) <= found["cycle_s"] + 0.01
+    assert sum(parts) <= figures["cycle_s"] + 0.01

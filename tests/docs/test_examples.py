@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import ROOT, output_of
 
 
 def run(*arguments: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return output_of(arguments, environment={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
 def test_estimator_quality(tmp_path: Path) -> None:
     labels = ["MeZO", "MeZO, 16 directions", "MeZO-SVRG, q = 2"]
     run("examples/studies/estimator_quality.py", "--estimates", "8", "--out", str(tmp_path), "--only", *labels)
-    found = json.loads((tmp_path / "estimator_quality-small-1.25.json").read_text())
-    rows = {row["label"]: row for row in found["rows"]}
+    result = json.loads((tmp_path / "estimator_quality-small-1.25.json").read_text())
+    rows = {row["label"]: row for row in result["rows"]}
     assert rows.keys() == set(labels)
     for row in rows.values():
         assert row["passes_per_step"] == 160
-        assert 0.05 * found["weights"] < row["error"] < 20 * found["weights"], "about as many as there are weights"
+        assert 0.05 * result["weights"] < row["error"] < 20 * result["weights"], "about as many as there are weights"
     svrg = rows["MeZO-SVRG, q = 2"]
     assert 1.8 < svrg["run_error"] / svrg["best_error"] < 2.2, "both steps of a cycle err alike"
     assert (tmp_path / "estimator_quality-small-1.25.png").stat().st_size > 1000
@@ -68,11 +63,50 @@ def test_learning_curves(tmp_path: Path) -> None:
     assert before == {path: path.read_text() for path in files.values()}, "nothing is run twice"
     assert (tmp_path / "learning_curves-smoke-head.png").stat().st_size > 1000
 
+    run("examples/studies/offsets_at_prediction.py", "--preset", "smoke", "--out", str(tmp_path), "--only", "AdamW")
+    _, again = map(json.loads, (tmp_path / "offsets_at_prediction.jsonl").read_text().splitlines())
+    assert again["plain"][-1] == again["stored"], "the run is the one that is stored"
+    assert again["offsets"] != again["plain"]
+
+
+def test_passes_that_fit_offsets_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    curve_report = importlib.import_module("curve_report")
+
+    def record(label: str, **more: int) -> str:
+        points = [[done, 0.1 * done, 1.0, done / 1000, 1.0, done / 1000] for done in (0, 96, 192, 384)]
+        return json.dumps({"kind": "run", "label": label, "lr": 0.1, "seed": 1, "points": points, **more})
+
+    runs = [record("MeZO, batch 4"), record("new, calibrated", fitting=48), record("old, calibrated")]
+    (tmp_path / "learning_curves-smoke-prompts-tiny.jsonl").write_text("\n".join(runs) + "\n")
+    lines = curve_report.report(tmp_path, "smoke").splitlines()
+    assert "| new, calibrated | 0.0 ± 0.0 | 38.4 ± 0.0 |" in lines, "96 and 48 passes are more than a quarter of 384"
+    assert "| MeZO, batch 4 | 9.6 ± 0.0 | 38.4 ± 0.0 |" in lines
+    needed = lines[lines.index("|  | tiny: 38.4 |") :]
+    assert {"| MeZO, batch 4 | 384 |", "| new, calibrated | 432 |", "| old, calibrated | 896 |"} <= set(needed)
+
+
+def test_quickstart_rate(tmp_path: Path) -> None:
+    command = ["examples/studies/quickstart_rate.py", "train.steps=2", "--config", "tiny", "--held-out", "8"]
+    output = run(*command, "--out", str(tmp_path), "--rates", "0.001", "0.01", "0.1")
+    about, *rows = map(json.loads, (tmp_path / "quickstart_rate.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    found = re.search(r"validation chose (\S+)", output)
+    assert found, output
+    accuracies: dict[float, list[float]] = {}
+    for row in rows:
+        if row["label"] == "quickstart, to choose":
+            assert row["scores"].keys() == {"validation"}, "nothing else is looked at before the rate is chosen"
+            accuracies.setdefault(row["lr"], []).append(row["scores"]["validation"][1])
+    assert sum(accuracies[float(found[1])]) == max(map(sum, accuracies.values()))
+    chosen = {row["seed"] for row in rows if row["label"] == "quickstart, chosen" and row["lr"] == float(found[1])}
+    assert chosen == {0, 1, 2}
+
 
 @pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["in one process", "in two more"])
 def test_minimize(options: list[str]) -> None:
     output = run("examples/minimize.py", "--steps", "12", *options)
-    found = re.search(r"down for ([\d.]+)% before, ([\d.]+)% after", output)
-    assert found, output
-    assert float(found[1]) > 90
-    assert float(found[2]) < 20
+    shares_down = re.search(r"down for ([\d.]+)% before, ([\d.]+)% after", output)
+    assert shares_down, output
+    assert float(shares_down[1]) > 90
+    assert float(shares_down[2]) < 20

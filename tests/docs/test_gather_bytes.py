@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import ROOT, output_of
 
 
 @pytest.mark.distributed
 def test_a_step_gathers_the_weights_once_and_the_naive_way_four_times() -> None:
-    command = [sys.executable, "examples/benchmarks/gather_bytes.py", "--json", "--shape", "tiny"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert list(found) == ["fsdp", "zero"]
-    for figures in found.values():
+    command = ["examples/benchmarks/gather_bytes.py", "--json", "--shape", "tiny"]
+    output = output_of(command, environment={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    by_layout = json.loads(output.splitlines()[-1])
+    assert list(by_layout) == ["fsdp", "zero"]
+    for figures in by_layout.values():
         assert 1 <= figures["mezo_over_weights"] <= 1.05
         assert 1 <= figures["svrg_over_weights"] <= 1.05
         assert 4 <= figures["naive_svrg_over_weights"] <= 4.2

@@ -153,8 +153,8 @@ def attributes(model: nn.Module) -> dict[str, set[str]]:
     return {name: set(vars(module)) for name, module in model.named_modules()}
 
 
-def assert_same(found: list[list[Tensor]], wanted: list[list[Tensor]]) -> None:
-    for (i, row), other in zip(enumerate(found), wanted, strict=True):
+def assert_same(results: list[list[Tensor]], wanted: list[list[Tensor]]) -> None:
+    for (i, row), other in zip(enumerate(results), wanted, strict=True):
         for (v, result), expected in zip(enumerate(row), other, strict=True):
             assert torch.equal(result, expected), f"micro-batch {i}, variant {v}"
 

@@ -35,12 +35,12 @@ def test_it_is_what_a_copy_of_the_model_gives(name: str, dtype: torch.dtype) -> 
     engine.copy_anchor()
     engine.add(UPDATE, rounding_seed=0)
     before, modules = state(model), attributes(model)
-    found = engine.evaluate(VARIANTS, items, forward)
-    assert_same([row[1:4:2] for row in found], old.evaluate([Variant(AROUND), Variant()], items, forward))
-    assert_same([row[0::2] for row in found], engine.evaluate([VARIANTS[v] for v in (0, 2, 4)], items, forward))
-    assert_same(found, engine.evaluate(VARIANTS, items, forward))
+    results = engine.evaluate(VARIANTS, items, forward)
+    assert_same([row[1:4:2] for row in results], old.evaluate([Variant(AROUND), Variant()], items, forward))
+    assert_same([row[0::2] for row in results], engine.evaluate([VARIANTS[v] for v in (0, 2, 4)], items, forward))
+    assert_same(results, engine.evaluate(VARIANTS, items, forward))
     assert_untouched(model, before, modules)
-    assert all(not torch.equal(row[2], row[3]) for row in found)
+    assert all(not torch.equal(row[2], row[3]) for row in results)
 
 
 def test_in_16_bits_the_way_back_along_the_displacement_ends_beside_it() -> None:
@@ -64,8 +64,8 @@ def test_a_direction_per_sample_at_the_anchor() -> None:
     wanted = losses(model, Law("lowrank"), [variant], objective)
     engine.copy_anchor()
     engine.add(UPDATE, rounding_seed=0)
-    found = engine.evaluate([variant, Variant(AROUND, PER_SAMPLE, "anchor")], micro_batches(), objective)
-    for item, row in zip(micro_batches(), found, strict=True):
+    results = engine.evaluate([variant, Variant(AROUND, PER_SAMPLE, "anchor")], micro_batches(), objective)
+    for item, row in zip(micro_batches(), results, strict=True):
         assert torch.equal(row[1].loss, wanted[0, list(item.slots)])
         assert not torch.equal(row[0].loss, row[1].loss)
 
@@ -95,13 +95,13 @@ def test_nothing_was_kept() -> None:
 
 def test_in_32_bits_a_run_is_that_of_a_replayed_anchor_up_to_rounding(tmp_path: Path) -> None:
     config = write_tiny_config(tmp_path, "opt", steps=7, batch_size=5, micro_batch=3)
-    found = []
+    all_losses = []
     for anchor in ("replay", "stored"):
         options = ["algorithm.lr=1e-3", "algorithm.anchor_lr=1e-2", "algorithm.q=4", "output.export=false"]
         options += [f"algorithm.anchor={anchor}", f"output.dir={tmp_path / anchor}", "output.test=false"]
         training.train(reader.load(config, options), Communicator())
         steps = trajectory.read(tmp_path / anchor / "trajectory.jsonl").steps
-        found.append([loss for step in steps for loss in step.rounds[0].mean])
-    assert len(found[0]) == 2 * 2 + 5 * 4
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
-    assert found[0] != found[1]
+        all_losses.append([loss for step in steps for loss in step.rounds[0].mean])
+    assert len(all_losses[0]) == 2 * 2 + 5 * 4
+    assert all_losses[0] == pytest.approx(all_losses[1], rel=1e-4)
+    assert all_losses[0] != all_losses[1]

@@ -43,8 +43,8 @@ def cross_entropy(model: nn.Module, batch: MicroBatch) -> Tensor:
     return nn.functional.cross_entropy(gathered(model, batch), batch.labels, reduction="none")
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+def close(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 @every_head
@@ -52,14 +52,14 @@ def test_only_wanted_rows_and_positions_are_computed(kind: str) -> None:
     model = tiny_model(kind)
     batch = micro_batches()[0]
     wanted = gathered(model, batch)
-    readout = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
+    head_slice = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
     with torch.no_grad():
         everywhere = model(**batch.inputs).logits
         token = HeadSlice.at(batch.positions)
         here = model(**batch.inputs).logits
         HeadSlice.reset(token)
         again = model(**batch.inputs).logits
-    readout.detach()
+    head_slice.detach()
     assert here.shape == (2, 1, len(LABELS))
     assert everywhere.shape == again.shape == (2, batch.inputs["input_ids"].shape[1], len(LABELS))
     close(here[:, 0], wanted)
@@ -77,10 +77,10 @@ def test_losses_in_a_fan_out_are_those_of_whole_logits(kind: str, caplog: pytest
     objective = LabelWords(model, LABELS, micro_batches()[0])
     assert caplog.messages == []  # no fall-back: the read-out is what is tested
     variants = [Variant(), Variant(Combination.single(3, 1e-2))]
-    found = engine.evaluate(variants, micro_batches(), objective)
+    results = engine.evaluate(variants, micro_batches(), objective)
     engine.add(variants[1].shift, rounding_seed=0)
     moved = [objective(model, batch) for batch in micro_batches()]
-    for row, loss, after in zip(found, wanted, moved, strict=True):
+    for row, loss, after in zip(results, wanted, moved, strict=True):
         close(row[0].loss, loss)
         assert row[0].loss.dtype == torch.float32
         assert torch.equal(row[1].loss, after.loss)
@@ -93,8 +93,8 @@ def test_detaches_without_a_trace(kind: str) -> None:
     batch = micro_batches()[0]
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     wanted = gathered(model, batch)
-    readout = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
-    readout.detach()
+    head_slice = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
+    head_slice.detach()
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert not model.get_output_embeddings()._forward_pre_hooks
     assert torch.equal(gathered(model, batch), wanted)
@@ -118,8 +118,8 @@ def test_a_head_inside_another_module_reads_at_the_places_of_its_own_pass() -> N
     model.get_output_embeddings = lambda: model.lm_head.linear
     wanted = [cross_entropy(model, batch) for batch in micro_batches()]
     objective = LabelWords(model, LABELS, micro_batches()[0])
-    found = Engine(model, Law("gaussian")).evaluate([Variant()], micro_batches(), objective)
-    for row, loss in zip(found, wanted, strict=True):
+    results = Engine(model, Law("gaussian")).evaluate([Variant()], micro_batches(), objective)
+    for row, loss in zip(results, wanted, strict=True):
         close(row[0].loss, loss)
 
 
@@ -169,8 +169,8 @@ def test_falls_back_with_a_line_in_the_log(how: str, line: str, caplog: pytest.L
     objective = LabelWords(model, LABELS, micro_batches()[0])
     assert [line in message and "whole vocabulary" in message for message in caplog.messages] == [True]
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-    found = engine.evaluate([Variant()], micro_batches(), objective)
-    for row, batch in zip(found, micro_batches(), strict=True):
+    results = engine.evaluate([Variant()], micro_batches(), objective)
+    for row, batch in zip(results, micro_batches(), strict=True):
         assert torch.equal(row[0].loss, cross_entropy(model, batch))
 
 

@@ -50,7 +50,7 @@ class Passed:
     """What one rank found on one model."""
 
     results: list[list[Any]]
-    """Of its own micro-batches."""
+    """The results for its micro-batches."""
     fingerprints: tuple[str, str, str]
     """Before, after evaluating, after an update."""
     gathers: int
@@ -74,13 +74,13 @@ def pass_one(comm: Communicator, layout: str, law: str, name: str) -> Passed:
     model.get_parameter(next(iter(dict(model.named_parameters())))).requires_grad_(False)  # some weights are frozen
     engine = Engine(model, Law(law), LAYOUTS[layout](model, comm), width=2, prefetch=layout == "fsdp")
     before = engine.fingerprint()
-    found = engine.evaluate(VARIANTS, items[: ITEMS_OF[comm.rank]], forward, most=3, filler=items[0])
+    results = engine.evaluate(VARIANTS, items[: ITEMS_OF[comm.rank]], forward, most=3, filler=items[0])
     after = engine.fingerprint()
     gathers, num_bytes = engine.gathers, engine.gathered_bytes
     engine.add(UPDATE, rounding_seed=0)
     size = sum(4 * shard.shape.numel() for shard in engine.shards())
     ends = (before, after, engine.fingerprint())
-    return Passed([[r.numpy() for r in row] for row in found], ends, gathers, num_bytes, size, engine.never_used())
+    return Passed([[r.numpy() for r in row] for row in results], ends, gathers, num_bytes, size, engine.never_used())
 
 
 def everything(comm: Communicator) -> Parts:
@@ -120,9 +120,9 @@ def faults(comm: Communicator, make_layout: Callable[..., Any]) -> dict[str, str
 
     blocks = model.get_submodule("model.layers")
     model.get_submodule("model").layers = blocks[:1] if is_last else blocks  # type: ignore[index]
-    found = {"path": message_of(lambda: engine.evaluate(VARIANTS, items[:1], forward))}
+    messages = {"path": message_of(lambda: engine.evaluate(VARIANTS, items[:1], forward))}
     model.get_submodule("model").layers = blocks
-    found["after path"] = works()
+    messages["after path"] = works()
 
     def more_groups() -> None:
         engine.evaluate(VARIANTS, items[: 1 + is_last], forward)
@@ -130,14 +130,14 @@ def faults(comm: Communicator, make_layout: Callable[..., Any]) -> dict[str, str
             comm.barrier()
 
     engine.width = 1
-    found["groups"] = message_of(more_groups)
+    messages["groups"] = message_of(more_groups)
     engine.width = None
-    found["after groups"] = works()
+    messages["after groups"] = works()
     handle = model.get_submodule("model.layers.1.mlp.up_proj").register_forward_pre_hook(explode)
-    found["error"] = message_of(lambda: engine.evaluate(VARIANTS, items, forward))
+    messages["error"] = message_of(lambda: engine.evaluate(VARIANTS, items, forward))
     handle.remove()
-    found["after error"] = works()
-    return found
+    messages["after error"] = works()
+    return messages
 
 
 def fill_meta(comm: Communicator, make_layout: Callable[..., Any]) -> list[str]:
@@ -172,21 +172,21 @@ def bf16(comm: Communicator, make_layout: Callable[..., Any]) -> tuple[str, list
     model.bfloat16()
     engine = Engine(model, Law("gaussian"), make_layout(model, comm), stochastic_rounding=True)
     engine.add(Combination.single(3, 1e-5), rounding_seed=77)
-    found = engine.evaluate(VARIANTS, items[:1], forward)
-    return engine.fingerprint(), [[r.float().sum().item() for r in row] for row in found]
+    results = engine.evaluate(VARIANTS, items[:1], forward)
+    return engine.fingerprint(), [[r.float().sum().item() for r in row] for row in results]
 
 
 def gather_in_bf16(comm: Communicator) -> tuple[Any, Any, int, int]:
     """fp32 shards, gathered in bf16: half the bytes."""
-    found = []
+    by_dtype = []
     for gather in (torch.float32, torch.bfloat16):
         model, items, forward = make("llama")
         layout = Fsdp(model, comm, gather_dtype=gather)
         engine = Engine(model, Law("gaussian"), layout, compute_dtype=torch.bfloat16)
         (results,) = engine.evaluate(VARIANTS, items[:1], forward)
-        found.append(([r.float().numpy() for r in results], engine.gathered_bytes))
+        by_dtype.append(([r.float().numpy() for r in results], engine.gathered_bytes))
         assert all(shard.tensor.dtype == torch.float32 for shard in engine.shards())
-    return found[0][0], found[1][0], found[0][1], found[1][1]
+    return by_dtype[0][0], by_dtype[1][0], by_dtype[0][1], by_dtype[1][1]
 
 
 # What is made of it
@@ -211,8 +211,8 @@ def test_sharded_weights_give_the_bits_of_whole_ones(
     whole: dict[str, dict[str, Passed]], sharded: list[Parts], layout: str, law: str, name: str
 ) -> None:
     alone = whole[law][name]
-    for rank, found in enumerate(sharded):
-        passed: Passed = found[f"{layout} {law}"][name]
+    for rank, reported in enumerate(sharded):
+        passed: Passed = reported[f"{layout} {law}"][name]
         assert passed.fingerprints == alone.fingerprints
         assert passed.never_used == alone.never_used == []
         assert len(passed.results) == ITEMS_OF[rank]
@@ -226,8 +226,8 @@ def test_sharded_weights_give_the_bits_of_whole_ones(
 def test_a_pass_gathers_every_weight_once(sharded: list[Parts], layout: str, name: str) -> None:
     """For all variants and both micro-batches together. Padding makes it a little more on tiny weights."""
     units = len(find_units(make(name)[0])) + AGAIN.get(name, 0)
-    for found in sharded:
-        passed: Passed = found[f"{layout} gaussian"][name]
+    for reported in sharded:
+        passed: Passed = reported[f"{layout} gaussian"][name]
         assert passed.gathers <= 2 * units  # two groups: of two micro-batches and of one
         if name not in AGAIN:
             assert passed.gathered_bytes / 2 <= passed.whole_bytes * (1.5 if name in ("mixtral", *TOY_NAMES) else 1.1)
@@ -238,8 +238,8 @@ TOY_NAMES = [toy.__name__ for toy in TOYS]
 
 @every_layout
 def test_ranks_that_take_different_ways_are_told(sharded: list[Parts], layout: str) -> None:
-    for found in sharded:
-        faults: dict[str, str] = found[f"{layout} faults"]
+    for reported in sharded:
+        faults: dict[str, str] = reported[f"{layout} faults"]
         for what in ("path", "groups"):
             assert f"OutOfStepError: rank(s) [{WORLD - 1}]" in faults[what]
             assert faults[f"after {what}"] == ""
@@ -247,16 +247,16 @@ def test_ranks_that_take_different_ways_are_told(sharded: list[Parts], layout: s
 
 @every_layout
 def test_an_error_in_a_pass_leaves_the_engine_whole(sharded: list[Parts], layout: str) -> None:
-    for found in sharded:
-        assert found[f"{layout} faults"]["error"].startswith("Broken")
-        assert found[f"{layout} faults"]["after error"] == ""
+    for reported in sharded:
+        assert reported[f"{layout} faults"]["error"].startswith("Broken")
+        assert reported[f"{layout} faults"]["after error"] == ""
 
 
 @every_layout
 def test_models_without_data_are_filled_by_shards(sharded: list[Parts], layout: str) -> None:
     wanted = Engine(tiny_model("llama-tied"), Law("gaussian")).fingerprint()
-    for found in sharded:
-        assert found[f"{layout} filled"] == [wanted, "True"]
+    for reported in sharded:
+        assert reported[f"{layout} filled"] == [wanted, "True"]
 
 
 def test_shards_in_host_memory(whole: dict[str, dict[str, Passed]], sharded: list[Parts]) -> None:
@@ -264,20 +264,20 @@ def test_shards_in_host_memory(whole: dict[str, dict[str, Passed]], sharded: lis
     engine = Engine(model, Law("gaussian"))
     before = engine.fingerprint()
     engine.add(UPDATE, rounding_seed=0)
-    for found in sharded:
-        assert found["offload"] == (before, engine.fingerprint(), True)
+    for reported in sharded:
+        assert reported["offload"] == (before, engine.fingerprint(), True)
 
 
 def test_bf16_shards_are_rounded_as_whole_weights(sharded: list[Parts]) -> None:
-    for found in sharded:
-        assert found["bf16"]["fsdp"] == found["bf16"]["zero"] == found["bf16"]["replicated"]
+    for reported in sharded:
+        assert reported["bf16"]["fsdp"] == reported["bf16"]["zero"] == reported["bf16"]["replicated"]
 
 
 def test_fp32_shards_gathered_in_bf16(sharded: list[Parts]) -> None:
     """Half the bytes. Weights are rounded once more, before the perturbation, by up to half a unit in the last place
     (2**-9 of their size): the logits of a model of two blocks move by a few such units."""
-    for found in sharded:
-        exact, close, full_bytes, half_bytes = found["gather in bf16"]
+    for reported in sharded:
+        exact, close, full_bytes, half_bytes = reported["gather in bf16"]
         assert half_bytes * 2 == full_bytes
         for variant, one, other in zip(VARIANTS, exact, close, strict=True):
             assert abs(one - other).max() <= 8 * 2**-9 * abs(one).max()
@@ -285,8 +285,8 @@ def test_fp32_shards_gathered_in_bf16(sharded: list[Parts]) -> None:
 
 
 def test_copies_that_cannot_be_made(sharded: list[Parts]) -> None:
-    for found in sharded:
-        assert found["does not divide"] == "UserError: layout.replicate: 2 copies cannot be made on 3 process(es)"
+    for reported in sharded:
+        assert reported["does not divide"] == "UserError: layout.replicate: 2 copies cannot be made on 3 process(es)"
 
 
 # Units

@@ -57,7 +57,7 @@ def test_page_faults_are_gone() -> None:
     faults = {}
     for keep in (False, True):
         faults[keep] = run(SCRIPT.format(keep=keep))
-    # Of several rounds, for malloc learns a little by itself, and some systems reclaim memory now and then.
+    # Several rounds are measured, for malloc learns a little by itself, and some systems reclaim memory now and then.
     assert max(faults[False]) > 2_000, "malloc has become wiser: mezo_dist/engines/malloc.py can go"
     assert min(faults[True]) * 2 < max(faults[False])
 

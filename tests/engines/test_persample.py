@@ -54,17 +54,17 @@ def test_each_sample_sees_weights_of_its_own(kind: str, rank: int) -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
     minus = tuple(-shift for shift in PER_SAMPLE)
     variants = [Variant(BASE, PER_SAMPLE), Variant(Combination(), minus), Variant(BASE)]
-    found = losses(model, law, variants, objective)
+    actual = losses(model, law, variants, objective)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    wanted = torch.empty_like(found)
+    wanted = torch.empty_like(actual)
     for v, variant in enumerate(variants):
         for i in range(len(SAMPLES)):
             changed = copy.deepcopy(model)
             shift = variant.shift + (variant.per_sample[i] if variant.per_sample else Combination())
             Engine(changed, law).add(shift, rounding_seed=0)
             wanted[v, i] = losses(changed, law, [Variant()], objective)[0, i]
-    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
-    assert ((found[0] - found[2]).abs() > 1e-4).all()  # the directions do matter, to every sample
+    torch.testing.assert_close(actual, wanted, rtol=2e-5, atol=2e-6)
+    assert ((actual[0] - actual[2]).abs() > 1e-4).all()  # the directions do matter, to every sample
 
 
 class Prefixed(nn.Module):
@@ -135,10 +135,10 @@ def test_frozen_weights_beside_the_blocks_are_no_obstacle() -> None:
     model = Prefixed()
     model.prefix.requires_grad_(False)
     engine = Engine(model, Law("lowrank"))
-    found = engine.evaluate(
+    results = engine.evaluate(
         [Variant(Combination(), PER_SAMPLE)], micro_batches(), lambda m, b: m(torch.ones(len(b.slots), 3, 8))
     )
-    assert [row[0].shape[0] for row in found] == [2, 2, 1]
+    assert [row[0].shape[0] for row in results] == [2, 2, 1]
 
 
 def test_other_laws_have_no_direction_per_sample() -> None:

@@ -89,10 +89,10 @@ def test_models_that_keep_state_run_pass_by_pass(name: str, caplog: pytest.LogCa
         engine = check(model)
     assert "the model keeps state between calls (" in caplog.text
     items = [zoo.ids((3, 8)), zoo.ids((2, 5))]
-    found = engine.evaluate(VARIANTS, items, zoo.forward)
+    results = engine.evaluate(VARIANTS, items, zoo.forward)
     with torch.no_grad():
         models = [changed(model, variant.shift) for variant in VARIANTS]
-        assert_same(found, [[zoo.forward(m, item) for m in models] for item in items])
+        assert_same(results, [[zoo.forward(m, item) for m in models] for item in items])
 
 
 def test_a_model_that_writes_to_its_weights_is_refused() -> None:
@@ -274,8 +274,8 @@ def same_bits(comm: Communicator, layout: str, name: str) -> bool:
     engine = Engine(model := zoo.build(name), Law("gaussian"), LAYOUTS[layout](model, comm))
     before = engine.fingerprint()
     check_model(engine, zoo.ids(), zoo.forward)
-    found = engine.evaluate(VARIANTS, [zoo.ids()], zoo.forward)
-    assert_same(found, Engine(zoo.build(name), Law("gaussian")).evaluate(VARIANTS, [zoo.ids()], zoo.forward))
+    results = engine.evaluate(VARIANTS, [zoo.ids()], zoo.forward)
+    assert_same(results, Engine(zoo.build(name), Law("gaussian")).evaluate(VARIANTS, [zoo.ids()], zoo.forward))
     return engine.fingerprint() == before
 
 
@@ -337,24 +337,26 @@ def sharded() -> list[Parts]:
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_weights_are_right_however_they_are_read(sharded: list[Parts], layout: str, name: str) -> None:
     """The same bits as whole weights. XLNet's tied weights lie in several depths, and its base module owns weights."""
-    assert all(found[f"{layout} {name}"] for found in sharded)
+    assert all(reported[f"{layout} {name}"] for reported in sharded)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_models_that_keep_state_are_refused(sharded: list[Parts], layout: str) -> None:
-    for found in sharded:
-        assert found[f"{layout} state"].startswith("layout.name: the model keeps state between calls (model.layers.0.")
+    for reported in sharded:
+        assert reported[f"{layout} state"].startswith(
+            "layout.name: the model keeps state between calls (model.layers.0."
+        )
 
 
 @pytest.mark.distributed
 def test_sharded_weights_that_are_gathered_in_another_dtype(sharded: list[Parts]) -> None:
-    assert [found["bf16"] for found in sharded] == ["torch.bfloat16"] * 2
+    assert [reported["bf16"] for reported in sharded] == ["torch.bfloat16"] * 2
 
 
 @pytest.mark.distributed
 def test_units_with_weights_of_two_dtypes(sharded: list[Parts]) -> None:
-    for found in sharded:
-        there, whole, dtypes = found["mixed"]
+    for reported in sharded:
+        there, whole, dtypes = reported["mixed"]
         assert there == whole
         assert dtypes == [torch.bfloat16, torch.float32]

@@ -38,21 +38,23 @@ IN_BF16 = ("mobilebert", "deberta", "t5-classifier", "mamba", "mamba2", "lfm2")
 def test_variants_are_changed_models_however_these_read_their_weights(name: str) -> None:
     model = zoo.build(name)
     before, modules = state(model), attributes(model)
-    found = Engine(model, Law("gaussian")).evaluate(VARIANTS, ITEMS, zoo.forward)
+    results = Engine(model, Law("gaussian")).evaluate(VARIANTS, ITEMS, zoo.forward)
     assert_untouched(model, before, modules)
     with torch.no_grad():
         models = [changed(model, shift) for shift in SHIFTS]
-        assert_same(found, [[zoo.forward(m, item) for m in models] for item in ITEMS])
-    assert not torch.equal(found[0][0], found[0][1])
+        assert_same(results, [[zoo.forward(m, item) for m in models] for item in ITEMS])
+    assert not torch.equal(results[0][0], results[0][1])
 
 
 @pytest.mark.parametrize("name", IN_BF16)
 def test_code_that_asks_for_a_dtype_is_told_that_of_the_forward_pass(name: str) -> None:
     model = zoo.build(name)
-    found = Engine(model, Law("gaussian"), compute_dtype=torch.bfloat16).evaluate(VARIANTS[:2], ITEMS[:1], zoo.forward)
+    results = Engine(model, Law("gaussian"), compute_dtype=torch.bfloat16).evaluate(
+        VARIANTS[:2], ITEMS[:1], zoo.forward
+    )
     with torch.no_grad():
         models = [changed(model, shift, dtype=torch.bfloat16) for shift in SHIFTS[:2]]
-        assert_same(found, [[zoo.forward(m, item) for m in models] for item in ITEMS[:1]])
+        assert_same(results, [[zoo.forward(m, item) for m in models] for item in ITEMS[:1]])
 
 
 class Toy(nn.Module):
@@ -110,11 +112,11 @@ def beside_a_call(toy: Toy, x: Tensor) -> Any:
 def test_weights_can_be_used_in_any_way(use: Callable[[Toy, Tensor], Any]) -> None:
     model = Toy(use)
     before, modules = state(model), attributes(model)
-    (found,) = Engine(model, Law("gaussian")).evaluate(VARIANTS, [X], lambda m, x: m(x))
+    (results_of_x,) = Engine(model, Law("gaussian")).evaluate(VARIANTS, [X], lambda m, x: m(x))
     assert_untouched(model, before, modules)
     assert all(type(module._parameters) is dict for module in model.modules())
     with torch.no_grad():
-        for shift, result in zip(SHIFTS, found, strict=True):
+        for shift, result in zip(SHIFTS, results_of_x, strict=True):
             wanted = changed(model, shift)(X)
             assert type(result) is type(wanted)
             for one, other in zip(_tensors(result), _tensors(wanted), strict=True):
@@ -152,8 +154,8 @@ class Lending(nn.Module):
 
 def test_one_module_reads_the_weight_of_another_in_its_own_forward() -> None:
     model = Lending()
-    (found,) = Engine(model, Law("gaussian")).evaluate(VARIANTS, [X], lambda m, x: m(x))
-    for shift, result in zip(SHIFTS, found, strict=True):
+    (results_of_x,) = Engine(model, Law("gaussian")).evaluate(VARIANTS, [X], lambda m, x: m(x))
+    for shift, result in zip(SHIFTS, results_of_x, strict=True):
         weights = dict(changed(model, shift).named_parameters())  # not called: a copy would borrow from the original
         inner = F.linear(X, weights["linear.weight"], weights["linear.bias"])
         assert torch.equal(result, F.linear(inner * weights["borrowing.scale"], weights["linear.weight"]))

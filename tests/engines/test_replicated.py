@@ -34,12 +34,12 @@ def test_variants_are_bit_for_bit_changed_models(name: str) -> None:
     model, items, forward = make(name)
     engine = Engine(model, Law("gaussian"), width=2)
     before, modules = state(model), attributes(model)
-    found = engine.evaluate(VARIANTS, items, forward)
+    results = engine.evaluate(VARIANTS, items, forward)
     assert_untouched(model, before, modules)
     with torch.no_grad():
         models = [changed(model, shift) for shift in SHIFTS]
-        assert_same(found, [[forward(m, item) for m in models] for item in items])
-    assert not torch.equal(found[0][0], found[0][1])  # the directions do matter
+        assert_same(results, [[forward(m, item) for m in models] for item in items])
+    assert not torch.equal(results[0][0], results[0][1])  # the directions do matter
     assert engine.never_used() == []
 
 
@@ -71,8 +71,8 @@ def test_a_replaced_embedding_lookup_is_left_to_itself() -> None:
         model = Doubled()
     ids = torch.tensor([[3, 9, 9], [1, 3, 2]])
     engine = Engine(model, Law("gaussian"))
-    (found,) = engine.evaluate(VARIANTS, [ids], lambda m, x: m(x))
-    for shift, result in zip(SHIFTS, found, strict=True):
+    (results_of_ids,) = engine.evaluate(VARIANTS, [ids], lambda m, x: m(x))
+    for shift, result in zip(SHIFTS, results_of_ids, strict=True):
         weight = dict(changed(_plain(model), shift).named_parameters())
         table = 2 * weight["table.weight"][ids] + weight["table.weight"][0]
         torch.testing.assert_close(result, table @ weight["head.weight"].T + weight["head.bias"])
@@ -108,9 +108,9 @@ def test_frozen_weights_stay() -> None:
         model.get_parameter(name).requires_grad_(False)
     before = state(model)
     engine = Engine(model, Law("gaussian"))
-    found = engine.evaluate(VARIANTS, items, forward)
+    results = engine.evaluate(VARIANTS, items, forward)
     with torch.no_grad():
-        assert_same(found, [[forward(changed(model, shift), item) for shift in SHIFTS] for item in items])
+        assert_same(results, [[forward(changed(model, shift), item) for shift in SHIFTS] for item in items])
     engine.add(AROUND, rounding_seed=0)
     moved = {name for name, weight in state(model).items() if not torch.equal(weight, before[name])}
     assert moved == before.keys() - frozen
@@ -124,12 +124,12 @@ def test_forward_in_bf16_from_fp32_weights(name: str) -> None:
     next(model.parameters()).requires_grad_(False)
     before, modules = state(model), attributes(model)
     engine = Engine(model, Law("gaussian"), compute_dtype=torch.bfloat16)
-    found = engine.evaluate(VARIANTS, items, forward)
+    results = engine.evaluate(VARIANTS, items, forward)
     assert_untouched(model, before, modules)
-    assert found[0][0].dtype == torch.bfloat16
+    assert results[0][0].dtype == torch.bfloat16
     with torch.no_grad():
         models = [changed(model, shift, dtype=torch.bfloat16) for shift in SHIFTS]
-        assert_same(found, [[forward(m, item) for m in models] for item in items])
+        assert_same(results, [[forward(m, item) for m in models] for item in items])
 
 
 def test_bf16_weights_are_rounded_stochastically_by_updates_alone() -> None:
@@ -138,9 +138,9 @@ def test_bf16_weights_are_rounded_stochastically_by_updates_alone() -> None:
     tiny = Combination.of([(3, 1e-5)])  # far below half a step of bf16 for most weights
     to_nearest, before = changed(model, tiny), copy.deepcopy(model)
     engine = Engine(model, Law("gaussian"), stochastic_rounding=True)
-    found = engine.evaluate([Variant(AROUND)], items[:1], forward)
+    results = engine.evaluate([Variant(AROUND)], items[:1], forward)
     with torch.no_grad():
-        assert torch.equal(found[0][0], forward(changed(model, AROUND), items[0]))
+        assert torch.equal(results[0][0], forward(changed(model, AROUND), items[0]))
     engine.add(tiny, rounding_seed=77)
     moved = 0
     for name, weight in model.named_parameters():

@@ -36,24 +36,24 @@ class Lookup(nn.Module):
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Of how many elements of each weight variants were made, over all calls."""
+def num_made(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The number of elements of each weight of which variants were made, over all calls."""
     names = {param_id(name): name for name, _ in Lookup().named_parameters()}
-    found = dict.fromkeys(names.values(), 0)
+    counts = dict.fromkeys(names.values(), 0)
     real = Law.add
 
     def add(self: Law, weight: Tensor, *args: Any, **options: Any) -> None:
-        found[names[options["param_id"]]] += weight.numel()
+        counts[names[options["param_id"]]] += weight.numel()
         real(self, weight, *args, **options)
 
     monkeypatch.setattr(Law, "add", add)
-    return found
+    return counts
 
 
 IDS = [torch.tensor([[7, 4999, 7]]), torch.tensor([[0, 7, 3], [3, 3, 3]])]
 
 
-def test_only_the_rows_that_are_looked_up_are_made(made: dict[str, int]) -> None:
+def test_only_the_rows_that_are_looked_up_are_made(num_made: dict[str, int]) -> None:
     model = Lookup()
     needed = torch.tensor([0, 3, 7, 4999])
     wanted = changed(model, AROUND).get_parameter("table.weight")[IDS[1]]
@@ -61,19 +61,19 @@ def test_only_the_rows_that_are_looked_up_are_made(made: dict[str, int]) -> None
     poisoned[needed] = model.table.weight.data[needed]
     model.table.weight.data = poisoned
     engine = Engine(model, Law("gaussian"))
-    found = engine.evaluate([Variant(AROUND), Variant(-AROUND)], IDS, lambda m, x: m.get_submodule("table")(x))
-    assert torch.equal(found[1][0], wanted)
-    assert made["table.weight"] == len(needed) * WIDTH  # once for both variants and both micro-batches
+    results = engine.evaluate([Variant(AROUND), Variant(-AROUND)], IDS, lambda m, x: m.get_submodule("table")(x))
+    assert torch.equal(results[1][0], wanted)
+    assert num_made["table.weight"] == len(needed) * WIDTH  # once for both variants and both micro-batches
 
 
-def test_only_the_rows_of_the_label_words_are_made(made: dict[str, int]) -> None:
+def test_only_the_rows_of_the_label_words_are_made(num_made: dict[str, int]) -> None:
     model = Lookup()
-    readout = HeadSlice(model.head, torch.tensor([40, 2]))
+    head_slice = HeadSlice(model.head, torch.tensor([40, 2]))
     engine = Engine(model, Law("gaussian"))
-    (found,) = engine.evaluate(VARIANTS, IDS[:1], lambda m, x: m(x))
-    assert made["head.weight"] == 2 * WIDTH
-    readout.detach()
-    for shift, result in zip(SHIFTS, found, strict=True):
+    (results,) = engine.evaluate(VARIANTS, IDS[:1], lambda m, x: m(x))
+    assert num_made["head.weight"] == 2 * WIDTH
+    head_slice.detach()
+    for shift, result in zip(SHIFTS, results, strict=True):
         torch.testing.assert_close(result, changed(model, shift)(IDS[0])[..., [40, 2]])
 
 
@@ -84,26 +84,26 @@ def test_a_head_that_owns_its_bias_twice_is_made_by_rows_too(kind: str) -> None:
     _, items, _ = make(kind)
     model = tiny_model(kind)
     model.resize_token_embeddings(2000)
-    readout = HeadSlice(model.get_output_embeddings(), torch.tensor([40, 2]))
+    head_slice = HeadSlice(model.get_output_embeddings(), torch.tensor([40, 2]))
     engine = Engine(model, Law("gaussian"))
     engine.evaluate(VARIANTS, items, lambda m, x: m(x).logits)
-    readout.detach()
+    head_slice.detach()
     assert engine._materialise._scratch.numel() < 4 * 2000 * 32  # not even one variant of the table
 
 
-def test_nothing_is_made_for_the_weights_as_they_are(made: dict[str, int]) -> None:
+def test_nothing_is_made_for_the_weights_as_they_are(num_made: dict[str, int]) -> None:
     engine = Engine(Lookup(), Law("gaussian"))
     engine.evaluate([Variant(), Variant()], IDS, lambda m, x: m(x))
-    assert set(made.values()) == {0}
+    assert set(num_made.values()) == {0}
     assert engine._materialise._scratch.numel() == 0
 
 
-def test_every_weight_is_made_once_for_all_variants_and_micro_batches(made: dict[str, int]) -> None:
+def test_every_weight_is_made_once_for_all_variants_and_micro_batches(num_made: dict[str, int]) -> None:
     model = Lookup()
     Engine(model, Law("gaussian"), width=4).evaluate(VARIANTS[:3], IDS * 4, lambda m, x: m(x))
     groups = 2  # 8 micro-batches, 4 at a time
-    assert made["body.weight"] == groups * model.body.weight.numel()
-    assert made["head.weight"] == groups * model.head.weight.numel()
+    assert num_made["body.weight"] == groups * model.body.weight.numel()
+    assert num_made["head.weight"] == groups * model.head.weight.numel()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -125,9 +125,9 @@ def test_scratch_holds_one_site_for_all_variants(name: str, dtype: torch.dtype |
 
 def test_scratch_never_holds_a_whole_table() -> None:
     model = Lookup()
-    readout = HeadSlice(model.head, torch.tensor([40, 2]))
+    head_slice = HeadSlice(model.head, torch.tensor([40, 2]))
     engine = Engine(model, Law("gaussian"))
     engine.evaluate(VARIANTS, IDS, lambda m, x: m(x))
-    readout.detach()
+    head_slice.detach()
     body = 4 * (model.body.weight.numel() + model.body.bias.numel())
     assert 0 < engine._materialise._scratch.numel() <= body * len(VARIANTS)

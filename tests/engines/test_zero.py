@@ -121,15 +121,15 @@ def use(comm: Communicator, config: dict[str, Any] | None) -> dict[str, Any]:
     torch.manual_seed(0)
     model, x = Wide(), torch.randn(4, 768)
     engine = Engine(model, Law("gaussian"), None if config is None else Zero(model, comm, config))
-    found = []
+    sums = []
     for seed in (1, 2):
         variants = [Variant(Combination.single(seed, 0.01)), Variant()]
-        found += [r.sum().item() for r in engine.evaluate(variants, [x], lambda m, item: m(item))[0]]
+        sums += [r.sum().item() for r in engine.evaluate(variants, [x], lambda m, item: m(item))[0]]
         engine.add(Combination.single(seed, 0.1), rounding_seed=0)
     weights = [float(tensor.double().sum()) for _, tensor in engine.named_weights()]
     pieces = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     away = [piece.status.name == "NOT_AVAILABLE" for piece in pieces]
-    return {"found": [*found, *weights, engine.fingerprint()], "away": sum(away)}
+    return {"bits": [*sums, *weights, engine.fingerprint()], "away": sum(away)}
 
 
 def offload(comm: Communicator, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,8 +140,8 @@ def offload(comm: Communicator, configs: list[dict[str, Any]]) -> list[dict[str,
 @pytest.mark.parametrize("world", [1, 2])
 def test_parameters_in_host_memory(world: int) -> None:
     for ranks in spawn(offload, world, [{}, {"zero_optimization": {"offload_param": {"device": "cpu"}}}]):
-        for found in ranks:
-            assert found["found"] == use(Communicator(), None)["found"]
+        for reported in ranks:
+            assert reported["bits"] == use(Communicator(), None)["bits"]
 
 
 @pytest.mark.distributed
@@ -151,7 +151,7 @@ def test_parameters_in_host_memory(world: int) -> None:
 )
 def test_parameters_on_nvme(tmp_path: Path) -> None:
     where = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 4, "buffer_size": 400_000}
-    for (found,) in spawn(offload, 2, [{"zero_optimization": {"offload_param": where}}], timeout_s=1000):
-        assert found["found"] == use(Communicator(), None)["found"]
-        assert found["away"] == 3  # the matrices; the biases are too small
+    for (reported,) in spawn(offload, 2, [{"zero_optimization": {"offload_param": where}}], timeout_s=1000):
+        assert reported["bits"] == use(Communicator(), None)["bits"]
+        assert reported["away"] == 3  # the matrices; the biases are too small
     assert len(list(tmp_path.rglob("*.swp"))) == 2 * 3

@@ -13,8 +13,8 @@ from tests.faults.jobs import arguments, steps_of
 
 
 def weights(folder: Path) -> str:
-    found: str = json.loads((folder / "results.json").read_text())["weights"]
-    return found
+    fingerprint: str = json.loads((folder / "results.json").read_text())["weights"]
+    return fingerprint
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

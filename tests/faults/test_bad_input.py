@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import pytest
 from mezo_dist import cli
 from mezo_dist.errors import UserError
 from mezo_dist.testing import write_tiny_config, write_tiny_model
+from tests.faults.jobs import start
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA_ROWS = 96
@@ -234,34 +234,10 @@ def test_under_torchrun_rank_0_finds_the_fault_and_all_ranks_leave(tiny: Path, t
 @pytest.mark.distributed
 def test_a_fault_on_one_rank_ends_all(tiny: Path, tmp_path: Path) -> None:
     """Without a launcher that would stop them: the data is missing on rank 1 only, and rank 0 must notice."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "mezo_dist",
-        "train",
-        str(tiny / "config.yaml"),
-        f"--output.dir={tmp_path / 'run'}",
-    ]
-    ranks = [
-        subprocess.Popen(
-            [*command, *(["--task.data=nowhere.jsonl"] if rank else [])],
-            cwd=ROOT,
-            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=PATIENCE_S)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-    assert [process.returncode for process in ranks] == [75, 2], errors  # 75: a peer was lost, a restart may help
+    command = ["train", str(tiny / "config.yaml"), f"--output.dir={tmp_path / 'run'}"]
+    with start(tmp_path, 2, command, more={1: ["--task.data=nowhere.jsonl"]}) as job:
+        codes, errors = job.wait(), [path.read_text() for path in job.errors]
+    assert codes == [75, 2], errors  # 75: a peer was lost, a restart may help
     assert "mezo-dist (rank 0): error: start: rank(s) [1] stopped, or did not answer within " in errors[0]
     assert "mezo-dist (rank 1): error: task.data: file nowhere.jsonl does not exist " in errors[1]
     assert "Traceback" not in "".join(errors)

@@ -101,9 +101,9 @@ def test_any_value_for_any_setting(tiny: Path, data: st.DataObject) -> None:
         config[section] = value
     path = tiny / "changed.yaml"
     path.write_text(yaml.safe_dump(config))
-    found = read_config(path)
-    if isinstance(found, RunConfig):
-        assert reader.from_dict(json.loads(json.dumps(found.to_dict())), "again") == found
+    outcome = read_config(path)
+    if isinstance(outcome, RunConfig):
+        assert reader.from_dict(json.loads(json.dumps(outcome.to_dict())), "again") == outcome
 
 
 BOMBS = {
@@ -240,11 +240,11 @@ def listening() -> set[str]:
             fields = line.split()
             if fields[3] == "0A":
                 inodes.add(f"socket:[{fields[9]}]")
-    own = set()
+    sockets = set()
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            own.add(str(link.readlink()))
-    return inodes & own
+            sockets.add(str(link.readlink()))
+    return inodes & sockets
 
 
 def forged(tiny: Path, to: Path, change: Any) -> Path:

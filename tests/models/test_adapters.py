@@ -95,10 +95,10 @@ def test_peft_loads_what_is_exported(root: Path, name: str) -> None:
     if run.pretrained.kind != "classifier":
         run.evaluator.objective._head_slice.detach()  # type: ignore[attr-defined]
     with torch.no_grad():
-        found, wanted = (m(**batch.inputs).logits for m in (loaded, run.pretrained.model))
+        logits, wanted = (m(**batch.inputs).logits for m in (loaded, run.pretrained.model))
     if dtype == torch.float32:
-        assert torch.equal(found, wanted)
-    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-3)  # peft computes adapters in fp32
+        assert torch.equal(logits, wanted)
+    torch.testing.assert_close(logits, wanted, rtol=2e-2, atol=2e-3)  # peft computes adapters in fp32
     if "lora" in name and dtype == torch.float32:
         with torch.no_grad():
             merged = loaded.merge_and_unload()(**batch.inputs).logits
@@ -139,13 +139,13 @@ def test_a_direction_per_sample_is_that_of_really_changed_adapters(root: Path, n
     law = Law("lowrank")
     Engine(model, law).add(Combination.single(4, 0.1), rounding_seed=0)  # B of LoRA is not zero any more
     objective = LabelWords(model, [40, 7, 22], micro_batches()[0])
-    found = losses(model, law, [Variant(per_sample=PER_SAMPLE), Variant()], objective)
+    actual = losses(model, law, [Variant(per_sample=PER_SAMPLE), Variant()], objective)
     for i, shift in enumerate(PER_SAMPLE):
         changed = copy.deepcopy(model)
         Engine(changed, law).add(shift, rounding_seed=0)
         wanted = losses(changed, law, [Variant()], objective)[0, i]
-        torch.testing.assert_close(found[0, i], wanted, rtol=2e-5, atol=2e-6)
-    assert ((found[0] - found[1]).abs() > 1e-5).all()
+        torch.testing.assert_close(actual[0, i], wanted, rtol=2e-5, atol=2e-6)
+    assert ((actual[0] - actual[1]).abs() > 1e-5).all()
 
 
 def test_fresh_adapters_are_pefts_and_follow_from_seed_and_name(root: Path) -> None:

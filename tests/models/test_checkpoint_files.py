@@ -158,15 +158,15 @@ def test_checkpoints_that_say_a_weight_in_other_ways(tmp_path: Path, case: str) 
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     tiny_tokenizer().save_pretrained(tmp_path)
-    found = []
+    both = []
     for whole in (True, False):
         loaded = load_model(ModelConfig(str(tmp_path), **settings), num_labels=2, seed=0, whole=whole)  # type: ignore[arg-type]
         if loaded.source is not None:
             materialise(loaded.model, loaded.source)
-        found.append(dict(loaded.model.named_parameters()))
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+        both.append(dict(loaded.model.named_parameters()))
+    assert both[0].keys() == both[1].keys()
+    assert all(torch.equal(tensor, both[1][name]) for name, tensor in both[0].items())
     if not settings:
-        assert not torch.equal(found[0]["lm_head.weight"], found[0]["model.embed_tokens.weight"])
+        assert not torch.equal(both[0]["lm_head.weight"], both[0]["model.embed_tokens.weight"])
     else:
-        assert torch.equal(found[0]["transformer.shared.weight"], tiny_model("t5").shared.weight)
+        assert torch.equal(both[0]["transformer.shared.weight"], tiny_model("t5").shared.weight)

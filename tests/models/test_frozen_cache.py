@@ -51,11 +51,11 @@ def losses(model: nn.Module, run: Any, groups: list[MicroBatch], before: Sequenc
     engine.evaluate([Variant()], before, objective)
     shifts = [Combination.single(3, 0.05), Combination.single(4, -0.05)]
     scores = engine.evaluate([Variant(shift) for shift in shifts], groups, objective)
-    found = torch.zeros(len(shifts), len(SAMPLES))
+    table = torch.zeros(len(shifts), len(SAMPLES))
     for batch, row in zip(groups, scores, strict=True):
         for v, score in enumerate(row):
-            found[v, list(batch.slots)] = score.loss
-    return found
+            table[v, list(batch.slots)] = score.loss
+    return table
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "opt", "bert", "roberta", "distilbert"])
@@ -84,11 +84,11 @@ def test_what_is_left_to_do_on_one_token_is_done_on_one_token(
     kind: str, trainable: str, inner: int, is_narrow: bool
 ) -> None:
     def model() -> Any:
-        made = tiny_model(kind).requires_grad_(False)
-        for name, parameter in made.named_parameters():
+        tiny = tiny_model(kind).requires_grad_(False)
+        for name, parameter in tiny.named_parameters():
             parameter.requires_grad_(fnmatch.fnmatch(name, trainable))
-        assert any(parameter.requires_grad for parameter in made.parameters())
-        return made
+        assert any(parameter.requires_grad for parameter in tiny.parameters())
+        return tiny
 
     run = attached(shortened := model())
     assert isinstance(run, FrozenCache)

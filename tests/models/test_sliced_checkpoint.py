@@ -96,9 +96,9 @@ def check(auto: Any, folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
 
@@ -177,11 +177,11 @@ def test_reading_takes_no_more_memory_than_was_asked_for(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No tensor is ever made but the converted ones, and pieces for casts."""
-    made, empty = [], torch.empty
+    sizes, empty = [], torch.empty
 
     def spy(*args: Any, **kwargs: Any) -> Tensor:
         tensor = empty(*args, **kwargs)
-        made.append(0 if tensor.is_meta else tensor.nbytes)
+        sizes.append(0 if tensor.is_meta else tensor.nbytes)
         return tensor
 
     config = t.AutoConfig.from_pretrained(folders("opt"))
@@ -190,7 +190,7 @@ def test_reading_takes_no_more_memory_than_was_asked_for(
     out = empty(3)
     for name, _ in model.named_parameters():
         reader.read(name, out, 5)
-    assert max(made, default=0) == 0
+    assert max(sizes, default=0) == 0
 
 
 def test_filling_an_engine(folders: Callable[[str], Path]) -> None:

@@ -42,8 +42,8 @@ CASES = {
 def test_no_other_offsets_are_better(name: str) -> None:
     logits, labels = CASES[name]
     best = best_offsets(logits, labels)
-    found = by_hand(logits, labels, best)
-    assert float(calibrated_loss(logits, labels)) == pytest.approx(found, rel=1e-12)
+    best_loss = by_hand(logits, labels, best)
+    assert float(calibrated_loss(logits, labels)) == pytest.approx(best_loss, rel=1e-12)
     # Smooth and strictly convex: a point without slope is the minimum.
     p = torch.softmax(logits + best, -1)
     slope = p.sum(0) - F.one_hot(labels, logits.shape[1]).sum(0) + RIDGE * best
@@ -51,7 +51,7 @@ def test_no_other_offsets_are_better(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     for size in (1e-3, 0.1, 3.0):
         other = best + size * torch.randn(best.shape, generator=generator, dtype=torch.float64)
-        assert by_hand(logits, labels, other) > found
+        assert by_hand(logits, labels, other) > best_loss
 
 
 def test_many_batches_at_once_are_each_their_own() -> None:

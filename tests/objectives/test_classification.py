@@ -70,13 +70,13 @@ def prompted(model: Any, kind: ModelKind) -> list[tuple[float, int]]:
     """The same with plain calls: one sample at a time, nothing padded, all logits."""
     tokenizer = tiny_tokenizer()
     words = [tokenizer.convert_tokens_to_ids(word) for word in TASK.words]
-    found = []
+    expected = []
     for row in ROWS:
         ids = tokenizer(f"{row['text']} . It was" + (" <mask>" if kind == "masked" else ""))["input_ids"]
         place = len(ids) - 1 if kind == "causal" else ids.index(tokenizer.mask_token_id)
         logits = model(input_ids=torch.tensor([ids])).logits[0, place]
-        found.append(by_hand([float(logits[word]) for word in words], row["label"]))
-    return found
+        expected.append(by_hand([float(logits[word]) for word in words], row["label"]))
+    return expected
 
 
 @pytest.mark.parametrize(("name", "kind"), [(n, "causal") for n in CAUSAL] + [(n, "masked") for n in MASKED])

@@ -216,6 +216,21 @@ def test_a_random_loss_is_named_as_such() -> None:
         opt.step(lambda model, x: loss(model, x) + torch.rand(()), X)
 
 
+def test_the_probe_speaks_of_arguments_and_not_of_settings() -> None:
+    model = linear()
+    hidden = [model.get_parameter("weight")]
+
+    def from_outside(model: nn.Module, x: Tensor) -> Tensor:
+        return loss(model, x) + F.linear(x, hidden[0]).square().mean()
+
+    opt: Optimizer[Tensor] = Optimizer(model, MeZO())
+    with pytest.raises(UserError) as error:
+        opt.step(from_outside, X)
+    message = str(error.value)
+    assert message.startswith("model: losses under a shift of weight are wrong, by ")
+    assert 'leave them out by requires_grad_(False): ["weight"]\n(Optimizer(probe=False) skips this check.)' in message
+
+
 def test_weights_that_a_forward_pass_changes() -> None:
     model = nn.Sequential(nn.Embedding(10, 8, max_norm=0.5), nn.Linear(8, 8))
     opt: Optimizer[Tensor] = Optimizer(model, MeZO())

@@ -45,10 +45,10 @@ def run(algorithm: Any = MEZO, steps: int = 150, **more: Any) -> Minimum:
     ids=lambda value: getattr(value, "name", value),
 )
 def test_it_minimises(algorithm: Any, law: str) -> None:
-    found = run(algorithm, law=law)
-    assert cost(found.weights, Draw(0)) < 0.1 * cost(START, Draw(0))
-    assert found.losses[0] == pytest.approx(15, rel=0.01)
-    assert len(found.losses) == 150
+    minimum = run(algorithm, law=law)
+    assert cost(minimum.weights, Draw(0)) < 0.1 * cost(START, Draw(0))
+    assert minimum.losses[0] == pytest.approx(15, rel=0.01)
+    assert len(minimum.losses) == 150
     assert all(not tensor.any() for tensor in START.values()), "what was given is left as it was"
 
 
@@ -62,14 +62,14 @@ def test_it_does_what_an_engine_does() -> None:
     def loss(weights: Params, draw: Draw) -> float:
         return float(torch.func.functional_call(model, weights, x).square().mean())
 
-    found = minimize(loss, start, MeZO(lr=0.5, eps=0.25), steps=3, seed=7)
+    minimum = minimize(loss, start, MeZO(lr=0.5, eps=0.25), steps=3, seed=7)
     engine = Engine(model, Law("gaussian"))
     for step in range(3):
         z = Combination.single(Problem(7).direction_seed(step), 0.25)
         plus, minus = engine.evaluate([Variant(z), Variant(-z)], [x], lambda m, x: m(x).square().mean().item())[0]
         engine.add(z * (-0.5 * (plus - minus) / 0.5 / 0.25), 0)
     for name, tensor in model.named_parameters():
-        assert torch.equal(found.weights[name], tensor), name
+        assert torch.equal(minimum.weights[name], tensor), name
 
 
 def test_the_same_again_here_or_on_other_threads() -> None:
@@ -88,9 +88,9 @@ def test_all_calls_of_a_step_get_the_same_draw() -> None:
         draws.append(draw)
         return cost(weights, draw)
 
-    found = minimize(remember, START, MeZOSVRG(q=2, anchor_directions=3), steps=3)
+    minimum = minimize(remember, START, MeZOSVRG(q=2, anchor_directions=3), steps=3)
     assert draws == [Draw(0, "full")] * 6 + [Draw(1)] * 4 + [Draw(2, "full")] * 6
-    assert found.calls == 16
+    assert minimum.calls == 16
 
 
 def test_values_that_are_not_finite_skip_the_step() -> None:
@@ -98,11 +98,11 @@ def test_values_that_are_not_finite_skip_the_step() -> None:
         return math.nan if draw.step in (1, 2) else cost(weights, draw)
 
     seen: list[tuple[int, float]] = []
-    found = minimize(
+    minimum = minimize(
         sometimes, START, MEZO, steps=5, max_skipped=3,
         after_step=lambda step, weights, metrics: seen.append((step, float(weights["scalar"]))),
     )  # fmt: skip
-    assert [math.isnan(loss) for loss in found.losses] == [False, True, True, False, False]
+    assert [math.isnan(loss) for loss in minimum.losses] == [False, True, True, False, False]
     assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
     assert seen[0][1] == seen[1][1] == seen[2][1] != seen[3][1]
 
@@ -114,8 +114,8 @@ def test_it_gives_up_after_too_many_of_them() -> None:
 
 def test_small_updates_of_bf16_weights_are_not_lost() -> None:
     start = {"weight": torch.ones(4096, dtype=torch.bfloat16)}
-    found = minimize(lambda w, _: float(w["weight"].double().sum()), start, MeZO(lr=1e-6, eps=0.1), steps=1)
-    moved = found.weights["weight"] != 1
+    minimum = minimize(lambda w, _: float(w["weight"].double().sum()), start, MeZO(lr=1e-6, eps=0.1), steps=1)
+    moved = minimum.weights["weight"] != 1
     assert 0 < int(moved.sum()) < 4096
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist import LostRankError, MeZO, MeZOSVRG, Optimizer, OutOfStepError, UserError, replay, shard
+from mezo_dist.algorithms.svrg import SVRGState
 from mezo_dist.config import reader
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.layouts.base import Layout
@@ -168,7 +169,8 @@ def test_a_direction_per_sample() -> None:
     opt: Optimizer[Batch] = Optimizer(tiny_model("llama-tied"), config, full_batch=BATCHES, batch_size=4, law="lowrank")
     for _ in range(2):
         opt.step(loss_per_sample, micro_batches=[batch_of(0, 1), batch_of(2, 3)])
-    assert len(opt._progress.state.anchor_gradient) == 16
+    assert isinstance(state := opt._progress.state, SVRGState)
+    assert len(state.anchor_gradient) == 16
     with pytest.raises(UserError, match="the loss function returned 1 losses for 4 samples"):
         opt.step(mean_loss, BATCHES[0])
     opt.step(loss_per_sample, BATCHES[0])

@@ -16,22 +16,24 @@ PACKAGE = Path(__file__).resolve().parents[2] / "mezo_dist"
 # entries above it, so there are no cycles.
 LAYERS = {
     "errors": "",
+    "json_types": "",
     "directions": "errors",
-    "algorithms": "errors directions",
-    "config": "errors algorithms",
-    "distributed": "errors",
-    "engines": "errors directions algorithms distributed",
-    "assets": "errors",
+    "algorithms": "errors json_types directions",
+    "config": "errors json_types algorithms",
+    "distributed": "errors json_types",
+    "engines": "errors json_types directions algorithms distributed",
+    "assets": "errors json_types",
     # beside one another
-    "storage": "errors directions algorithms config distributed engines",
-    "tasks": "errors directions config assets",
-    "models": "errors directions config distributed engines assets storage",
+    "storage": "errors json_types directions algorithms config distributed engines",
+    "tasks": "errors directions config assets engines",
+    "models": "errors json_types directions config distributed engines assets storage",
     "objectives": "errors config engines tasks models",
-    "monitoring": "errors storage",
+    "monitoring": "errors json_types storage",
     "testing": "errors distributed",
     # what brings them together
-    "optim": "errors directions algorithms config distributed engines storage",
-    "runs": "errors directions algorithms config distributed engines storage tasks models objectives monitoring",
+    "optim": "errors json_types directions algorithms config distributed engines storage",
+    "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
+    "monitoring",
     "cli": "errors config distributed engines objectives monitoring runs",
     "__main__": "cli",
 }
@@ -46,8 +48,8 @@ NO_TORCH = [
 
 
 def modules() -> set[str]:
-    found = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    return found - {"__init__"}
+    names = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    return names - {"__init__"}
 
 
 def sources(module: str) -> list[Path]:

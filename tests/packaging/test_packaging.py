@@ -110,8 +110,8 @@ def test_installed_files_are_the_ones_used(installed: Installed, tmp_path: Path)
 
 
 def test_wheel_holds_every_file_of_the_package(wheel: Path, tree: Path) -> None:
-    found = [path for path in (tree / "mezo_dist").rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    files = {path.relative_to(tree).as_posix() for path in found}  # an editable install leaves bytecode there
+    paths = [path for path in (tree / "mezo_dist").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    files = {path.relative_to(tree).as_posix() for path in paths}  # an editable install leaves bytecode there
     launcher = {path.name for path in (tree / "launcher").iterdir() if path.is_file()}
     files |= {f"mezo_dist/launcher/{name}" for name in launcher}
     names = zipfile.ZipFile(wheel).namelist()

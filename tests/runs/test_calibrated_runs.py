@@ -59,10 +59,10 @@ def logits_of(model: Any, run: build.Run, split: str, tokens: dict[str, int] | N
     logits, labels = [], []
     for item in run.split(split):
         with torch.no_grad():
-            found = model(**item.inputs).logits
+            batch_logits = model(**item.inputs).logits
         if tokens is not None:
-            found = found[torch.arange(len(found)), item.positions][:, list(tokens.values())]
-        logits.append(found.float())
+            batch_logits = batch_logits[torch.arange(len(batch_logits)), item.positions][:, list(tokens.values())]
+        logits.append(batch_logits.float())
         labels.append(item.labels)
     return torch.cat(logits), torch.cat(labels)
 

@@ -114,5 +114,5 @@ def test_sums_that_would_overflow_spoil_the_round() -> None:
 
 def test_losses_of_samples_come_in_batch_order() -> None:
     losses = [0.5, 0.25, 1.0, 4.0, 3.0]
-    found = evaluate(losses, Communicator(), 2, each_sample=True)
-    assert found == Losses((sum(losses) / 5,) * 2, (tuple(losses),) * 2)
+    result = evaluate(losses, Communicator(), 2, each_sample=True)
+    assert result == Losses((sum(losses) / 5,) * 2, (tuple(losses),) * 2)

@@ -44,10 +44,10 @@ def model_of(kind: str) -> Any:
 
 
 def contents(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        found |= safetensors.torch.load_file(path)
-    return found
+        tensors |= safetensors.torch.load_file(path)
+    return tensors
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "deepseek-v3"])

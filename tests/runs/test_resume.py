@@ -4,14 +4,11 @@ and any of its models can be made again."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,49 +16,26 @@ import transformers
 from torch import nn
 
 from mezo_dist import cli
-from mezo_dist.config import reader
-from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
-from mezo_dist.runs import build, recorder, training
+from mezo_dist.runs import build, training
 from mezo_dist.runs.export import export_model
 from mezo_dist.storage import replay as storage_replay
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.replay import replay_steps
-from mezo_dist.storage.trajectory import Header, Step
+from mezo_dist.storage.trajectory import Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
-from mezo_dist.testing import write_tiny_config
-from tests.cases import CASES, RESUMED
+from tests.cases import RESUMED
 from tests.run_folders import loaded_run, results
-
-STEPS = 7
-TORN = b'{"step":3,"loss":[{"mean":[0.69'
-
-
-def load(root: Path, name: str, *options: str) -> RunConfig:
-    return reader.load(root / name / "config.yaml", [*CASES[name].options, *options])
+from tests.runs.cut_short import STEPS, TORN, killed, load, train_undisturbed
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Undisturbed runs, each in NAME/run."""
     root = tmp_path_factory.mktemp("resume")
-    for name in RESUMED:
-        kind, algorithm = CASES[name].model, CASES[name].algorithm
-        write_tiny_config(root / name, kind, algorithm, steps=STEPS, batch_size=5, micro_batch=3)
-        training.train(load(root, name), Communicator())
+    train_undisturbed(root, RESUMED)
     return root
-
-
-def killed(root: Path, name: str, num_steps: int, to: Path, torn: bytes = TORN) -> Path:
-    """A copy of the run as it would be if it had died in the step after the first ``num_steps``."""
-    shutil.copytree(root / name / "run", to)
-    lines = (to / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
-    (to / "trajectory.jsonl").write_bytes(b"".join(lines[: 1 + num_steps]) + torn)
-    before = json.loads((to / "results.json").read_text())["before"]
-    (to / "results.json").write_text(json.dumps({"before": before}))
-    shutil.rmtree(to / "model")
-    return to
 
 
 every_run = pytest.mark.parametrize("name", RESUMED)
@@ -92,7 +66,7 @@ def test_a_run_cut_short_ends_as_the_undisturbed_one(
 def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms_at_once: int
 ) -> None:
-    """Of the steps 0 .. 6, 0 and 5 are anchors. The run dies in step 5 or in 6, and goes on from the weights after 4
+    """The steps 0 and 5 are anchors. The run dies in step 5 or in 6, and goes on from the weights after 4
     steps, or with anchors left out, from the base."""
     monkeypatch.setattr(storage_replay, "TERMS_AT_ONCE", terms_at_once)
     options = [f"output.dir={tmp_path / 'run'}", "output.snapshot_every=4", "output.export=false"]
@@ -113,32 +87,15 @@ def test_a_stored_anchor_is_kept_again_or_comes_with_a_snapshot(
 def test_a_resumed_run_counts_the_steps_that_were_skipped(root: Path, tmp_path: Path) -> None:
     """Two were skipped in a row before the run died; one more is too much for it."""
     folder = killed(root, "mezo", 4, tmp_path / "run", b"")
-    found = trajectory.read(folder / "trajectory.jsonl")
-    writer = TrajectoryWriter.go_on(folder / "trajectory.jsonl", found)
+    recorded = trajectory.read(folder / "trajectory.jsonl")
+    writer = TrajectoryWriter.go_on(folder / "trajectory.jsonl", recorded)
     for number in (4, 5):
         writer.append(Step(number, (), skipped="a loss is not finite"))
     writer.close()
     run = build.build_run(load(root, "mezo"), Communicator())
-    found = trajectory.read(folder / "trajectory.jsonl")
-    progress = replay_steps(run.engine, 0, run.algorithm, found, 6)
+    recorded = trajectory.read(folder / "trajectory.jsonl")
+    progress = replay_steps(run.engine, 0, run.algorithm, recorded, 6)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (6, 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["algorithm.lr=2e-3"], ["algorithm.lr"]),
-        (["seed=5", "train.batch_size=4"], ["seed", "train.batch_size"]),
-        (["task.splits.seed=1", "law=rademacher"], ["law", "task.splits.seed"]),
-    ],
-)
-def test_a_resume_with_other_settings_names_them(
-    root: Path, tmp_path: Path, options: list[str], named: list[str]
-) -> None:
-    folder = killed(root, "mezo", 2, tmp_path / "run")
-    config = load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume", *options)
-    with pytest.raises(UserError, match=f"settings differ from those of the trajectory: {', '.join(named)};"):
-        training.train(config, Communicator())
 
 
 def test_what_changes_no_result_may_differ(root: Path, tmp_path: Path) -> None:
@@ -149,99 +106,6 @@ def test_what_changes_no_result_may_differ(root: Path, tmp_path: Path) -> None:
     assert not (folder / "model").exists()
 
 
-def rewritten(folder: Path, change: Callable[[int, dict[str, Any]], None]) -> Path:
-    """The run's trajectory with lines changed by ``change(line number, content)``, their checks right again."""
-    path, check, lines = folder / "trajectory.jsonl", "", []
-    for number, line in enumerate(path.read_bytes().splitlines()):
-        content = json.loads(line)
-        del content["check"]
-        change(number, content)
-        new, own = trajectory.to_line(content, check)
-        check = check if "done" in content else own
-        lines.append(new)
-        if number == 0:
-            check = Header(**{key: value for key, value in content.items() if key != "format"}).identity
-    path.write_bytes(b"".join(lines))
-    return path
-
-
-def test_another_base_model_under_the_same_name_is_noticed(root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root / "mezo", tmp_path / "mezo")
-
-    def change(number: int, content: dict[str, Any]) -> None:
-        if number == 0:
-            content["base_fingerprint"] = "f" * 16
-
-    rewritten(tmp_path / "mezo" / "run", change)
-    with pytest.raises(UserError, match="was made from another base model"):
-        loaded_run(tmp_path / "mezo" / "run")
-
-
-def test_losses_that_do_not_give_the_logged_update_are_noticed(root: Path, tmp_path: Path) -> None:
-    folder = killed(root, "mezo", 3, tmp_path / "run", b"")
-
-    def change(number: int, content: dict[str, Any]) -> None:
-        if number == 2:
-            content["loss"][0]["mean"][0] += 0.125
-
-    rewritten(folder, change)
-    with pytest.raises(UserError, match="step 1 is not what this version of the algorithm makes of its losses"):
-        training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Communicator())
-
-
-def test_weights_that_are_not_what_they_were_are_noticed(root: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(root / "mezo" / "run", tmp_path / "run"))
-
-    def change(number: int, content: dict[str, Any]) -> None:
-        if "done" in content:
-            content["weights"] = "0" * 16
-
-    rewritten(folder, change)
-    with pytest.raises(
-        UserError, match=f"after step {STEPS} the weights have the fingerprint .*, but had 0000000000000000"
-    ):
-        loaded_run(folder)
-
-
-def test_a_run_folder_that_is_renamed_while_the_run_goes_on(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, real, count = tmp_path / "run", recorder.RunRecorder.append, [0]
-
-    def append(self: Any, step: Step) -> None:
-        count[0] += 1
-        if count[0] == 4:
-            folder.rename(tmp_path / "aside")
-        real(self, step)
-
-    arguments = ["train", str(root / "mezo" / "config.yaml"), f"--output.dir={folder}", "--output.if_exists=resume"]
-    arguments += [f"--{option}" for option in CASES["mezo"].options]
-    with monkeypatch.context() as patch:
-        patch.setattr(recorder.RunRecorder, "append", append)
-        assert cli.main(arguments) == 2
-    assert "was removed or renamed while the run went on" in capsys.readouterr().err
-    assert not folder.exists()
-    (tmp_path / "aside").rename(folder)
-    assert cli.main(arguments) == 0
-    assert results(folder) == results(root / "mezo" / "run")
-
-
-@pytest.mark.parametrize(
-    ("number", "is_there", "remedy"),
-    [
-        (errno.EFBIG, True, "make room"),
-        (errno.ENOENT, False, "put it back where it was"),
-        (errno.ENOENT, True, None),
-        (errno.EPERM, True, None),
-    ],
-)
-def test_errors_of_the_disk_are_explained(tmp_path: Path, number: int, is_there: bool, remedy: str | None) -> None:
-    folder = tmp_path if is_there else tmp_path / "gone"
-    expected = UserError if remedy else OSError
-    with pytest.raises(expected, match=remedy), training._disk_errors_explained(folder):
-        raise OSError(number, os.strerror(number))
-
-
 def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path) -> None:
     """Headers appear whole or not at all, but a copy of a run folder may have been cut short."""
     folder = killed(root, "mezo", 0, tmp_path / "run", b"")
@@ -249,16 +113,6 @@ def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path)
     path.write_bytes(path.read_bytes()[:100])
     training.train(load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume"), Communicator())
     assert results(folder) == results(root / "mezo" / "run")
-
-
-def test_force_new_moves_the_old_run_aside(root: Path, tmp_path: Path) -> None:
-    folder = killed(root, "mezo", 2, tmp_path / "run")
-    train = ["train", str(root / "mezo" / "config.yaml"), f"--output.dir={folder}", "--train.steps=1", "--force-new"]
-    for aside in ("run.old", "run.old-2"):
-        before = (folder / "trajectory.jsonl").read_bytes()
-        assert cli.main([*train, "--output.test=false", "--output.export=false"]) == 0
-        assert (tmp_path / aside / "trajectory.jsonl").read_bytes() == before
-        assert len(trajectory.read(folder / "trajectory.jsonl").steps) == 1
 
 
 # Evaluate and export

@@ -119,16 +119,16 @@ def get_out_of_step(comm: Communicator, config: RunConfig) -> list[str]:
 def disagree(comm: Communicator, root: Path) -> dict[str, str]:
     """The last rank starts with something else under the same name."""
     is_last, home = comm.rank == comm.world_size - 1, Path.cwd()
-    found = {}
+    messages = {}
     for what in ("config", "data", "base model"):
         os.chdir(root / ("agree" if what == "config" or not is_last else f"agree, other {what}"))
         options = ["model.name=model", "task.data=data.jsonl"] + ["seed=1"] * (what == "config" and is_last)
         try:
             build.build_run(reader.load(root / "agree" / "config.yaml", options), comm)
         except UserError as error:
-            found[what] = str(error)
+            messages[what] = str(error)
     os.chdir(home)
-    return found
+    return messages
 
 
 def losses_of_samples(comm: Communicator, config: RunConfig) -> Losses | None:

@@ -96,12 +96,12 @@ def fail(comm: Communicator, folder: Path) -> list[str]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Snapshots of the same weights by several worlds."""
     root = tmp_path_factory.mktemp("snapshots")
-    found = {"1": root / "one" / save(Communicator(), root / "one", 1)}
+    folders = {"1": root / "one" / save(Communicator(), root / "one", 1)}
     for name, world, num_shards in (("3 shards", 3, 3), ("2 replicas", 2, 1), ("2 x 2", 4, 2)):
         folder = root / name
         assert set(spawn(save, world, folder, num_shards)) == {"step-00000005"}
-        found[name] = folder / "step-00000005"
-    return found
+        folders[name] = folder / "step-00000005"
+    return folders
 
 
 @pytest.mark.distributed

@@ -21,9 +21,9 @@ from tests.storage.trajectories import FINGERPRINT, HEADER, STEPS
 
 
 def test_round_trip_is_exact(trajectory_path: Path) -> None:
-    found = read(trajectory_path)
-    assert (found.header, found.steps, found.marks) == (HEADER, STEPS, {2: Mark(2, FINGERPRINT)})
-    assert (found.size, found.torn) == (trajectory_path.stat().st_size, 0)
+    log = read(trajectory_path)
+    assert (log.header, log.steps, log.marks) == (HEADER, STEPS, {2: Mark(2, FINGERPRINT)})
+    assert (log.size, log.torn) == (trajectory_path.stat().st_size, 0)
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)

@@ -24,10 +24,10 @@ def test_torn_anywhere_in_its_last_line(
     start = whole[:-1].rfind(b"\n") + 1
     for end in range(start + 1, len(whole)):
         trajectory_path.write_bytes(whole[:end])
-        found = read(trajectory_path)
-        assert (found.steps, found.size, found.torn) == (STEPS[:2], start, end - start)
+        log = read(trajectory_path)
+        assert (log.steps, log.size, log.torn) == (STEPS[:2], start, end - start)
     with caplog.at_level(logging.WARNING, "mezo_dist"):
-        writer = TrajectoryWriter.go_on(trajectory_path, found)
+        writer = TrajectoryWriter.go_on(trajectory_path, log)
     assert f"cut a torn last line of {len(whole) - 1 - start} bytes" in caplog.text
     writer.append(STEPS[2])
     writer.close()
@@ -166,11 +166,11 @@ def test_whatever_is_done_to_a_file_it_is_read_or_refused(data: st.DataObject) -
         start = data.draw(st.integers(0, len(content)))
         stop = data.draw(st.integers(start, len(content)))
         content[start:stop] = data.draw(st.binary(max_size=40) | st.just(bytes(WHOLE[start:stop]) * 2))
-    found = outcome(bytes(content))
-    if isinstance(found, str):
-        assert found.startswith("t, line ")
+    result = outcome(bytes(content))
+    if isinstance(result, str):
+        assert result.startswith("t, line ")
     else:
-        assert found is None or (found.header == HEADER and found.steps in ([], STEPS[:1]))
+        assert result is None or (result.header == HEADER and result.steps in ([], STEPS[:1]))
 
 
 def outcome(content: bytes) -> Log | str | None:
@@ -194,5 +194,5 @@ keys = st.sampled_from(["step", "loss", "add", "skipped", "done", "weights"])
 def test_any_json_with_a_right_check_is_read_or_refused(content: dict[str, Any]) -> None:
     head, _ = to_line({"format": FORMAT, **vars(HEADER)}, "")
     line, _ = to_line(content, HEADER.identity)
-    found = outcome(head + line)
-    assert isinstance(found, Log) or "t, line 2 (offset " in str(found)
+    result = outcome(head + line)
+    assert isinstance(result, Log) or "t, line 2 (offset " in str(result)

@@ -31,9 +31,9 @@ def test_going_on_appends(trajectory_path: Path) -> None:
     writer.append(Step(3, (Losses((1.0,)),), "0" * 8))
     writer.append(Mark(4, FINGERPRINT, "a" * 16))
     writer.close()
-    found = read(trajectory_path)
-    assert [step.step for step in found.steps] == [0, 1, 2, 3]
-    assert found.marks == {2: Mark(2, FINGERPRINT), 4: Mark(4, FINGERPRINT, "a" * 16)}
+    log = read(trajectory_path)
+    assert [step.step for step in log.steps] == [0, 1, 2, 3]
+    assert log.marks == {2: Mark(2, FINGERPRINT), 4: Mark(4, FINGERPRINT, "a" * 16)}
 
 
 def test_a_new_trajectory_never_overwrites_one(trajectory_path: Path) -> None:
@@ -49,10 +49,10 @@ def test_a_new_trajectory_never_overwrites_one(trajectory_path: Path) -> None:
 
 
 def test_a_file_that_grew_since_it_was_read_is_left_alone(trajectory_path: Path) -> None:
-    found = read(trajectory_path)
-    TrajectoryWriter.go_on(trajectory_path, found).append(Mark(3, FINGERPRINT))
+    log = read(trajectory_path)
+    TrajectoryWriter.go_on(trajectory_path, log).append(Mark(3, FINGERPRINT))
     with pytest.raises(UserError, match="changed since it was read: another job is writing to it"):
-        TrajectoryWriter.go_on(trajectory_path, found)
+        TrajectoryWriter.go_on(trajectory_path, log)
 
 
 @pytest.mark.parametrize(("sync_s", "synced"), [(0.0, [1, 1, 1, 1]), (10.0, [0, 0, 1, 0]), (None, [0, 0, 0, 0])])
@@ -67,13 +67,13 @@ def test_how_often_it_waits_for_the_disk(
     TrajectoryWriter.begin(tmp_path / "t.jsonl", HEADER).close()
     writer = TrajectoryWriter(tmp_path / "t.jsonl", HEADER.identity, sync_s, clock=lambda: now[0])
     monkeypatch.setattr(os, "fsync", fsync)
-    found = []
+    waits = []
     for number in range(4):
         before, now[0] = count[0], now[0] + 4
         writer.append(Step(number, (Losses((0.5,)),), "0" * 8))
-        found.append(count[0] - before)
+        waits.append(count[0] - before)
         assert len(read(tmp_path / "t.jsonl").steps) == number + 1, "in the system's hands, if not on the disk"
-    assert found == synced
+    assert waits == synced
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync"])

@@ -148,8 +148,8 @@ def loads(micro_batches: Sequence[MicroBatch], world_size: int) -> list[int]:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 6))
 def test_loads_differ_by_one_micro_batch_at_most(lengths: list[int], world_size: int) -> None:
     micro_batches = cut(samples(lengths), 2, PAD)
-    shares = loads(micro_batches, world_size)
-    assert max(shares) - min(shares) <= max(m.cost for m in micro_batches)
+    dealt_loads = loads(micro_batches, world_size)
+    assert max(dealt_loads) - min(dealt_loads) <= max(m.cost for m in micro_batches)
 
 
 def test_equal_micro_batches_are_shared_out_equally() -> None:

@@ -1,6 +1,8 @@
-"""Metrics, against values computed by hand from the counts."""
+"""Metrics, against values computed by hand from the counts, and against torchmetrics."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import pytest
 import torch
@@ -43,3 +45,37 @@ def test_metrics_of_three_classes(metric: Metric, value: float) -> None:
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "macro-f1", "matthews"])
 def test_perfect_predictions(metric: Metric) -> None:
     assert measure(metric, torch.tensor(TRUTH), torch.tensor(TRUTH), 2) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("prediction", [0, 1])
+def test_one_answer_to_everything_correlates_with_nothing(prediction: int) -> None:
+    truth = torch.tensor(TRUTH)
+    assert measure("matthews", torch.full_like(truth, prediction), truth, 2) == 0
+    assert measure("matthews", truth, torch.full_like(truth, prediction), 2) == 0
+
+
+def test_a_class_that_does_not_occur_counts_for_nothing() -> None:
+    truth, guess = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 2])
+    assert measure("f1", truth, truth, 2) == 0
+    assert measure("macro-f1", truth, guess, 4) == pytest.approx((2 * 3 / (2 * 3 + 1) + 0) / 2)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_torchmetrics_gives_the_same(num_classes: int) -> None:
+    from torchmetrics.functional import classification as tm
+
+    peers = {
+        "accuracy": lambda guess, truth: tm.multiclass_accuracy(guess, truth, num_classes, average="micro"),
+        "f1": lambda guess, truth: tm.binary_f1_score(guess, truth),
+        "macro-f1": lambda guess, truth: tm.multiclass_f1_score(guess, truth, num_classes, average="macro"),
+        "matthews": lambda guess, truth: tm.multiclass_matthews_corrcoef(guess, truth, num_classes),
+    }
+    assert peers.keys() == set(get_args(Metric))
+    draw = torch.Generator().manual_seed(num_classes)
+    for number in range(20):
+        truth = torch.randint(num_classes, (10 + 40 * number,), generator=draw)
+        noise = torch.randint(num_classes, truth.shape, generator=draw)
+        guess = torch.where(torch.rand(truth.shape, generator=draw) < 0.6, truth, noise)
+        for metric in get_args(Metric):
+            if metric != "f1" or num_classes == 2:
+                assert measure(metric, guess, truth, num_classes) == pytest.approx(float(peers[metric](guess, truth)))

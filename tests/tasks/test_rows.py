@@ -14,8 +14,9 @@ import datasets
 import pytest
 
 from mezo_dist.config.task import Split, Splits
+from mezo_dist.config.values import Where
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.rows import load_rows
+from mezo_dist.tasks.rows import load_rows, uses_cache
 from tests.tasks.encoders import task
 
 ROWS = [{"text": f'review "{i}", with a comma', "label": i % 2, "stars": str(i)} for i in range(12)]
@@ -82,7 +83,8 @@ def test_one_file_of_each_type(tmp_path: Path, suffix: str) -> None:
     assert [len(rows.train), len(rows.validation), len(rows.test)] == [5, 3, 4]
     every = [*rows.train, *rows.validation, *rows.test]
     assert sorted(texts(every)) == sorted(texts(ROWS))
-    assert all(row["label"] == ROWS[int(row["stars"])]["label"] for row in every)
+    labels = [ROWS[int(row["stars"])]["label"] for row in every]
+    assert [row["label"] for row in every] == ([str(label) for label in labels] if suffix in ("csv", "tsv") else labels)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -113,7 +115,8 @@ def test_csv_keeps_words_that_pandas_takes_for_missing(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [{"text": word, "label": i} for i, word in enumerate(words)])
     splits = Splits(Split("train", 3), Split("train", 1), Split("train"))
     rows = load_rows(task(data=str(tmp_path / "a.csv"), splits=splits))
-    assert {row["label"]: row["text"] for row in (*rows.train, *rows.validation, *rows.test)} == dict(enumerate(words))
+    texts = {int(row["label"]): row["text"] for row in (*rows.train, *rows.validation, *rows.test)}
+    assert texts == dict(enumerate(words))
 
 
 @pytest.mark.parametrize(
@@ -231,3 +234,115 @@ def test_a_file_with_other_rows_of_the_same_size_and_time(tmp_path: Path) -> Non
     assert path.stat().st_size == stat.st_size
     after = load_rows(task(data=str(path)))
     assert [row["label"] for row in after.train] == [1 - row["label"] for row in before.train]
+
+
+# Which rows count
+
+
+def where_task(data: str, **conditions: Any) -> Any:
+    return task(
+        data=data, where=Where(**conditions), splits=Splits(Split("train", 1), Split("train", 1), Split("train"))
+    )
+
+
+def stars(rows: Any) -> list[int]:
+    return sorted(int(row["stars"]) for row in (*rows.train, *rows.validation, *rows.test))
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        ({"keep": {"label": (1,)}}, [1, 3, 5, 7, 9, 11]),
+        ({"keep": {"label": ("1",)}}, [1, 3, 5, 7, 9, 11]),
+        ({"drop": {"label": (0,)}}, [1, 3, 5, 7, 9, 11]),
+        ({"keep": {"label": (1,), "stars": (1, 2, 3, 5)}}, [1, 3, 5]),
+        ({"keep": {"label": (1, 0)}, "drop": {"stars": ("0", 1, 2)}}, list(range(3, 12))),
+        ({"drop": {"stars": (12,)}}, list(range(12))),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_rows_are_kept_and_dropped_by_their_values(
+    tmp_path: Path, suffix: str, conditions: dict[str, Any], expected: list[int]
+) -> None:
+    WRITERS[suffix](tmp_path / f"data.{suffix}", ROWS)
+    assert stars(load_rows(where_task(str(tmp_path / f"data.{suffix}"), **conditions))) == expected
+
+
+def test_too_few_rows_are_left(data: str) -> None:
+    with pytest.raises(
+        UserError, match=r"split 'train' has 2 that task\.where leaves, of which 2 are taken by the split"
+    ):
+        load_rows(where_task(data, keep={"stars": (1, 2)}))
+
+
+def test_what_is_left_out_is_told(data: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    load_rows(where_task(data, drop={"stars": (3, 5), "label": (0,)}))
+    assert (
+        f"task.where leaves 4 of the 12 rows of split 'train' of {data}; left out: 6 with label: 0; 1 with stars: 3; "
+        "1 with stars: 5"
+    ) in caplog.text
+
+
+def test_splits_are_cut_from_what_is_left(tmp_path: Path, data: str) -> None:
+    """As from a file that has nothing but these rows."""
+    write_jsonl(tmp_path / "less.jsonl", [row for row in ROWS if row["label"] == 1])
+    less = load_rows(where_task(str(tmp_path / "less.jsonl")))
+    assert load_rows(where_task(data, keep={"label": (1,)})) == less
+
+
+def test_booleans_nulls_and_nested_fields(tmp_path: Path) -> None:
+    cells = [{"ok": True}, {"ok": False}, {"ok": None}, {"ok": True}, {"ok": "true"}]
+    write_jsonl(tmp_path / "a.jsonl", [{"stars": str(i), "in": cell} for i, cell in enumerate(cells)])
+    name = str(tmp_path / "a.jsonl")
+    assert stars(load_rows(where_task(name, keep={"in.ok": (True,)}))) == [0, 3, 4]
+    assert stars(load_rows(where_task(name, drop={"in.ok": (None,)}))) == [0, 1, 3, 4]
+
+
+def test_classes_go_by_their_names(tmp_path: Path) -> None:
+    names = ["entailment", "neutral", "contradiction"]
+    features = datasets.Features({"stars": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    labels = [0, 1, 2, -1, 0, None]
+    rows = {"stars": [str(i) for i in range(6)], "label": labels}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "a")
+    name = str(tmp_path / "a")
+    assert stars(load_rows(where_task(name, keep={"label": ("neutral", "contradiction", -1)}))) == [1, 2, 3]
+    assert stars(load_rows(where_task(name, drop={"label": (1, "contradiction", None)}))) == [0, 3, 4]
+    kept = load_rows(where_task(name, drop={"label": (None,)})).test
+    assert {repr(row["label"]) for row in kept} <= {"0", "1", "2", "-1"}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        ({"keep": {"lable": (0,)}}, "task.where.keep: there is no field 'lable', only ['label', 'stars', 'text']"),
+        ({"drop": {"text.label": (0,)}}, "task.where.drop: there is no field 'text.label', only "),
+        ({"keep": {"label": (7,)}}, "task.where: it leaves no row of split 'train' of "),
+    ],
+)
+def test_conditions_that_cannot_be(data: str, conditions: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_rows(where_task(data, **conditions))
+    assert str(caught.value).startswith(expected)
+
+
+def test_nulls_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": None if i % 3 else "x", "label": 0, "note": None} for i in range(12)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    splits = Splits(Split("train", 10), Split("train", 1), Split("train", 1))
+    train = load_rows(task(data=str(tmp_path / "a.jsonl"), splits=splits)).train
+    count = sum(row["text"] is None for row in train)
+    assert f"fields that are null, of the 10 rows of the train split: note in 10, text in {count}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("glue", True), ("a/b", True), ("data.csv", False), ("data.parquet", True), ("demo:movie-sentences", False)],
+)
+def test_which_data_are_in_a_cache_that_ranks_may_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "data.csv", ROWS)
+    write_parquet(tmp_path / "data.parquet", ROWS)
+    assert uses_cache(task(data=name)) is expected

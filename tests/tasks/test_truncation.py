@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mezo_dist.config.schema import ModelKind
-from mezo_dist.tasks import prompts
+from mezo_dist.config.task import Label, TruncateSide
+from mezo_dist.tasks import text as text_module
 from mezo_dist.tasks.prompts import Encoder
 from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
 
@@ -20,17 +22,19 @@ from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
 @pytest.mark.parametrize("window", [12, 17, 30])
 def test_a_long_text_is_cut_and_the_rest_of_the_prompt_stays(tokenizer: str, kind: ModelKind, window: int) -> None:
     prompt = "{{ text }} Is the {{ what }} good ? {{ answer }}"
-    made = encoder(kind, tokenizer, window, prompt=prompt)
+    the_encoder = encoder(kind, tokenizer, window, prompt=prompt)
     rest = {"what": "film"}
-    long, short = one(made, text="the plot  was great and " * 20, **rest), one(made, text="x", **rest)
-    question = made.tokenizer(" Is the film good ?" + ("<mask>" if kind == "masked" else ""), add_special_tokens=False)
+    long, short = one(the_encoder, text="the plot  was great and " * 20, **rest), one(the_encoder, text="x", **rest)
+    question = the_encoder.tokenizer(
+        " Is the film good ?" + ("<mask>" if kind == "masked" else ""), add_special_tokens=False
+    )
     tail = tuple(question["input_ids"])
     if tokenizer == "metaspace":  # puts a mark before a first space too
-        tail = tail[1:] if made.tokenizer.convert_ids_to_tokens(tail[0]) == SPACE[tokenizer] else tail
+        tail = tail[1:] if the_encoder.tokenizer.convert_ids_to_tokens(tail[0]) == SPACE[tokenizer] else tail
     assert short.ids[-len(tail) :] == tail
     assert long.ids[-len(tail) :] == tail
     assert window - 3 <= len(long.ids) <= window
-    head = made.tokenizer("the plot  was great and " * 20)["input_ids"][: len(long.ids) - len(tail) - 1]
+    head = the_encoder.tokenizer("the plot  was great and " * 20)["input_ids"][: len(long.ids) - len(tail) - 1]
     assert list(long.ids[: len(head)]) == head
 
 
@@ -42,24 +46,25 @@ def space_runs() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
 
 
-@pytest.mark.parametrize("window", range(5, 12))
+@pytest.mark.parametrize("window", range(6, 13))
 def test_a_cut_text_leaves_no_space_that_would_join_what_follows(window: int) -> None:
-    made = Encoder(task(prompt="{{ text }} It {{ answer }}"), space_runs(), "causal", window)
-    words = made.tokenizer.convert_ids_to_tokens(one(made, text="ab c ab c ab c ab c").ids)
-    assert words[-3:] == ["\u2581", "I", "t"]
+    labels = (Label(0, "a"), Label(1, "b"))
+    the_encoder = Encoder(task(prompt="{{ text }} It {{ answer }}", labels=labels), space_runs(), "causal", window)
+    words = the_encoder.tokenizer.convert_ids_to_tokens(one(the_encoder, text="ab c ab c ab c ab c").ids)
+    assert words[-4:] == ["\u2581", "I", "t", "\u2581"]
     assert words[:2] == ["a", "b"]
 
 
 def test_of_several_fields_the_longest_is_cut() -> None:
-    made = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=20)
-    sample = one(made, a="film " * 40, b="plot " * 3)
-    words = made.tokenizer.convert_ids_to_tokens(sample.ids)
+    the_encoder = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=20)
+    sample = one(the_encoder, a="film " * 40, b="plot " * 3)
+    words = the_encoder.tokenizer.convert_ids_to_tokens(sample.ids)
     assert words == ["film"] * 13 + ["."] + ["plot"] * 3 + [".", "It", "was"]
 
 
 def test_both_of_two_long_fields_are_cut() -> None:
-    made = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=12)
-    words = made.tokenizer.convert_ids_to_tokens(one(made, a="film " * 30, b="plot " * 31).ids)
+    the_encoder = encoder(prompt="{{ a }} . {{ b }} . It was {{ answer }}", truncate=("a", "b"), window=12)
+    words = the_encoder.tokenizer.convert_ids_to_tokens(one(the_encoder, a="film " * 30, b="plot " * 31).ids)
     assert len(words) <= 12
     assert words[-3:] == [".", "It", "was"]
 
@@ -73,9 +78,9 @@ def test_what_fits_exactly_is_left_alone() -> None:
 
 @pytest.mark.parametrize("character", ["\U0001f600", "\u00e9", "\u4e2d"])
 def test_characters_of_several_tokens_are_cut_whole(character: str) -> None:
-    made = encoder(tokenizer="byte-level", window=16)
-    sample = one(made, text=character * 40)
-    text = made.tokenizer.decode(sample.ids)
+    the_encoder = encoder(tokenizer="byte-level", window=16)
+    sample = one(the_encoder, text=character * 40)
+    text = the_encoder.tokenizer.decode(sample.ids)
     assert "\ufffd" not in text
     assert text.startswith(character)
     assert text.endswith(" It was")
@@ -105,11 +110,11 @@ class Slow:
 
 
 def test_a_long_text_is_cut_by_a_slow_tokenizer_too() -> None:
-    made = Encoder(task(), Slow(TOKENIZERS["byte-level"]), "causal", 12)
-    sample = one(made, text="the film was great " * 20)
+    the_encoder = Encoder(task(), Slow(TOKENIZERS["byte-level"]), "causal", 12)
+    sample = one(the_encoder, text="the film was great " * 20)
     assert 9 <= len(sample.ids) <= 12
-    assert made.tokenizer.decode(sample.ids).startswith("the film was")
-    assert made.tokenizer.decode(sample.ids).endswith(" It was")
+    assert the_encoder.tokenizer.decode(sample.ids).startswith("the film was")
+    assert the_encoder.tokenizer.decode(sample.ids).endswith(" It was")
 
 
 @pytest.mark.parametrize("kind", ["causal", "classifier"])
@@ -133,7 +138,76 @@ def test_a_very_long_text_is_cut_before_it_is_tokenised(kind: ModelKind) -> None
 
 
 def test_encoding_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(prompts, "SILENT_S", -1.0)
+    monkeypatch.setattr(text_module, "SILENT_S", -1.0)
     caplog.set_level("INFO")
     encoder().encode([{"label": 0, "text": "a film"}] * 3, "test")
     assert "encoding the test split: 2 of 3 samples are done" in caplog.text
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("window", [12, 17])
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_start_of_a_text_is_cut_off(tokenizer: str, window: int, slow: bool) -> None:
+    text = "the plot was great and " * 20 + "the film was good"
+    used = Slow(TOKENIZERS[tokenizer]) if slow else TOKENIZERS[tokenizer]
+    made = Encoder(task(prompt="It is {{ text }} . It was {{ answer }}", truncate_side="left"), used, "causal", window)
+    sample = one(made, text=text)
+    assert window - 4 <= len(sample.ids) <= window
+    # What is left are the last words of the whole prompt, and before them its first ones.
+    whole = one(dataclasses.replace(made, max_tokens=10_000), text=text)
+    kept = next(n for n in range(len(sample.ids) - 1, -1, -1) if sample.ids[-n:] == whole.ids[-n:])
+    assert kept >= window - 6
+    assert sample.ids[:2] == whole.ids[:2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_classifier_cuts_the_end_that_is_asked_for(side: TruncateSide) -> None:
+    tokenizer = TOKENIZERS["word-level"]
+    made = Encoder(task(plain=("{{ text }}",), truncate_side=side), tokenizer, "classifier", 4)
+    words = tokenizer.convert_ids_to_tokens(one(made, text="the film was great and the plot was terrible").ids)
+    assert words == (["the", "film", "was", "great"] if side == "right" else ["the", "plot", "was", "terrible"])
+    assert tokenizer.truncation_side == "right", "what is exported with the model is the tokenizer as it was"
+
+
+def test_the_last_part_of_a_very_long_text() -> None:
+    made = encoder(truncate_side="left", window=8)
+    sample = one(made, text="film " * 40_000 + "the plot")
+    assert made.tokenizer.convert_ids_to_tokens(sample.ids)[-4:] == ["the", "plot", "It", "was"]
+
+
+def test_a_field_inside_another_is_cut() -> None:
+    made = encoder(prompt="{{ passage.text }} . It was {{ answer }}", truncate=("passage.text",), window=8)
+    row = {"passage": {"text": "film " * 40, "id": 3}}
+    sample = one(made, **row)
+    assert made.tokenizer.convert_ids_to_tokens(sample.ids) == ["film"] * 5 + [".", "It", "was"]
+    assert row["passage"]["text"] == "film " * 40
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "classifier"])
+@pytest.mark.parametrize(
+    ("truncate", "expected"),
+    [
+        (("txet",), "task.truncate: there is no field 'txet', only ['label', 'passage.text', 'tags', 'text']"),
+        (("text", "passage.txet"), "task.truncate: there is no field 'passage.txet', only "),
+        (("passage",), "task.truncate: the field 'passage' is no text but a dict; name a text in it: ['passage.text']"),
+        (("tags",), "task.truncate: the field 'tags' is no text but a list"),
+    ],
+)
+def test_a_wrong_name_is_refused_even_if_all_is_short(
+    kind: ModelKind, truncate: tuple[str, ...], expected: str
+) -> None:
+    made = encoder(kind, truncate=truncate, plain=("{{ text }}",))
+    assert expected in fault(made, text="a film", passage={"text": "a plot"}, tags=["a"])
+
+
+def test_unless_told_otherwise_the_text_is_cut_where_there_is_one() -> None:
+    assert len(one(encoder(window=8), text="film " * 40).ids) == 8
+    made = encoder(window=8, prompt="{{ sentence }} It was {{ answer }}")
+    assert "even without the text of [] (task.truncate)" in fault(made, sentence="film " * 40)
+
+
+def test_a_field_without_a_value_is_nothing_to_cut() -> None:
+    made = encoder(
+        prompt="{% if title %}{{ title }}{% endif %}{{ text }} It was {{ answer }}", truncate=("title", "text")
+    )
+    assert one(made, text="a film", title=None) == one(encoder(), text="a film")

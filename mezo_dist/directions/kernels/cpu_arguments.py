@@ -80,7 +80,13 @@ def _pointer(typing_context, address):
 
 @intrinsic
 def _fetch_and_add(typing_context, address, amount):
-    """Add to the 64-bit word at ``address`` and return what it was before. No two threads get the same value."""
+    """Add to the 64-bit word at ``address`` and return what it was before. No two threads get the same value.
+
+    Args:
+        typing_context: numba's.
+        address: of the word.
+        amount: what is added to it.
+    """
 
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())

@@ -105,7 +105,13 @@ def _halves(words, out):
 
 @numba.njit
 def _multiply_add(total, coefficient, z):
-    """total[:] += coefficient * z, the product and the sum rounded; fp32 all three, ``total`` as long as ``z``."""
+    """total[:] += coefficient * z, the product and the sum rounded; fp32 all three, ``total`` as long as ``z``.
+
+    Args:
+        total: changed in place.
+        coefficient: of the direction.
+        z: values of the direction.
+    """
     for i in range(len(total)):
         total[i] += coefficient * z[i]
 

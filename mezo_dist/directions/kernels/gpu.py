@@ -33,7 +33,7 @@ from mezo_dist.directions.combination import Combination
 
 # mypy: disable-error-code="no-untyped-def, assignment"
 
-# num_stages: there is nothing to pipeline; a program is short, and others hide its waits.
+# num_stages: nothing can be pipelined; a program is short, and other programs hide its latency.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4, "num_stages": 1}
 M0, M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
 K0, K1 = (tl.constexpr(k) for k in philox.KEY_INCREMENTS)
@@ -194,7 +194,15 @@ def _gaussian(seed, chunk, param_id, stream, half_table, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _rademacher(seed, chunk, param_id, stream, CHUNKS: tl.constexpr):
-    """fp32 [1024 CHUNKS]: as `_gaussian`, 1 bit per element; in memory order these are block, word, bit."""
+    """fp32 [1024 CHUNKS]: as `_gaussian`, 1 bit per element; in memory order these are block, word, bit.
+
+    Args:
+        seed: the direction's, uint64.
+        chunk: number of the first chunk.
+        param_id: see `seeds.param_id`.
+        stream: of the generator.
+        CHUNKS: number of chunks.
+    """
     words = _words(seed, chunk * RADEMACHER_BLOCKS, param_id, stream, RADEMACHER_BLOCKS * CHUNKS)
     bits = (words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
     return tl.where(tl.reshape(bits, (CHUNKS * CHUNK_SIZE,)) == 1, 1.0, -1.0)
@@ -210,7 +218,13 @@ def _to_fp32(x):
 
 @triton.jit
 def _to_bf16(x, noise, STOCHASTIC: tl.constexpr):
-    """The bits of bf16, int16: to nearest even, or by adding ``noise`` < 2**16 to the bits that are then cut off."""
+    """The bits of bf16, int16: to nearest even, or by adding ``noise`` < 2**16 to the bits that are then cut off.
+
+    Args:
+        x: fp32.
+        noise: uint32; counts only if rounding is stochastic.
+        STOCHASTIC: round stochastically.
+    """
     bits = x.to(tl.uint32, bitcast=True)
     if not STOCHASTIC:
         noise = 0x7FFF + ((bits >> 16) & 1)

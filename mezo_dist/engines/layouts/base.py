@@ -33,7 +33,7 @@ class Shard:
     """The elements themselves, contiguous, of any shape (and perhaps none), where they live: writing to it changes the
     weights. Valid until the next shard is asked for: only then do shards that live on NVMe go back there."""
     is_first: bool = True
-    """False where the rank holds a further copy of what another rank counts as its own (sums count it once)."""
+    """False where another rank's copy of the same piece is the one that sums count."""
 
 
 def exchange_contents(shards: Iterator[Shard], others: dict[str, Tensor]) -> None:
@@ -93,4 +93,5 @@ class Layout(Protocol):
         """
 
     def total(self, value: int) -> int:
-        """Sum modulo 2**64 of what ranks make of their shards, of first copies alone (`Shard.is_first`); collective."""
+        """Sum over the ranks, modulo 2**64, where each rank's value covers its first copies (`Shard.is_first`) alone;
+        collective."""

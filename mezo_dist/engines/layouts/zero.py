@@ -24,6 +24,7 @@ from mezo_dist.engines.hooked import Weight, swap
 from mezo_dist.engines.layouts.base import Shard, exchange_contents
 from mezo_dist.engines.units import Unit, find_units
 from mezo_dist.errors import UserError
+from mezo_dist.json_types import JsonObject
 
 log = logging.getLogger(__name__)
 MIN_NVME_BYTES = 1 << 20
@@ -38,7 +39,7 @@ REFUSED = {
 }
 
 
-def read_config(path: str | None, weights: str) -> dict[str, Any]:
+def read_config(path: str | None, weights: str) -> JsonObject:
     """The user's DeepSpeed config, checked against the run's settings; a plain ZeRO-3 config if ``path`` is None.
 
     Args:
@@ -73,7 +74,7 @@ def read_config(path: str | None, weights: str) -> dict[str, Any]:
     return config
 
 
-def check_buffers(config: Mapping[str, Any], units: Sequence[Unit], ranks: int, *, prefetch: bool) -> None:
+def check_buffers(config: JsonObject, units: Sequence[Unit], ranks: int, *, prefetch: bool) -> None:
     """Check that what is read from NVMe at once fits into DeepSpeed's buffers, which would fail in a later gather.
 
     Args:
@@ -114,7 +115,7 @@ def check_buffers(config: Mapping[str, Any], units: Sequence[Unit], ranks: int, 
         )
 
 
-def _is_on(config: Mapping[str, Any], section: str) -> bool:
+def _is_on(config: JsonObject, section: str) -> bool:
     value = config.get(section, {})
     return isinstance(value, dict) and value.get("enabled") is True
 
@@ -143,7 +144,7 @@ class Zero:
         self,
         model: nn.Module,
         comm: Communicator,
-        config: Mapping[str, Any],
+        config: JsonObject,
         *,
         block_classes: Sequence[str] = (),
         prefetch: bool = False,
@@ -235,7 +236,7 @@ def _is_cut(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _complete(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _complete(config: JsonObject, dtype: torch.dtype) -> JsonObject:
     """``config`` with what DeepSpeed insists on."""
     complete = copy.deepcopy(dict(config))
     for key in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
@@ -249,8 +250,13 @@ def _complete(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return complete
 
 
-def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: dict[str, Any]) -> torch.device:
-    """Cut every parameter, given by all places where it is used, into equal pieces, one for each rank.
+def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: JsonObject) -> torch.device:
+    """Cut every parameter into equal pieces, one for each rank.
+
+    Args:
+        uses: for every parameter, all places where it is used.
+        comm: the ranks.
+        config: DeepSpeed's.
 
     Returns:
         The device on which gathered weights are.

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Protocol, final
 
 import greenlet
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, forward_below, remove_layer
-from mezo_dist.engines.lockstep.passes import Call, Coroutine, ForwardPass, Open, Raised, Read, is_inside
-from mezo_dist.engines.lockstep.reads import WeightHandle, resolved, unwatch, watch
+from mezo_dist.engines.lockstep.passes import Agree, Call, Coroutine, ForwardPass, Open, Raised, Read, is_inside
+from mezo_dist.engines.lockstep.reads import WeightHandle, intercept, resolved, stop_intercepting
 from mezo_dist.errors import UserError
 
 
@@ -39,14 +40,20 @@ class Served:
     call and its tensors."""
 
     tensors: dict[int, list[Tensor]]
-    forward: Callable[[Call, list[Tensor]], Any] | None = None
+    forward: Callable[[Call, list[Tensor]], object] | None = None
 
 
 class Server(Protocol):
     """Where a fan-out gets its weights from."""
 
     def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
-        """The weights of ``hooked`` for its waiting ``calls``; ``real`` is its forward."""
+        """The weights of a module for the calls that wait for it.
+
+        Args:
+            hooked: the module.
+            calls: its waiting calls.
+            real: its own forward.
+        """
 
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
         """One weight, by variant, for all who wait for it; valid as long as it is referenced.
@@ -56,6 +63,9 @@ class Server(Protocol):
 
     def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
         """Dtype and device that `read` will give ``weight``."""
+
+    def any_goes_on(self, answers: Sequence[bool]) -> bool:
+        """Whether any of this rank's passes, or of those of the ranks that gather with it, goes on."""
 
 
 @final
@@ -76,7 +86,7 @@ class FanOut:
         self.served_first: set[str] = set()
         self.served_last: set[str] = set()
 
-    def run(self, passes: Sequence[ForwardPass]) -> list[Any]:
+    def run(self, passes: Sequence[ForwardPass]) -> list[object]:
         """Results of ``passes``, in order.
 
         An exception inside a pass surfaces here with its own traceback; the model is usable afterwards.
@@ -92,8 +102,8 @@ class FanOut:
             for hooked in self._hooked_modules:
                 add_layer(hooked.module, Layer.FAN_OUT, functools.partial(_wait, hooked))
                 hooks.callback(remove_layer, hooked.module, Layer.FAN_OUT)
-                for owner, before in watch(hooked, self._handle):
-                    hooks.callback(unwatch, owner, before)
+                for owner, before in intercept(hooked, self._handle):
+                    hooks.callback(stop_intercepting, owner, before)
             self.served_last = set()
             if not self.weights_served:
                 self.served_first = self.served_last
@@ -102,13 +112,13 @@ class FanOut:
             finally:
                 self.weights_served |= self.served_last
 
-    def _run(self, passes: Sequence[ForwardPass]) -> list[Any]:
-        results: list[Any] = [None] * len(passes)
-        waiting: dict[tuple[int, int], list[Call] | list[Read]] = {}
+    def _run(self, passes: Sequence[ForwardPass]) -> list[object]:
+        results: list[object] = [None] * len(passes)
+        waiting: dict[tuple[int, int], list[Call] | list[Read] | list[Agree]] = {}
         coroutines = [Coroutine(index, forward_pass) for index, forward_pass in enumerate(passes)]
         autocast = _autocast()
 
-        def resume(caller: Coroutine, *outcome: Any) -> None:
+        def resume(caller: Coroutine, *outcome: object) -> None:
             for opened in caller.open:
                 opened.enter()
             try:
@@ -138,8 +148,13 @@ class FanOut:
                     caller.throw(greenlet.GreenletExit())
         return results
 
-    def _serve(self, requests: list[Call] | list[Read]) -> Iterator[tuple[Coroutine, Any]]:
+    def _serve(self, requests: list[Call] | list[Read] | list[Agree]) -> Iterator[tuple[Coroutine, object]]:
         """Each waiting pass with what it waits for, computed when it is asked for: the pass goes on while it is hot."""
+        agrees = [request for request in requests if isinstance(request, Agree)]
+        if agrees:  # all passes that have not ended wait here, for this place is served last
+            goes_on = self._server.any_goes_on([request.goes_on for request in agrees])
+            yield from ((request.caller, goes_on) for request in agrees)
+            return
         reads = [request for request in requests if isinstance(request, Read)]
         calls = [request for request in requests if isinstance(request, Call)]
         if reads:
@@ -167,7 +182,7 @@ class FanOut:
             yield call.caller, outcome
 
     def _handle(self, hooked: HookedModule, weight: Weight) -> WeightHandle | None:
-        """See `WatchedParameters`: the hub and the module's own forward see what is there, passes see handles."""
+        """See `InterceptedParameters`: the hub and the module's own forward see what is there, passes see handles."""
         caller = greenlet.getcurrent()
         if not isinstance(caller, Coroutine):
             if self._serving is None or self._serving.hooked is hooked:
@@ -194,8 +209,10 @@ class FanOut:
             self._serving = call
 
 
-def _place(request: Call | Read) -> tuple[int, int]:
+def _place(request: Call | Read | Agree) -> tuple[int, int]:
     """Where a pass waits; on all ranks the same, and in the order in which places are served."""
+    if isinstance(request, Agree):
+        return sys.maxsize, 0
     weights = request.hooked.weights
     return request.hooked.order, weights.index(request.weight) if isinstance(request, Read) else len(weights)
 
@@ -204,8 +221,14 @@ def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-def _wait(hooked: HookedModule, module: Any, inner: Forward, *args: Any, **kwargs: Any) -> Any:
-    """The layer around a hooked module's forward: a call from inside a pass waits for the hub."""
+def _wait(hooked: HookedModule, module: nn.Module, inner: Forward, *args: object, **kwargs: object) -> object:
+    """The layer around a hooked module's forward: a call from inside a pass waits until it is served.
+
+    Args:
+        hooked: the module, with its weights.
+        module: the module itself.
+        inner: the forward inside of this layer.
+    """
     caller = greenlet.getcurrent()
     if not isinstance(caller, Coroutine):
         return inner(*args, **kwargs)
@@ -224,7 +247,7 @@ def _wait(hooked: HookedModule, module: Any, inner: Forward, *args: Any, **kwarg
         caller.open.pop()
 
 
-def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Tensor]) -> Any:
+def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Tensor]) -> object:
     """The hooked module's real forward with ``tensors`` in place of its weights.
 
     Args:
@@ -237,7 +260,7 @@ def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Te
         return real(*call.args, **call.kwargs)
 
 
-def _unshared(output: Any, scratch: list[Tensor]) -> Any:
+def _unshared(output: object, scratch: list[Tensor]) -> object:
     """``output``, with whatever in it is a view of the scratch copied, for the next hooked module overwrites that."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in scratch}
 

@@ -1,7 +1,7 @@
 """What may stand before a module's own forward, in one declared order.
 
 Several parts of mezo_dist replace what a call of a module computes. Each is a layer around the module's forward, and
-`Layer` says which layer is inside which, whoever comes first.
+`Layer` says which layer is inside which, in whatever order they are added.
 """
 
 from __future__ import annotations
@@ -42,22 +42,28 @@ class _Stack:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.is_replaced = "forward" in vars(module)
-        self.own: Forward = module.forward
+        self.original: Forward = module.forward
         self.layers: dict[Layer, Around] = {}
-        self.top: Forward = self.own
+        self.top: Forward = self.original
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.top(*args, **kwargs)
 
     def below(self, limit: int) -> Forward:
-        forward = self.own
+        forward = self.original
         for layer in sorted(layer for layer in self.layers if layer < limit):
             forward = functools.partial(self.layers[layer], self.module, forward)
         return forward
 
 
 def add_layer(module: nn.Module, layer: Layer, around: Around) -> None:
-    """Put a layer around ``module``'s forward, at its place among those that are there."""
+    """Put a layer around ``module``'s forward, at its place among those that are there.
+
+    Args:
+        module: the module.
+        layer: its place; what was there before is replaced.
+        around: what is called in place of the forward.
+    """
     stack = vars(module).get("forward")
     if not isinstance(stack, _Stack):
         stack = _Stack(module)
@@ -74,7 +80,7 @@ def remove_layer(module: nn.Module, layer: Layer) -> None:
     if stack.layers:
         return
     if stack.is_replaced:
-        module.forward = stack.own
+        module.forward = stack.original
     else:
         del module.forward  # it was the class's method
 

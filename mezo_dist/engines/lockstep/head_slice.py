@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ class _SlicedHead:
     rows: Tensor
     """int64 [k]"""
 
-    def __call__(self, head: Any, inner: Forward, hidden: Tensor) -> Tensor:
+    def __call__(self, head: nn.Linear, inner: Forward, hidden: Tensor) -> Tensor:
         weight = head.weight.index_select(0, self.rows)
         bias = None if head.bias is None else head.bias.index_select(0, self.rows)
         return F.linear(hidden, weight, bias)
@@ -67,7 +66,14 @@ def head_rows(module: nn.Module) -> Tensor | None:
     return layer.rows if isinstance(layer, _SlicedHead) else None
 
 
-def _at_positions(head: nn.Module, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _at_positions(head: nn.Module, inner: Forward, hidden: Tensor, *args: object, **kwargs: object) -> object:
+    """The layer that hands a head the hidden states of the positions that `HeadSlice.at` set; all if none are set.
+
+    Args:
+        head: the output head.
+        inner: the forward inside of this layer.
+        hidden: [n, length, features].
+    """
     positions = _positions.get()
     if positions is not None:
         hidden = hidden[torch.arange(len(positions), device=hidden.device), positions].unsqueeze(1)

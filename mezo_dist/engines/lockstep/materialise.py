@@ -18,7 +18,7 @@ from mezo_dist.engines.lockstep.fanout import Served, on_tensors
 from mezo_dist.engines.lockstep.forwards import Forward
 from mezo_dist.engines.lockstep.head_slice import head_rows
 from mezo_dist.engines.lockstep.passes import Call, Read
-from mezo_dist.engines.lockstep.persample import with_sample_directions
+from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
 from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
 from mezo_dist.errors import UserError
 
@@ -45,12 +45,14 @@ class Materialiser:
 
     Attributes:
         shifts: what each variant of the current passes adds to the weights; set it before they run.
+        factors: what directions per sample are made of.
         only: names of the weights that shifts, and directions per sample, move; all trainable ones if None.
     """
 
     def __init__(self, law: Law, compute_dtype: torch.dtype | None, layout: Layout, need: Need) -> None:
         self.shifts: list[Combination] = []
         self.only: frozenset[str] | None = None
+        self.factors = Factors(law)
         self._law = law
         self._compute_dtype = compute_dtype
         self._layout = layout
@@ -61,7 +63,13 @@ class Materialiser:
         self._scratch = torch.empty(0)
 
     def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
-        """The weights of ``hooked`` under every variant among its ``calls``."""
+        """The weights of a module under every variant among its calls.
+
+        Args:
+            hooked: the module.
+            calls: its waiting calls.
+            real: its own forward.
+        """
         self._need(hooked, keep_current=False)
         if self.only is not None:
             hooked = _restricted(hooked, self.only)
@@ -78,11 +86,12 @@ class Materialiser:
         forward = None if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
             shared = forward or functools.partial(on_tensors, hooked, real)
-            forward = with_sample_directions(self._law, hooked, calls, real, shared, head_rows(hooked.module))
+            forward = with_sample_directions(self.factors, hooked, calls, real, shared, head_rows(hooked.module))
         return Served(tensors, forward)
 
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
-        """One weight under every variant among ``reads``: copies of its own, for nobody says when they are done with.
+        """One weight under every variant among ``reads``, not in scratch: a reader does not say when it is done with
+        it.
 
         Raises:
             UserError: a pass has a direction per sample, which only the weight's own module can apply.
@@ -106,6 +115,13 @@ class Materialiser:
         dtype, device = self._layout.describe(weight)
         return self._compute_dtype if self._compute_dtype and dtype.is_floating_point else dtype, device
 
+    def any_goes_on(self, answers: Sequence[bool]) -> bool:
+        """See `Server.any_goes_on`. Collective on sharded layouts."""
+        if not self._layout.is_sharded:
+            return any(answers)
+        self._layout.synchronize("agree whether a forward pass goes on")
+        return self._layout.total(int(any(answers))) > 0
+
     def _variants_of(
         self,
         weight: Weight,
@@ -116,7 +132,16 @@ class Materialiser:
         must_copy: bool,
     ) -> dict[int, Tensor]:
         """One weight (or its needed rows) under every variant. Variants with the same shift share one tensor, and those
-        that do not move the weight share the weight itself."""
+        that do not move the weight share the weight itself.
+
+        Args:
+            weight: the weight.
+            source: its tensor, or its needed rows.
+            rows: the needed rows, if not all.
+            variants: numbers of the variants, ascending.
+            allocate: makes a tensor like another, of a dtype.
+            must_copy: whether a variant without a shift needs a copy, too.
+        """
         dtype = self._compute_dtype if self._compute_dtype and source.is_floating_point() else source.dtype
         shifts = {v: self.shifts[v] if weight.trainable else ZERO for v in variants}
         must_copy = must_copy or dtype != source.dtype

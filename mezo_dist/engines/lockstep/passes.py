@@ -20,7 +20,7 @@ class ForwardPass:
     """One forward pass: ``run`` calls the model; ``variant`` is the number of the weights that it runs on."""
 
     variant: int
-    run: Callable[[], Any]
+    run: Callable[[], object]
     sample_shifts: tuple[Combination, ...] = ()
     """With a direction per sample: what to add to the variant for each sample of this pass."""
 
@@ -46,6 +46,14 @@ class Read:
     weight: Weight
 
 
+@dataclass(frozen=True, eq=False)
+class Agree:
+    """A pass waits for all others, on all ranks, to say whether they go on."""
+
+    caller: Coroutine
+    goes_on: bool
+
+
 @dataclass(frozen=True)
 class Raised:
     """An outcome that is to be raised inside the pass, where its traceback belongs."""
@@ -66,11 +74,11 @@ class Coroutine(greenlet.greenlet):
         self.has_read = False
         """A weight was read, so that handles may be among the pass's values (see `WeightHandle`)."""
 
-    def _run_model(self) -> Any:
+    def _run_model(self) -> object:
         result = self._run()
         return resolved(result) if self.has_read else result
 
-    def wait(self, request: Call | Read) -> Any:
+    def wait(self, request: Call | Read | Agree) -> Any:
         """Let the others run until ``request`` is served. Only the pass itself may call this."""
         outcome = self.parent.switch(request)
         if isinstance(outcome, Raised):
@@ -99,3 +107,16 @@ class Open:
     def leave(self) -> None:
         """The pass waits, or leaves the module."""
         swap(self.hooked.weights, self._before)
+
+
+def any_goes_on(goes_on: bool) -> bool:
+    """Whether any forward pass that runs in lock step with this one still has something to do, on any rank.
+
+    For forwards that call the model until they have enough, token by token. Where weights are sharded, all must call it
+    equally often, or ranks gather different things. So a pass that is done asks here, and goes on with the others.
+
+    Args:
+        goes_on: whether this pass has something to do.
+    """
+    caller = greenlet.getcurrent()
+    return bool(caller.wait(Agree(caller, goes_on))) if isinstance(caller, Coroutine) else goes_on

@@ -9,7 +9,7 @@ v = mean_i p_i z_i, has the variance of as many directions as there are samples 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,49 @@ from mezo_dist.errors import UserError
 Forward = Callable[[Call, list[Tensor]], Any]
 
 
+@final
+class Factors:
+    """Thin factors of matrices and entries of vectors, by direction, as forwards per sample need them.
+
+    Args:
+        law: the run's directions (low-rank).
+    """
+
+    def __init__(self, law: Law) -> None:
+        self.law = law
+        self._kept: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ...]] | None = None
+
+    def start_keeping(self) -> None:
+        """From now on remember what was made: a forward calls the model many times with the same directions."""
+        self._kept = {}
+
+    def stop_keeping(self) -> None:
+        """Forget it."""
+        self._kept = None
+
+    def matrix(self, weight: Weight, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """U and V, see `Law.factors`."""
+        u, v = self._get(weight, seeds, lambda: self.law.factors(seeds, weight.param_id, weight.shape))
+        return u, v
+
+    def vector(self, weight: Weight, seeds: Sequence[int]) -> Tensor:
+        """See `Law.vector`."""
+        return self._get(weight, seeds, lambda: (self.law.vector(seeds, weight.param_id, weight.shape.numel()),))[0]
+
+    def _get(self, weight: Weight, seeds: Sequence[int], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if self._kept is None:
+            return make()
+        key = weight.param_id, tuple(seeds)
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
 def with_sample_directions(
-    law: Law,
+    factors: Factors,
     hooked: HookedModule,
     calls: Sequence[Call],
-    real: Callable[..., Any],
+    real: Callable[..., object],
     shared: Forward,
     rows: Tensor | None,
 ) -> Forward:
@@ -40,7 +78,7 @@ def with_sample_directions(
     right for every module that works sample by sample.
 
     Args:
-        law: the run's directions (low-rank).
+        factors: of the run's directions (low-rank).
         hooked: the module, with its weights.
         calls: the waiting calls; directions are made once for all of them.
         real: the hooked module's own forward.
@@ -57,13 +95,13 @@ def with_sample_directions(
         return _spanning(hooked, shared)
     seeds = sorted({seed for call in calls for c in call.caller.sample_shifts for seed, _ in c.terms})
     if rows is not None or hooked.kind in (nn.Linear, Conv1D):
-        moved = _linear(law, hooked, seeds, shared, rows)
+        moved = _linear(factors, hooked, seeds, shared, rows)
     elif hooked.kind is nn.Embedding:
-        moved = _embedding(law, hooked, seeds, shared)
+        moved = _embedding(factors, hooked, seeds, shared)
     elif all(len(weight.shape) == 1 for weight in hooked.weights):
-        moved = _vectors(law, hooked, seeds, real)
+        moved = _vectors(factors, hooked, seeds, real)
     else:
-        moved = _one_by_one(law, hooked, real)
+        moved = _one_by_one(factors.law, hooked, real)
     return lambda call, tensors: (moved if call.caller.sample_shifts else shared)(call, tensors)
 
 
@@ -80,12 +118,22 @@ def _spanning(hooked: HookedModule, shared: Forward) -> Forward:
     return shared
 
 
-class _Factors:
-    """U and V of one weight for all seeds of a serving, picked by sample."""
+class _BySample:
+    """U and V of one weight for all seeds of a serving, picked by sample.
 
-    def __init__(self, law: Law, weight: Weight, seeds: Sequence[int], *, swapped: bool, rows: Tensor | None) -> None:
+    Args:
+        factors: of the run's directions.
+        weight: the weight, a matrix.
+        seeds: the directions', ascending.
+        swapped: whether the weight is [inputs, outputs].
+        rows: the outputs that are computed; None: all.
+    """
+
+    def __init__(
+        self, factors: Factors, weight: Weight, seeds: Sequence[int], *, swapped: bool, rows: Tensor | None
+    ) -> None:
         self._place = {seed: k for k, seed in enumerate(seeds)}
-        u, v = law.factors(seeds, weight.param_id, weight.shape)
+        u, v = factors.matrix(weight, seeds)
         self._into, self._out = (u, v) if swapped else (v, u)
         if rows is not None:
             self._out = self._out[:, rows]
@@ -110,19 +158,30 @@ class _Factors:
         return into, out, coefficients.repeat_interleave(into.shape[-1] // coefficients.shape[-1], dim=1).unsqueeze(1)
 
 
-def _linear(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: Forward, rows: Tensor | None) -> Forward:
+def _linear(
+    factors: Factors, hooked: HookedModule, seeds: Sequence[int], shared: Forward, rows: Tensor | None
+) -> Forward:
+    """A linear layer's forward, corrected in activation space.
+
+    Args:
+        factors: of the run's directions.
+        hooked: the layer.
+        seeds: the directions', ascending.
+        shared: the forward on weights that all samples share.
+        rows: the outputs that are computed; None: all.
+    """
     weights = {w.attribute: w for w in hooked.weights if w.trainable}
     swapped = hooked.kind is Conv1D  # its weight is [inputs, outputs]
-    factors = _Factors(law, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
-    bias = law.vector(seeds, weights["bias"].param_id, weights["bias"].shape.numel()) if "bias" in weights else None
+    thin = _BySample(factors, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
+    bias = factors.vector(weights["bias"], seeds) if "bias" in weights else None
     place = {seed: k for k, seed in enumerate(seeds)}
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
         output: Tensor = shared(call, tensors)
         shifts = call.caller.sample_shifts
         x, y = _by_sample(hooked, call.args[0], len(shifts)), _by_sample(hooked, output, len(shifts))
-        if factors is not None:
-            into, out, coefficients = factors.of(shifts, x)
+        if thin is not None:
+            into, out, coefficients = thin.of(shifts, x)
             y = torch.baddbmm(y, torch.bmm(x, into) * coefficients, out)
         if bias is not None:
             z = bias if rows is None else bias[:, rows]
@@ -133,8 +192,16 @@ def _linear(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: Forwar
     return forward
 
 
-def _embedding(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: Forward) -> Forward:
-    factors = _Factors(law, hooked.weights[0], seeds, swapped=True, rows=None)
+def _embedding(factors: Factors, hooked: HookedModule, seeds: Sequence[int], shared: Forward) -> Forward:
+    """An embedding's forward: rows of U are looked up like rows of the table.
+
+    Args:
+        factors: of the run's directions.
+        hooked: the embedding.
+        seeds: the directions', ascending.
+        shared: the forward on weights that all samples share.
+    """
+    thin = _BySample(factors, hooked.weights[0], seeds, swapped=True, rows=None)
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
         output: Tensor = shared(call, tensors)
@@ -143,18 +210,26 @@ def _embedding(law: Law, hooked: HookedModule, seeds: Sequence[int], shared: For
         if ids.shape[0] == 1 and n > 1:  # the same positions for all samples: now each has its own vectors
             ids, output = ids.expand(n, -1), output.expand(n, *output.shape[1:])
         y = _by_sample(hooked, output, n)
-        u, v, coefficients = factors.of(call.caller.sample_shifts, y)
+        u, v, coefficients = thin.of(call.caller.sample_shifts, y)
         looked_up = torch.gather(u, 1, ids.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
         return torch.baddbmm(y, looked_up * coefficients, v).view(output.shape)
 
     return forward
 
 
-def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callable[..., Any]) -> Forward:
-    place = {seed: k for k, seed in enumerate(seeds)}
-    directions = {w.attribute: law.vector(seeds, w.param_id, w.shape.numel()) for w in hooked.weights if w.trainable}
+def _vectors(factors: Factors, hooked: HookedModule, seeds: Sequence[int], real: Callable[..., object]) -> Forward:
+    """The forward of a module whose weights are vectors, mapped over the samples' weights.
 
-    def forward(call: Call, tensors: list[Tensor]) -> Any:
+    Args:
+        factors: of the run's directions.
+        hooked: the module.
+        seeds: the directions', ascending.
+        real: its own forward.
+    """
+    place = {seed: k for k, seed in enumerate(seeds)}
+    directions = {w.attribute: factors.vector(w, seeds) for w in hooked.weights if w.trainable}
+
+    def forward(call: Call, tensors: list[Tensor]) -> object:
         shifts = call.caller.sample_shifts
         mixing = torch.zeros(len(shifts), len(seeds))  # coefficient of every direction for every sample
         for i, shift in enumerate(shifts):
@@ -165,7 +240,7 @@ def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callabl
             for w, tensor in zip(hooked.weights, tensors, strict=True)
         ]
 
-        def on_sample(weights: list[Tensor], x: Tensor) -> Any:
+        def on_sample(weights: list[Tensor], x: Tensor) -> object:
             for w, tensor in zip(hooked.weights, weights, strict=True):  # not `swap`: what vmap gives is no parameter
                 w.owner._parameters[w.attribute] = tensor  # type: ignore[assignment]
             return real(x, *call.args[1:], **call.kwargs)
@@ -181,8 +256,16 @@ def _vectors(law: Law, hooked: HookedModule, seeds: Sequence[int], real: Callabl
     return forward
 
 
-def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., Any]) -> Forward:
-    def forward(call: Call, tensors: list[Tensor]) -> Any:
+def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., object]) -> Forward:
+    """The forward of any module, sample by sample.
+
+    Args:
+        law: the run's directions.
+        hooked: the module.
+        real: its own forward.
+    """
+
+    def forward(call: Call, tensors: list[Tensor]) -> object:
         n = len(call.caller.sample_shifts)
         outputs = []
         for i, shift in enumerate(call.caller.sample_shifts):
@@ -199,11 +282,20 @@ def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., Any]) -> For
     return forward
 
 
-def _joined(*parts: Any) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+def _joined(*parts: object) -> object:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(tensors) if tensors else parts[0]
 
 
-def _slice(hooked: HookedModule, argument: Any, i: int, n: int) -> Any:
+def _slice(hooked: HookedModule, argument: object, i: int, n: int) -> object:
+    """Sample ``i``'s part of an argument; an argument that is no tensor, or has one row for all, stays as it is.
+
+    Args:
+        hooked: the module that is called.
+        argument: what it is called with.
+        i: number of the sample.
+        n: number of samples.
+    """
     if not isinstance(argument, Tensor) or argument.dim() == 0:
         return argument
     if argument.shape[0] == 1:
@@ -215,13 +307,26 @@ def _slice(hooked: HookedModule, argument: Any, i: int, n: int) -> Any:
 
 
 def _by_sample(hooked: HookedModule, tensor: Tensor, num_samples: int) -> Tensor:
-    """[n, tokens, features], from that or from [n * tokens, features] in sample order."""
+    """[n, tokens, features], from that or from [n * tokens, features] in sample order.
+
+    Args:
+        hooked: the module that is called.
+        tensor: its input or output.
+        num_samples: number of samples.
+    """
     if tensor.shape[0] % num_samples or tensor.shape[0] == 0:
         raise _not_by_sample(hooked, tensor, num_samples)
     return tensor.reshape(num_samples, -1, tensor.shape[-1])
 
 
 def _not_by_sample(hooked: HookedModule, tensor: Tensor, num_samples: int) -> UserError:
+    """The error for a tensor whose rows are not the samples.
+
+    Args:
+        hooked: the module that is called.
+        tensor: its input or output.
+        num_samples: number of samples.
+    """
     names = ", ".join(weight.name for weight in hooked.weights if weight.trainable)
     return UserError(
         f"algorithm.per_sample: module {hooked.name} gets a tensor {tuple(tensor.shape)} whose rows are not "

@@ -9,7 +9,7 @@ code that only asks for ``weight.dtype`` costs nothing, and is told the dtype of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, final
+from typing import Any, NoReturn, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from mezo_dist.engines.hooked import HookedModule, Weight
 
+NestT = TypeVar("NestT")
 Resolve = Callable[[], Tensor]
 """The weight that a handle stands for, as the pass sees it that is running."""
 
@@ -41,7 +42,14 @@ class WeightHandle(Tensor):
 
     @staticmethod
     def make(weight: Weight, dtype: torch.dtype, device: torch.device, resolve: Resolve) -> WeightHandle:
-        """A handle of ``weight``, which will have ``dtype`` and be on ``device``."""
+        """A handle of a weight that has not been made yet.
+
+        Args:
+            weight: the weight.
+            dtype: of the tensor to come.
+            device: of the tensor to come.
+            resolve: makes it.
+        """
         handle: WeightHandle = Tensor._make_wrapper_subclass(
             WeightHandle, weight.shape, dtype=dtype, device=device, requires_grad=weight.trainable
         )
@@ -56,8 +64,12 @@ class WeightHandle(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if func in _DESCRIBING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -67,7 +79,9 @@ class WeightHandle(Tensor):
         return func(*resolved(args), **resolved(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> NoReturn:
         names = [leaf._name for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, WeightHandle)]
         raise NotImplementedError(f"the model hands {', '.join(names)} to compiled code ({func}) inside a forward pass")
 
@@ -76,13 +90,14 @@ def _writes(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
-def resolved(values: Any) -> Any:
+def resolved(values: NestT) -> NestT:
     """``values`` (any nest of containers) with weights in place of handles."""
-    return pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
+    nest: NestT = pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
+    return nest
 
 
 @final
-class WatchedParameters(dict[str, "nn.Parameter | None"]):
+class InterceptedParameters(dict[str, "nn.Parameter | None"]):
     """The ``_parameters`` of a module while passes run. A pass that puts another weight there is refused, for others
     would compute with it, too (``torch.func.functional_call`` does so); the engine itself writes by `swap`.
 
@@ -141,17 +156,20 @@ class WatchedParameters(dict[str, "nn.Parameter | None"]):
         return {name: self[name] for name in self}.values()
 
 
-def watch(
+def intercept(
     hooked: HookedModule, read: Callable[[HookedModule, Weight], Tensor | None]
 ) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter | None]]]:
-    """Watch the parameters of all modules whose weights ``hooked`` has. Yields what `unwatch` needs."""
+    """Intercept reads of the parameters of all modules whose weights ``hooked`` has.
+
+    Yields what `stop_intercepting` needs.
+    """
     for owner in dict.fromkeys(weight.owner for weight in hooked.weights):
         before = owner._parameters
-        owner.__dict__["_parameters"] = WatchedParameters(owner, hooked, read)
+        owner.__dict__["_parameters"] = InterceptedParameters(owner, hooked, read)
         yield owner, before
 
 
-def unwatch(owner: nn.Module, before: dict[str, nn.Parameter | None]) -> None:
-    """Undo `watch`. What was put into the module since (sharded layouts do) stays there."""
+def stop_intercepting(owner: nn.Module, before: dict[str, nn.Parameter | None]) -> None:
+    """Undo `intercept`. What was put into the module since (sharded layouts do) stays there."""
     before.update(owner._parameters)
     owner.__dict__["_parameters"] = before

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,10 @@ class Rows:
     """The rows ``indices`` (int64 [k]) of every weight of a hooked module, and a forward that needs no others."""
 
     indices: Tensor
-    forward: Callable[[Call, list[Tensor]], Any]
+    forward: Callable[[Call, list[Tensor]], Tensor]
 
 
-def plan_sparse_rows(hooked: HookedModule, calls: Sequence[Call], real: Callable[..., Any]) -> Rows | None:
+def plan_sparse_rows(hooked: HookedModule, calls: Sequence[Call], real: Callable[..., object]) -> Rows | None:
     """The rows that ``calls`` of ``hooked`` need, or None if its whole weights are needed.
 
     Only plain ``nn.Embedding`` lookups and heads under a `HeadSlice` qualify: for any other class (scaled embeddings,

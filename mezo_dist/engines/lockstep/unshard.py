@@ -1,4 +1,4 @@
-"""The unshard schedule: which units are whole at the moment. One is, those that stay, and perhaps the next one soon.
+"""The unshard schedule: which units are whole at the moment (the current one, those that stay, perhaps the next one).
 
 Ranks must gather the same units in the same order, or collectives of different sizes meet. So before each gather the
 ranks compare which unit it is for. A rank whose forward passes take another path through the model is named on all

@@ -1,0 +1,180 @@
+"""Texts: from the fields of a row, through a template, to tokens that fit the model's window.
+
+This is what the kinds of tasks have in common: rendering, tokenising, and shortening the fields that ``task.truncate``
+names (and nothing else) until what a kind makes of them fits.
+"""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+import time
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mezo_dist.config.task import TruncateSide
+from mezo_dist.errors import UserError
+from mezo_dist.tasks.fields import Row, field_names, lookup, replaced
+from mezo_dist.tasks.templates import render
+
+log = logging.getLogger(__name__)
+SILENT_S = 5.0
+"""Encoding that takes longer than that says how far it is."""
+LONG_TEXT = 50_000
+"""Characters up to which a text is tokenised as a whole, however few of them the window takes."""
+MARGIN_TOKENS = 64
+"""Tokens that are cut off beyond the window: those next to the cut may not be those of the whole text."""
+ROW = "row"
+"""The name of the whole row in templates, unless a field is called so."""
+
+S = TypeVar("S", bound=Sized)
+T = TypeVar("T")
+
+
+def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> list[T]:
+    """``encode`` of every row; the log says how far it is.
+
+    Args:
+        rows: of one split.
+        split: its name.
+        encode: makes a sample of a row.
+
+    Raises:
+        UserError: ``encode`` refuses a row; the message says which.
+    """
+    samples = []
+    said_s = time.monotonic()
+    for number, row in enumerate(rows):
+        if time.monotonic() - said_s > SILENT_S:
+            log.info("encoding the %s split: %d of %d samples are done", split, number, len(rows))
+            said_s = time.monotonic()
+        try:
+            samples.append(encode(row))
+        except UserError as error:
+            raise UserError(f"{split} sample {number}, {reprlib.repr(dict(row))}: {error}") from error
+    return samples
+
+
+def render_row(template: str, row: Row, **values: Any) -> str:
+    """``template`` with the fields of ``row`` filled in, and ``values`` before them; without space around it.
+
+    A field that a value hides, or whose name is none in jinja2, is ``row.answer`` or ``row['a name']``.
+    """
+    return render(template, {ROW: row, **row, **values}, field_names(row))
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenises texts for one model, and shortens fields until what is made of them fits its window."""
+
+    tokenizer: Any
+    max_tokens: int
+    """Longest sequence, special tokens included."""
+    truncate: tuple[str, ...] | None
+    """Fields that may be shortened; None: ``text``, if there is such a field."""
+    side: TruncateSide = "right"
+    """The end of a field that is cut off."""
+    num_tokens: int | None = None
+    """Tokens that the model knows; None if it does not say."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` with the tokenizer's special tokens, however long.
+
+        Raises:
+            UserError: the model does not know one of them.
+        """
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]  # not verbose: too long texts are our matter
+        self.check_known(ids)
+        return ids
+
+    def check_known(self, ids: Sequence[int]) -> None:
+        """Raises UserError for a token that the model does not know."""
+        largest = max(ids, default=0)
+        if self.num_tokens is not None and largest >= self.num_tokens:
+            raise UserError(
+                f"the tokenizer makes token {largest} of it, but the model knows {self.num_tokens} tokens: resize its "
+                "embeddings (resize_token_embeddings)"
+            )
+
+    def limit(self, text: str) -> str:
+        """``text``, but of a very long one no more than what surely fills the window: tokenising it takes seconds."""
+        length = max(LONG_TEXT, 16 * self.max_tokens)
+        while length < len(text):
+            part = text[:length] if self.side == "right" else text[-length:]
+            if len(self.tokenizer(part, verbose=False)["input_ids"]) > self.max_tokens + MARGIN_TOKENS:
+                return part
+            length *= 2
+        return text
+
+    def fit(self, row: Row, encode: Callable[[Row], S]) -> tuple[S, Row]:
+        """``encode(row)`` with the fields in ``truncate`` shortened, the longest first, until it fits the window.
+
+        Args:
+            row: by field.
+            encode: what is made of a row. Its ``len`` is the length in tokens of the longest sequence in it.
+
+        Returns:
+            What ``encode`` made of the shortened row, and that row.
+
+        Raises:
+            UserError: it does not fit even without the text of these fields; or there is no such field, or no text in
+                it, which is said whether anything is too long or not.
+        """
+        texts = {name: self.limit(text) for name, text in self._truncatable(row).items()}
+        for name, text in texts.items():
+            row = replaced(row, name, text)
+        while True:
+            encoded = encode(row)
+            excess = len(encoded) - self.max_tokens
+            if excess <= 0:
+                return encoded, row
+            name = max(texts, key=lambda n: len(texts[n]), default="")
+            if not texts.get(name):
+                raise UserError(
+                    f"task.prompt: it needs {len(encoded)} tokens even without the text of {list(texts)} "
+                    f"(task.truncate), but train.max_tokens, or else the model's window, is {self.max_tokens}"
+                )
+            texts[name] = self.shorten(texts[name], excess)
+            row = replaced(row, name, texts[name])
+
+    def truncated(self, *texts: str) -> Any:
+        """The tokenizer's encoding of one text or a pair, cut by the tokenizer (of a pair, the longer one first)."""
+        usual, self.tokenizer.truncation_side = self.tokenizer.truncation_side, self.side
+        try:
+            encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_tokens)
+        finally:
+            self.tokenizer.truncation_side = usual  # it is written down with the tokenizer
+        self.check_known(encoded["input_ids"])
+        return encoded
+
+    def shorten(self, text: str, excess: int) -> str:
+        """``text`` without ``excess`` tokens at its end, or at its start (at least one character less)."""
+        if not self.tokenizer.is_fast:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if self.side == "left":
+                kept = str(self.tokenizer.decode(ids[excess:]))
+                return kept[max(0, len(kept) - len(text) + 1) :].lstrip()
+            return str(self.tokenizer.decode(ids[: max(0, len(ids) - excess)]))[: len(text) - 1].rstrip()
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = encoded["offset_mapping"]
+        if excess >= len(spans):
+            return ""
+        # Without space where it was cut: it could join what stands there into another token.
+        if self.side == "left":
+            return text[max(spans[excess][0], 1) :].lstrip()
+        return text[: min(spans[-excess - 1][1], len(text) - 1)].rstrip()
+
+    def _truncatable(self, row: Row) -> dict[str, str]:
+        """The texts of the row that may be shortened, by field."""
+        fields = [name for name in ("text",) if name in row] if self.truncate is None else self.truncate
+        texts = {}
+        for name in fields:
+            value = lookup(row, name, "task.truncate")
+            if isinstance(value, Mapping | list):
+                inside = [field for field in field_names(row) if field.startswith(f"{name}.")]
+                hint = f"; name a text in it: {inside}" if inside else ""
+                raise UserError(f"task.truncate: the field {name!r} is no text but a {type(value).__name__}{hint}")
+            if value is not None:
+                texts[name] = str(value)
+        return texts

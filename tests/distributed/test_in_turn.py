@@ -1,0 +1,90 @@
+"""Rank 0 first, then the others; a failure anywhere is the same error everywhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import pytest
+
+from mezo_dist.distributed import in_turn
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.errors import UserError
+
+WORLD = 3
+
+
+class Ranks:
+    """The ranks of a world as threads, with the collectives that `rank_zero_first` uses."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(WORLD, timeout=20)
+        self.text = ""
+        self.errors: dict[int, Exception] = {}
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        def on(rank: int) -> Any:
+            comm = cast(Communicator, _Rank(self, rank))
+            try:
+                return in_turn.rank_zero_first(comm, lambda: work(rank))
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor(WORLD) as pool:
+            return list(pool.map(on, range(WORLD)))
+
+
+class _Rank:
+    world_size = WORLD
+
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self.ranks, self.rank = ranks, rank
+
+    def broadcast_text(self, text: str) -> str:
+        if self.rank == 0:
+            self.ranks.text = text
+        self.ranks.barrier.wait()
+        text = self.ranks.text
+        self.ranks.barrier.wait()
+        return text
+
+    def collect(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except (OSError, UserError) as error:
+            self.ranks.errors[self.rank] = error
+        self.ranks.barrier.wait()
+        if self.ranks.errors:
+            raise UserError(f"rank(s) {sorted(self.ranks.errors)}: {next(iter(self.ranks.errors.values()))}")
+
+
+def test_rank_zero_is_done_before_the_others_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_turn, "BEAT_S", 0.01)
+    events: list[tuple[str, int]] = []
+
+    def work(rank: int) -> int:
+        events.append(("begins", rank))
+        time.sleep(0.1 if rank == 0 else 0)
+        events.append(("ends", rank))
+        return rank
+
+    assert Ranks().run(work) == [0, 1, 2]
+    assert events[:2] == [("begins", 0), ("ends", 0)]
+    assert len(events) == 6
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+@pytest.mark.parametrize("error", [UserError("task.data: gone"), OSError("no space")])
+def test_a_failure_is_everybodys(failing: int, error: Exception) -> None:
+    def work(rank: int) -> None:
+        if rank == failing:
+            raise error
+
+    assert [str(result) for result in Ranks().run(work)] == [f"rank(s) [{failing}]: {error}"] * WORLD
+
+
+def test_alone_it_is_a_call() -> None:
+    assert in_turn.rank_zero_first(Communicator(), lambda: 7) == 7
