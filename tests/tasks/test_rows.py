@@ -122,7 +122,7 @@ def test_csv_keeps_words_that_pandas_takes_for_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("gone.jsonl", None, "file {path} does not exist (relative paths start at "),
+        ("gone.jsonl", None, "file {path} does not exist"),
         ("empty.jsonl", b"", "{path} is empty"),
         ("blank.jsonl", b"\n\n", "cannot read {path} as json: it has no rows"),
         ("header.csv", b"text,label\n", "cannot read {path} as csv: it has no rows"),
