@@ -26,6 +26,7 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.config.task import ANSWER, Task
 from mezo_dist.directions.combination import ZERO
 from mezo_dist.storage import trajectory
+from mezo_dist.tasks.text import ROW
 from mezo_dist.testing import WORDS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,12 +58,10 @@ def header(path: Path) -> str:
 def fields(task: Task) -> list[str]:
     """The fields of a row that the task's templates use."""
     environment = jinja2.Environment()
-    used = {
-        field
-        for template in (task.prompt, *task.plain)
-        for field in jinja2.meta.find_undeclared_variables(environment.parse(template))
-    }
-    return sorted(used - {ANSWER})
+    environment.filters |= dict.fromkeys(("upper_first", "lower_first", "drop_last", "strip_end"), str)
+    trees = [environment.parse(template) for template in (task.prompt, *task.plain)]
+    used = {field for tree in trees for field in jinja2.meta.find_undeclared_variables(tree)} - {ANSWER, ROW}
+    return sorted(used | {node.attr for tree in trees for node in tree.find_all(jinja2.nodes.Getattr)})  # row.answer
 
 
 def write_data(task: Task, folder: Path) -> Path:
