@@ -41,7 +41,11 @@ RAIN_PLAIN = ["It rains.", "The street is wet."]
 GRADES = [" terrible", " bad", " okay", " good", " great"]
 SIDES = [" terrible", " great"]
 KINDS = ["Description", "Entity", "Expression", "Human", "Location", "Number"]
-DENVER = {"text": "How far is it from Denver to Aspen ?", "coarse_label": ClassIndex(5, "NUM"), "fine_label": 40}
+DENVER: dict[str, Any] = {
+    "text": "How far is it from Denver to Aspen ?",
+    "coarse_label": ClassIndex(5, "NUM"),
+    "fine_label": 40,
+}
 BANK = {"word": "bank", "sentence1": "By the bank.", "sentence2": "In a bank.", "start1": 7, "label": 0}
 FRED = {"text": "Fred saw Bill as he left.", "span1_text": "Fred", "span2_text": "He", "span2_index": 4, "label": 1}
 
