@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tests.config.configs import CONFIG, TASK, Write, fault
 
 
 @pytest.fixture
-def write_config(tmp_path: Path) -> Iterator[Write]:
+def write_config(tmp_path: Path) -> Write:
     def write(task: str) -> Path:
         (tmp_path / "tasks").mkdir(exist_ok=True)
         (tmp_path / "tasks" / "reviews.yaml").write_text(task)
