@@ -43,7 +43,7 @@ from mezo_dist.testing import write_tiny_config
 STEP_OF_GRID = 10**0.25
 """Ratio of neighbouring learning rates."""
 TUNING_SEEDS, SEEDS = (3,), (0, 1, 2)
-HELD_OUT = 4096
+HELD_OUT = 1000
 LABEL = "quickstart"
 Scores = dict[str, list[float]]
 """Split -> loss and metric."""
