@@ -49,6 +49,8 @@ SAMPLES, TOKENS, LR = 8, 32, 1e-6
 """Samples and tokens of a rank's micro-batch, and the learning rate."""
 HEADERS = 14 + 20 + 32
 """Bytes of Ethernet, IPv4 and TCP (with time stamps) in a packet."""
+FLOW = 50_000
+"""Bytes that only gradients come to, not the messages before them."""
 LOOPBACK = "loopback"
 
 
@@ -149,6 +151,13 @@ class Pair:
             rank.stdin.write(f"{line}\n")
             rank.stdin.flush()
 
+    def wait_for_traffic(self, machines: Cluster, before: Counters) -> None:
+        """Until gradients have begun to flow out of host1, which counted ``before``: the passes are done."""
+        while (machines.counters("host1") - before).sent_bytes < FLOW:
+            if any(rank.poll() is not None for rank in self.ranks):
+                raise RuntimeError("a rank ended")
+            time.sleep(0.05)
+
     def close(self) -> None:
         """End both ranks."""
         for rank in self.ranks:
@@ -217,9 +226,9 @@ def measure_ddp(machines: Cluster, local: Pair, apart: Pair, patience_s: float) 
             figures[name] = {"seconds": apart.answer()[0], "projected": 0.0}
             num_bytes = num_bytes or (machines.counters("host1") - before).sent_bytes
         else:
-            time.sleep(patience_s / 2)  # long past the forward pass
+            apart.wait_for_traffic(machines, before)
             began, before = time.monotonic(), machines.counters("host1")
-            time.sleep(patience_s / 2)
+            time.sleep(patience_s)
             rate = (machines.counters("host1") - before).sent_bytes / (time.monotonic() - began)
             figures[name] = {"seconds": figures[LOOPBACK]["seconds"] + num_bytes / rate, "projected": 1.0}
             machines.rate(None)
