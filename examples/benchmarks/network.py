@@ -228,7 +228,7 @@ def measure_ddp(machines: Cluster, local: Pair, apart: Pair, patience_s: float) 
         else:
             apart.wait_for_traffic(machines, before)
             began, before = time.monotonic(), machines.counters("host1")
-            time.sleep(patience_s)
+            time.sleep(patience_s / 2)
             rate = (machines.counters("host1") - before).sent_bytes / (time.monotonic() - began)
             figures[name] = {"seconds": figures[LOOPBACK]["seconds"] + num_bytes / rate, "projected": 1.0}
             machines.rate(None)
