@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are known to be good: ``--help`` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -247,6 +248,17 @@ def _write_model(loaded: LoadedModel, folder: Path, comm: Communicator, calibrat
         print(f"wrote {folder}")
 
 
+def _announce_imports() -> None:
+    """Say on rank 0 what the first silent seconds are for."""
+    from mezo_dist.distributed import environment
+
+    if {"torch", "transformers"} <= sys.modules.keys():
+        return
+    with contextlib.suppress(UserError):  # what the launcher said is wrong: `connect` says how
+        if environment.discover(os.environ).rank == 0:
+            print("mezo-dist: importing torch and transformers, which takes some seconds", file=sys.stderr, flush=True)
+
+
 def _with_communicator(timeout_s: float, work: Callable[[Communicator], None], patience_s: float = 30.0) -> None:
     """Connect to the other ranks, and do something together.
 
@@ -255,6 +267,7 @@ def _with_communicator(timeout_s: float, work: Callable[[Communicator], None], p
         work: what to do.
         patience_s: seconds of waiting after which a rank says for whom.
     """
+    _announce_imports()
     from mezo_dist.distributed.connect import connect
     from mezo_dist.monitoring.console import configure_logging
 

@@ -49,6 +49,8 @@ SAMPLES, TOKENS, LR = 8, 32, 1e-6
 """Samples and tokens of a rank's micro-batch, and the learning rate."""
 HEADERS = 14 + 20 + 32
 """Bytes of Ethernet, IPv4 and TCP (with time stamps) in a packet."""
+FLOW = 50_000
+"""Bytes that only gradients come to, not the messages before them."""
 LOOPBACK = "loopback"
 
 
@@ -87,14 +89,22 @@ def ddp_step(shape: str, comm: Communicator) -> Callable[[], None]:
 STEPS = {"mezo": mezo_step, "ddp": ddp_step}
 
 
-def work(kind: str, shape: str) -> None:
-    """A rank: for every number on standard input take so many steps; answer with seconds and payload bytes per step."""
+def work(shape: str) -> None:
+    """A rank: obey the lines of standard input.
+
+    ``make KIND`` makes what takes steps, in place of what was there, and takes a first one; the answer is READY. A
+    number has it take so many steps; the answer is STEP, seconds and payload bytes per step.
+    """
     torch.set_num_threads(1)
     comm = connect(timeout_s=3600)
-    take = STEPS[kind](shape, comm)
-    take()
-    print("READY", flush=True)
+    take: Callable[[], None] = comm.barrier
     for line in sys.stdin:
+        if line.startswith("make "):
+            take = comm.barrier  # the model of the kind before is freed
+            take = STEPS[line.split()[1]](shape, comm)
+            take()
+            print("READY", flush=True)
+            continue
         comm.barrier()
         began, sent = time.perf_counter(), comm.payload_bytes
         for _ in range(int(line)):
@@ -104,11 +114,11 @@ def work(kind: str, shape: str) -> None:
 
 
 class Pair:
-    """Two ranks of a kind, on two hosts or, if these are the same, over loopback."""
+    """Two ranks, on two hosts or, if these are the same, over loopback."""
 
-    def __init__(self, machines: Cluster, hosts: tuple[str, str], kind: str, shape: str, port: int) -> None:
+    def __init__(self, machines: Cluster, hosts: tuple[str, str], shape: str, port: int) -> None:
         address = "127.0.0.1" if hosts[0] == hosts[1] else hosts[0]
-        command = [sys.executable, __file__, "--worker", kind, "--shape", shape]
+        command = [sys.executable, __file__, "--worker", "--shape", shape]
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         self.ranks = [
             machines.popen(
@@ -119,20 +129,34 @@ class Pair:
             )
             for rank, host in enumerate(hosts)
         ]
+
+    def make(self, kind: str) -> None:
+        """From now on both ranks take steps of a kind."""
+        self._tell(f"make {kind}")
         for rank in self.ranks:
             _answer(rank, "READY")
 
     def ask(self, num_steps: int) -> None:
         """Have both ranks take steps."""
-        for rank in self.ranks:
-            assert rank.stdin is not None
-            rank.stdin.write(f"{num_steps}\n")
-            rank.stdin.flush()
+        self._tell(str(num_steps))
 
     def answer(self) -> tuple[float, float]:
         """Wait for them; seconds per step of the slower rank, payload bytes per step."""
         answers = [_answer(rank, "STEP") for rank in self.ranks]
         return max(seconds for seconds, _ in answers), answers[0][1]
+
+    def _tell(self, line: str) -> None:
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(f"{line}\n")
+            rank.stdin.flush()
+
+    def wait_for_traffic(self, machines: Cluster, before: Counters) -> None:
+        """Until gradients have begun to flow out of host1, which counted ``before``: the passes are done."""
+        while (machines.counters("host1") - before).sent_bytes < FLOW:
+            if any(rank.poll() is not None for rank in self.ranks):
+                raise RuntimeError("a rank ended")
+            time.sleep(0.05)
 
     def close(self) -> None:
         """End both ranks."""
@@ -148,10 +172,13 @@ def _answer(rank: subprocess.Popen[str], word: str) -> list[float]:
     raise RuntimeError(f"a rank ended with status {rank.wait()}")
 
 
-def measure_mezo(machines: Cluster, shape: str, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
+def measure_mezo(
+    machines: Cluster, local: Pair, apart: Pair, rounds: int, num_steps: int
+) -> dict[str, dict[str, float]]:
     """Condition -> figures of a step of mezo_dist."""
-    local = Pair(machines, ("host1", "host1"), "mezo", shape, 29501)
-    apart = Pair(machines, ("host1", "host2"), "mezo", shape, 29502)
+    machines.rate(None)
+    for pair in (local, apart):
+        pair.make("mezo")
     times: dict[str, list[float]] = {name: [] for name in (LOOPBACK, *RATES)}
     sent: dict[str, list[Counters]] = {name: [] for name in RATES}
     payload = 0.0
@@ -165,8 +192,6 @@ def measure_mezo(machines: Cluster, shape: str, rounds: int, num_steps: int) -> 
                 values.append(seconds)
                 if name != LOOPBACK:
                     sent[name].append(machines.counters("host1") - before)
-    local.close()
-    apart.close()
     figures = {LOOPBACK: {"seconds": statistics.median(times[LOOPBACK]), "over_loopback": 1.0}}
     for name, rate in RATES.items():
         # The barrier before the steps is a round like theirs.
@@ -185,14 +210,13 @@ def measure_mezo(machines: Cluster, shape: str, rounds: int, num_steps: int) -> 
     return figures
 
 
-def measure_ddp(machines: Cluster, shape: str, patience_s: float) -> dict[str, dict[str, float]]:
+def measure_ddp(machines: Cluster, local: Pair, apart: Pair, patience_s: float) -> dict[str, dict[str, float]]:
     """Condition -> figures of a step of DDP."""
     machines.rate(None)
-    local = Pair(machines, ("host1", "host1"), "ddp", shape, 29503)
+    for pair in (local, apart):
+        pair.make("ddp")
     local.ask(1)
     figures = {LOOPBACK: {"seconds": local.answer()[0]}}
-    local.close()
-    apart = Pair(machines, ("host1", "host2"), "ddp", shape, 29504)
     num_bytes = 0.0
     for name in RATES:
         machines.rate(name)
@@ -202,7 +226,7 @@ def measure_ddp(machines: Cluster, shape: str, patience_s: float) -> dict[str, d
             figures[name] = {"seconds": apart.answer()[0], "projected": 0.0}
             num_bytes = num_bytes or (machines.counters("host1") - before).sent_bytes
         else:
-            time.sleep(patience_s / 2)  # long past the forward pass
+            apart.wait_for_traffic(machines, before)
             began, before = time.monotonic(), machines.counters("host1")
             time.sleep(patience_s / 2)
             rate = (machines.counters("host1") - before).sent_bytes / (time.monotonic() - began)
@@ -210,7 +234,6 @@ def measure_ddp(machines: Cluster, shape: str, patience_s: float) -> dict[str, d
             machines.rate(None)
             apart.answer()
         figures[name] |= {"over_loopback": figures[name]["seconds"] / figures[LOOPBACK]["seconds"], "bytes": num_bytes}
-    apart.close()
     return figures
 
 
@@ -247,16 +270,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of mezo_dist in each condition of a round")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds that a DDP step may take")
     parser.add_argument("--plot", metavar="FILE.png")
-    parser.add_argument("--worker", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        work(given.worker, given.shape)
+        work(given.shape)
         return
     with cluster(2) as machines:
-        mezo = measure_mezo(machines, given.shape, given.rounds, given.steps)
+        local = Pair(machines, ("host1", "host1"), given.shape, 29501)
+        apart = Pair(machines, ("host1", "host2"), given.shape, 29502)
+        mezo = measure_mezo(machines, local, apart, given.rounds, given.steps)
         show("mezo_dist", mezo)
-        ddp = measure_ddp(machines, given.shape, given.patience)
+        ddp = measure_ddp(machines, local, apart, given.patience)
         show("DDP", ddp)
+        for pair in (local, apart):
+            pair.close()
     if given.plot:
         plot(given.plot, {"mezo_dist": mezo, "DDP": ddp})
     if given.json:

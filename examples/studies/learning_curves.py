@@ -102,7 +102,8 @@ def provenance(processes: str, seeds: str) -> Record:
         seeds: which, and what for.
     """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode
+    code = ["--", "*.py", "*.yaml"]  # result files grow while a study goes on
+    dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", *code], cwd=ROOT, check=False).returncode
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip() + (" with changes" if dirty else ""),

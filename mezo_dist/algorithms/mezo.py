@@ -157,7 +157,8 @@ class MeZOPlanner:
             return list(projected)
         if self.config.scaling == "sign":
             return [math.copysign(1.0, p) if p else 0.0 for p in projected]
-        # Two-sided ones lie around 0. One-sided ones are all off by the same curvature, which the mean takes out.
+        # Two-sided estimates lie around 0. One-sided ones all have the same error of curvature, which the mean takes
+        # out.
         centre = sum(projected) / len(projected) if self.config.one_sided else 0.0
         freedom = len(projected) - self.config.one_sided
         deviation = math.sqrt(sum((p - centre) ** 2 for p in projected) / freedom)

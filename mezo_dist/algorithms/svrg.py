@@ -21,7 +21,8 @@ What differs from the paper, or is left open there:
 
 * An anchor step skips its minibatch: that of step t is drawn for step t alone, and a step that evaluates the full batch
   does not use it. With q = 2, half of all minibatches are never seen.
-* q counts from the last anchor. If an anchor step has to be skipped (a loss that is not finite), the next step is it.
+* q counts from the last anchor. If an anchor step has to be skipped (a loss that is not finite), the next step becomes
+  the anchor step.
 * With ``train.full_size`` below the number of training samples, every anchor step draws that many samples afresh.
 * ``momentum`` is a normalised mean over a window, see `mezo_dist.algorithms.momentum`.
 * The plateau rule compares the losses of anchor steps alone, see `mezo_dist.algorithms.schedules.Annealing`.
@@ -136,21 +137,23 @@ class SVRGPlanner:
         return SVRGState()
 
     def _is_anchor(self, state: SVRGState, step: int) -> bool:
-        # Counted from the last anchor, not from step 0: if an anchor step had to be skipped, the next one is it.
+        # Steps are counted from the last anchor, not from step 0: the step after a skipped anchor step becomes the
+        # anchor step.
         return state.anchor_step < 0 or step - state.anchor_step >= self.config.q
 
     def _is_stored(self) -> bool:
-        """A function of the settings alone: the same on all ranks, after any restart, and whatever memory is free."""
+        """Whether the anchor is a copy: a function of the settings alone, so the same on all ranks and after any
+        restart."""
         config, problem = self.config, self.problem
         if config.anchor != "auto" or config.q == 1:
-            return config.anchor == "stored" and config.q > 1  # there is no way back from an anchor step to the last
+            return config.anchor == "stored" and config.q > 1  # with q = 1 no step uses an anchor
         first, others = (self._number_of_seeds(is_anchor) for is_anchor in (True, False))
         remembered = config.momentum.window - 1 if config.momentum.decay else 0
         is_inexact = problem.has_16bit_weights or bool(config.weight_decay)
         return is_inexact or first + (config.q - 2 + remembered) * others > DIRECTIONS_TO_REPLAY
 
     def _samples(self, is_anchor: bool) -> int:
-        """How many samples have directions of their own."""
+        """Number of samples with a direction each; 0: all samples share their directions."""
         if not self.config.per_sample:
             return 0
         return self.problem.full_size if is_anchor else self.problem.batch_size

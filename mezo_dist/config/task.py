@@ -78,10 +78,11 @@ class Task:
     data: str
     """The data set: ``demo:NAME``, a hub name, a local .jsonl, .json, .csv, .tsv, .parquet or .arrow file (whose rows
     are the split ``train``), a folder of such files named after their splits, or a folder written by ``save_to_disk``
-    of ``datasets``. Relative paths start at the folder of the task file."""
+    of ``datasets``. Relative paths start at the folder of the task file. Cells of CSV and TSV stay the text that they
+    are."""
     prompt: str
     """jinja2 template over the fields of a sample, with ``{{ answer }}`` where the label word goes (at the very end
-    for causal models, where the mask token goes for masked models)."""
+    for causal models, where the mask token goes for masked models). A field called ``answer`` is ``row.answer``."""
     labels: tuple[Label, ...]
     """The classes, as a list of ``{value: of the label field in the data, word: that stands for it in the prompt}``."""
     plain: tuple[str, ...] = ()

@@ -147,7 +147,7 @@ def _explain_half(source: _Source, environment: Mapping[str, str]) -> None:
             )
         return
     if rank in ("", "0") and world_size in ("", "1"):
-        return  # a world of one, whoever set that
+        return  # a world of one
     if any(environment.get(s.rank) and environment.get(s.world_size) for s in SOURCES[SOURCES.index(source) + 1 :]):
         return  # left over from something else: another launcher says all
     names = [source.rank, source.world_size, *(("MASTER_ADDR", "MASTER_PORT") if source is TORCH else ())]
@@ -264,7 +264,7 @@ def outward_interface() -> str:
     """Name of the network card that leads away from this machine: that of the default route, or else the first one
     with an address; empty if there is only the loopback."""
     cards = [name for name, _ in _addresses() if name != "lo"]
-    for far in ("192.0.2.1", "2001:db8::1"):  # addresses for documentation: nobody's
+    for far in ("192.0.2.1", "2001:db8::1"):  # addresses reserved for documentation
         if (card := interface_towards(far)) in cards:
             return card
     return cards[0] if cards else ""

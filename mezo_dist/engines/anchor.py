@@ -46,7 +46,7 @@ class Anchor:
         """Within, the weights have the contents of the copy, and the copy those of the weights.
 
         Raises:
-            RuntimeError: nothing was kept.
+            RuntimeError: there is no copy.
         """
         if not self:
             raise RuntimeError("a variant is based on the anchor, but none was kept (Engine.copy_anchor)")

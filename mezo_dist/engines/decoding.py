@@ -79,7 +79,18 @@ def evaluate_decoding(
     width: int | None = None,
 ) -> Iterator[list[list[Any]]]:
     """`Engine.evaluate_groups` in one of the three ways. On sharded layouts ``forward`` must ask
-    `mezo_dist.engines.lockstep.passes.any_goes_on` before each call of the model but the first."""
+    `mezo_dist.engines.lockstep.passes.any_goes_on` before each call of the model but the first.
+
+    Args:
+        engine: owns the weights.
+        way: how variants are made; see `Way`.
+        variants: what to evaluate.
+        items: this rank's micro-batches.
+        forward: calls the model.
+        most: the largest number of items that a rank has.
+        filler: the micro-batch of a rank that has none left.
+        width: items that go through the model together.
+    """
     if way == "activations":
         most_slots = 1 + max(
             (slot for item in [*items, *([filler] if filler else [])] for slot in item.slots), default=0
@@ -108,6 +119,17 @@ def _on_copies(
     filler: ItemT | None,
     width: int | None,
 ) -> list[list[Any]]:
+    """Evaluate one variant after another on weights that are really changed.
+
+    Args:
+        engine: owns the weights.
+        variants: what to evaluate.
+        items: this rank's micro-batches.
+        forward: calls the model.
+        most: the largest number of items that a rank has.
+        filler: the micro-batch of a rank that has none left.
+        width: items that go through the model together.
+    """
     results: list[list[Any]] = [[] for _ in items]
     changed = shards_changed if engine.layout.is_sharded else whole_weights_changed
     for variant in variants:

@@ -139,7 +139,7 @@ class _ShiftCheck(Generic[ItemT]):
         if unchecked:
             log.warning("too little memory is free to probe losses under a shift of %s", some_of(unchecked))
         if self.is_plain:
-            self._by_engine([ZERO])  # before the model is called by itself, for this fails where weights are written to
+            self._by_engine([ZERO])  # first, for it raises where the model writes to its weights
         with states_left(self.engine.model) as left:
             base = self._really(ZERO, ())
         if not all_finite(base):

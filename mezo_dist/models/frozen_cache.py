@@ -243,7 +243,7 @@ def _agrees(model: nn.Module, cache: FrozenCache, probe: Group, whole: Tensor) -
         return False
     finally:
         cache.detach()
-    if positions is None and whole.dim() == 3 and short.shape == whole.shape:  # padding's logits are nobody's business
+    if positions is None and whole.dim() == 3 and short.shape == whole.shape:  # logits of padding do not count
         mask = inputs["attention_mask"].bool()
         short, whole = short[mask], whole[mask]
     return short.shape == whole.shape and torch.allclose(short.float(), whole.float(), rtol=1e-2, atol=1e-2)

@@ -35,7 +35,13 @@ def lookup(row: Row, name: str, setting: str) -> Any:
 
 
 def replaced(row: Row, name: str, value: Any) -> Row:
-    """``row`` with another value of the field that `lookup` gives."""
+    """``row`` with another value of the field that `lookup` gives.
+
+    Args:
+        row: not changed.
+        name: of the field; dots lead into fields that hold others.
+        value: the new one.
+    """
     if name in row or "." not in name:
         return {**row, name: value}
     head, _, rest = name.partition(".")

@@ -179,6 +179,13 @@ class Encoder:
         return _Prompt(tuple(prompt), tuple(tokens[0] for tokens in answers), place)
 
     def _not_one_token(self, word: str, tokens: Sequence[int], before: str) -> str:
+        """The message for a label word that is not one token.
+
+        Args:
+            word: the label word.
+            tokens: what it becomes.
+            before: the text before it.
+        """
         pieces = self.tokenizer.convert_ids_to_tokens(list(tokens))
         hint = "" if not before or before[-1:].isspace() else ", or put a space before {{ answer }}"
         return (

@@ -109,7 +109,13 @@ def _load(task: Task) -> Mapping[str, Table]:
 
 
 def _kept(task: Task, source: str, table: Table) -> Sequence[int]:
-    """Indices of the rows that ``task.where`` leaves; the log says how many those are, and what the others had."""
+    """Indices of the rows that ``task.where`` leaves; the log says how many those are, and what the others had.
+
+    Args:
+        task: has the conditions.
+        source: name of the split.
+        table: its rows.
+    """
     where = task.where
     if not (where.keep or where.drop):
         return range(len(table))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -106,8 +107,13 @@ class Logistic:
 def vector(combination: Combination) -> torch.Tensor:
     total = torch.zeros(DIM, dtype=torch.float64)
     for seed, c in combination.terms:
-        total += c * GAUSSIAN.chunks(seed, 7, 0, 1).flatten()[:DIM].double()
+        total += c * direction(seed)
     return total
+
+
+@functools.lru_cache(maxsize=4096)  # the variants of a step, and its update, share their directions
+def direction(seed: int) -> torch.Tensor:
+    return GAUSSIAN.chunks(seed, 7, 0, 1).flatten()[:DIM].double()
 
 
 def test_variance_is_several_times_below_mezos_and_that_of_the_released_code_above_it() -> None:

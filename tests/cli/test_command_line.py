@@ -137,3 +137,20 @@ def test_a_connected_rank_that_fails_ends_at_once(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert "taken down" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_loaded", "is_said"), [("0", False, True), ("1", False, False), ("0", True, False), ("x", False, False)]
+)
+def test_the_seconds_of_imports_are_announced(
+    rank: str, is_loaded: bool, is_said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "host1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    if is_loaded:
+        for name in ("torch", "transformers"):
+            monkeypatch.setitem(sys.modules, name, sys)
+    else:
+        monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    cli._announce_imports()
+    assert ("importing torch and transformers" in capsys.readouterr().err) == is_said

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from launcher.hosts import TOOLS, Cluster, cluster, missing
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.trajectory import Step
 from mezo_dist.testing import write_tiny_config
+from tests.forked import output_of
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "launcher" / "README.md"
@@ -127,9 +127,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     data = yaml.safe_load(path.read_text())
     data["output"] = {"dir": "alone", "export": False, "test": False}
     (folder / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(data))
-    alone = [sys.executable, "-m", "mezo_dist", "train", "configs/quickstart.yaml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(alone, cwd=folder, env=environment, capture_output=True, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output_of(["-m", "mezo_dist", "train", "configs/quickstart.yaml"], folder, environment)
     return Workplace(folder)
 
 

@@ -24,7 +24,7 @@ def test_a_step_sends_a_few_hundred_bytes_whatever_the_link(tmp_path: Path) -> N
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from mezo_dist.distributed import connect as module
 from mezo_dist.distributed import environment as cluster_environment
 from mezo_dist.distributed.connect import choose_interface, connect, share_cores
 from mezo_dist.errors import LostRankError, UserError
+from tests.forked import Program
 
 
 @pytest.fixture
@@ -171,25 +171,16 @@ except UserError as error:
 def test_ranks_that_disagree_about_their_number(sizes: tuple[int, ...]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN],
-            env={**os.environ, **RANK_1, "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank, size in enumerate(sizes)
-    ]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=100)
-            assert rank.returncode == 2, output
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank, size in enumerate(sizes):
+            given = {**RANK_1, "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": port}
+            ranks.append(stack.enter_context(Program(["-c", JOIN], environment={**os.environ, **given})))
+        for program in ranks:
+            status, output, errors = program.finish()
+            assert status == 2, output + errors
             told = f"WORLD_SIZE: rank 1 was told that there are {sizes[1]} ranks, rank 0 that there are {sizes[0]}; "
             assert told in output
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
 
 
 # Network cards

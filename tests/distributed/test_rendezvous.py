@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from mezo_dist.distributed.rendezvous import rendezvous
 from mezo_dist.errors import UserError
+from tests.forked import Program
 
 
 def start(store: dist.Store, delays: list[float]) -> list[dist.Store]:
@@ -70,6 +70,10 @@ def test_a_rank_that_comes_when_the_others_have_begun_without_it() -> None:
         rendezvous(store, 2, 3, timeout_s=0.2)
 
 
+def environment(rendezvous_at: dict[str, str], rank: int) -> dict[str, str]:
+    return {**os.environ, **rendezvous_at, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+
+
 COME = """
 import sys, time
 from mezo_dist.distributed.connect import connect
@@ -86,21 +90,12 @@ def test_a_rank_that_is_quicker_than_rank_0_after_a_restart_does_not_look_for_th
     store = dist.TCPStore("localhost", 0, is_master=True)
     rendezvous_at = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for delays in (("0", "0"), ("2", "0")):
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", COME, delay],
-                env={**os.environ, **rendezvous_at, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank, delay in enumerate(delays)
-        ]
-        try:
-            assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["2\n", "2\n"]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.communicate()
+        with contextlib.ExitStack() as stack:
+            ranks = [
+                stack.enter_context(Program(["-c", COME, delay], environment=environment(rendezvous_at, rank)))
+                for rank, delay in enumerate(delays)
+            ]
+            assert [rank.finish()[:2] for rank in ranks] == [(0, "2\n")] * 2
 
 
 CONNECT_SLOWLY = """
@@ -128,14 +123,11 @@ def test_no_rank_goes_on_while_another_still_connects() -> None:
     at both ends at once."""
     store = dist.TCPStore("localhost", 0, is_master=True)
     rendezvous_at = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", CONNECT_SLOWLY, seconds],
-            env={**os.environ, **rendezvous_at, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank, seconds in enumerate(["1.5", "0"])
-    ]
-    (connected, _), (_, went_on) = ([float(line) for line in r.communicate(timeout=60)[0].split()] for r in ranks)
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(Program(["-c", CONNECT_SLOWLY, seconds], environment=environment(rendezvous_at, rank)))
+            for rank, seconds in enumerate(["1.5", "0"])
+        ]
+        outputs = [rank.finish()[1] for rank in ranks]
+    (connected, _), (_, went_on) = ([float(line) for line in output.split()] for output in outputs)
     assert went_on >= connected

@@ -1,4 +1,6 @@
-"""Every shipped config and task file is read strictly and really trains, on a tiny model and tiny data.
+"""Every shipped config really trains, on a tiny model and tiny data, and so do tasks of each shape.
+
+What a model reads of every task file is tested in tests/tasks/test_shipped.py.
 
 The model is replaced by a tiny one of the same architecture and the data by made-up rows with the fields, labels and
 splits that the task names; everything else is as shipped. So a broken file fails here, without any download.
@@ -26,13 +28,16 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.config.task import ANSWER, Task
 from mezo_dist.directions.combination import ZERO
 from mezo_dist.storage import trajectory
+from mezo_dist.tasks.text import ROW
 from mezo_dist.testing import WORDS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = sorted((ROOT / "configs" / "tasks").glob("*.yaml"))
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(TASKS))
-# Every config with its own task, and every task in the quickstart.
-RUNS = [(config, None) for config in CONFIGS] + [(ROOT / "configs" / "quickstart.yaml", task) for task in TASKS]
+# Every config with its own task; in the quickstart, a task of one text, one of two fields with a boolean label, and one
+# for masked models whose labels go by name.
+SHAPES = [task for task in TASKS if task.stem in ("movie-sentences", "boolq", "trec-masked")]
+RUNS = [(config, None) for config in CONFIGS] + [(ROOT / "configs" / "quickstart.yaml", task) for task in SHAPES]
 ARCHITECTURES = {
     "opt": "opt",
     "distilroberta": "roberta",
@@ -57,12 +62,10 @@ def header(path: Path) -> str:
 def fields(task: Task) -> list[str]:
     """The fields of a row that the task's templates use."""
     environment = jinja2.Environment()
-    used = {
-        field
-        for template in (task.prompt, *task.plain)
-        for field in jinja2.meta.find_undeclared_variables(environment.parse(template))
-    }
-    return sorted(used - {ANSWER})
+    environment.filters |= dict.fromkeys(("upper_first", "lower_first", "drop_last", "strip_end"), str)
+    trees = [environment.parse(template) for template in (task.prompt, *task.plain)]
+    used = {field for tree in trees for field in jinja2.meta.find_undeclared_variables(tree)} - {ANSWER, ROW}
+    return sorted(used | {node.attr for tree in trees for node in tree.find_all(jinja2.nodes.Getattr)})  # row.answer
 
 
 def write_data(task: Task, folder: Path) -> Path:
@@ -83,7 +86,8 @@ def write_data(task: Task, folder: Path) -> Path:
 def write_model(config: RunConfig, folder: Path) -> Path:
     """A tiny model of the config's architecture, whose tokeniser knows the label words."""
     known = [kind for part, kind in ARCHITECTURES.items() if part in config.model.name.lower()]
-    tiny_model(known[0] if known else "llama-tied").save_pretrained(folder)
+    usual = "roberta" if config.task.name.endswith("-masked") else "llama-tied"
+    tiny_model(known[0] if known else usual).save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([tokenizers.AddedToken(word, single_word=True) for word in config.task.words])
     assert len(tokenizer) <= 64, "too many label words for the tiny vocabulary"
@@ -143,3 +147,4 @@ def test_it_trains(path: Path, task: Path | None, tmp_path: Path, capsys: pytest
 def test_there_is_something_to_test() -> None:
     assert ROOT / "configs" / "quickstart.yaml" in CONFIGS
     assert ROOT / "configs" / "tasks" / "movie-sentences.yaml" in TASKS
+    assert len(SHAPES) == 3

@@ -91,15 +91,15 @@ def test_quickstart_rate(tmp_path: Path) -> None:
     output = run(*command, "--out", str(tmp_path), "--rates", "0.001", "0.01", "0.1")
     about, *rows = map(json.loads, (tmp_path / "quickstart_rate.jsonl").read_text().splitlines())
     assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
-    found = re.search(r"validation chose (\S+)", output)
-    assert found, output
+    choice = re.search(r"validation chose (\S+)", output)
+    assert choice, output
     accuracies: dict[float, list[float]] = {}
     for row in rows:
         if row["label"] == "quickstart, to choose":
             assert row["scores"].keys() == {"validation"}, "nothing else is looked at before the rate is chosen"
             accuracies.setdefault(row["lr"], []).append(row["scores"]["validation"][1])
-    assert sum(accuracies[float(found[1])]) == max(map(sum, accuracies.values()))
-    chosen = {row["seed"] for row in rows if row["label"] == "quickstart, chosen" and row["lr"] == float(found[1])}
+    assert sum(accuracies[float(choice[1])]) == max(map(sum, accuracies.values()))
+    chosen = {row["seed"] for row in rows if row["label"] == "quickstart, chosen" and row["lr"] == float(choice[1])}
     assert chosen == {0, 1, 2}
 
 

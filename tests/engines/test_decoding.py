@@ -40,13 +40,13 @@ class Item:
 def items() -> list[Item]:
     """Three micro-batches of two prompts, some of them padded on the left."""
     draw = torch.Generator().manual_seed(1)
-    made = []
+    batches = []
     for k in range(3):
         ids = torch.randint(4, 60, (2, 6), generator=draw)
         mask = torch.ones_like(ids)
         mask[0, :k], ids[0, :k] = 0, 0
-        made.append(Item((2 * k, 2 * k + 1), {"input_ids": ids, "attention_mask": mask}))
-    return made
+        batches.append(Item((2 * k, 2 * k + 1), {"input_ids": ids, "attention_mask": mask}))
+    return batches
 
 
 def write(model: nn.Module, item: Item, temperature: float = 0.0) -> list[list[int]]:

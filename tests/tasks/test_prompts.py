@@ -274,17 +274,17 @@ def test_labels_that_the_task_does_not_know(cell: Any, expected: str) -> None:
 
 
 def test_a_label_inside_another_field() -> None:
-    made = encoder(label="gold.label", prompt="{{ gold.text }} It was {{ answer }}", truncate=("gold.text",))
-    (sample,) = made.encode([{"gold": {"label": 1, "text": "a film"}}], "train")
+    the_encoder = encoder(label="gold.label", prompt="{{ gold.text }} It was {{ answer }}", truncate=("gold.text",))
+    (sample,) = the_encoder.encode([{"gold": {"label": 1, "text": "a film"}}], "train")
     assert sample == one(encoder(), text="a film", label=1)
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 def test_a_field_called_answer_beside_the_answer(kind: ModelKind) -> None:
-    made = encoder(kind, prompt="{{ row.answer }} It was {{ answer }}", label="answer", truncate=("answer",))
+    the_encoder = encoder(kind, prompt="{{ row.answer }} It was {{ answer }}", label="answer", truncate=("answer",))
     labels = (Label("the film", "terrible"), Label("the plot", "great"))
-    made = dataclasses.replace(made, task=dataclasses.replace(made.task, labels=labels))
-    (sample,) = made.encode([{"answer": "the plot"}], "train")
+    the_encoder = dataclasses.replace(the_encoder, task=dataclasses.replace(the_encoder.task, labels=labels))
+    (sample,) = the_encoder.encode([{"answer": "the plot"}], "train")
     assert sample == one(encoder(kind), text="the plot", label=1)
 
 
@@ -325,34 +325,36 @@ YES_NO = (Label(0, "No"), Label(1, "Yes"))
     ],
 )
 def test_what_stands_before_the_answer(kind: ModelKind, prompt: str, answer: list[str], expected: str) -> None:
-    made = Encoder(task(prompt=prompt, labels=YES_NO), yes_no(), kind, 64)
-    sample = one(made, text="")
-    ids = made.tokenizer(expected)["input_ids"]
+    the_encoder = Encoder(task(prompt=prompt, labels=YES_NO), yes_no(), kind, 64)
+    sample = one(the_encoder, text="")
+    ids = the_encoder.tokenizer(expected)["input_ids"]
     if kind == "masked":
-        ids.append(made.tokenizer.mask_token_id)
+        ids.append(the_encoder.tokenizer.mask_token_id)
     assert list(sample.ids) == ids
     assert sample.position == len(ids) - 1
-    assert made.tokenizer.convert_ids_to_tokens(made.label_ids({"label": 0})) == answer
+    assert the_encoder.tokenizer.convert_ids_to_tokens(the_encoder.label_ids({"label": 0})) == answer
 
 
 def test_a_space_that_is_a_token_belongs_to_the_prompt() -> None:
     core = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, " ": 2, "yes": 3, "no": 4}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-    made = Encoder(task(prompt="a {{ answer }}", labels=(Label(0, "no"), Label(1, "yes"))), tokenizer, "causal", 64)
-    assert one(made, text="").ids == (1, 2)
-    assert made.label_ids({"label": 0}) == [4, 3]
+    the_encoder = Encoder(
+        task(prompt="a {{ answer }}", labels=(Label(0, "no"), Label(1, "yes"))), tokenizer, "causal", 64
+    )
+    assert one(the_encoder, text="").ids == (1, 2)
+    assert the_encoder.label_ids({"label": 0}) == [4, 3]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_an_answer_at_the_start_of_a_masked_prompt(tokenizer: str) -> None:
     """Label words have their space there, too (LM-BFF)."""
-    made = encoder("masked", tokenizer, prompt="{{ answer }} . {{ text }}")
-    sample = one(made, text="the film", label=1)
-    tokens = made.tokenizer.convert_ids_to_tokens(list(sample.ids))
+    the_encoder = encoder("masked", tokenizer, prompt="{{ answer }} . {{ text }}")
+    sample = one(the_encoder, text="the film", label=1)
+    tokens = the_encoder.tokenizer.convert_ids_to_tokens(list(sample.ids))
     assert tokens[sample.position] == "<mask>"
     assert sample.position == (1 if tokenizer == "metaspace" else 0)  # after its first token
-    words = made.tokenizer.convert_ids_to_tokens(made.label_ids({"text": "the film", "label": 0}))
+    words = the_encoder.tokenizer.convert_ids_to_tokens(the_encoder.label_ids({"text": "the film", "label": 0}))
     assert words == [SPACE[tokenizer] + "terrible", SPACE[tokenizer] + "great"]
 
 
@@ -366,9 +368,11 @@ def test_a_word_of_several_tokens_that_ends_like_another() -> None:
 
 
 def test_label_words_that_are_other_tokens_in_another_row() -> None:
-    made = encoder(tokenizer="byte-level", prompt="{{ text }}{{ answer }}", labels=(Label(0, "t"), Label(1, "g")))
+    the_encoder = encoder(
+        tokenizer="byte-level", prompt="{{ text }}{{ answer }}", labels=(Label(0, "t"), Label(1, "g"))
+    )
     with pytest.raises(UserError, match=r"test sample 1, .*not one token after|test sample 1, .*label words are"):
-        made.encode([{"text": "a:", "label": 0}, {"text": "grea", "label": 0}], "test")
+        the_encoder.encode([{"text": "a:", "label": 0}, {"text": "grea", "label": 0}], "test")
 
 
 @pytest.mark.parametrize("declared", [{"eos_token": "<eos>"}, {}])
@@ -380,9 +384,9 @@ def test_an_end_that_the_tokenizer_appends_is_not_the_label_words_fault(
     core.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 3)])
     ends = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", **declared)
     labels = (Label(0, words[0]), Label(1, words[1]))
-    made = Encoder(task(labels=labels), ends, "causal", 64)
+    the_encoder = Encoder(task(labels=labels), ends, "causal", 64)
     if words[1] == "great":
-        assert made.encode([{"text": "a film", "label": 0}], "train") == [one(encoder(), text="a film")]
+        assert the_encoder.encode([{"text": "a film", "label": 0}], "train") == [one(encoder(), text="a film")]
     else:
-        message = fault(made, text="a film")
+        message = fault(the_encoder, text="a film")
         assert "'magnificent' is not one token after this prompt but ['<unk>']; choose a word that is one" in message

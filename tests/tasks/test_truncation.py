@@ -150,11 +150,13 @@ def test_encoding_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplo
 def test_the_start_of_a_text_is_cut_off(tokenizer: str, window: int, slow: bool) -> None:
     text = "the plot was great and " * 20 + "the film was good"
     used = Slow(TOKENIZERS[tokenizer]) if slow else TOKENIZERS[tokenizer]
-    made = Encoder(task(prompt="It is {{ text }} . It was {{ answer }}", truncate_side="left"), used, "causal", window)
-    sample = one(made, text=text)
+    the_encoder = Encoder(
+        task(prompt="It is {{ text }} . It was {{ answer }}", truncate_side="left"), used, "causal", window
+    )
+    sample = one(the_encoder, text=text)
     assert window - 4 <= len(sample.ids) <= window
     # What is left are the last words of the whole prompt, and before them its first ones.
-    whole = one(dataclasses.replace(made, max_tokens=10_000), text=text)
+    whole = one(dataclasses.replace(the_encoder, max_tokens=10_000), text=text)
     kept = next(n for n in range(len(sample.ids) - 1, -1, -1) if sample.ids[-n:] == whole.ids[-n:])
     assert kept >= window - 6
     assert sample.ids[:2] == whole.ids[:2]
@@ -163,23 +165,23 @@ def test_the_start_of_a_text_is_cut_off(tokenizer: str, window: int, slow: bool)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_classifier_cuts_the_end_that_is_asked_for(side: TruncateSide) -> None:
     tokenizer = TOKENIZERS["word-level"]
-    made = Encoder(task(plain=("{{ text }}",), truncate_side=side), tokenizer, "classifier", 4)
-    words = tokenizer.convert_ids_to_tokens(one(made, text="the film was great and the plot was terrible").ids)
+    the_encoder = Encoder(task(plain=("{{ text }}",), truncate_side=side), tokenizer, "classifier", 4)
+    words = tokenizer.convert_ids_to_tokens(one(the_encoder, text="the film was great and the plot was terrible").ids)
     assert words == (["the", "film", "was", "great"] if side == "right" else ["the", "plot", "was", "terrible"])
     assert tokenizer.truncation_side == "right", "what is exported with the model is the tokenizer as it was"
 
 
 def test_the_last_part_of_a_very_long_text() -> None:
-    made = encoder(truncate_side="left", window=8)
-    sample = one(made, text="film " * 40_000 + "the plot")
-    assert made.tokenizer.convert_ids_to_tokens(sample.ids)[-4:] == ["the", "plot", "It", "was"]
+    the_encoder = encoder(truncate_side="left", window=8)
+    sample = one(the_encoder, text="film " * 40_000 + "the plot")
+    assert the_encoder.tokenizer.convert_ids_to_tokens(sample.ids)[-4:] == ["the", "plot", "It", "was"]
 
 
 def test_a_field_inside_another_is_cut() -> None:
-    made = encoder(prompt="{{ passage.text }} . It was {{ answer }}", truncate=("passage.text",), window=8)
+    the_encoder = encoder(prompt="{{ passage.text }} . It was {{ answer }}", truncate=("passage.text",), window=8)
     row = {"passage": {"text": "film " * 40, "id": 3}}
-    sample = one(made, **row)
-    assert made.tokenizer.convert_ids_to_tokens(sample.ids) == ["film"] * 5 + [".", "It", "was"]
+    sample = one(the_encoder, **row)
+    assert the_encoder.tokenizer.convert_ids_to_tokens(sample.ids) == ["film"] * 5 + [".", "It", "was"]
     assert row["passage"]["text"] == "film " * 40
 
 
@@ -196,18 +198,18 @@ def test_a_field_inside_another_is_cut() -> None:
 def test_a_wrong_name_is_refused_even_if_all_is_short(
     kind: ModelKind, truncate: tuple[str, ...], expected: str
 ) -> None:
-    made = encoder(kind, truncate=truncate, plain=("{{ text }}",))
-    assert expected in fault(made, text="a film", passage={"text": "a plot"}, tags=["a"])
+    the_encoder = encoder(kind, truncate=truncate, plain=("{{ text }}",))
+    assert expected in fault(the_encoder, text="a film", passage={"text": "a plot"}, tags=["a"])
 
 
 def test_unless_told_otherwise_the_text_is_cut_where_there_is_one() -> None:
     assert len(one(encoder(window=8), text="film " * 40).ids) == 8
-    made = encoder(window=8, prompt="{{ sentence }} It was {{ answer }}")
-    assert "even without the text of [] (task.truncate)" in fault(made, sentence="film " * 40)
+    the_encoder = encoder(window=8, prompt="{{ sentence }} It was {{ answer }}")
+    assert "even without the text of [] (task.truncate)" in fault(the_encoder, sentence="film " * 40)
 
 
 def test_a_field_without_a_value_is_nothing_to_cut() -> None:
-    made = encoder(
+    the_encoder = encoder(
         prompt="{% if title %}{{ title }}{% endif %}{{ text }} It was {{ answer }}", truncate=("title", "text")
     )
-    assert one(made, text="a film", title=None) == one(encoder(), text="a film")
+    assert one(the_encoder, text="a film", title=None) == one(encoder(), text="a film")

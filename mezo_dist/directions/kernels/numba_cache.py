@@ -1,4 +1,4 @@
-"""Compile a function with numba, or take the machine code from numba's cache, whatever state that is in.
+"""Compile a function with numba, or take its machine code from numba's cache, whose entries may be damaged or old.
 
 Invariant: machine code from the cache belongs to these sources, this numba and this processor, or is not used.
 """

@@ -152,7 +152,8 @@ def _fsdp(unit: Unit) -> FSDPModule:
 
 
 def _without_hooks(unit: Unit) -> None:
-    """Take FSDP2's own forward hooks off: they would gather for every forward pass alone. There is no public way."""
+    """Take FSDP2's own forward hooks off: they would gather for every forward pass alone. FSDP2 has no public way to do
+    so."""
     state = _fsdp(unit)._get_fsdp_state()
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()

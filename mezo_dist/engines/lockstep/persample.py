@@ -55,6 +55,13 @@ class Factors:
         return self._get(weight, seeds, lambda: (self.law.vector(seeds, weight.param_id, weight.shape.numel()),))[0]
 
     def _get(self, weight: Weight, seeds: Sequence[int], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What ``make`` gives, or what it gave before for the same weight and seeds, if that is remembered.
+
+        Args:
+            weight: the weight.
+            seeds: the directions'.
+            make: generates their values.
+        """
         if self._kept is None:
             return make()
         key = weight.param_id, tuple(seeds)

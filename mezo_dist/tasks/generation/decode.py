@@ -80,7 +80,14 @@ def decode(
 
 
 class _Texts(StoppingCriteria):
-    """Knows which texts have ended. To ``generate`` all of them end together, once every pass in lock step is done."""
+    """Knows which texts have ended. To ``generate`` all of them end together, once every pass in lock step is done.
+
+    Args:
+        decoding: its settings.
+        start: length of the prompts.
+        num_samples: number of texts.
+        ended: says whether a text has ended.
+    """
 
     def __init__(self, decoding: Decoding, start: int, num_samples: int, ended: Ended) -> None:
         self._decoding, self._start, self._ended = decoding, start, ended
@@ -111,6 +118,11 @@ class _Draw(LogitsProcessor):
 
     The noise is a function of the sample's seed and the place in its text, so a text does not depend on the other
     samples, nor on the number of ranks.
+
+    Args:
+        decoding: its settings.
+        start: length of the prompts.
+        seeds: one per sample.
     """
 
     def __init__(self, decoding: Decoding, start: int, seeds: Sequence[int]) -> None:
