@@ -333,5 +333,7 @@ class Engine:
 
 
 def _shifts_of(variant: Variant, item: Any) -> tuple[Combination, ...]:
-    """The directions of the samples of one micro-batch, which knows their places in the batch."""
-    return tuple(variant.per_sample[slot] for slot in item.slots) if variant.per_sample else ()
+    """The directions of the rows of one micro-batch, which knows the places of their samples in the batch."""
+    if not variant.per_sample:
+        return ()
+    return tuple(variant.per_sample[slot] for slot in getattr(item, "row_slots", item.slots))

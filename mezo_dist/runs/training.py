@@ -181,7 +181,10 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
             monitor.say(f"step {progress.step}/{config.steps}: {text}")
         metrics = result.update.metrics if result.update else {}
         loss_tag = train_loss_tag(calibrated=config.calibrate)
-        scalars = {loss_tag if name == "loss" else name: value for name, value in metrics.items()}
+        tags = {"loss": loss_tag, "zero_differences": "objective/zero_differences"}
+        scalars = {tags.get(name, name): value for name, value in metrics.items()}
+        if run.evaluator.joint is None or not run.evaluator.joint.is_discrete:
+            scalars.pop("objective/zero_differences", None)  # what changes smoothly has none
         scalars |= {
             "time/evaluate_s": evaluated - began,
             "time/update_s": time.perf_counter() - evaluated,
@@ -283,10 +286,9 @@ def score(
         step: steps that the weights have seen.
         calibration: offsets that predictions take, if losses are calibrated.
     """
-    samples, task = run.splits[split], run.config.task
-    offsets = calibration.offsets if calibration else None
-    with monitor.evaluation(split, len(samples)) as advance:
-        result = run.evaluator.score(run.split(split), task.metric, len(task.labels), advance, offsets)
+    adjust = calibration.adjusted if calibration else None
+    with monitor.evaluation(split, len(run.splits[split])) as advance:
+        result = run.evaluator.score(run.split(split), run.kind.summarise, advance, adjust)
     monitor.result(split, step, result)
     return result
 
