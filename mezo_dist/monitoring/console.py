@@ -33,7 +33,6 @@ HEADLINE = {
     train_loss_tag(calibrated=False): "loss {:.4f}",
     train_loss_tag(calibrated=True): "calib.loss {:.4f}",
     "projected_gradient": "proj.grad {:+.1e}",
-    "objective/zero_differences": "zeros {:.0%}",
 }
 """The scalars of a step that the console shows, and how: a line fits 80 columns. Files get all scalars."""
 

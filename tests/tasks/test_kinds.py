@@ -19,10 +19,12 @@ from mezo_dist.runs import training
 from mezo_dist.storage import trajectory
 from mezo_dist.tasks import kinds
 from mezo_dist.testing import spawn
+from tests.one_thread import one_thread
 from tests.parts import Parts, run_parts
 from tests.run_folders import results
 from tests.tasks.kind_configs import TASKS, write_kind_config
 
+__all__ = ["one_thread"]
 LAYOUTS = {"replicated": [], "fsdp": ["layout.name=fsdp"], "zero": ["layout.name=zero"]}
 OPTIONS = {
     name: ["algorithm.lr=1e-2", "train.micro_batch=2", "output.test=false", "output.export=false"] for name in TASKS
