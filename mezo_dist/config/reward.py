@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 from mezo_dist.algorithms.ranges import check_ranges
+from mezo_dist.config.kinds import Task
+from mezo_dist.config.kinds.generation import GenerationTask
 from mezo_dist.config.lines import check_lines
 
 MAX_TIMEOUT_S = 86_400.0
@@ -77,3 +79,33 @@ class RewardConfig:
         """Names of the parts that count."""
         given = {"function": self.function, "command": self.command, "http": self.http, "metric": True, "loss": True}
         return [name for name, there in given.items() if there and getattr(self.weights, name)]
+
+
+def check_reward(task: Task, objective: str, reward: RewardConfig) -> None:
+    """Check what an objective needs of a task that writes texts.
+
+    Args:
+        task: the task.
+        objective: ``train.objective``.
+        reward: the section ``reward``.
+
+    Raises:
+        ValueError: something is missing, or does not go together; the message names it.
+    """
+    if objective != "reward":
+        judges = [name for name in ("function", "command", "http") if getattr(reward, name)]
+        if judges:
+            raise ValueError(f"reward.{judges[0]}: counts only with train.objective: reward, not {objective}")
+        if isinstance(task, GenerationTask) and objective == "loss" and not task.completion:
+            raise ValueError("task.completion: missing; train.objective: loss needs texts to learn")
+        if isinstance(task, GenerationTask) and task.metric == "reward":
+            raise ValueError(f"task.metric: reward needs train.objective: reward, not {objective}")
+        return
+    if not isinstance(task, GenerationTask):
+        raise ValueError(f"train.objective: reward judges texts, which task.kind: {task.kind} does not write")
+    if not reward.sources:
+        raise ValueError("train.objective: reward needs reward.function, reward.command, reward.http or a weight")
+    if reward.weights.loss and not task.completion:
+        raise ValueError("reward.weights.loss: needs task.completion, the text whose loss it is")
+    if reward.weights.metric and (task.metric == "reward" or not task.metric_is_mean):
+        raise ValueError(f"reward.weights.metric: needs a task.metric of single texts, not {task.metric}")

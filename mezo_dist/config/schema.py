@@ -21,6 +21,7 @@ from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.kinds import Task
 from mezo_dist.config.lines import check_lines
 from mezo_dist.config.paths import located
+from mezo_dist.config.reward import RewardConfig, check_reward
 from mezo_dist.json_types import JsonObject
 
 NO_RESULTS = ("layout", "output", "distributed", "origin")
@@ -150,11 +151,12 @@ class TrainConfig:
     """Tokens of the longest sequence. Null: the model's window."""
     evaluate_every: int = 0
     """Steps between evaluations on the validation split. 0: at the end only."""
-    objective: Literal["loss", "metric"] = "loss"
+    objective: Literal["loss", "metric", "reward"] = "loss"
     """What is optimised: the ``loss`` of the task, or its ``metric`` itself, as it is on a batch (minus the metric is
     then the loss of the batch). A metric such as the accuracy of 16 samples takes few values, so that many differences
     are exactly zero: ``objective/zero_differences`` is their share. Larger batches and a larger ``algorithm.eps``
-    help."""
+    help. ``reward``: what the section ``reward`` says of the texts that the model writes (``task.kind:
+    generation``)."""
     calibrate: bool = False
     """Take the model's general preference for some classes out of the losses, which makes estimates far less noisy.
     Every batch is scored with the offsets of the classes' logits that minimise its loss, and predictions use the
@@ -270,6 +272,8 @@ class RunConfig:
     """Seed of directions and of the order of batches."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What judges the texts that a model writes, for ``train.objective: reward``."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """The run folder, and what is written into it."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -290,6 +294,7 @@ class RunConfig:
             self.task.check_calibration()
         if self.train.objective == "metric":
             self._check_metric_objective()
+        check_reward(self.task, self.train.objective, self.reward)
 
     def _check_metric_objective(self) -> None:
         if self.train.calibrate:

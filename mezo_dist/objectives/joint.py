@@ -16,6 +16,8 @@ from torch import Tensor
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.fixed_point import ONE, to_fixed
 from mezo_dist.objectives.calibration import calibrated_loss
+from mezo_dist.objectives.rewards.batch import minus_rewards
+from mezo_dist.objectives.rewards.judge import Judge
 from mezo_dist.tasks.batches import MicroBatch, by_slot
 from mezo_dist.tasks.kind import TaskKind
 
@@ -31,10 +33,28 @@ class Joint:
     """It gives losses of samples."""
     is_discrete: bool
     """It takes few values, so that differences may be exactly zero."""
+    is_reward: bool = False
+    """It is minus a reward."""
+    needs_loss: bool = False
+    """The payload has one column more, the last one: the loss of each sample, a mean over its targets."""
 
 
-def joint_objective(config: RunConfig, kind: TaskKind) -> Joint | None:
-    """The joint loss that a config asks for; None for an additive one."""
+def joint_objective(config: RunConfig, kind: TaskKind, judge: Judge | None = None) -> Joint | None:
+    """The joint loss that a config asks for; None for an additive one.
+
+    Args:
+        config: the settings.
+        kind: of the task.
+        judge: what judges texts, on rank 0 of a run that trains. A run that is only evaluated has none, for the program
+            that a foreign run folder names must not run: then there is no joint loss.
+    """
+    if config.train.objective == "reward":
+        if judge is None:
+            return None
+        losses = functools.partial(minus_rewards, config, kind, judge)
+        return Joint(
+            losses, each_sample=True, is_discrete=True, is_reward=True, needs_loss="loss" in config.reward.sources
+        )
     if config.train.calibrate:
         return Joint(calibrated, each_sample=False, is_discrete=False)
     if config.train.objective == "metric":

@@ -18,6 +18,7 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.in_turn import rank_zero_first
 from mezo_dist.engines.capacity import tokens_at_once
+from mezo_dist.engines.decoding import choose_way
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.probe import check_model
 from mezo_dist.engines.probe_messages import failures_explained
@@ -28,7 +29,8 @@ from mezo_dist.models.frozen_cache import Group, RunModel, attach_frozen_cache, 
 from mezo_dist.models.load import Pretrained
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration, best_offsets
 from mezo_dist.objectives.joint import exact_logits, joint_objective
-from mezo_dist.runs.evaluation import Evaluator
+from mezo_dist.objectives.rewards.judge import Judge
+from mezo_dist.runs.evaluation import Evaluator, Writer
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.storage.trajectory import Header
@@ -81,14 +83,15 @@ class Run:
     def batch(self, kind: Batch, step: int) -> list[MicroBatch]:
         """The micro-batches of ``step``'s minibatch, or of the full batch."""
         order = self.order if kind == "minibatch" else self.full_order
-        return self._cut([self.splits["train"][i] for i in order.batch(step)])
+        samples = [self.splits["train"][i] for i in order.batch(step)]
+        return self._cut(samples, derive_seed(self.config.seed, "drawn", step))
 
     def split(self, name: str) -> list[MicroBatch]:
         """All micro-batches of a split."""
-        return self._cut(self.splits[name])
+        return self._cut(self.splits[name], derive_seed(self.config.seed, "drawn", name))
 
-    def _cut(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        return cut(samples, self.config.train.micro_batch, self.pretrained.pad_id, self.kind.collate)
+    def _cut(self, samples: Sequence[Sample], seed: int = 0) -> list[MicroBatch]:
+        return cut(samples, self.config.train.micro_batch, self.pretrained.pad_id, self.kind.collate, seed)
 
     def calibration(self, advance: Callable[[int], None] = lambda _: None) -> Calibration | None:
         """With ``train.calibrate``, what predictions by the current weights need; otherwise None. Collective.
@@ -117,13 +120,14 @@ class Run:
         return self.loaded.header(self.problem, self.data)
 
 
-def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = None) -> Run:
+def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = None, judge: Judge | None = None) -> Run:
     """Load data and model, build engine and algorithm, check that all ranks agree, and probe the model. Collective.
 
     Args:
         config: the settings.
         comm: the ranks.
         recorded: header of the trajectory that the run is in, if it has begun: what was chosen then holds.
+        judge: what judges written texts, where ``train.objective: reward`` is to be computed.
 
     Raises:
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
@@ -142,7 +146,10 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     model = loaded.pretrained.model
     # The kind of task calls the model, to see what shortcuts it allows.
     with failures_explained(loaded.engine), prefix_failures_explained(model):
-        forward = _forward(loaded, kind, rows.train[0], splits)
+        bench = _bench(loaded, kind, rows.train[0], splits)
+        forward = kind.forward(bench)
+    with prefix_failures_explained(model):
+        _probe(loaded, kind, forward, splits["train"], comm)
     evaluator = Evaluator(
         loaded.engine,
         forward,
@@ -150,10 +157,9 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         config.train.width,
         _capacity(loaded, comm),
         _work_split(config, comm),
-        joint_objective(config, kind),
+        joint_objective(config, kind, judge),
+        _writer(loaded, kind.writer(bench), comm),
     )
-    with prefix_failures_explained(model):
-        _probe(loaded, kind, forward, splits["train"], comm)
     eps = settle_eps(loaded.engine, comm, config.algorithm, config.seed) if recorded is None else recorded.eps
     problem = problem_of(config, full_order.batch_size, num_train, eps)
     algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
@@ -231,8 +237,12 @@ def _text_model(config: RunConfig, pretrained: Pretrained) -> TextModel:
     return TextModel(pretrained.tokenizer, pretrained.kind, max_tokens, pretrained.num_tokens)
 
 
-def _forward(loaded: LoadedModel, kind: TaskKind, first_row: Row, splits: dict[str, list[Sample]]) -> Forward:
-    """How micro-batches are scored; the kind of task may try the model out.
+def _writer(loaded: LoadedModel, forward: Forward | None, comm: Communicator) -> Writer | None:
+    return None if forward is None else Writer(forward, choose_way(loaded.engine, comm.ranks_here))
+
+
+def _bench(loaded: LoadedModel, kind: TaskKind, first_row: Row, splits: dict[str, list[Sample]]) -> Bench:
+    """What a kind of task may try out on the model.
 
     Args:
         loaded: the model.
@@ -251,7 +261,7 @@ def _forward(loaded: LoadedModel, kind: TaskKind, first_row: Row, splits: dict[s
         output: Tensor = loaded.engine.evaluate([Variant()], [probe], forward)[0][0]
         return output
 
-    return kind.forward(Bench(pretrained.model, first_row, probe, shorten, once))
+    return Bench(pretrained.model, first_row, probe, shorten, once)
 
 
 def _run_model(

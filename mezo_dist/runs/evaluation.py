@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.fixed_point import ONE, mean, to_fixed
+from mezo_dist.engines.decoding import Way, evaluate_decoding
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.loss_table import LossTable
 from mezo_dist.objectives.joint import Joint
@@ -24,6 +26,15 @@ log = logging.getLogger(__name__)
 
 Summarise = Callable[[float, Tensor, Sequence[MicroBatch]], Mapping[str, float]]
 """Figures of a split, of its mean loss, payload and micro-batches (`mezo_dist.tasks.kind.TaskKind.summarise`)."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How texts are written: a forward that calls the model for every token, and whose payload they are."""
+
+    forward: Forward
+    way: Way
+    """How variants write."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,8 @@ class Evaluator:
     """How rounds are split over the ranks; if None, every rank evaluates all variants."""
     joint: Joint | None = None
     """If not None: what makes losses of the scores of a whole batch; else they are means over samples."""
+    writer: Writer | None = None
+    """If not None: how texts are written, which figures and joint losses are about."""
 
     def losses(self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]) -> Losses | None:
         """Evaluate a round. None if any loss, anywhere, is not finite (or has diverged): then no rank may update.
@@ -83,7 +96,12 @@ class Evaluator:
         Returns:
             fp64, multiples of 2^-32; None if a payload or a result, anywhere, is not finite or too large.
         """
-        payload = self._payload(variants, batch, mark, advance)
+        return self._from_main(self._payload(variants, batch, mark, advance), function, shape, mark)
+
+    def _from_main(
+        self, payload: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int], mark: tuple[object, ...]
+    ) -> Tensor | None:
+        """What rank 0 makes of a payload that all ranks have. Arguments and result are those of `compute`."""
         if not bool(to_fixed(payload)[1].all()):
             return None
         words, failed = torch.zeros(*shape, dtype=torch.int64), False
@@ -108,6 +126,35 @@ class Evaluator:
             advance: called with the number of samples done (on this rank, times the number of ranks).
             adjust: changes the scores of a micro-batch before they count (offsets of classes).
         """
+        if self.writer is not None:
+            return self._score_texts(batch, summarise, advance)
+        value, payload = self._mean_loss(batch, advance, adjust)
+        return {"loss": value, **summarise(value, payload, batch)}
+
+    def _score_texts(
+        self, batch: Sequence[MicroBatch], summarise: Summarise, advance: Callable[[int], None]
+    ) -> dict[str, float]:
+        """`score` of what the model writes. Its loss is the one that is optimised: of completions, or the joint one."""
+        mark = ("texts", len(batch))
+        payload = self._payload([Variant()], batch, mark, advance)
+        joint, figures = self.joint, {}
+        if joint is None:
+            value, _ = self._mean_loss(batch, lambda _: None)
+        else:
+            shape = (1, _size(batch)[0]) if joint.each_sample else (1,)
+            values = self._from_main(payload, lambda rows: joint.losses(rows, batch), shape, mark)
+            value = float("nan") if values is None else float(values.mean())
+            if joint.is_reward:
+                figures["reward"] = -value
+        return {"loss": value, **figures, **summarise(value, payload[0], batch)}
+
+    def _mean_loss(
+        self,
+        batch: Sequence[MicroBatch],
+        advance: Callable[[int], None],
+        adjust: Callable[[Scores, MicroBatch], Scores] | None = None,
+    ) -> tuple[float, Tensor]:
+        """Mean loss of the current weights, and the payload by slot: fp32 [n, columns]. See `score`."""
         num_samples, columns = _size(batch)
         table = torch.zeros(num_samples, 2 + columns, dtype=torch.int64)  # loss, weight, payload
         failed = 0
@@ -130,7 +177,7 @@ class Evaluator:
                 log.warning(
                     "%d of %d losses are not finite, or far too large: their mean is NaN", total[0], num_samples
                 )
-        return {"loss": value, **summarise(value, _from_bits(table[:, 2:]), batch)}
+        return value, _from_bits(table[:, 2:])
 
     def _joint_losses(
         self, joint: Joint, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]
@@ -170,26 +217,43 @@ class Evaluator:
             mark: see `losses`.
             advance: see `score`.
         """
-        table = torch.zeros(len(variants), *_size(batch), dtype=torch.int64)
-        for micro_batch, scores in self._evaluate(variants, batch):
+        num_samples, columns = _size(batch)
+        needs_loss = self.joint is not None and self.joint.needs_loss
+        table = torch.zeros(len(variants), num_samples, columns + needs_loss, dtype=torch.int64)
+        for micro_batch, scores in self._evaluate(variants, batch, writes=self.writer is not None):
             for variant, score in scores:
                 table[variant, list(micro_batch.slots), : score.payload.shape[1]] = _bits(score.payload)
             advance(len(micro_batch.slots) * self.comm.world_size)
+        if needs_loss:
+            for micro_batch, scores in self._evaluate(variants, batch):
+                for variant, score in scores:
+                    table[variant, list(micro_batch.slots), columns] = _bits(score.loss / score.weight)
         return _from_bits(self.comm.round(table, fingerprint("payload", *mark)))
 
     def _evaluate(
-        self, variants: Sequence[Variant], batch: Sequence[MicroBatch]
+        self, variants: Sequence[Variant], batch: Sequence[MicroBatch], *, writes: bool = False
     ) -> Iterator[tuple[MicroBatch, list[tuple[int, Scores]]]]:
         """This rank's part of the round, as many micro-batches at a time as go through the model together.
 
-        Each with the scores of this rank's variants, whose places in ``variants`` come with them.
+        Args:
+            variants: what to evaluate.
+            batch: all micro-batches of the batch.
+            writes: texts are written, in place of one forward pass.
+
+        Returns:
+            Each micro-batch with the scores of this rank's variants, whose places in ``variants`` come with them.
         """
         work = (self.work_split or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
         width = self.width or max(1, self.capacity // (work.most_variants * max(item.cost for item in batch)))
-        groups = self.engine.evaluate_groups(
+        evaluate, forward = self.engine.evaluate_groups, self.forward
+        if writes:
+            assert self.writer is not None
+            forward = self.writer.forward
+            evaluate = functools.partial(evaluate_decoding, self.engine, self.writer.way)
+        groups = evaluate(
             [variants[v] for v in work.variants],
             work.micro_batches,
-            self.forward,
+            forward,
             most=work.most_micro_batches,
             filler=batch[0],
             width=width,

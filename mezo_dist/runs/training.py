@@ -25,6 +25,7 @@ from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.console import Monitor
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
+from mezo_dist.objectives.rewards.judge import judging
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.export import export_model
 from mezo_dist.runs.recorder import RunRecorder
@@ -52,10 +53,10 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
         OutOfStepError: ranks disagree.
         Stopped: SIGTERM came; the run can go on later.
     """
-    with claim_folder(config, comm) as claim, _stop_on_sigterm(comm):
+    with claim_folder(config, comm) as claim, _stop_on_sigterm(comm), judging(config, comm) as judge:
         if claim.log is not None:
             check_config(config, claim.log.header)
-        run = build_run(config, comm, claim.log.header if claim.log is not None else None)
+        run = build_run(config, comm, claim.log.header if claim.log is not None else None, judge)
         progress = Progress(run.algorithm.init()) if claim.log is None else _resume(run, claim, claim.log)
         is_main = comm.rank == 0
         with (

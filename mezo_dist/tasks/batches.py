@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class MicroBatch:
     """Columns of the payload of its scores."""
     rows_per_sample: tuple[int, ...] = ()
     """Rows of each sample, one after another in ``inputs``; empty: one row each."""
+    facts: tuple[Any, ...] = ()
+    """What figures need to know of each sample and tensors do not hold, if anything (right texts, its row)."""
+    seed: int = 0
+    """Of what is drawn for its samples, with their slots: a function of the run's seed and the step."""
 
     @property
     def cost(self) -> int:
@@ -96,6 +100,7 @@ def cut(
     micro_batch: int,
     pad_id: int,
     collate: Callable[[Sequence[SampleT], tuple[int, ...], int], MicroBatch],
+    seed: int = 0,
 ) -> list[MicroBatch]:
     """Cut a batch into micro-batches of samples of similar length (less padding), shortest first.
 
@@ -104,10 +109,12 @@ def cut(
         micro_batch: samples per micro-batch; the last one may have fewer.
         pad_id: token id that sequences are filled up with, on the right.
         collate: makes a micro-batch of samples, their slots and ``pad_id``; see `mezo_dist.tasks.kind.TaskKind`.
+        seed: see `MicroBatch`.
     """
     by_length = sorted(range(len(samples)), key=lambda slot: (samples[slot].num_tokens, slot))
     groups = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
-    return [collate([samples[slot] for slot in group], tuple(group), pad_id) for group in groups]
+    micro_batches = (collate([samples[slot] for slot in group], tuple(group), pad_id) for group in groups)
+    return [replace(item, seed=seed) for item in micro_batches]
 
 
 def deal(micro_batches: Sequence[MicroBatch], world_size: int) -> list[list[MicroBatch]]:

@@ -95,6 +95,10 @@ class TaskKind(Protocol):
     def forward(self, bench: Bench) -> Forward:
         """How to score a micro-batch. May call the model to see what shortcuts it allows. Collective."""
 
+    def writer(self, bench: Bench) -> Forward | None:
+        """How to write texts, where figures are about these: calls the model token by token, and its payload is the
+        texts (its loss and weight are not looked at). None: what `forward` says is all."""
+
     def class_tokens(self, row: Row) -> list[int]:
         """The token of each class, where single tokens after (or in) the prompt of ``row`` stand for them; else
         empty."""

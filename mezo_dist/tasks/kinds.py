@@ -9,11 +9,13 @@ from mezo_dist.config.kinds import Task
 from mezo_dist.config.kinds.choice import ChoiceTask
 from mezo_dist.config.kinds.classification import ClassificationTask
 from mezo_dist.config.kinds.completion import CompletionTask
+from mezo_dist.config.kinds.generation import GenerationTask
 from mezo_dist.config.kinds.regression import RegressionTask
 from mezo_dist.tasks.choice.kind import Choice
 from mezo_dist.tasks.classification.kind import classification
 from mezo_dist.tasks.completion.kind import Completion
 from mezo_dist.tasks.fields import Row
+from mezo_dist.tasks.generation.kind import Generation
 from mezo_dist.tasks.kind import TaskKind, TextModel
 from mezo_dist.tasks.regression.kind import Regression
 
@@ -22,6 +24,7 @@ KINDS: dict[type[Task], Callable[[Any, TextModel, Row], TaskKind]] = {
     RegressionTask: Regression.of,
     ChoiceTask: Choice.of,
     CompletionTask: Completion.of,
+    GenerationTask: Generation.of,
 }
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
 from mezo_dist.config.reward import RewardConfig
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.objectives.rewards.http import Service
 from mezo_dist.objectives.rewards.process import Program
@@ -93,3 +96,24 @@ class Judge:
         if "http" in config.sources:
             asks["http"] = Service(config).ask
         return asks
+
+
+@contextmanager
+def judging(config: RunConfig, comm: Communicator) -> Iterator[Judge | None]:
+    """The judge of a run that trains on rewards, while it runs; None of another. Rank 0's alone is asked.
+
+    Args:
+        config: the run's.
+        comm: the ranks.
+
+    Raises:
+        UserError: on all ranks: what is to judge texts cannot be started.
+    """
+    if config.train.objective != "reward":
+        yield None
+        return
+    settings = config.reward if comm.rank == 0 else replace(config.reward, function=None, command=(), http=None)
+    with ExitStack() as stack:
+        judges: list[Judge] = []
+        comm.collect(lambda: judges.append(stack.enter_context(Judge(settings))))
+        yield judges[0]

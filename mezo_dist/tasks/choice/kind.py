@@ -87,6 +87,9 @@ class Choice:
 
         return score
 
+    def writer(self, bench: Bench) -> None:
+        """See `TaskKind`."""
+
     def class_tokens(self, row: Row) -> list[int]:
         """See `TaskKind`."""
         return []

@@ -87,6 +87,9 @@ class Classification:
             return functools.partial(classifier, run=run)
         return LabelWords(bench.model, self.class_tokens(bench.first_row), bench.probe, run, bench.once)
 
+    def writer(self, bench: Bench) -> None:
+        """See `TaskKind`."""
+
     def class_tokens(self, row: Row) -> list[int]:
         """See `TaskKind`."""
         return [] if self.encoder.kind == "classifier" else self.encoder.label_ids(row)

@@ -111,6 +111,9 @@ class Completion:
 
         return score
 
+    def writer(self, bench: Bench) -> None:
+        """See `TaskKind`."""
+
     def class_tokens(self, row: Row) -> list[int]:
         """See `TaskKind`."""
         return []

@@ -67,6 +67,9 @@ class Regression:
         """See `TaskKind`."""
         return functools.partial(squared_error, run=bench.shorten(lambda batch: (batch.inputs, None)))
 
+    def writer(self, bench: Bench) -> None:
+        """See `TaskKind`."""
+
     def class_tokens(self, row: Row) -> list[int]:
         """See `TaskKind`."""
         return []
