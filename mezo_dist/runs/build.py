@@ -158,7 +158,7 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         _capacity(loaded, comm),
         _work_split(config, comm),
         joint_objective(config, kind, judge),
-        _writer(loaded, kind.writer(bench), comm),
+        _writer(loaded, kind, bench, forward, comm),
     )
     eps = settle_eps(loaded.engine, comm, config.algorithm, config.seed) if recorded is None else recorded.eps
     problem = problem_of(config, full_order.batch_size, num_train, eps)
@@ -237,8 +237,21 @@ def _text_model(config: RunConfig, pretrained: Pretrained) -> TextModel:
     return TextModel(pretrained.tokenizer, pretrained.kind, max_tokens, pretrained.num_tokens)
 
 
-def _writer(loaded: LoadedModel, forward: Forward | None, comm: Communicator) -> Writer | None:
-    return None if forward is None else Writer(forward, choose_way(loaded.engine, comm.ranks_here))
+def _writer(loaded: LoadedModel, kind: TaskKind, bench: Bench, forward: Forward, comm: Communicator) -> Writer | None:
+    """How texts are written, if the kind of task has any.
+
+    Args:
+        loaded: the model.
+        kind: of the task.
+        bench: what it may try out.
+        forward: how micro-batches are scored.
+        comm: the ranks.
+    """
+    write = kind.writer(bench)
+    if write is None:
+        return None
+    way = choose_way(loaded.engine, comm.ranks_here, bench.probe, lambda model, item: forward(model, item).loss)
+    return Writer(write, way)
 
 
 def _bench(loaded: LoadedModel, kind: TaskKind, first_row: Row, splits: dict[str, list[Sample]]) -> Bench:
