@@ -34,22 +34,21 @@ from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
-from mezo_dist.objectives.classification import LabelWords, Objective
 from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.tasks.classification.label_words import LabelWords
+from mezo_dist.tasks.kind import Forward
 
 METHODS = ("forward", "mezo", "svrg", "sgd", "adamw")
 GIB = 2**30
 
 
-def forward_pass(model: nn.Module, objective: Objective, batch: MicroBatch) -> None:
+def forward_pass(model: nn.Module, objective: Forward, batch: MicroBatch) -> None:
     """The forward pass alone, as an evaluation runs it."""
     with torch.no_grad():
         objective(model, batch)
 
 
-def zeroth_order(
-    planner: Algorithm[Any], model: nn.Module, objective: Objective, batch: MicroBatch, steps: int
-) -> None:
+def zeroth_order(planner: Algorithm[Any], model: nn.Module, objective: Forward, batch: MicroBatch, steps: int) -> None:
     """``steps`` steps of a planner; its full batch is the same batch."""
     engine = Engine(model, Law("gaussian"), stochastic_rounding=model.dtype == torch.bfloat16)
 
@@ -62,7 +61,7 @@ def zeroth_order(
         take_step(planner, progress, evaluate, engine, 0)
 
 
-def first_order(optimizer: torch.optim.Optimizer, model: nn.Module, objective: Objective, batch: MicroBatch) -> None:
+def first_order(optimizer: torch.optim.Optimizer, model: nn.Module, objective: Forward, batch: MicroBatch) -> None:
     """Two steps by back-propagation."""
     for _ in range(2):
         objective(model, batch).loss.mean().backward()

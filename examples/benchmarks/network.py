@@ -40,8 +40,8 @@ from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.connect import connect
 from mezo_dist.engines.engine import Engine
-from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.runs.evaluation import Evaluator
+from mezo_dist.tasks.classification.label_words import LabelWords
 
 RATES = {"1gbit": 1e9, "100mbit": 1e8, "10mbit": 1e7, "1mbit": 1e6}
 """Bits per second."""

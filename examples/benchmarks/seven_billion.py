@@ -36,9 +36,9 @@ from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.engines.units import Unit
 from mezo_dist.models.sliced_checkpoint import fill
-from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.tasks.batches import MicroBatch, cut
+from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.tasks.prompts import Sample
 
 GIB = 2**30

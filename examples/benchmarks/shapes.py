@@ -56,6 +56,6 @@ def make_batch(num_samples: int, length: int) -> MicroBatch:
     return MicroBatch(
         tuple(range(num_samples)),
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        torch.full((num_samples,), length - 1),
-        torch.arange(num_samples) % 2,
+        {"position": torch.full((num_samples,), length - 1), "label": torch.arange(num_samples) % 2},
+        columns=2,
     )

@@ -44,8 +44,9 @@ from mezo_dist.directions.kernels.threads import share_out
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
-from mezo_dist.objectives.classification import LabelWords, Objective
 from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.tasks.classification.label_words import LabelWords
+from mezo_dist.tasks.kind import Forward
 
 EPS, LR = 1e-3, 1e-6
 SHAPES = {
@@ -69,13 +70,13 @@ def make_batch(num_samples: int, length: int) -> MicroBatch:
     return MicroBatch(
         tuple(range(num_samples)),
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        torch.full((num_samples,), length - 1),
-        torch.randint(0, 2, (num_samples,)),
+        {"position": torch.full((num_samples,), length - 1), "label": torch.randint(0, 2, (num_samples,))},
+        columns=2,
     )
 
 
 def ours(
-    engine: Engine, planner: MeZOPlanner | SVRGPlanner, objective: Objective, batch: MicroBatch
+    engine: Engine, planner: MeZOPlanner | SVRGPlanner, objective: Forward, batch: MicroBatch
 ) -> Callable[[], None]:
     """One step of a planner: plan, evaluate, update, apply. For MeZO-SVRG an inner step, after one anchor step."""
     progress: Progress[Any] = Progress(planner.init())
@@ -152,7 +153,7 @@ def measure(shape: str, length: int, repeats: int) -> dict[str, float]:
     problem = Problem(seed=0, num_steps=1000, batch_size=16, full_size=16)
     objective, anchor_objective = (LabelWords(m, [100, 200], batch) for m in (model, anchor))
 
-    def loss(of: nn.Module, by: Objective) -> Callable[[], float]:
+    def loss(of: nn.Module, by: Forward) -> Callable[[], float]:
         return torch.no_grad()(lambda: float(by(of, batch).loss.mean()))
 
     forward, anchor_forward = loss(model, objective), loss(anchor, anchor_objective)

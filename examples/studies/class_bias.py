@@ -41,9 +41,9 @@ def gradients(run: Run, rows: list[int] | None = None, *, calibrated: bool) -> T
     """fp64 [n, weights]: gradients of the samples' losses (at the offsets of all of them, if calibrated)."""
     parameters = [p for _, p in trainable(run)]
     batch = run.split("train")
-    outputs = [run.evaluator.objective(run.pretrained.model, item).logits for item in batch]
+    outputs = [run.evaluator.forward(run.pretrained.model, item).payload for item in batch]
     slots = torch.tensor([slot for item in batch for slot in item.slots]).argsort()
-    logits, labels = torch.cat(outputs)[slots], torch.cat([item.labels for item in batch])[slots]
+    logits, labels = torch.cat(outputs)[slots], torch.cat([item.targets["label"] for item in batch])[slots]
     if rows is not None:
         logits, labels = logits[rows], labels[rows]
     if calibrated:

@@ -24,12 +24,14 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives.calibration import best_offsets
+from mezo_dist.objectives.joint import Joint, calibrated
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.runs.training import apply_step, evaluate_step
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch
 from mezo_dist.testing import write_tiny_config
 
+CALIBRATED = Joint(calibrated, each_sample=False, is_discrete=False)
 LOOKS = 9
 """A run is looked at when budget / 2^k of its passes are done, k = LOOKS .. 0."""
 Step = Callable[[int], tuple[int, bool]]
@@ -106,17 +108,16 @@ class Bench:
         )
 
     def _evaluator(self, engine: Engine, *, calibrated: bool) -> Evaluator:
-        classes = len(self.run.config.task.labels) if calibrated else 0
-        return dataclasses.replace(self.run.evaluator, engine=engine, calibrated_classes=classes)
+        return dataclasses.replace(self.run.evaluator, engine=engine, joint=CALIBRATED if calibrated else None)
 
     def scores(self, *, calibrated: bool) -> list[float]:
         """Loss and metric of the current weights on validation and test samples."""
-        task, evaluator = self.run.config.task, self._evaluator(self.run.engine, calibrated=calibrated)
-        offsets = evaluator.offsets(self.run.split("train")) if calibrated else None
+        evaluator = self._evaluator(self.run.engine, calibrated=calibrated)
+        adjust = self.run.fitted_offsets(self.run.split("train")).adjusted if calibrated else None
         scores = []
         for split in self.splits.values():
-            result = evaluator.score(split, task.metric, len(task.labels), lambda _: None, offsets)
-            scores += [result["loss"], result[task.metric]]
+            result = evaluator.score(split, self.run.kind.summarise, lambda _: None, adjust)
+            scores += [result["loss"], result[self.run.config.task.metric]]
         return scores
 
 
@@ -187,8 +188,8 @@ def _first_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps
 
     def loss_of(step: int) -> torch.Tensor:
         batch = run.batch("minibatch", step)
-        logits = torch.cat([run.evaluator.objective(run.pretrained.model, item).logits for item in batch])
-        labels = torch.cat([item.labels for item in batch])
+        logits = torch.cat([run.evaluator.forward(run.pretrained.model, item).payload for item in batch])
+        labels = torch.cat([item.targets["label"] for item in batch])
         # By the envelope theorem, the gradient of a calibrated loss is that at its offsets.
         offsets = best_offsets(logits.detach().double(), labels).float() if learner.calibrated else 0.0
         return cross_entropy(logits + offsets, labels)

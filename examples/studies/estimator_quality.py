@@ -91,10 +91,10 @@ def gradient(run: Run) -> Vector:
     total = [torch.zeros_like(p) for p in parameters]
     batch = run.split("train")
     # By the envelope theorem, the gradient of a calibrated loss is that at its offsets.
-    offsets = run.evaluator.offsets(batch) if run.config.train.calibrate else 0.0
+    offsets = run.fitted_offsets(batch).offsets if run.config.train.calibrate else 0.0
     for item in batch:
-        logits = run.evaluator.objective(run.pretrained.model, item).logits
-        loss = cross_entropy(logits + offsets, item.labels, reduction="sum")
+        logits = run.evaluator.forward(run.pretrained.model, item).payload
+        loss = cross_entropy(logits + offsets, item.targets["label"], reduction="sum")
         for sum_, part in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if part is not None:
                 sum_ += part

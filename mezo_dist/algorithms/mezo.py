@@ -35,7 +35,7 @@ from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.ranges import check_ranges, check_types
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
-from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
+from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical, zero_share
 from mezo_dist.directions.combination import ZERO, Combination
 
 Scaling = Literal["plain", "sign", "normalised"]
@@ -145,6 +145,7 @@ class MeZOPlanner:
         plateau = state.plateau.after(loss, rule, rule.losses_per_window(self.problem.epoch))
         scale, decay = state.decay.after(lr * config.weight_decay)
         metrics = {"loss": loss, "projected_gradient": typical(projected), "lr": lr}
+        metrics["zero_differences"] = zero_share(projected)
         return Update(
             MeZOState(plateau, past, total, decay),
             update_operations(combination, scale=scale, exempt_vectors=not config.weight_decay_all),

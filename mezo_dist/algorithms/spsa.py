@@ -85,6 +85,11 @@ def typical(values: Sequence[float]) -> float:
     return values[0] if len(values) == 1 else float((sum(v * v for v in values) / len(values)) ** 0.5)
 
 
+def zero_share(projected: Sequence[float]) -> float:
+    """The share of differences of losses that are exactly zero: a loss that takes few values often does not change."""
+    return sum(value == 0.0 for value in projected) / len(projected)
+
+
 def check_positive(config: object, *names: str) -> None:
     """Raises ValueError naming the first of the settings that is not above zero, or not finite; null and ``auto``
     pass."""

@@ -40,7 +40,7 @@ from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.ranges import MANY, check_ranges, check_types
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
-from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical
+from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical, zero_share
 from mezo_dist.directions.combination import ZERO, Combination
 
 DIRECTIONS_TO_REPLAY = 8
@@ -183,6 +183,7 @@ class SVRGPlanner:
         projected = probe.projected(losses)
         plateau, rule = state.plateau, config.annealing
         metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
+        metrics["zero_differences"] = zero_share([p for row in projected for p in row])
         if is_anchor:
             lr, anchor_step = config.anchor_lr, step
             plateau = plateau.after(metrics["loss"], rule, rule.losses_per_window(self.problem.epoch, config.q))

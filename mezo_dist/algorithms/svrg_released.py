@@ -30,7 +30,7 @@ from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.ranges import MANY, check_ranges, check_types
 from mezo_dist.algorithms.schedules import Annealing
-from mezo_dist.algorithms.spsa import Probe, check_positive, typical
+from mezo_dist.algorithms.spsa import Probe, check_positive, typical, zero_share
 from mezo_dist.directions.combination import ZERO, Combination
 
 LR_FLOOR, ANCHOR_LR_FLOOR = 1e-6, 1e-5
@@ -102,6 +102,7 @@ class SVRGReleasedPlanner:
         ((projected,),) = first.projected(rounds[0])
         gradient = first.gradient([projected])
         metrics = {"loss": first.loss(rounds[0]), "projected_gradient": typical([projected])}
+        metrics["zero_differences"] = zero_share([projected])
         if step % self.config.q == 0:
             lr, full_gradient = annealed.anchor_lr, gradient
             combination = -lr * gradient

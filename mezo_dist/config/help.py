@@ -12,8 +12,12 @@ import sys
 import typing
 
 from mezo_dist.algorithms import ALGORITHMS
-from mezo_dist.config.settings import Setting, algorithm_name, all_settings, choices, describe
+from mezo_dist.config.kinds import DEFAULT_KIND, KINDS
+from mezo_dist.config.settings import Chosen, Setting, all_settings, choices, choose, describe
+from mezo_dist.config.task import TaskSettings
 from mezo_dist.config.yaml_file import shown
+
+EPILOG = "Settings of another algorithm: mezo-dist train --help --algorithm.name=NAME\n"
 
 
 def help_text(algorithm: str = "mezo-svrg") -> str:
@@ -25,19 +29,38 @@ def help_text(algorithm: str = "mezo-svrg") -> str:
     parser = argparse.ArgumentParser(
         usage="mezo-dist train CONFIG [--SETTING VALUE ...]",
         description="CONFIG is a YAML file of the settings below; those on the command line count more.",
-        epilog="Settings of another algorithm: mezo-dist train --help --algorithm.name=NAME",
         add_help=False,
     )
     groups = {"": parser.add_argument_group("general")}
-    for setting in all_settings(algorithm_name(algorithm, "command line")).values():
+    chosen = {"algorithm": choose("algorithm", algorithm, "command line"), "task": DEFAULT_KIND}
+    for setting in all_settings(chosen).values():
+        if setting.name == "task":
+            setting = dataclasses.replace(setting, kind=TaskSettings)
         if setting.is_section:
-            about = (inspect.getdoc(setting.kind) or "").partition("\n\n")[0]
-            groups[setting.name] = parser.add_argument_group(setting.name, _plain(about))
-        if not setting.is_section or setting.name == "task":
-            section = setting.name if setting.is_section else setting.name.rpartition(".")[0]
-            words, explanation = _explained(setting)
-            groups[section].add_argument(f"--{setting.name}", metavar=words, help=_plain(explanation))
+            groups[setting.name] = parser.add_argument_group(setting.name, _about(setting.kind))
+        if setting.name == "task" or not (setting.is_section or setting.owner in KINDS.values()):
+            _add(groups[setting.name if setting.is_section else setting.name.rpartition(".")[0]], setting)
+    kinds = (_kind_help(kind, {**chosen, "task": kind}) for kind in KINDS)
+    return "\n".join([parser.format_help(), *kinds, EPILOG])
+
+
+def _kind_help(kind: str, chosen: Chosen) -> str:
+    """The settings that tasks of one kind have beside the common ones, by a parser of their own: kinds share names."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    group = parser.add_argument_group(f"task, kind: {kind}", _about(KINDS[kind]))
+    for setting in all_settings(chosen).values():
+        if setting.owner is KINDS[kind]:
+            _add(group, setting)
     return parser.format_help()
+
+
+def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    words, explanation = _explained(setting)
+    group.add_argument(f"--{setting.name}", metavar=words, help=_plain(explanation))
+
+
+def _about(section: type) -> str:
+    return _plain((inspect.getdoc(section) or "").partition("\n\n")[0])
 
 
 def _explained(setting: Setting) -> tuple[str, str]:

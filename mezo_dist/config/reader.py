@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mezo_dist.config import yaml_file
 from mezo_dist.config.schema import RunConfig
-from mezo_dist.config.settings import HELP, Setting, algorithm_name, all_settings, describe, unknown
+from mezo_dist.config.settings import CHOICES, HELP, Chosen, Setting, all_settings, choose, describe, unknown
 from mezo_dist.config.yaml_file import shown
 from mezo_dist.errors import UserError
 from mezo_dist.json_types import Json
@@ -102,11 +102,9 @@ def _options(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def _build(data: Mapping[str, Json], given: _Given) -> RunConfig:
-    section = data.get("algorithm")
-    name = section.get("name") if isinstance(section, dict) else section
-    algorithm = algorithm_name(given.options.get("algorithm.name", name), given.where("algorithm.name"))
-    settings = all_settings(algorithm)
-    options = {option: _read_option(option, text, settings, algorithm) for option, text in given.options.items()}
+    chosen = {section: _chosen(section, data.get(section), given) for section in CHOICES}
+    settings = all_settings(chosen)
+    options = {option: _read_option(option, text, settings, chosen) for option, text in given.options.items()}
     _check_values(data, "", given)
     _check_values(options, "", given)
     try:
@@ -114,10 +112,25 @@ def _build(data: Mapping[str, Json], given: _Given) -> RunConfig:
     except ValidationError as error:
         faults: dict[str, str] = {}
         for detail in sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != UNKNOWN):
-            name, text = _fault(detail, settings, algorithm)
+            name, text = _fault(detail, settings, chosen)
             faults.setdefault(name, f"{given.where(name)}: {text}")  # one of each setting
         more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
         raise UserError("\n".join([*list(faults.values())[:MAX_FAULTS], *more, HELP])) from error
+
+
+def _chosen(section: str, held: object, given: _Given) -> str:
+    """The name of the algorithm, or the kind of the task, that the config chose.
+
+    Args:
+        section: ``algorithm`` or ``task``.
+        held: what the files have there.
+        given: where settings were given.
+    """
+    name = f"{section}.{CHOICES[section].tag}"
+    value = held.get(CHOICES[section].tag) if isinstance(held, dict) else held
+    if section == "task" and not isinstance(held, dict):
+        value = None  # refused below, as what is no section
+    return choose(section, given.options.get(name, value), given.where(name))
 
 
 @functools.cache
@@ -125,17 +138,17 @@ def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
-def _read_option(name: str, text: str, settings: Mapping[str, Setting], algorithm: str) -> Json:
+def _read_option(name: str, text: str, settings: Mapping[str, Setting], chosen: Chosen) -> Json:
     """The value that a text on the command line stands for: text as it is where text is wanted, else YAML.
 
     Args:
         name: of the setting, dotted.
         text: what was given for it.
         settings: all settings, by dotted name.
-        algorithm: name of the algorithm.
+        chosen: the algorithm and the kind of task.
     """
     if name not in settings:
-        raise UserError(f"command line: {unknown(name, settings, algorithm)}\n{HELP}")
+        raise UserError(f"command line: {unknown(name, settings, chosen)}\n{HELP}")
     if settings[name].is_section:
         raise UserError(f"command line: {name} is a group of settings; give them one by one\n{HELP}")
     if settings[name].is_text:
@@ -193,22 +206,22 @@ def _filled(
     return full
 
 
-def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], algorithm: str) -> tuple[str, str]:
+def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], chosen: Chosen) -> tuple[str, str]:
     """The setting that pydantic complains about, and the complaint for people.
 
     Args:
         detail: one of pydantic's complaints.
         settings: all settings, by dotted name.
-        algorithm: name of the algorithm.
+        chosen: the algorithm and the kind of task.
     """
     place = list(detail["loc"])
-    if place[:1] == ["algorithm"]:
-        place[1:2] = []  # the name of the algorithm
+    if place[:1] and place[0] in CHOICES:
+        place[1:2] = []  # the name of the algorithm, or the kind of the task
     if detail["type"] != UNKNOWN and place and UNION_MEMBER.fullmatch(str(place[-1])):
         place.pop()
     names = [".".join(map(str, place[:depth])) for depth in range(len(place) + 1)]
     if detail["type"] == UNKNOWN and (len(place) == 1 or (names[-2] in settings and settings[names[-2]].is_section)):
-        return names[-1], unknown(names[-1], settings, algorithm)
+        return names[-1], unknown(names[-1], settings, chosen)
     depth = max(depth for depth, name in enumerate(names) if not depth or name in settings)
     name, inner = names[depth], place[depth:]
     if detail["type"] == "value_error":

@@ -18,9 +18,10 @@ from pydantic import Discriminator
 
 from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.ranges import MANY, check_ranges
+from mezo_dist.config.kinds import Task
 from mezo_dist.config.lines import check_lines
 from mezo_dist.config.paths import located
-from mezo_dist.config.task import Task
+from mezo_dist.config.reward import RewardConfig, check_reward
 from mezo_dist.json_types import JsonObject
 
 NO_RESULTS = ("layout", "output", "distributed", "origin")
@@ -150,6 +151,12 @@ class TrainConfig:
     """Tokens of the longest sequence. Null: the model's window."""
     evaluate_every: int = 0
     """Steps between evaluations on the validation split. 0: at the end only."""
+    objective: Literal["loss", "metric", "reward"] = "loss"
+    """What is optimised: the ``loss`` of the task, or its ``metric`` itself, as it is on a batch (minus the metric is
+    then the loss of the batch). A metric such as the accuracy of 16 samples takes few values, so that many differences
+    are exactly zero: ``objective/zero_differences`` is their share. Larger batches and a larger ``algorithm.eps``
+    help. ``reward``: what the section ``reward`` says of the texts that the model writes (``task.kind:
+    generation``)."""
     calibrate: bool = False
     """Take the model's general preference for some classes out of the losses, which makes estimates far less noisy.
     Every batch is scored with the offsets of the classes' logits that minimise its loss, and predictions use the
@@ -250,7 +257,7 @@ class RunConfig:
 
     model: ModelConfig
     """Which model."""
-    task: Task
+    task: Annotated[Task, Discriminator("kind")]
     """What to learn: a task file, or its contents."""
     algorithm: Annotated[Settings, Discriminator("name")]
     """Settings of the algorithm ``algorithm.name``."""
@@ -265,6 +272,8 @@ class RunConfig:
     """Seed of directions and of the order of batches."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What judges the texts that a model writes, for ``train.objective: reward``."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """The run folder, and what is written into it."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -280,8 +289,24 @@ class RunConfig:
             raise ValueError(
                 "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false"
             )
-        if self.model.head == "classifier" and not self.task.plain:
-            raise ValueError("task.plain: missing; model.head: classifier needs a text without prompt")
+        self.task.check_head(self.model.head)
+        if self.train.calibrate:
+            self.task.check_calibration()
+        if self.train.objective == "metric":
+            self._check_metric_objective()
+        check_reward(self.task, self.train.objective, self.reward)
+
+    def _check_metric_objective(self) -> None:
+        if self.train.calibrate:
+            raise ValueError(
+                "train.calibrate: changes the loss, which train.objective: metric does not look at; leave one out"
+            )
+        self.task.check_objective()
+        if getattr(self.algorithm, "per_sample", False) and not self.task.metric_is_mean:
+            raise ValueError(
+                f"train.objective: metric gives one number per batch where task.metric is {self.task.metric}, and "
+                "algorithm.per_sample needs one per sample; set it to false, or choose a metric that is a mean"
+            )
 
     def located(self) -> RunConfig:
         """The same settings with paths that work from anywhere, for those who open the files.

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.config.kinds import DEFAULT_KIND, KINDS
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.errors import UserError
 
 HELP = "`mezo-dist train --help` lists every setting"
+Chosen = Mapping[str, str]
+"""What a config chose where the settings of a section depend on it: ``{"algorithm": its name, "task": its kind}``."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A section that is one of several dataclasses."""
+
+    tag: str
+    """The setting in it that says which."""
+    sections: Mapping[str, type]
+    """Value of that setting -> dataclass."""
+    default: str | None = None
+    """Its value where none is given."""
+
+
+CHOICES = {
+    "algorithm": Choice("name", {name: settings for name, (settings, _) in ALGORITHMS.items()}),
+    "task": Choice("kind", KINDS, DEFAULT_KIND),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class Setting:
     default: object
     """`dataclasses.MISSING` where a value must be given."""
     owner: type
-    """The section that it is a field of."""
+    """The dataclass that it is declared in: its section, or what several sections share."""
 
     @property
     def is_section(self) -> bool:
@@ -46,62 +68,77 @@ class Setting:
         return _is_nullable(self.kind)
 
 
-def all_settings(algorithm: str) -> dict[str, Setting]:
-    """Dotted name -> setting, sections before what they hold; those of ``algorithm`` under that name."""
-    return {setting.name: setting for setting in _walk(RunConfig, "", None, algorithm)}
+def all_settings(chosen: Chosen) -> dict[str, Setting]:
+    """Dotted name -> setting, sections before what they hold; those of the ``chosen`` algorithm and kind of task."""
+    return {setting.name: setting for setting in _walk(RunConfig, "", None, chosen)}
 
 
-def _walk(section: type, prefix: str, default: object, algorithm: str) -> Iterator[Setting]:
+def _walk(section: type, prefix: str, default: object, chosen: Chosen) -> Iterator[Setting]:
     """The settings of a section and of the sections inside it.
 
     Args:
         section: the dataclass.
         prefix: what stands before the names of its fields.
         default: the section's value by default; None if the defaults of its fields count.
-        algorithm: name of the algorithm whose settings stand under that name.
+        chosen: the algorithm and the kind of task.
     """
     kinds = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         name = prefix + field.name
-        kind = ALGORITHMS[algorithm][0] if name == "algorithm" else kinds[field.name]
+        kind = CHOICES[name].sections[chosen[name]] if name in CHOICES else kinds[field.name]
         value = _default(field) if default is None else getattr(default, field.name)
-        yield Setting(name, kind, value, section)
+        yield Setting(name, kind, value, _declares(section, field.name))
         if dataclasses.is_dataclass(kind):
             yield from _walk(
-                typing.cast(type, kind), f"{name}.", None if value is dataclasses.MISSING else value, algorithm
+                typing.cast(type, kind), f"{name}.", None if value is dataclasses.MISSING else value, chosen
             )
+
+
+def _declares(section: type, name: str) -> type:
+    return next(owner for owner in section.__mro__ if name in inspect.get_annotations(owner))
 
 
 def _default(field: dataclasses.Field[object]) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def algorithm_name(name: object, where: str) -> str:
-    """``name``, if there is such an algorithm.
+def choose(section: str, given: object, where: str) -> str:
+    """The value of the setting that says what ``section`` holds.
+
+    Args:
+        section: ``algorithm`` or ``task``.
+        given: the value in the config; None if there is none.
+        where: it was given, for the message.
 
     Raises:
-        UserError: there is none; the message says that the name was given ``where``.
+        UserError: there is no such algorithm, or kind of task.
     """
-    if isinstance(name, str) and name in ALGORITHMS:
-        return name
-    fault = "missing" if name is None else f"{name!r} does not exist"
-    raise UserError(f"{where}: algorithm.name: {fault}; choose one of {', '.join(sorted(ALGORITHMS))}\n{HELP}")
+    choice = CHOICES[section]
+    if given is None and choice.default is not None:
+        return choice.default
+    if isinstance(given, str) and given in choice.sections:
+        return given
+    fault = "missing" if given is None else f"{given!r} does not exist"
+    listed = ", ".join(sorted(choice.sections))
+    raise UserError(f"{where}: {section}.{choice.tag}: {fault}; choose one of {listed}\n{HELP}")
 
 
-def unknown(name: str, settings: Mapping[str, Setting], algorithm: str) -> str:
+def unknown(name: str, settings: Mapping[str, Setting], chosen: Chosen) -> str:
     """What to say about a name that is no setting: whose it is, the nearest one, or those that there are.
 
     Args:
         name: dotted name that was given.
         settings: all settings that there are, by dotted name.
-        algorithm: name of the algorithm that the config chose.
+        chosen: the algorithm and the kind of task of the config.
     """
     if name in settings:
         section, _, leaf = name.rpartition(".")
         return f"{name} must stand in its section {section}, as {leaf}"
-    owners = [other for other in ALGORITHMS if name in all_settings(other)]
+    top = name.partition(".")[0]
+    others = CHOICES[top].sections if top in CHOICES else ()
+    owners = [other for other in others if name in all_settings({**chosen, top: other})]
     if owners:
-        return f"{name} is a setting of {' and '.join(owners)}, not of {algorithm}; leave it out"
+        return f"{name} is a setting of {' and '.join(owners)}, not of {chosen[top]}; leave it out"
     section = name.rpartition(".")[0]
     beside = [other for other in settings if other.rpartition(".")[0] == section]
     for candidates in (beside, list(settings)):

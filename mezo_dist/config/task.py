@@ -1,17 +1,13 @@
-"""`Task`: the contents of a task file (torch-free).
+"""What the task files of all kinds share (torch-free). `mezo_dist.config.kinds` has the settings of each kind.
 
 name: movie-sentences
+kind: classification                # the default; it says which settings stand below the common ones
 data: demo:movie-sentences          # a demo data set, a hub name, or a local file
 splits:
   train: {source: all, size: 512}
   validation: {source: all, size: 256}
   test: {source: all, size: 1000}
-prompt: "{{ text }} It was {{ answer }}"
-plain: ["{{ text }}"]
-label: label
-labels: [{value: 0, word: terrible}, {value: 1, word: great}]
 truncate: [text]
-metric: accuracy
 """
 
 from __future__ import annotations
@@ -21,11 +17,13 @@ from typing import Literal
 
 from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.lines import check_lines
-from mezo_dist.config.values import Where, names_of
+from mezo_dist.config.values import Where
 
-Metric = Literal["accuracy", "f1", "macro-f1", "matthews"]
 TruncateSide = Literal["right", "left"]
 ANSWER = "answer"
+"""The name that a template gives to the place of the answer."""
+TEMPLATE_PARTS = 2
+"""Texts that a model takes at once, for a pair of sentences."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +57,14 @@ class Splits:
         check_ranges(self, "task.splits.", seed=(-(2**63), 2**63))
 
 
-@dataclass(frozen=True)
-class Label:
-    """One class."""
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """A task: data, and what is asked about them. What else there is depends on its kind."""
 
-    value: bool | int | str
-    """Value of the label field in the data: its text, number, ``true`` or ``false``, or the name of the class."""
-    word: str
-    """Word that stands for the class in the prompt and in reports."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A classification task: data, prompt, label words, metric."""
-
+    kind: str
+    """The kind of task."""
+    metric: str
+    """The main figure of merit."""
     name: str
     """Short name of the task, for logs."""
     data: str
@@ -80,15 +72,6 @@ class Task:
     are the split ``train``), a folder of such files named after their splits, or a folder written by ``save_to_disk``
     of ``datasets``. Relative paths start at the folder of the task file. Cells of CSV and TSV stay the text that they
     are."""
-    prompt: str
-    """jinja2 template over the fields of a sample, with ``{{ answer }}`` where the label word goes (at the very end
-    for causal models, where the mask token goes for masked models). A field called ``answer`` is ``row.answer``."""
-    labels: tuple[Label, ...]
-    """The classes, as a list of ``{value: of the label field in the data, word: that stands for it in the prompt}``."""
-    plain: tuple[str, ...] = ()
-    """One or two jinja2 templates without prompt, for a fresh classification head."""
-    label: str = "label"
-    """Name of the data's field that holds the label."""
     subset: str | None = None
     """Configuration of a hub data set, by its name."""
     revision: str | None = None
@@ -98,30 +81,48 @@ class Task:
     splits: Splits = field(default_factory=Splits)
     """Which samples are used for what."""
     truncate: tuple[str, ...] | None = None
-    """Fields that are shortened, the longest first, when a prompt exceeds the model's window; ``passage.text`` is a
+    """Fields that are shortened, the longest first, when a text exceeds the model's window; ``passage.text`` is a
     field inside another. Nothing else is shortened. Null: ``text``, where there is a field of that name."""
     truncate_side: TruncateSide = "right"
     """The end of such a field that is cut off: ``right``, its last tokens, or ``left``, its first ones. With a
     classification head it is the end of the text, or of the longer one of a pair."""
-    metric: Metric = "accuracy"
-    """Figure of merit, between 0 and 1 (matthews: -1 and 1)."""
 
     def __post_init__(self) -> None:
-        check_lines(self, "task.", "name", "data", "label", "subset", "revision")
-        if len(self.labels) < 2:
-            raise ValueError("task.labels: a classification task needs at least two labels")
-        values = [name for label in self.labels for name in names_of(label.value)]
-        for what, names in (("value", values), ("word", [label.word for label in self.labels])):
-            if len(set(names)) < len(names):
-                raise ValueError(f"task.labels: two labels have the same {what}: {names}")
-        if ANSWER not in self.prompt:
-            raise ValueError("task.prompt: must contain {{ answer }} where the label word goes")
-        if len(self.plain) > 2:
-            raise ValueError("task.plain: give one template, or two for a pair of texts")
-        if self.metric == "f1" and len(self.labels) != 2:
-            raise ValueError(f"task.metric: f1 is for two classes, this task has {len(self.labels)}; use macro-f1")
+        check_lines(self, "task.", "name", "data", "subset", "revision")
+
+    # What the rest of the package asks of a kind's settings; a kind says otherwise where otherwise is true.
 
     @property
     def words(self) -> list[str]:
-        """Label words, in class order."""
-        return [label.word for label in self.labels]
+        """The classes that all samples share, in the order of the columns of a payload; empty if there are none."""
+        return []
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of a fresh classification head."""
+        return max(1, len(self.words))
+
+    @property
+    def metric_is_mean(self) -> bool:
+        """The metric of a batch is the mean of one number per sample."""
+        return False
+
+    @property
+    def rows_are_samples(self) -> bool:
+        """Every row of the data is one sample."""
+        return True
+
+    def check_calibration(self) -> None:
+        """Raises ValueError if ``train.calibrate`` makes no sense."""
+        if not self.words:
+            raise ValueError(
+                f"train.calibrate: needs classes that all samples share, which this task.kind: {self.kind} lacks"
+            )
+
+    def check_objective(self) -> None:
+        """Raises ValueError if ``train.objective: metric`` makes no sense: greater figures must be better ones."""
+
+    def check_head(self, head: str) -> None:
+        """Raises ValueError if the kind of task, or this task, cannot be answered by ``model.head``."""
+        if head == "classifier":
+            raise ValueError(f"model.head: classifier is not for task.kind: {self.kind}; leave it out")

@@ -208,13 +208,16 @@ class Engine:
             self._materialise.only = None
 
     @contextlib.contextmanager
-    def keeping_factors(self) -> Iterator[None]:
-        """Within, the thin factors of directions per sample are kept, for forwards that call the model many times."""
+    def called_often(self) -> Iterator[None]:
+        """Within, forwards may call the model many times, with few tokens each: under law lowrank no shifted matrices
+        are made, and the thin factors of directions are kept."""
+        self._materialise.in_activations = self.law.is_lowrank
         self._materialise.factors.start_keeping()
         try:
             yield
         finally:
             self._materialise.factors.stop_keeping()
+            self._materialise.in_activations = False
 
     def anchor_in_place(self) -> contextlib.AbstractContextManager[None]:
         """Within, the contents of the copied anchor are the weights. Raises RuntimeError if it was never copied."""
@@ -333,5 +336,7 @@ class Engine:
 
 
 def _shifts_of(variant: Variant, item: Any) -> tuple[Combination, ...]:
-    """The directions of the samples of one micro-batch, which knows their places in the batch."""
-    return tuple(variant.per_sample[slot] for slot in item.slots) if variant.per_sample else ()
+    """The directions of the rows of one micro-batch, which knows the places of their samples in the batch."""
+    if not variant.per_sample:
+        return ()
+    return tuple(variant.per_sample[slot] for slot in getattr(item, "row_slots", item.slots))

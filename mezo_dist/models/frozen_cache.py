@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, remove_layer
-from mezo_dist.engines.lockstep.head_slice import HeadSlice
+from mezo_dist.engines.lockstep.head_slice import HeadSlice, hidden_at
 from mezo_dist.models.frozen_blocks import FrozenBlocks, Inputs, find_frozen_blocks
 
 log = logging.getLogger(__name__)
 RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
-"""Calls a model on inputs; its logits. Given positions (int64 [n]): [n, rows], sample i's at positions[i]."""
+"""Calls a model on inputs; its logits. Given positions (int64 [n]): [n, rows], sample i's at positions[i]; given some
+for each sample (int64 [n, m]): [n, m, rows]."""
 Group = tuple[Inputs, Tensor | None]
 """A micro-batch: inputs, and the positions that its logits are read at (None for a classifier, which picks them)."""
 
@@ -52,13 +53,13 @@ def run_whole(model: nn.Module, inputs: Inputs, positions: Tensor | None = None)
     token = HeadSlice.at(positions)
     try:
         logits: Tensor = model(**inputs).logits
+        is_sliced = HeadSlice.was_used()
     finally:
         HeadSlice.reset(token)
     if positions is None:
         return logits
-    if logits.shape[1] == 1:  # read out already
-        return logits[:, 0]
-    return logits[torch.arange(len(positions), device=positions.device), positions]
+    logits = logits if is_sliced else hidden_at(logits, positions)
+    return logits[:, 0] if positions.dim() == 1 else logits
 
 
 @final
@@ -79,6 +80,7 @@ class FrozenCache:
         self._limit, self._used = limit, 0
         self._latest: tuple[Tensor | None, list[object]] = None, []
         self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        groups = groups if narrow else ((inputs, None) for inputs, _ in groups)
         self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
         for block in frozen.blocks[:-1]:
             add_layer(block, Layer.FROZEN_CACHE, _skip)
@@ -89,7 +91,8 @@ class FrozenCache:
         """See `RunModel`. Hidden states of padding are zeros where the frozen blocks end."""
         ids, known = self._latest
         if inputs["input_ids"] is not ids:  # all variants of a micro-batch come one after another
-            hidden = [self._of(model, key, sample) for key, sample in self._samples((inputs, positions))]
+            known_at = positions if self.narrow else None  # else states of all positions are known
+            hidden = [self._of(model, key, sample) for key, sample in self._samples((inputs, known_at))]
             ends = zip(self.frozen.ends, zip(*hidden, strict=True), strict=True)
             known = [end.given(nn.utils.rnn.pad_sequence(list(states), batch_first=True)) for end, states in ends]
             self._latest = inputs["input_ids"], known

@@ -28,6 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.tasks.kind import Scores
+from mezo_dist.tasks.scoring import cross_entropy
+
 RIDGE = 0.1
 """Weight of the penalty |b|^2 / 2, against one sample's loss. It keeps the offset of a class that is missing finite."""
 MOST_SAMPLES = 1024
@@ -43,10 +47,16 @@ class Calibration:
     words: Sequence[str]
     """Label word of each class."""
     tokens: Sequence[int]
-    """Tokens whose logits are those of the classes (label words); empty if a classification head gives one logit per
-    class."""
+    """Tokens whose logits are those of the classes (label words); empty if they are those of a classification head, or
+    scores of options."""
     offsets: Tensor
     """fp32 [classes]"""
+    is_head: bool
+    """A classification head gives one logit per class."""
+
+    def adjusted(self, scores: Scores, batch: MicroBatch) -> Scores:
+        """The scores of a micro-batch with the offsets added to its logits."""
+        return cross_entropy(scores.payload + self.offsets, batch.targets["label"])
 
     def by_word(self) -> dict[str, float]:
         """Offsets by class."""
@@ -58,8 +68,9 @@ class Calibration:
         Args:
             bias: the weight of the exported model that holds the offsets already, if one does.
         """
+        what = "classes' logits" if self.tokens or self.is_head else "options' scores"
         tokens = dict(zip(self.words, self.tokens, strict=True)) if self.tokens else None
-        how = f"nothing to do: they are in {bias}" if bias else "add them to the classes' logits before comparing these"
+        how = f"nothing to do: they are in {bias}" if bias else f"add them to the {what} before comparing these"
         facts = {"offsets": self.by_word(), "tokens": tokens, "added_to": bias, "how_to_use": how}
         return json.dumps(facts, indent=2) + "\n"
 

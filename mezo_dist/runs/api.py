@@ -109,7 +109,8 @@ def evaluate(
         comm: the processes; those of the launcher if None.
 
     Returns:
-        ``{"loss": ..., METRIC: ...}``, the metric by its name (``accuracy``, ``f1``, ...).
+        ``{"loss": ..., METRIC: ...}``, the metric by its name (``accuracy``, ``f1``, ...), and what else the kind of
+        task reports.
 
     Raises:
         UserError: see `load_run`; or there is no such split.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mezo_dist import algorithms
@@ -18,23 +18,27 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.in_turn import rank_zero_first
 from mezo_dist.engines.capacity import tokens_at_once
+from mezo_dist.engines.decoding import choose_way
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.probe import check_model
 from mezo_dist.engines.probe_messages import failures_explained
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.adapters import prefix_failures_explained
-from mezo_dist.models.frozen_cache import RunModel, attach_frozen_cache, run_whole
+from mezo_dist.models.frozen_cache import Group, RunModel, attach_frozen_cache, run_whole
 from mezo_dist.models.load import Pretrained
-from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
-from mezo_dist.objectives.classification import LabelWords, Objective, classifier
-from mezo_dist.runs.evaluation import Evaluator
+from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration, best_offsets
+from mezo_dist.objectives.joint import exact_logits, joint_objective
+from mezo_dist.objectives.rewards.judge import Judge
+from mezo_dist.runs.evaluation import Evaluator, Writer
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.storage.trajectory import Header
-from mezo_dist.tasks.batches import BatchOrder, MicroBatch, cut
-from mezo_dist.tasks.prompts import Encoder, Sample
-from mezo_dist.tasks.rows import Rows, load_rows, uses_cache
+from mezo_dist.tasks.batches import BatchOrder, MicroBatch, by_slot, cut
+from mezo_dist.tasks.fields import Row
+from mezo_dist.tasks.kind import Bench, Forward, Sample, TaskKind, TextModel
+from mezo_dist.tasks.kinds import kind_of
+from mezo_dist.tasks.rows import load_rows, uses_cache
 
 log = logging.getLogger(__name__)
 PROBE_SAMPLES = 4
@@ -48,6 +52,8 @@ class Run:
     config: RunConfig
     comm: Communicator
     loaded: LoadedModel
+    kind: TaskKind
+    """What kind of task it is."""
     splits: dict[str, list[Sample]]
     order: BatchOrder
     """Order of the samples in minibatches."""
@@ -59,6 +65,8 @@ class Run:
     algorithm: Algorithm[object]
     data: dict[str, str]
     """Split -> digest of its encoded samples."""
+    class_tokens: list[int]
+    """See `TaskKind.class_tokens`."""
     step: int = 0
     """Steps that the weights have seen, for a run that was loaded (`mezo_dist.load_run`)."""
 
@@ -75,14 +83,15 @@ class Run:
     def batch(self, kind: Batch, step: int) -> list[MicroBatch]:
         """The micro-batches of ``step``'s minibatch, or of the full batch."""
         order = self.order if kind == "minibatch" else self.full_order
-        return self._cut([self.splits["train"][i] for i in order.batch(step)])
+        samples = [self.splits["train"][i] for i in order.batch(step)]
+        return self._cut(samples, derive_seed(self.config.seed, "drawn", step))
 
     def split(self, name: str) -> list[MicroBatch]:
         """All micro-batches of a split."""
-        return self._cut(self.splits[name])
+        return self._cut(self.splits[name], derive_seed(self.config.seed, "drawn", name))
 
-    def _cut(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        return cut(samples, self.config.train.micro_batch, self.pretrained.pad_id)
+    def _cut(self, samples: Sequence[Sample], seed: int = 0) -> list[MicroBatch]:
+        return cut(samples, self.config.train.micro_batch, self.pretrained.pad_id, self.kind.collate, seed)
 
     def calibration(self, advance: Callable[[int], None] = lambda _: None) -> Calibration | None:
         """With ``train.calibrate``, what predictions by the current weights need; otherwise None. Collective.
@@ -91,59 +100,80 @@ class Run:
         """
         if not self.config.train.calibrate:
             return None
-        offsets = self.evaluator.offsets(self._cut(self.splits["train"][:MOST_SAMPLES]), advance)
-        objective = self.evaluator.objective
-        tokens = objective.label_ids if isinstance(objective, LabelWords) else []
-        return Calibration(self.config.task.words, tokens, offsets)
+        return self.fitted_offsets(self._cut(self.splits["train"][:MOST_SAMPLES]), advance)
+
+    def fitted_offsets(
+        self, batch: Sequence[MicroBatch], advance: Callable[[int], None] = lambda _: None
+    ) -> Calibration:
+        """The best offset of every class for ``batch`` under the current weights; zero if a logit is not finite."""
+        words, mark = self.config.task.words, ("offsets", len(batch))
+
+        def fitted(payload: Tensor) -> Tensor:
+            return best_offsets(exact_logits(payload[0]), by_slot(batch, "label"))
+
+        offsets = self.evaluator.compute([Variant()], batch, fitted, (len(words),), mark, advance)
+        fp32 = torch.zeros(len(words)) if offsets is None else offsets.float()
+        return Calibration(words, self.class_tokens, fp32, self.pretrained.kind == "classifier")
 
     def header(self) -> Header:
         """The trajectory's header."""
         return self.loaded.header(self.problem, self.data)
 
 
-def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = None) -> Run:
+def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = None, judge: Judge | None = None) -> Run:
     """Load data and model, build engine and algorithm, check that all ranks agree, and probe the model. Collective.
 
     Args:
         config: the settings.
         comm: the ranks.
         recorded: header of the trajectory that the run is in, if it has begun: what was chosen then holds.
+        judge: what judges written texts, where ``train.objective: reward`` is to be computed.
 
     Raises:
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
     """
     task = config.located().task
     rows = rank_zero_first(comm, lambda: load_rows(task)) if uses_cache(task) else load_rows(task)
-    order = BatchOrder(len(rows.train), config.train.batch_size, config.seed)
-    full_size = config.train.full_size or len(rows.train)
-    if full_size > len(rows.train):
-        raise UserError(f"train.full_size {full_size} is larger than the training split ({len(rows.train)} samples)")
+    if task.rows_are_samples:
+        _orders(config, len(rows.train))  # sizes that do not fit are refused before the model is loaded
     loaded = load_base(config, comm)
     check_something_decays(config.algorithm, ((s.name, len(s.shape)) for s in loaded.engine.trainable_shards()))
-    encoder = _encoder(config, loaded.pretrained)
-    splits = {name: encoder.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
+    kind = kind_of(config.task, _text_model(config, loaded.pretrained), rows.train[0])
+    splits = {name: kind.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
+    order, full_order = _orders(config, num_train := len(splits["train"]))
     data = {name: _digest(samples) for name, samples in splits.items()}
     check_agreement(loaded, comm, **{f"data of the {name} split": digest for name, digest in data.items()})
     model = loaded.pretrained.model
-    # The objective calls the model, to see what shortcuts it allows.
+    # The kind of task calls the model, to see what shortcuts it allows.
     with failures_explained(loaded.engine), prefix_failures_explained(model):
-        objective = _objective(loaded, encoder, rows, splits)
+        bench = _bench(loaded, kind, rows.train[0], splits)
+        forward = kind.forward(bench)
+    with prefix_failures_explained(model):
+        _probe(loaded, kind, forward, splits["train"], comm)
     evaluator = Evaluator(
         loaded.engine,
-        objective,
+        forward,
         comm,
         config.train.width,
         _capacity(loaded, comm),
         _work_split(config, comm),
-        len(config.task.labels) if config.train.calibrate else 0,
+        joint_objective(config, kind, judge),
+        _writer(loaded, kind, bench, forward, comm),
     )
-    with prefix_failures_explained(model):
-        _probe(loaded, objective, splits["train"], comm)
-    full_order = BatchOrder(len(rows.train), full_size, derive_seed(config.seed, "full"))
     eps = settle_eps(loaded.engine, comm, config.algorithm, config.seed) if recorded is None else recorded.eps
-    problem = problem_of(config, full_size, len(rows.train), eps)
+    problem = problem_of(config, full_order.batch_size, num_train, eps)
     algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
-    return Run(config, comm, loaded, splits, order, full_order, evaluator, problem, algorithm, data)
+    tokens = kind.class_tokens(rows.train[0])
+    return Run(config, comm, loaded, kind, splits, order, full_order, evaluator, problem, algorithm, data, tokens)
+
+
+def _orders(config: RunConfig, num_train: int) -> tuple[BatchOrder, BatchOrder]:
+    """The order of the samples in minibatches, and in full batches."""
+    order = BatchOrder(num_train, config.train.batch_size, config.seed)
+    full_size = config.train.full_size or num_train
+    if full_size > num_train:
+        raise UserError(f"train.full_size {full_size} is larger than the training split ({num_train} samples)")
+    return order, BatchOrder(num_train, full_size, derive_seed(config.seed, "full"))
 
 
 def _digest(samples: Sequence[Sample]) -> str:
@@ -167,20 +197,23 @@ def problem_of(config: RunConfig, full_size: int, num_train: int | None, eps: fl
     return Problem(config.seed, train.steps, train.batch_size, full_size, is_16bit, num_train, eps)
 
 
-def _probe(loaded: LoadedModel, objective: Objective, samples: Sequence[Sample], comm: Communicator) -> None:
+def _probe(
+    loaded: LoadedModel, kind: TaskKind, forward: Forward, samples: Sequence[Sample], comm: Communicator
+) -> None:
     """See `mezo_dist.engines.probe`: right, or refused before training."""
     config = loaded.config
     size = min(PROBE_SAMPLES, config.train.micro_batch)
     parts = [part for part in (samples[:size], samples[size : 2 * size]) if part]
-    item, *others = (cut(part, size, loaded.pretrained.pad_id)[0] for part in parts)
+    item, *others = (cut(part, size, loaded.pretrained.pad_id, kind.collate)[0] for part in parts)
 
-    def logits(model: nn.Module, batch: MicroBatch) -> Tensor:
-        return objective(model, batch).logits
+    def outputs(model: nn.Module, batch: MicroBatch) -> Tensor:
+        scores = forward(model, batch)
+        return scores.payload if kind.payload_is_smooth else scores.loss
 
     check_model(
         loaded.engine,
         item,
-        logits,
+        outputs,
         other=others[0] if others else None,
         per_sample=getattr(config.algorithm, "per_sample", False),
         processes=comm.ranks_here,
@@ -199,41 +232,60 @@ def _work_split(config: RunConfig, comm: Communicator) -> WorkSplit:
     return WorkSplit(comm.world_size, copies, groups, by_base=config.layout.name != "replicated")
 
 
-def _encoder(config: RunConfig, pretrained: Pretrained) -> Encoder:
+def _text_model(config: RunConfig, pretrained: Pretrained) -> TextModel:
     max_tokens = min(config.train.max_tokens or pretrained.window, pretrained.window)
-    return Encoder(config.task, pretrained.tokenizer, pretrained.kind, max_tokens, pretrained.num_tokens)
+    return TextModel(pretrained.tokenizer, pretrained.kind, max_tokens, pretrained.num_tokens)
 
 
-def _objective(loaded: LoadedModel, encoder: Encoder, rows: Rows, splits: dict[str, list[Sample]]) -> Objective:
-    """The objective of the model's kind.
+def _writer(loaded: LoadedModel, kind: TaskKind, bench: Bench, forward: Forward, comm: Communicator) -> Writer | None:
+    """How texts are written, if the kind of task has any.
 
     Args:
         loaded: the model.
-        encoder: turns rows into samples.
-        rows: the data.
-        splits: its samples.
+        kind: of the task.
+        bench: what it may try out.
+        forward: how micro-batches are scored.
+        comm: the ranks.
+    """
+    write = kind.writer(bench)
+    if write is None:
+        return None
+    way = choose_way(loaded.engine, comm.ranks_here, bench.probe, lambda model, item: forward(model, item).loss)
+    return Writer(write, way)
+
+
+def _bench(loaded: LoadedModel, kind: TaskKind, first_row: Row, splits: dict[str, list[Sample]]) -> Bench:
+    """What a kind of task may try out on the model.
+
+    Args:
+        loaded: the model.
+        kind: of the task.
+        first_row: of the training split.
+        splits: all samples.
     """
     pretrained = loaded.pretrained
-    run_model = _run_model(loaded, splits)
-    if pretrained.kind == "classifier":
-        return functools.partial(classifier, run=run_model)
     size = min(2, loaded.config.train.micro_batch)  # samples of the micro-batch that the model is probed with later
-    probe = cut(splits["train"][:size], size, pretrained.pad_id)[0]
+    probe = cut(splits["train"][:size], size, pretrained.pad_id, kind.collate)[0]
+
+    def shorten(group: Callable[[MicroBatch], Group]) -> RunModel:
+        return _run_model(loaded, kind, splits, group)
 
     def once(forward: Callable[[nn.Module, MicroBatch], Tensor]) -> Tensor:
-        logits: Tensor = loaded.engine.evaluate([Variant()], [probe], forward)[0][0]
-        return logits
+        output: Tensor = loaded.engine.evaluate([Variant()], [probe], forward)[0][0]
+        return output
 
-    return LabelWords(pretrained.model, encoder.label_ids(rows.train[0]), probe, run_model, once)
+    return Bench(pretrained.model, first_row, probe, shorten, once)
 
 
-def _run_model(loaded: LoadedModel, splits: dict[str, list[Sample]]) -> RunModel:
+def _run_model(
+    loaded: LoadedModel, kind: TaskKind, splits: dict[str, list[Sample]], group: Callable[[MicroBatch], Group]
+) -> RunModel:
     settings, pretrained = loaded.config.train, loaded.pretrained
     if not settings.frozen_cache_gib or all(parameter.requires_grad for parameter in pretrained.model.parameters()):
         return run_whole
     if loaded.engine.layout.is_sharded:
         log.info("frozen blocks are computed every time: ranks must gather alike, whatever samples they remember")
         return run_whole
-    items = [item for split in splits.values() for item in cut(split, settings.micro_batch, pretrained.pad_id)]
-    groups = [(item.inputs, None if pretrained.kind == "classifier" else item.positions) for item in items]
+    size, pad_id = settings.micro_batch, pretrained.pad_id
+    groups = [group(item) for split in splits.values() for item in cut(split, size, pad_id, kind.collate)]
     return attach_frozen_cache(pretrained.model, groups, int(settings.frozen_cache_gib * 2**30))

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
-from mezo_dist.config.task import Metric
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.fixed_point import ONE, mean, to_fixed
+from mezo_dist.engines.decoding import Way, evaluate_decoding
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.loss_table import LossTable
-from mezo_dist.objectives.calibration import best_offsets, calibrated_loss
-from mezo_dist.objectives.classification import Objective, Scores, cross_entropy
+from mezo_dist.objectives.joint import Joint
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.tasks.batches import MicroBatch
-from mezo_dist.tasks.metrics import measure
+from mezo_dist.tasks.kind import Forward, Scores
 
 log = logging.getLogger(__name__)
 
 
+Summarise = Callable[[float, Tensor, Sequence[MicroBatch]], Mapping[str, float]]
+"""Figures of a split, of its mean loss, payload and micro-batches (`mezo_dist.tasks.kind.TaskKind.summarise`)."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How texts are written: a forward that calls the model for every token, and whose payload they are."""
+
+    forward: Forward
+    way: Way
+    """How variants write."""
+
+
 @dataclass(frozen=True)
 class Evaluator:
-    """An engine, an objective and the comm: all that a round of forward passes needs."""
+    """An engine, a way to score micro-batches and the comm: all that a round of forward passes needs."""
 
     engine: Engine
-    objective: Objective
+    forward: Forward
     comm: Communicator
     width: int | None = 8
     """Micro-batches that go through the model together; if None, as many as `capacity` allows."""
@@ -36,8 +50,10 @@ class Evaluator:
     """Tokens, counted once for every pass that they are in, that may be in the model at a time; equal on all ranks."""
     work_split: WorkSplit | None = None
     """How rounds are split over the ranks; if None, every rank evaluates all variants."""
-    calibrated_classes: int = 0
-    """If not 0: losses of batches are calibrated ones, over so many classes; see `mezo_dist.objectives.calibration`."""
+    joint: Joint | None = None
+    """If not None: what makes losses of the scores of a whole batch; else they are means over samples."""
+    writer: Writer | None = None
+    """If not None: how texts are written, which figures and joint losses are about."""
 
     def losses(self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]) -> Losses | None:
         """Evaluate a round. None if any loss, anywhere, is not finite (or has diverged): then no rank may update.
@@ -47,8 +63,8 @@ class Evaluator:
             batch: all micro-batches of the batch; this rank takes its part.
             mark: what the rank believes it is doing; ranks that differ are told (`Communicator.round`).
         """
-        if self.calibrated_classes:
-            return self._calibrated_losses(request, batch, mark)
+        if self.joint is not None:
+            return self._joint_losses(self.joint, request, batch, mark)
         num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
         table = LossTable(len(request.variants), num_samples if request.each_sample else 0, self.comm.world_size)
         for micro_batch, scores in self._evaluate(request.variants, batch):
@@ -56,83 +72,144 @@ class Evaluator:
                 table.add(variant, micro_batch.slots, score.loss, score.weight)
         return table.total(self.comm, fingerprint(*mark, _describe(request)))
 
-    def offsets(self, batch: Sequence[MicroBatch], advance: Callable[[int], None] = lambda _: None) -> torch.Tensor:
-        """The best offset of every class for ``batch``, under the current weights; fp32 [classes], on all ranks.
+    def compute(
+        self,
+        variants: Sequence[Variant],
+        batch: Sequence[MicroBatch],
+        function: Callable[[Tensor], Tensor],
+        shape: Sequence[int],
+        mark: tuple[object, ...],
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> Tensor | None:
+        """A function of what the model says about a whole batch, computed by rank 0, for all ranks.
 
-        Zero if a logit is not finite. See `mezo_dist.objectives.calibration`; for ``advance``, `score`.
+        (Another machine's exp and log may have other last bits.)
+
+        Args:
+            variants: weights to evaluate.
+            batch: all micro-batches; this rank takes its share.
+            function: of payloads, fp32 [variants, n, columns] by slot.
+            shape: of what it gives: fp64 numbers.
+            mark: see `losses`.
+            advance: called with the number of samples done (on this rank, times the number of ranks).
+
+        Returns:
+            fp64, multiples of 2^-32; None if a payload or a result, anywhere, is not finite or too large.
         """
-        mark = ("offsets", len(batch))
-        logits = self._logits([Variant()], batch, mark, advance)
-        if logits is None:
-            return torch.zeros(self.calibrated_classes)
-        return self._from_main(lambda: best_offsets(logits[0], _labels(batch)), logits.shape[-1:], mark).float()
+        return self._from_main(self._payload(variants, batch, mark, advance), function, shape, mark)
+
+    def _from_main(
+        self, payload: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int], mark: tuple[object, ...]
+    ) -> Tensor | None:
+        """What rank 0 makes of a payload that all ranks have. Arguments and result are those of `compute`."""
+        if not bool(to_fixed(payload)[1].all()):
+            return None
+        words, failed = torch.zeros(*shape, dtype=torch.int64), False
+        if self.comm.rank == 0:
+            words, sound = to_fixed(function(payload))
+            failed = not bool(sound.all())
+        total = self.comm.round(torch.cat([torch.tensor([failed]).long(), words.flatten()]), fingerprint("main", *mark))
+        return None if int(total[0]) else total[1:].view(*shape).double() / ONE
 
     def score(
         self,
         batch: Sequence[MicroBatch],
-        metric: Metric,
-        num_classes: int,
+        summarise: Summarise,
         advance: Callable[[int], None],
-        offsets: torch.Tensor | None = None,
+        adjust: Callable[[Scores, MicroBatch], Scores] | None = None,
     ) -> dict[str, float]:
-        """Mean loss and metric of the current weights on a whole split.
+        """Mean loss and figures of the current weights on a whole split.
 
         Args:
             batch: all micro-batches of the split.
-            metric: name of the figure of merit.
-            num_classes: number of classes.
+            summarise: makes figures of its loss and payload.
             advance: called with the number of samples done (on this rank, times the number of ranks).
-            offsets: fp32 [classes], added to all logits; see `offsets`.
+            adjust: changes the scores of a micro-batch before they count (offsets of classes).
         """
-        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
-        table = torch.zeros(num_samples, 4, dtype=torch.int64)  # loss, weight, prediction, label
+        if self.writer is not None:
+            return self._score_texts(batch, summarise, advance)
+        value, payload = self._mean_loss(batch, advance, adjust)
+        return {"loss": value, **summarise(value, payload, batch)}
+
+    def _score_texts(
+        self, batch: Sequence[MicroBatch], summarise: Summarise, advance: Callable[[int], None]
+    ) -> dict[str, float]:
+        """`score` of what the model writes. Its loss is the one that is optimised: of completions, or the joint one."""
+        mark = ("texts", len(batch))
+        payload = self._payload([Variant()], batch, mark, advance)
+        joint, figures = self.joint, {}
+        if joint is None:
+            value, _ = self._mean_loss(batch, lambda _: None)
+        else:
+            shape = (1, _size(batch)[0]) if joint.each_sample else (1,)
+            values = self._from_main(payload, lambda rows: joint.losses(rows, batch), shape, mark)
+            value = float("nan") if values is None else float(values.mean())
+            if joint.is_reward:
+                figures["reward"] = -value
+        return {"loss": value, **figures, **summarise(value, payload[0], batch)}
+
+    def _mean_loss(
+        self,
+        batch: Sequence[MicroBatch],
+        advance: Callable[[int], None],
+        adjust: Callable[[Scores, MicroBatch], Scores] | None = None,
+    ) -> tuple[float, Tensor]:
+        """Mean loss of the current weights, and the payload by slot: fp32 [n, columns]. See `score`."""
+        num_samples, columns = _size(batch)
+        table = torch.zeros(num_samples, 2 + columns, dtype=torch.int64)  # loss, weight, payload
         failed = 0
         for micro_batch, ((_, score),) in self._evaluate([Variant()], batch):
-            if offsets is not None:
-                score = cross_entropy(score.logits + offsets, micro_batch.labels)
+            if adjust is not None:
+                score = adjust(score, micro_batch)
             loss, finite = to_fixed(score.loss)
             failed += int((~finite).sum())
-            rows = torch.stack([loss, score.weight, score.prediction.cpu(), micro_batch.labels], dim=1)
-            table[torch.tensor(micro_batch.slots)] = rows
+            slots = torch.tensor(micro_batch.slots)
+            table[slots, :2] = torch.stack([loss, score.weight.cpu()], dim=1)
+            table[slots, 2 : 2 + score.payload.shape[1]] = _bits(score.payload)
             advance(len(micro_batch.slots) * self.comm.world_size)
         message = torch.cat([torch.tensor([failed]), table.flatten()])
-        total = self.comm.round(message, fingerprint("score", num_samples, metric))
-        loss, weight, prediction, label = total[1:].view(table.shape).unbind(dim=1)
-        value = mean(sum(loss.tolist()), sum(weight.tolist()))  # sums of int64 tensors wrap
+        total = self.comm.round(message, fingerprint("score", num_samples, columns))
+        table = total[1:].view(table.shape)
+        value = mean(sum(table[:, 0].tolist()), sum(table[:, 1].tolist()))  # sums of int64 tensors wrap
         if int(total[0]):
             value = float("nan")
             if self.comm.rank == 0:
                 log.warning(
                     "%d of %d losses are not finite, or far too large: their mean is NaN", total[0], num_samples
                 )
-        return {"loss": value, metric: measure(metric, prediction, label, num_classes)}
+        return value, _from_bits(table[:, 2:])
 
-    def _calibrated_losses(
-        self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]
+    def _joint_losses(
+        self, joint: Joint, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]
     ) -> Losses | None:
-        """`losses` with calibration.
+        """`losses` where these are a function of the whole batch.
 
         Args:
+            joint: the function.
             request: what to evaluate.
             batch: all micro-batches of the batch.
             mark: see `losses`.
         """
-        assert not request.each_sample  # settings that ask for both are refused
-        mark = (*mark, _describe(request))
-        logits = self._logits(request.variants, batch, mark)
-        if logits is None:
+        assert joint.each_sample or not request.each_sample  # settings that ask for both are refused
+        variants, mark = request.variants, (*mark, _describe(request))
+        shape = (len(variants), _size(batch)[0]) if joint.each_sample else (len(variants),)
+        values = self.compute(variants, batch, lambda payload: joint.losses(payload, batch), shape, mark)
+        if values is None:
             return None
-        losses = self._from_main(lambda: calibrated_loss(logits, _labels(batch)), logits.shape[:1], mark)
-        return Losses(tuple(losses.tolist()))
+        if not joint.each_sample:
+            return Losses(tuple(values.tolist()))
+        each = tuple(map(tuple, values.tolist()))
+        # Python's sums: those of a tensor depend on the machine.
+        return Losses(tuple(sum(row) / len(row) for row in each), each if request.each_sample else ())
 
-    def _logits(
+    def _payload(
         self,
         variants: Sequence[Variant],
         batch: Sequence[MicroBatch],
         mark: tuple[object, ...],
-        advance: Callable[[int], None] = lambda _: None,
-    ) -> torch.Tensor | None:
-        """fp64 [variants, samples, classes], the same on all ranks; None if any, anywhere, is not finite.
+        advance: Callable[[int], None],
+    ) -> Tensor:
+        """fp32 [variants, n, columns] by slot, the same on all ranks.
 
         Args:
             variants: what to evaluate.
@@ -140,47 +217,43 @@ class Evaluator:
             mark: see `losses`.
             advance: see `score`.
         """
-        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
-        table = torch.zeros(len(variants), num_samples, self.calibrated_classes, dtype=torch.int64)
-        sound = True
-        for micro_batch, scores in self._evaluate(variants, batch):
+        num_samples, columns = _size(batch)
+        needs_loss = self.joint is not None and self.joint.needs_loss
+        table = torch.zeros(len(variants), num_samples, columns + needs_loss, dtype=torch.int64)
+        for micro_batch, scores in self._evaluate(variants, batch, writes=self.writer is not None):
             for variant, score in scores:
-                logits, finite = to_fixed(score.logits)
-                sound = sound and bool(finite.all())
-                table[variant, list(micro_batch.slots)] = logits
+                table[variant, list(micro_batch.slots), : score.payload.shape[1]] = _bits(score.payload)
             advance(len(micro_batch.slots) * self.comm.world_size)
-        message = torch.cat([torch.tensor([0 if sound else 1]), table.flatten()])
-        total = self.comm.round(message, fingerprint("logits", *mark))
-        return None if int(total[0]) else total[1:].view(table.shape).double() / ONE
-
-    def _from_main(
-        self, compute: Callable[[], torch.Tensor], shape: torch.Size, mark: tuple[object, ...]
-    ) -> torch.Tensor:
-        """What rank 0 computes, on all ranks: another machine's exp and log may have other last bits.
-
-        Args:
-            compute: called on rank 0 alone.
-            shape: of its result.
-            mark: see `losses`.
-        """
-        words = torch.zeros(shape, dtype=torch.int64)
-        if self.comm.rank == 0:
-            words, _ = to_fixed(compute())
-        return self.comm.round(words, fingerprint("from main", *mark)).double() / ONE
+        if needs_loss:
+            for micro_batch, scores in self._evaluate(variants, batch):
+                for variant, score in scores:
+                    table[variant, list(micro_batch.slots), columns] = _bits(score.loss / score.weight)
+        return _from_bits(self.comm.round(table, fingerprint("payload", *mark)))
 
     def _evaluate(
-        self, variants: Sequence[Variant], batch: Sequence[MicroBatch]
+        self, variants: Sequence[Variant], batch: Sequence[MicroBatch], *, writes: bool = False
     ) -> Iterator[tuple[MicroBatch, list[tuple[int, Scores]]]]:
         """This rank's part of the round, as many micro-batches at a time as go through the model together.
 
-        Each with the scores of this rank's variants, whose places in ``variants`` come with them.
+        Args:
+            variants: what to evaluate.
+            batch: all micro-batches of the batch.
+            writes: texts are written, in place of one forward pass.
+
+        Returns:
+            Each micro-batch with the scores of this rank's variants, whose places in ``variants`` come with them.
         """
         work = (self.work_split or WorkSplit(self.comm.world_size)).of_rank(self.comm.rank, variants, batch)
         width = self.width or max(1, self.capacity // (work.most_variants * max(item.cost for item in batch)))
-        groups = self.engine.evaluate_groups(
+        evaluate, forward = self.engine.evaluate_groups, self.forward
+        if writes:
+            assert self.writer is not None
+            forward = self.writer.forward
+            evaluate = functools.partial(evaluate_decoding, self.engine, self.writer.way)
+        groups = evaluate(
             [variants[v] for v in work.variants],
             work.micro_batches,
-            self.objective,
+            forward,
             most=work.most_micro_batches,
             filler=batch[0],
             width=width,
@@ -190,12 +263,20 @@ class Evaluator:
             yield micro_batch, list(zip(work.variants, scores, strict=True))
 
 
+def _size(batch: Sequence[MicroBatch]) -> tuple[int, int]:
+    """Samples of a batch, and columns of its payload."""
+    return sum(len(item.slots) for item in batch), max(item.columns for item in batch)
+
+
+def _bits(payload: Tensor) -> Tensor:
+    """fp32 numbers as int64 ones, of which at most one rank's are not zero, so that sums keep every bit."""
+    return payload.float().cpu().contiguous().view(torch.int32).long()
+
+
+def _from_bits(words: Tensor) -> Tensor:
+    return words.to(torch.int32).view(torch.float32)
+
+
 def _describe(request: Evaluation) -> object:
     variants = [[v.base, v.shift.to_json(), [shift.to_json() for shift in v.per_sample]] for v in request.variants]
     return [variants, request.batch, request.each_sample]
-
-
-def _labels(batch: Sequence[MicroBatch]) -> torch.Tensor:
-    """int64 [n]: of the samples of a batch, by their places in it."""
-    labels = torch.cat([micro_batch.labels for micro_batch in batch])
-    return labels[torch.tensor([slot for micro_batch in batch for slot in micro_batch.slots]).argsort()]

@@ -114,7 +114,7 @@ def _write(
     part.mkdir(parents=True)
     try:
         if calibration is not None:
-            bias = None if calibration.tokens else _head_bias(engine.model, len(calibration.words))
+            bias = _head_bias(engine.model, len(calibration.words)) if calibration.is_head else None
             (part / CALIBRATION_FILE).write_text(calibration.to_json(bias), encoding="utf-8")
             weights = _with_added(weights, bias, calibration.offsets)
         if adapters.is_adapted(engine.model):

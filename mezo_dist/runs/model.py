@@ -100,7 +100,8 @@ def reload_base(loaded: LoadedModel) -> None:
 
 
 def _load(config: RunConfig, *, whole: bool) -> Pretrained:
-    return load_model(config.located().model, num_labels=len(config.task.labels), seed=config.seed, whole=whole)
+    model, outputs = config.located().model, config.task.num_outputs
+    return load_model(model, num_labels=outputs, seed=config.seed, whole=whole)
 
 
 def check_agreement(loaded: LoadedModel, comm: Communicator, **more: str) -> None:

@@ -7,6 +7,7 @@ import math
 import shlex
 from pathlib import Path
 
+from mezo_dist.config.schema import RunConfig
 from mezo_dist.json_types import JsonObject
 from mezo_dist.runs.build import Run
 from mezo_dist.storage import trajectory
@@ -20,17 +21,20 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
     algorithm = ", ".join(f"{k} {v}" for k, v in vars(config.algorithm).items() if v and isinstance(v, (int, float)))
     return [
         ("model", f"{config.model.name} ({trainable / 1e6:.1f}M trainable weights, {config.model.weights})"),
-        ("task", f"{config.task.name}: {sizes} samples"),
+        ("task", f"{config.task.name} ({config.task.kind}): {sizes} samples"),
         ("algorithm", f"{config.algorithm.name}: {algorithm}"),
         ("directions", f"{config.law}, run seed {config.seed}"),
-        ("losses", _LOSSES[config.train.calibrate]),
+        ("losses", _losses(config)),
         ("layout", f"{config.layout.name}, {run.comm.world_size} process(es)"),
         ("steps", f"{config.train.steps} of {config.train.batch_size} samples"),
         ("run folder", str(folder)),
     ]
 
 
-_LOSSES = {False: "plain", True: "calibrated (biased low: not to be compared with validation losses)"}
+def _losses(config: RunConfig) -> str:
+    if config.train.objective == "metric":
+        return f"minus {config.task.metric} of each batch"
+    return "calibrated (biased low: not to be compared with validation losses)" if config.train.calibrate else "plain"
 
 
 def summary(run: Run, folder: Path, results: JsonObject) -> list[str]:

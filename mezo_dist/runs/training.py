@@ -25,6 +25,7 @@ from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.console import Monitor
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
+from mezo_dist.objectives.rewards.judge import judging
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.export import export_model
 from mezo_dist.runs.recorder import RunRecorder
@@ -52,10 +53,10 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
         OutOfStepError: ranks disagree.
         Stopped: SIGTERM came; the run can go on later.
     """
-    with claim_folder(config, comm) as claim, _stop_on_sigterm(comm):
+    with claim_folder(config, comm) as claim, _stop_on_sigterm(comm), judging(config, comm) as judge:
         if claim.log is not None:
             check_config(config, claim.log.header)
-        run = build_run(config, comm, claim.log.header if claim.log is not None else None)
+        run = build_run(config, comm, claim.log.header if claim.log is not None else None, judge)
         progress = Progress(run.algorithm.init()) if claim.log is None else _resume(run, claim, claim.log)
         is_main = comm.rank == 0
         with (
@@ -181,7 +182,10 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
             monitor.say(f"step {progress.step}/{config.steps}: {text}")
         metrics = result.update.metrics if result.update else {}
         loss_tag = train_loss_tag(calibrated=config.calibrate)
-        scalars = {loss_tag if name == "loss" else name: value for name, value in metrics.items()}
+        tags = {"loss": loss_tag, "zero_differences": "objective/zero_differences"}
+        scalars = {tags.get(name, name): value for name, value in metrics.items()}
+        if run.evaluator.joint is None or not run.evaluator.joint.is_discrete:
+            scalars.pop("objective/zero_differences", None)  # what changes smoothly has none
         scalars |= {
             "time/evaluate_s": evaluated - began,
             "time/update_s": time.perf_counter() - evaluated,
@@ -283,10 +287,9 @@ def score(
         step: steps that the weights have seen.
         calibration: offsets that predictions take, if losses are calibrated.
     """
-    samples, task = run.splits[split], run.config.task
-    offsets = calibration.offsets if calibration else None
-    with monitor.evaluation(split, len(samples)) as advance:
-        result = run.evaluator.score(run.split(split), task.metric, len(task.labels), advance, offsets)
+    adjust = calibration.adjusted if calibration else None
+    with monitor.evaluation(split, len(run.splits[split])) as advance:
+        result = run.evaluator.score(run.split(split), run.kind.summarise, advance, adjust)
     monitor.result(split, step, result)
     return result
 

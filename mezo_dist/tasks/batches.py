@@ -7,34 +7,59 @@ alone. Only then does a sample's loss have the same bits on any number of ranks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.prompts import Sample
+
+
+class Sample(Protocol):
+    """An encoded sample of any kind of task: a frozen dataclass of plain values, which a digest of the data is of."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of its longest sequence."""
+
+
+SampleT = TypeVar("SampleT", bound=Sample)
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Samples that go through the model in one forward pass, padded on the right to the longest of them."""
+    """Samples that go through the model in one forward pass."""
 
     slots: tuple[int, ...]
     """Places of the samples in their batch."""
     inputs: dict[str, Tensor]
-    """``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids``: int64 [n, length]."""
-    positions: Tensor
-    """int64 [n]: where the answer is read."""
-    labels: Tensor
-    """int64 [n]: class indices."""
+    """What the model is called with: ``input_ids``, ``attention_mask`` and, where it has them, ``token_type_ids``;
+    int64 [rows, length], padded on the right to the longest row. A sample may have several rows."""
+    targets: dict[str, Tensor]
+    """What the kind of task needs beside them: labels, positions, masks."""
+    columns: int = 1
+    """Columns of the payload of its scores."""
+    rows_per_sample: tuple[int, ...] = ()
+    """Rows of each sample, one after another in ``inputs``; empty: one row each."""
+    facts: tuple[Any, ...] = ()
+    """What figures need to know of each sample and tensors do not hold, if anything (right texts, its row)."""
+    seed: int = 0
+    """Of what is drawn for its samples, with their slots: a function of the run's seed and the step."""
 
     @property
     def cost(self) -> int:
         """Tokens, padding included."""
         return self.inputs["input_ids"].numel()
+
+    @property
+    def row_slots(self) -> tuple[int, ...]:
+        """Slot of the sample that each row of ``inputs`` is of."""
+        if not self.rows_per_sample:
+            return self.slots
+        return tuple(s for s, rows in zip(self.slots, self.rows_per_sample, strict=True) for _ in range(rows))
 
 
 @dataclass(frozen=True)
@@ -70,17 +95,26 @@ def _epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
     return sorted(range(num_samples), key=lambda i: derive_seed(seed, "order", epoch, i))
 
 
-def cut(samples: Sequence[Sample], micro_batch: int, pad_id: int) -> list[MicroBatch]:
+def cut(
+    samples: Sequence[SampleT],
+    micro_batch: int,
+    pad_id: int,
+    collate: Callable[[Sequence[SampleT], tuple[int, ...], int], MicroBatch],
+    seed: int = 0,
+) -> list[MicroBatch]:
     """Cut a batch into micro-batches of samples of similar length (less padding), shortest first.
 
     Args:
         samples: the batch, in order; a sample's place in it becomes its slot.
         micro_batch: samples per micro-batch; the last one may have fewer.
         pad_id: token id that sequences are filled up with, on the right.
+        collate: makes a micro-batch of samples, their slots and ``pad_id``; see `mezo_dist.tasks.kind.TaskKind`.
+        seed: see `MicroBatch`.
     """
-    by_length = sorted(range(len(samples)), key=lambda slot: (len(samples[slot].ids), slot))
+    by_length = sorted(range(len(samples)), key=lambda slot: (samples[slot].num_tokens, slot))
     groups = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
-    return [_collate([samples[slot] for slot in group], tuple(group), pad_id) for group in groups]
+    micro_batches = (collate([samples[slot] for slot in group], tuple(group), pad_id) for group in groups)
+    return [replace(item, seed=seed) for item in micro_batches]
 
 
 def deal(micro_batches: Sequence[MicroBatch], world_size: int) -> list[list[MicroBatch]]:
@@ -94,28 +128,25 @@ def deal(micro_batches: Sequence[MicroBatch], world_size: int) -> list[list[Micr
     return dealt
 
 
-def _collate(samples: Sequence[Sample], slots: tuple[int, ...], pad_id: int) -> MicroBatch:
-    """A micro-batch, padded to its longest sample.
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """int64 [rows, length]: sequences as one tensor, filled up with ``value`` on the right."""
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+def model_inputs(ids: Sequence[Sequence[int]], pad_id: int, types: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
+    """The inputs of a model for sequences of tokens.
 
     Args:
-        samples: of the micro-batch.
-        slots: their places in the batch.
-        pad_id: token id that sequences are filled up with.
+        ids: token ids of each row.
+        pad_id: what they are filled up with; the attention mask is 0 there.
+        types: token type ids of each row; empty where the model has none.
     """
-    length = max(len(sample.ids) for sample in samples)
+    inputs = {"input_ids": padded(ids, pad_id), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
+    return inputs | {"token_type_ids": padded(types, 0)} if types else inputs
 
-    def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
 
-    inputs = {
-        "input_ids": padded([sample.ids for sample in samples], pad_id),
-        "attention_mask": padded([[1] * len(sample.ids) for sample in samples], 0),
-    }
-    if samples[0].types:
-        inputs["token_type_ids"] = padded([sample.types for sample in samples], 0)
-    return MicroBatch(
-        slots,
-        inputs,
-        torch.tensor([sample.position for sample in samples]),
-        torch.tensor([sample.label for sample in samples]),
-    )
+def by_slot(batch: Sequence[MicroBatch], target: str) -> Tensor:
+    """[n, ...]: a target that has one entry per sample, for all samples of a batch by their places in it."""
+    values = torch.cat([micro_batch.targets[target] for micro_batch in batch])
+    return values[torch.tensor([slot for micro_batch in batch for slot in micro_batch.slots]).argsort()]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mezo_dist.config.kinds.classification import ClassificationTask
 from mezo_dist.config.schema import ModelKind
-from mezo_dist.config.task import ANSWER, Task
+from mezo_dist.config.task import ANSWER
 from mezo_dist.config.values import ClassIndex, names_of
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.fields import Row, lookup, shown
@@ -30,6 +31,11 @@ class Sample:
     types: tuple[int, ...] = ()
     """Token type ids, where the model has them."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Length of `ids`."""
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class _Prompt:
@@ -49,7 +55,7 @@ class _Prompt:
 class Encoder:
     """Turns rows into samples, for one task, tokenizer and kind of model."""
 
-    task: Task
+    task: ClassificationTask
     tokenizer: PreTrainedTokenizerBase
     kind: ModelKind
     max_tokens: int
@@ -71,7 +77,7 @@ class Encoder:
         (first,) = encode_rows(rows[:1], split, lambda row: self._fit(row, words).answers)
 
         def sample(row: Row) -> Sample:
-            label, prompt = self._label(row), self._fit(row, words)
+            label, prompt = self.label(row), self._fit(row, words)
             if prompt.answers != first:
                 tokens, before = (self.tokenizer.convert_ids_to_tokens(list(ids)) for ids in (prompt.answers, first))
                 raise UserError(
@@ -112,7 +118,8 @@ class Encoder:
                 f"{split} split; leave these rows out with task.where: {{drop: {{{self.task.label}: [null]}}}}"
             )
 
-    def _label(self, row: Row) -> int:
+    def label(self, row: Row) -> int:
+        """The class of a row. Raises UserError if the task does not know its label."""
         value = lookup(row, self.task.label, "task.label")
         known = [names_of(label.value) for label in self.task.labels]
         for name in names_of(value):
@@ -128,13 +135,9 @@ class Encoder:
     # Prompts
 
     def _plain_sample(self, row: Row) -> Sample:
-        texts, label = self._texts, self._label(row)
-        _, row = texts.fit(row, lambda _: ())  # nothing is shortened, but the fields in task.truncate are checked
-        parts = [texts.limit(render_row(template, row)) for template in self.task.plain]
-        encoded = texts.truncated(*parts)
-        if not encoded["input_ids"]:
-            raise UserError("task.plain: the text is empty; leave the row out (task.where)")
-        return Sample(tuple(encoded["input_ids"]), label, -1, tuple(encoded.get("token_type_ids", ())))
+        label = self.label(row)
+        ids, types = self._texts.plain(self.task.plain, row)
+        return Sample(ids, label, -1, types)
 
     def _parts(self, row: Row) -> tuple[str, str]:
         """The prompt before and after the answer."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo_dist.assets.registry import is_demo, resolve_data
-from mezo_dist.config.task import Split, Task
+from mezo_dist.config.task import Split, TaskSettings
 from mezo_dist.config.values import Where, names_of
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
@@ -32,7 +32,7 @@ class Rows:
     test: list[Row]
 
 
-def load_rows(task: Task) -> Rows:
+def load_rows(task: TaskSettings) -> Rows:
     """Load the task's data and cut its splits.
 
     Splits of the same source are consecutive pieces of one permutation of the rows in it that ``task.where`` leaves, a
@@ -70,7 +70,7 @@ def load_rows(task: Task) -> Rows:
     return Rows(**rows)
 
 
-def uses_cache(task: Task) -> bool:
+def uses_cache(task: TaskSettings) -> bool:
     """The data are kept in the cache of ``datasets``, which ranks may share."""
     path = Path(task.data).expanduser()
     if is_demo(task.data) or not path.exists():
@@ -93,7 +93,7 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).exists() for name in SAVED)
 
 
-def _load(task: Task) -> Mapping[str, Table]:
+def _load(task: TaskSettings) -> Mapping[str, Table]:
     if is_demo(task.data):
         return {split: read_file(path) for split, path in resolve_data(task.data).items()}
     path = Path(task.data).expanduser()
@@ -108,7 +108,7 @@ def _load(task: Task) -> Mapping[str, Table]:
 # Which rows count
 
 
-def _kept(task: Task, source: str, table: Table) -> Sequence[int]:
+def _kept(task: TaskSettings, source: str, table: Table) -> Sequence[int]:
     """Indices of the rows that ``task.where`` leaves; the log says how many those are, and what the others had.
 
     Args:

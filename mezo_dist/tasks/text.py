@@ -138,6 +138,18 @@ class TextEncoder:
             texts[name] = self.shorten(texts[name], excess)
             row = replaced(row, name, texts[name])
 
+    def plain(self, templates: Sequence[str], row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids and token type ids (empty where there are none) of a text or a pair without prompt.
+
+        Raises:
+            UserError: the text is empty.
+        """
+        self.fit(row, lambda _: ())  # nothing is shortened, but the fields in task.truncate are checked
+        encoded = self.truncated(*(self.limit(render_row(template, row)) for template in templates))
+        if not encoded["input_ids"]:
+            raise UserError("task.plain: the text is empty; leave the row out (task.where)")
+        return tuple(encoded["input_ids"]), tuple(encoded.get("token_type_ids", ()))
+
     def truncated(self, *texts: str) -> Any:
         """The tokenizer's encoding of one text or a pair, cut by the tokenizer (of a pair, the longer one first)."""
         usual, self.tokenizer.truncation_side = self.tokenizer.truncation_side, self.side

@@ -16,19 +16,20 @@ import pytest
 from mezo_dist import cli
 from mezo_dist.algorithms import ALGORITHMS
 from mezo_dist.config.help import help_text
+from mezo_dist.config.kinds import KINDS
+from mezo_dist.config.kinds.classification import Label
 from mezo_dist.config.schema import RunConfig
-from mezo_dist.config.task import Label
 from tests.config.configs import Write
 
 # Help
 
 
-def settings(section: Any, algorithm: str, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def settings(section: Any, algorithm: str, task: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Every setting that is not a section: its dotted name, its class and its field name."""
     for name, kind in typing.get_type_hints(section).items():
-        kind = ALGORITHMS[algorithm][0] if f"{prefix}{name}" == "algorithm" else kind
+        kind = {"algorithm": ALGORITHMS[algorithm][0], "task": task}.get(f"{prefix}{name}", kind)
         if dataclasses.is_dataclass(kind):
-            yield from settings(kind, algorithm, f"{prefix}{name}.")
+            yield from settings(kind, algorithm, task, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", section, name
 
@@ -38,8 +39,10 @@ def test_help_explains_every_setting(algorithm: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "1000")  # one line per setting
     text = help_text(algorithm)
     explained = dict(re.findall(r"^  --([\w.]+).*?(?:\n {20,}| {2,})(\S.*)$", text, re.MULTILINE))
-    names = [name for name, _, _ in settings(RunConfig, algorithm)]
+    names = [name for task in KINDS.values() for name, _, _ in settings(RunConfig, algorithm, task)]
     assert set(explained) == {*names, "task"}
+    for kind in KINDS:
+        assert f"task, kind: {kind}:" in text
     for name in names:
         words = explained[name].rpartition(" (")[0]
         assert len(words.split()) >= 2, f"--{name} is not explained: {explained[name]!r}"

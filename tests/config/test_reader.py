@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from mezo_dist.algorithms import ALGORITHMS
 from mezo_dist.algorithms.svrg import MeZOSVRG
+from mezo_dist.config.kinds.classification import ClassificationTask, Label
 from mezo_dist.config.reader import from_dict, load
-from mezo_dist.config.task import Label, Split
+from mezo_dist.config.task import Split
 from mezo_dist.errors import UserError
 from tests.config.configs import CONFIG, TASK, Write, fault
 
@@ -23,6 +24,7 @@ from tests.config.configs import CONFIG, TASK, Write, fault
 def test_a_good_config_with_a_task_file_relative_to_it(write_config: Write) -> None:
     config = load(write_config())
     assert (config.model.name, config.task.name, config.train.steps) == ("some/model", "reviews", 20)
+    assert isinstance(config.task, ClassificationTask)
     assert config.task.labels == (Label(0, "bad"), Label(1, "good"))
     assert config.train.micro_batch == 8  # not given: the default
 
@@ -47,7 +49,9 @@ def test_numbers_in_scientific_notation(write_config: Write, number: str) -> Non
 def test_text_that_looks_like_something_else_stays_text(write_config: Write) -> None:
     assert load(write_config(), ["--model.revision=12"]).model.revision == "12"
     assert load(write_config(CONFIG.replace("some/model", '"007"'))).model.name == "007"
-    assert load(write_config(task=TASK.replace("0, word: bad", '"00", word: "no"'))).task.labels[0] == Label("00", "no")
+    task = load(write_config(task=TASK.replace("0, word: bad", '"00", word: "no"'))).task
+    assert isinstance(task, ClassificationTask)
+    assert task.labels[0] == Label("00", "no")
     assert load(write_config(), ["--model.revision=null"]).model.revision is None
     assert load(write_config(), ["--model.name=null"]).model.name == "null"
 
@@ -87,6 +91,7 @@ def test_an_override_may_name_another_task_file_relative_to_the_current_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     path = write_config(task=TASK + "subset: only-in-the-first\n")
     config = load(path, ["task=other.yaml", "task.label=stars"])
+    assert isinstance(config.task, ClassificationTask)
     assert (config.task.name, config.task.subset, config.task.label) == ("other", None, "stars")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mezo_dist.config.kinds.classification import ClassificationTask
 from mezo_dist.config.reader import from_dict, load
 from mezo_dist.config.values import ClassIndex, Where, names_of
 from tests.config.configs import CONFIG, TASK, Write, fault
@@ -67,7 +68,9 @@ def test_labels_that_are_the_same(write_config: Write, first: str, second: str) 
 
 def test_a_boolean_label(write_config: Write) -> None:
     task = TASK.replace("value: 0", "value: false").replace("value: 1", "value: true")
-    assert [label.value for label in load(write_config(task)).task.labels] == [False, True]
+    settings = load(write_config(task)).task
+    assert isinstance(settings, ClassificationTask)
+    assert [label.value for label in settings.labels] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ import yaml
 
 from mezo_dist import cli
 from mezo_dist.algorithms.operations import Add
+from mezo_dist.config.kinds.classification import ClassificationTask
 from mezo_dist.config.reader import load
 from mezo_dist.config.schema import RunConfig
-from mezo_dist.config.task import ANSWER, Task
+from mezo_dist.config.task import ANSWER
 from mezo_dist.directions.combination import ZERO
 from mezo_dist.storage import trajectory
 from mezo_dist.tasks.text import ROW
@@ -59,7 +60,7 @@ def header(path: Path) -> str:
     return re.sub(r"^# ?", "", lines[0], flags=re.MULTILINE) if lines else ""
 
 
-def fields(task: Task) -> list[str]:
+def fields(task: ClassificationTask) -> list[str]:
     """The fields of a row that the task's templates use."""
     environment = jinja2.Environment()
     environment.filters |= dict.fromkeys(("upper_first", "lower_first", "drop_last", "strip_end"), str)
@@ -68,7 +69,7 @@ def fields(task: Task) -> list[str]:
     return sorted(used | {node.attr for tree in trees for node in tree.find_all(jinja2.nodes.Getattr)})  # row.answer
 
 
-def write_data(task: Task, folder: Path) -> Path:
+def write_data(task: ClassificationTask, folder: Path) -> Path:
     """A folder with a file of made-up rows for every split that the task draws from."""
     draw = random.Random(0)
     folder.mkdir()
@@ -115,6 +116,7 @@ def test_the_header_of_a_task_says_what_it_is(path: Path) -> None:
 def test_it_trains(path: Path, task: Path | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [f"--task={task}"] if task else []
     config = load(path, given)
+    assert isinstance(config.task, ClassificationTask)
     small = {
         "model.name": write_model(config, tmp_path / "model"),
         "model.trainable": '["*"]',  # patterns name weights of the config's own model

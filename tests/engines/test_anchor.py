@@ -14,9 +14,9 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
-from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.runs import training
 from mezo_dist.storage import trajectory
+from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.testing import tiny_model, write_tiny_config
 from tests.engines.models import AROUND, Broken, assert_same, assert_untouched, attributes, explode, make, state
 from tests.engines.test_persample import PER_SAMPLE, losses, micro_batches

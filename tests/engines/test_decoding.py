@@ -92,6 +92,26 @@ def test_the_way_is_chosen_by_law_and_memory(monkeypatch: pytest.MonkeyPatch, ca
     assert "they are made for each token" in caplog.records[-1].message
 
 
+class Reads(nn.Module):
+    """Uses a matrix without calling the module that owns it."""
+
+    def __init__(self, *, directly: bool) -> None:
+        super().__init__()
+        self.linear, self.directly = nn.Linear(4, 4), directly
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.linear.weight.T if self.directly else self.linear(x)
+
+
+@pytest.mark.parametrize("directly", [False, True])
+def test_a_matrix_that_is_read_without_its_module_is_noticed(directly: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    engine = Engine(Reads(directly=directly), Law("lowrank"))
+    way = choose_way(engine, 1, torch.ones(2, 4), lambda model, x: model(x))
+    assert way == ("copies" if directly else "activations")
+    assert ("shifts in activation space are wrong for this model" in caplog.text) is directly
+
+
 def test_the_anchor_writes_too() -> None:
     engine = Engine(tiny_model("llama-tied"), Law("gaussian"))
     engine.copy_anchor()

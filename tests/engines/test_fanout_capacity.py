@@ -14,9 +14,10 @@ from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines import capacity
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.units import find_units
-from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.tasks.batches import cut
+from mezo_dist.tasks.classification.kind import collate
+from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model
 
@@ -35,13 +36,13 @@ def test_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("width", "tokens", "groups"), [(2, 1, [2, 2, 1]), (None, 1, [1] * 5), (None, 80, [3, 2])])
 def test_groups_do_not_change_losses(width: int | None, tokens: int, groups: list[int]) -> None:
     """Ten samples of 6 tokens in micro-batches of two: with both signs 24 tokens each."""
-    batch = cut([Sample((5, 6, 7, 8, 9, 4 + i), i % 2, 5) for i in range(10)], 2, pad_id=0)
+    batch = cut([Sample((5, 6, 7, 8, 9, 4 + i), i % 2, 5) for i in range(10)], 2, 0, collate)
     model = tiny_model("llama")
     engine = Engine(model, Law("gaussian"))
     evaluator = Evaluator(engine, LabelWords(model, [40, 7], batch[0]), Communicator(), width, tokens)
     z = Combination.single(3, 1e-2)
     request = Evaluation((Variant(z), Variant(-z)))
-    wanted = Evaluator(engine, evaluator.objective, Communicator()).losses(request, batch, ("step",))
+    wanted = Evaluator(engine, evaluator.forward, Communicator()).losses(request, batch, ("step",))
     run, sizes = engine._fanout.run, []
 
     def counted(passes: Any) -> Any:

@@ -14,8 +14,9 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.lockstep.head_slice import HeadSlice
-from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.tasks.batches import MicroBatch, cut
+from mezo_dist.tasks.classification.kind import collate
+from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model
 
@@ -29,18 +30,18 @@ every_head = pytest.mark.parametrize("kind", ["llama", "llama-tied", "opt", "gpt
 
 
 def micro_batches() -> list[MicroBatch]:
-    return cut(SAMPLES, 2, pad_id=0)
+    return cut(SAMPLES, 2, 0, collate)
 
 
 def gathered(model: nn.Module, batch: MicroBatch) -> Tensor:
     """[n, labels] from the logits of all positions and words."""
     with torch.no_grad():
         logits = model(**batch.inputs).logits
-    return logits[torch.arange(len(batch.slots)), batch.positions][:, LABELS]
+    return logits[torch.arange(len(batch.slots)), batch.targets["position"]][:, LABELS]
 
 
 def cross_entropy(model: nn.Module, batch: MicroBatch) -> Tensor:
-    return nn.functional.cross_entropy(gathered(model, batch), batch.labels, reduction="none")
+    return nn.functional.cross_entropy(gathered(model, batch), batch.targets["label"], reduction="none")
 
 
 def close(actual: Tensor, wanted: Tensor) -> None:
@@ -55,7 +56,7 @@ def test_only_wanted_rows_and_positions_are_computed(kind: str) -> None:
     head_slice = HeadSlice(model.get_output_embeddings(), torch.tensor(LABELS))
     with torch.no_grad():
         everywhere = model(**batch.inputs).logits
-        token = HeadSlice.at(batch.positions)
+        token = HeadSlice.at(batch.targets["position"])
         here = model(**batch.inputs).logits
         HeadSlice.reset(token)
         again = model(**batch.inputs).logits
@@ -63,7 +64,7 @@ def test_only_wanted_rows_and_positions_are_computed(kind: str) -> None:
     assert here.shape == (2, 1, len(LABELS))
     assert everywhere.shape == again.shape == (2, batch.inputs["input_ids"].shape[1], len(LABELS))
     close(here[:, 0], wanted)
-    close(everywhere[torch.arange(2), batch.positions], wanted)
+    close(everywhere[torch.arange(2), batch.targets["position"]], wanted)
     assert torch.equal(everywhere, again)
 
 
@@ -84,7 +85,7 @@ def test_losses_in_a_fan_out_are_those_of_whole_logits(kind: str, caplog: pytest
         close(row[0].loss, loss)
         assert row[0].loss.dtype == torch.float32
         assert torch.equal(row[1].loss, after.loss)
-        assert torch.equal(row[1].prediction, after.prediction)
+        assert torch.equal(row[1].payload, after.payload)
 
 
 @every_head

@@ -17,8 +17,10 @@ from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.probe import check_model
 from mezo_dist.errors import UserError
-from mezo_dist.objectives.classification import LabelWords, Objective, classifier
 from mezo_dist.tasks.batches import MicroBatch, cut
+from mezo_dist.tasks.classification.kind import collate
+from mezo_dist.tasks.classification.label_words import LabelWords, classifier
+from mezo_dist.tasks.kind import Forward
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model, write_tiny_config
 from tests.engines.models import sequence_classifier
@@ -33,10 +35,10 @@ KINDS = ("llama", "llama-tied", "opt", "gpt2", "bert", "roberta", "distilbert", 
 
 
 def micro_batches() -> list[MicroBatch]:
-    return cut(SAMPLES, 2, pad_id=0)
+    return cut(SAMPLES, 2, 0, collate)
 
 
-def losses(model: nn.Module, law: Law, variants: list[Variant], objective: Objective) -> Tensor:
+def losses(model: nn.Module, law: Law, variants: list[Variant], objective: Forward) -> Tensor:
     """[variants, samples]"""
     batch = micro_batches()
     table = torch.empty(len(variants), len(SAMPLES))
@@ -50,7 +52,7 @@ def losses(model: nn.Module, law: Law, variants: list[Variant], objective: Objec
 def test_each_sample_sees_weights_of_its_own(kind: str, rank: int) -> None:
     model = sequence_classifier() if kind == "classifier" else tiny_model(kind)
     law = Law("lowrank", rank)
-    objective: Objective = classifier if kind == "classifier" else LabelWords(model, [40, 7, 22], micro_batches()[0])
+    objective: Forward = classifier if kind == "classifier" else LabelWords(model, [40, 7, 22], micro_batches()[0])
     before = {name: p.clone() for name, p in model.named_parameters()}
     minus = tuple(-shift for shift in PER_SAMPLE)
     variants = [Variant(BASE, PER_SAMPLE), Variant(Combination(), minus), Variant(BASE)]

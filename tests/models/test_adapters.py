@@ -22,9 +22,9 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.probe import check_model
 from mezo_dist.errors import UserError
 from mezo_dist.models import adapters, load
-from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.runs import training
 from mezo_dist.runs.model import load_base
+from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.testing import spawn, tiny_model, write_tiny_config
 from tests.engines import zoo
 from tests.engines.test_persample import PER_SAMPLE, losses, micro_batches
@@ -75,7 +75,7 @@ def test_only_what_was_added_is_trained_and_a_run_can_be_made_again(root: Path, 
     }
     added = {weight for weight in changed if any(p in weight for p in ("lora_", "prompt_encoder", "modules_to_save"))}
     assert {weight for weight, is_changed in changed.items() if is_changed} == added != set()
-    run.engine.evaluate([Variant()], run.split("test")[:1], run.evaluator.objective)
+    run.engine.evaluate([Variant()], run.split("test")[:1], run.evaluator.forward)
     assert not run.engine.never_used()
 
 
@@ -93,7 +93,7 @@ def test_peft_loads_what_is_exported(root: Path, name: str) -> None:
     dtype = next(run.pretrained.model.parameters()).dtype
     loaded = loader.from_pretrained(folder, dtype=dtype, **options).eval()
     if run.pretrained.kind != "classifier":
-        run.evaluator.objective._head_slice.detach()  # type: ignore[attr-defined]
+        run.evaluator.forward._head_slice.detach()  # type: ignore[attr-defined]
     with torch.no_grad():
         logits, wanted = (m(**batch.inputs).logits for m in (loaded, run.pretrained.model))
     if dtype == torch.float32:

@@ -17,8 +17,9 @@ from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.units import find_blocks
 from mezo_dist.models.frozen_cache import FrozenCache, attach_frozen_cache, run_whole
-from mezo_dist.objectives.classification import LabelWords
 from mezo_dist.tasks.batches import MicroBatch, cut
+from mezo_dist.tasks.classification.kind import collate
+from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model
 from tests.engines import zoo
@@ -29,7 +30,7 @@ GIB = 2**30
 
 
 def batches(size: int = 2) -> list[MicroBatch]:
-    return cut(SAMPLES, size, pad_id=0)
+    return cut(SAMPLES, size, 0, collate)
 
 
 def with_frozen_blocks(kind: str, trainable: int = 1) -> Any:
@@ -41,7 +42,7 @@ def with_frozen_blocks(kind: str, trainable: int = 1) -> Any:
 
 
 def attached(model: nn.Module, limit: int = GIB) -> Any:
-    return attach_frozen_cache(model, [(batch.inputs, batch.positions) for batch in batches()], limit)
+    return attach_frozen_cache(model, [(batch.inputs, batch.targets["position"]) for batch in batches()], limit)
 
 
 def losses(model: nn.Module, run: Any, groups: list[MicroBatch], before: Sequence[MicroBatch] = ()) -> torch.Tensor:
@@ -100,7 +101,7 @@ def test_what_is_left_to_do_on_one_token_is_done_on_one_token(
 
 def test_bits_do_not_depend_on_who_came_before_or_on_the_memory() -> None:
     """Micro-batches of another composition find, and leave, the same hidden states; so does a memory that forgets."""
-    mixed = cut([SAMPLES[i] for i in (5, 1, 3, 0, 2, 4)], 3, pad_id=0)
+    mixed = cut([SAMPLES[i] for i in (5, 1, 3, 0, 2, 4)], 3, 0, collate)
     results = []
     for limit in (GIB, 3000, 1):
         for before in ([], mixed):
@@ -124,7 +125,7 @@ def test_memory_is_limited() -> None:
     run = attached(model, 3000)
     with torch.no_grad():
         for batch in batches():
-            run(model, batch.inputs, batch.positions)
+            run(model, batch.inputs, batch.targets["position"])
     assert 0 < run._used <= 3000
 
 

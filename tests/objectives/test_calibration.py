@@ -71,7 +71,7 @@ def test_a_bias_towards_a_class_hardly_changes_the_loss() -> None:
 
 
 def test_what_is_written_for_users_of_the_model() -> None:
-    calibration = Calibration(["bad", "good"], [17, 4], torch.tensor([0.25, -0.25]))
+    calibration = Calibration(["bad", "good"], [17, 4], torch.tensor([0.25, -0.25]), is_head=False)
     said = json.loads(calibration.to_json(None))
     assert said["offsets"] == {"bad": 0.25, "good": -0.25}
     assert said["tokens"] == {"bad": 17, "good": 4}

@@ -72,7 +72,7 @@ def test_it_makes_the_steps_of_a_run(tmp_path: Path) -> None:
     config = reader.load(path, [*options, "algorithm.schedule.kind=linear"])
     folder = training.train(config, Communicator(), quiet=True)
     run = build_run(config, Communicator())
-    objective = run.evaluator.objective
+    objective = run.evaluator.forward
     opt: Optimizer[Any] = Optimizer(
         run.pretrained.model, config.algorithm, num_steps=5, trajectory=tmp_path / "own.jsonl"
     )

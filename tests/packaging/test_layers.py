@@ -25,9 +25,9 @@ LAYERS = {
     "assets": "errors json_types",
     # beside one another
     "storage": "errors json_types directions algorithms config distributed engines",
-    "tasks": "errors directions config assets engines",
     "models": "errors json_types directions config distributed engines assets storage",
-    "objectives": "errors config engines tasks models",
+    "tasks": "errors directions config engines assets models",
+    "objectives": "errors config distributed tasks",
     "monitoring": "errors json_types storage",
     "testing": "errors distributed",
     # what brings them together

@@ -61,9 +61,10 @@ def logits_of(model: Any, run: build.Run, split: str, tokens: dict[str, int] | N
         with torch.no_grad():
             batch_logits = model(**item.inputs).logits
         if tokens is not None:
-            batch_logits = batch_logits[torch.arange(len(batch_logits)), item.positions][:, list(tokens.values())]
+            at = item.targets["position"]
+            batch_logits = batch_logits[torch.arange(len(batch_logits)), at][:, list(tokens.values())]
         logits.append(batch_logits.float())
-        labels.append(item.labels)
+        labels.append(item.targets["label"])
     return torch.cat(logits), torch.cat(labels)
 
 

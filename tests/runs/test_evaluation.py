@@ -15,10 +15,14 @@ from torch import Tensor
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
 from mezo_dist.directions.combination import Combination
 from mezo_dist.distributed.communicator import Communicator
-from mezo_dist.objectives.classification import Scores
+from mezo_dist.objectives.joint import Joint, calibrated
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.tasks.batches import MicroBatch, cut
+from mezo_dist.tasks.classification.kind import collate
+from mezo_dist.tasks.kind import Scores
 from mezo_dist.tasks.prompts import Sample
+
+CALIBRATED = Joint(calibrated, each_sample=False, is_discrete=False)
 
 
 @dataclass
@@ -36,7 +40,7 @@ class FakeEngine:
     def _scores(self, item: MicroBatch) -> Scores:
         ones = torch.ones(len(item.slots), dtype=torch.int64)
         losses = torch.tensor([self.losses[slot] for slot in item.slots])
-        return Scores(losses, ones, ones, losses.unsqueeze(1))
+        return Scores(losses, ones, losses.unsqueeze(1))
 
 
 def evaluate(
@@ -45,13 +49,13 @@ def evaluate(
     num_variants: int = 4,
     *,
     each_sample: bool = False,
-    calibrated_classes: int = 0,
+    joint: Joint | None = None,
 ) -> Losses | None:
-    batch = cut([Sample((1, 2, 3), 0, 2)] * len(losses), 2, 0)
+    batch = cut([Sample((1, 2, 3), 0, 2)] * len(losses), 2, 0, collate)
     variants = tuple(Variant(Combination.single(v, 1.0)) for v in range(num_variants))
     engine: Any = FakeEngine(losses)
     objective: Any = None
-    evaluator = Evaluator(engine, objective, comm, calibrated_classes=calibrated_classes)
+    evaluator = Evaluator(engine, objective, comm, joint=joint)
     return evaluator.losses(Evaluation(variants, each_sample=each_sample), batch, ("step", 0))
 
 
@@ -73,8 +77,8 @@ def test_one_bad_loss_anywhere_spoils_the_round(bad: float, each_sample: bool) -
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**31])
 def test_one_bad_logit_spoils_a_calibrated_round(bad: float) -> None:
-    assert evaluate([0.5, 0.25, 1.0], Communicator(), calibrated_classes=1) is not None
-    assert evaluate([0.5, bad, 1.0], Communicator(), calibrated_classes=1) is None
+    assert evaluate([0.5, 0.25, 1.0], Communicator(), joint=CALIBRATED) is not None
+    assert evaluate([0.5, bad, 1.0], Communicator(), joint=CALIBRATED) is None
 
 
 def test_a_calibrated_loss_is_the_one_that_rank_0_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,10 +90,10 @@ def test_a_calibrated_loss_is_the_one_that_rank_0_computed(monkeypatch: pytest.M
         rounds.append(words.clone())
         words[0] *= 2
         if len(rounds) == 2:
-            words[2:6] += 7 << 32
+            words[3:7] += 7 << 32
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    assert evaluate([0.5] * 4, Communicator(rank=1, world_size=2), calibrated_classes=1) == Losses((7.0,) * 4)
+    assert evaluate([0.5] * 4, Communicator(rank=1, world_size=2), joint=CALIBRATED) == Losses((7.0,) * 4)
     logits, nothing = (words[2:] for words in rounds)
     assert logits.any()
     assert not nothing.any()

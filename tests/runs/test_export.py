@@ -189,7 +189,7 @@ def test_adapters_of_a_model_with_added_tokens_and_tied_embeddings_merge(tmp_pat
     training.train(reader.load(config, options), Communicator())
     ids = tokenizer("a dull slow film . It was new1", return_tensors="pt")["input_ids"]
     run = loaded_run(tmp_path / "run")
-    run.evaluator.objective._head_slice.detach()  # type: ignore[attr-defined]
+    run.evaluator.forward._head_slice.detach()  # type: ignore[attr-defined]
     with torch.no_grad():
         live = run.pretrained.model(input_ids=ids).logits
         adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

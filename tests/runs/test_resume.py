@@ -190,7 +190,7 @@ def test_an_exported_folder_loads_with_equal_logits(root: Path, tmp_path: Path, 
     export_model(run.engine, run.pretrained.tokenizer, tmp_path / "model", Communicator())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     text = tokenizer("a dull slow film . It was", return_tensors="pt")
-    run.evaluator.objective._head_slice.detach()  # type: ignore[attr-defined]
+    run.evaluator.forward._head_slice.detach()  # type: ignore[attr-defined]
     with torch.no_grad():
         live = run.pretrained.model(input_ids=text["input_ids"]).logits
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")

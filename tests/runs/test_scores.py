@@ -12,9 +12,9 @@ import torch
 
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
-from mezo_dist.objectives.classification import Objective, Scores
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.tasks.kind import Forward, Scores
 
 SIZE = 1000
 
@@ -25,7 +25,7 @@ def score(losses: torch.Tensor) -> float:
     for number, part in enumerate(losses.split(SIZE)):
         zeros = torch.zeros(len(part), dtype=torch.int64)
         slots = tuple(range(SIZE * number, SIZE * number + len(part)))
-        batch.append(MicroBatch(slots, {"input_ids": zeros[:, None]}, zeros, zeros))
+        batch.append(MicroBatch(slots, {"input_ids": zeros[:, None]}, {}, columns=2))
 
     def evaluate_groups(
         variants: Sequence[Any], items: Sequence[MicroBatch], *_: Any, **__: Any
@@ -33,11 +33,11 @@ def score(losses: torch.Tensor) -> float:
         for item in items:
             loss = losses[list(item.slots)]
             ones = torch.ones(len(loss), dtype=torch.int64)
-            yield [[Scores(loss, ones, ones - 1, torch.zeros(len(loss), 2))]]
+            yield [[Scores(loss, ones, torch.zeros(len(loss), 2))]]
 
     engine = cast(Engine, SimpleNamespace(evaluate_groups=evaluate_groups))
-    evaluator = Evaluator(engine, cast(Objective, None), Communicator())
-    return evaluator.score(batch, "accuracy", 2, lambda _: None)["loss"]
+    evaluator = Evaluator(engine, cast(Forward, None), Communicator())
+    return evaluator.score(batch, lambda *_: {}, lambda _: None)["loss"]
 
 
 def test_sums_of_large_losses_do_not_wrap() -> None:

@@ -17,10 +17,8 @@ from mezo_dist.tasks.batches import MicroBatch
 
 def batch(*costs: int) -> list[MicroBatch]:
     """Micro-batches of so many tokens."""
-    none = torch.zeros(1, dtype=torch.int64)
     return [
-        MicroBatch((slot,), {"input_ids": torch.zeros(1, c, dtype=torch.int64)}, none, none)
-        for slot, c in enumerate(costs)
+        MicroBatch((slot,), {"input_ids": torch.zeros(1, c, dtype=torch.int64)}, {}) for slot, c in enumerate(costs)
     ]
 
 

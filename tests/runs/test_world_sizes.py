@@ -29,12 +29,13 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.combination import Combination
 from mezo_dist.distributed.communicator import Communicator, OutOfStepError
 from mezo_dist.errors import UserError
-from mezo_dist.objectives.classification import Scores
 from mezo_dist.runs import build, training
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.replay import replay_updates
 from mezo_dist.storage.trajectory import Step
 from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.tasks.classification.kind import Classification
+from mezo_dist.tasks.kind import Bench, Scores
 from mezo_dist.testing import spawn, write_tiny_config, write_tiny_data, write_tiny_model
 from tests.cases import CASES, WORLD_SIZES
 from tests.parts import Parts, run_parts
@@ -79,10 +80,16 @@ def train(comm: Communicator, root: Path, name: str) -> str:
 @contextlib.contextmanager
 def one_bad_sample() -> Iterator[None]:
     """The loss of one training sample is not a number, so that of a step is so on one rank alone."""
-    make = build._objective
+    encode, forward = Classification.encode, Classification.forward
+    bad: list[int] = []
 
-    def poisoned(*made_of: Any) -> Callable[[nn.Module, MicroBatch], Scores]:
-        objective, bad = make(*made_of), list(made_of[-1]["train"][BAD_SAMPLE].ids)
+    def watched(kind: Classification, rows: Any, split: str) -> Any:
+        samples = encode(kind, rows, split)
+        bad[:] = samples[BAD_SAMPLE].ids if split == "train" else bad
+        return samples
+
+    def poisoned(kind: Classification, bench: Bench) -> Callable[[nn.Module, MicroBatch], Scores]:
+        objective = forward(kind, bench)
 
         def evaluate(model: nn.Module, batch: MicroBatch) -> Scores:
             scores = objective(model, batch)
@@ -92,7 +99,10 @@ def one_bad_sample() -> Iterator[None]:
 
         return evaluate
 
-    with mock.patch.object(build, "_objective", poisoned):
+    with (
+        mock.patch.object(Classification, "encode", watched),
+        mock.patch.object(Classification, "forward", poisoned),
+    ):
         yield
 
 
@@ -260,7 +270,7 @@ def test_losses_of_samples_come_in_batch_order_on_any_rank(worlds: dict[int, lis
     run = build.build_run(load(Communicator(), root, "mezo"), Communicator())
     alone = []
     for sample in [run.splits["train"][i] for i in run.full_order.batch(0)]:
-        scores = run.engine.evaluate([Variant()], run._cut([sample]), run.evaluator.objective)
+        scores = run.engine.evaluate([Variant()], run._cut([sample]), run.evaluator.forward)
         alone.append(float(scores[0][0].loss))
     assert len(alone) == 30
     assert len(set(alone)) > 20

@@ -10,8 +10,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mezo_dist.config.kinds.classification import ClassificationTask, Label
 from mezo_dist.config.schema import ModelKind
-from mezo_dist.config.task import Label, Split, Splits, Task
+from mezo_dist.config.task import Split, Splits
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.prompts import Encoder, Sample
 from mezo_dist.testing import tiny_tokenizer
@@ -19,9 +20,11 @@ from mezo_dist.testing import tiny_tokenizer
 LABELS = (Label(0, "terrible"), Label(1, "great"))
 
 
-def task(**changes: Any) -> Task:
+def task(**changes: Any) -> ClassificationTask:
     splits = Splits(Split("train", 5), Split("train", 3), Split("train", 4))
-    base = Task("reviews", "nowhere", "{{ text }} It was {{ answer }}", LABELS, splits=splits)
+    base = ClassificationTask(
+        name="reviews", data="nowhere", prompt="{{ text }} It was {{ answer }}", labels=LABELS, splits=splits
+    )
     return dataclasses.replace(base, **changes)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch, cut, deal
+from mezo_dist.tasks.classification.kind import collate
 from mezo_dist.tasks.prompts import Sample
 
 PAD = 99
@@ -80,7 +81,7 @@ def test_a_batch_larger_than_the_data() -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 10))
 def test_a_cut_is_a_partition_of_samples_of_similar_length(lengths: list[int], size: int) -> None:
     batch = samples(lengths)
-    micro_batches = cut(batch, size, PAD)
+    micro_batches = cut(batch, size, PAD, collate)
     slots = [slot for micro_batch in micro_batches for slot in micro_batch.slots]
     assert sorted(slots) == list(range(len(batch)))
     assert [lengths[slot] for slot in slots] == sorted(lengths)
@@ -92,7 +93,7 @@ def test_a_cut_is_a_partition_of_samples_of_similar_length(lengths: list[int], s
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 10))
 def test_every_sample_keeps_its_tokens_label_and_position(lengths: list[int], size: int) -> None:
     batch = samples(lengths, types=True)
-    for micro_batch in cut(batch, size, PAD):
+    for micro_batch in cut(batch, size, PAD, collate):
         longest = max(lengths[slot] for slot in micro_batch.slots)
         for name in ("input_ids", "attention_mask", "token_type_ids"):
             assert micro_batch.inputs[name].shape == (len(micro_batch.slots), longest)
@@ -103,22 +104,22 @@ def test_every_sample_keeps_its_tokens_label_and_position(lengths: list[int], si
             assert micro_batch.inputs["input_ids"][row].tolist() == [*sample.ids, *[PAD] * padding]
             assert micro_batch.inputs["attention_mask"][row].tolist() == [1] * length + [0] * padding
             assert micro_batch.inputs["token_type_ids"][row].tolist() == [*sample.types, *[0] * padding]
-            assert micro_batch.positions[row] == sample.position
-            assert micro_batch.labels[row] == sample.label
+            assert micro_batch.targets["position"][row] == sample.position
+            assert micro_batch.targets["label"][row] == sample.label
 
 
 def test_models_without_token_types_get_none() -> None:
-    (micro_batch,) = cut(samples([2, 3]), 4, PAD)
+    (micro_batch,) = cut(samples([2, 3]), 4, PAD, collate)
     assert sorted(micro_batch.inputs) == ["attention_mask", "input_ids"]
 
 
 def test_a_cut_is_the_same_every_time_and_ties_go_by_slot() -> None:
-    micro_batches = cut(samples([3, 1, 3, 1, 2]), 2, PAD)
+    micro_batches = cut(samples([3, 1, 3, 1, 2]), 2, PAD, collate)
     assert [micro_batch.slots for micro_batch in micro_batches] == [(1, 3), (4, 0), (2,)]
 
 
 def test_an_empty_batch_has_no_micro_batches() -> None:
-    assert cut([], 4, PAD) == []
+    assert cut([], 4, PAD, collate) == []
 
 
 # Deal
@@ -127,13 +128,13 @@ def test_an_empty_batch_has_no_micro_batches() -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 9))
 def test_every_micro_batch_goes_to_exactly_one_rank(lengths: list[int], size: int, world_size: int) -> None:
-    micro_batches = cut(samples(lengths), size, PAD)
+    micro_batches = cut(samples(lengths), size, PAD, collate)
     dealt = [micro_batch for mine in deal(micro_batches, world_size) for micro_batch in mine]
     assert sorted(m.slots for m in dealt) == sorted(m.slots for m in micro_batches)
 
 
 def test_ranks_agree_whatever_order_they_see() -> None:
-    micro_batches = cut(samples([5, 9, 2, 7, 7, 3, 1, 8]), 1, PAD)
+    micro_batches = cut(samples([5, 9, 2, 7, 7, 3, 1, 8]), 1, PAD, collate)
     shuffled = list(micro_batches)
     random.Random(0).shuffle(shuffled)
     for rank in range(3):
@@ -147,21 +148,21 @@ def loads(micro_batches: Sequence[MicroBatch], world_size: int) -> list[int]:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 6))
 def test_loads_differ_by_one_micro_batch_at_most(lengths: list[int], world_size: int) -> None:
-    micro_batches = cut(samples(lengths), 2, PAD)
+    micro_batches = cut(samples(lengths), 2, PAD, collate)
     dealt_loads = loads(micro_batches, world_size)
     assert max(dealt_loads) - min(dealt_loads) <= max(m.cost for m in micro_batches)
 
 
 def test_equal_micro_batches_are_shared_out_equally() -> None:
-    assert loads(cut(samples([4] * 12), 2, PAD), 3) == [16, 16, 16]
+    assert loads(cut(samples([4] * 12), 2, PAD, collate), 3) == [16, 16, 16]
 
 
 def test_one_rank_gets_all_and_more_ranks_than_work_get_none() -> None:
-    micro_batches = cut(samples([4, 4]), 1, PAD)
+    micro_batches = cut(samples([4, 4]), 1, PAD, collate)
     assert len(deal(micro_batches, 1)[0]) == 2
     assert [len(mine) for mine in deal(micro_batches, 4)] == [1, 1, 0, 0]
 
 
 def test_cost_counts_padding() -> None:
-    (micro_batch,) = cut(samples([2, 5, 3]), 4, PAD)
+    (micro_batch,) = cut(samples([2, 5, 3]), 4, PAD, collate)
     assert micro_batch.cost == 15

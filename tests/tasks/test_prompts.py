@@ -10,8 +10,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mezo_dist.config.kinds.classification import Label
 from mezo_dist.config.schema import ModelKind
-from mezo_dist.config.task import Label
 from mezo_dist.config.values import ClassIndex
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.prompts import Encoder, Sample

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mezo_dist.config.kinds.classification import ClassificationTask
 from mezo_dist.config.reader import load
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.values import ClassIndex
@@ -140,6 +141,7 @@ def tokenizer_for(*texts: str) -> Any:
 def encoder(name: str, kind: ModelKind) -> Encoder:
     example = EXAMPLES[name]
     task = load(ROOT / "configs" / "quickstart.yaml", [f"--task={ROOT / 'configs' / 'tasks' / name}.yaml"]).task
+    assert isinstance(task, ClassificationTask)
     texts = [example.prompt, *example.plain, *example.words]
     return Encoder(task, tokenizer_for(*texts), kind, 128)
 

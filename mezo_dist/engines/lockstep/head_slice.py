@@ -1,8 +1,8 @@
-"""The output head, evaluated only where a task looks: at one position per sample and at the label words.
+"""The output head, evaluated only where a task looks: at some positions of each sample, and at the label words.
 
 A language model's head is a large share of a small model's work (SmolLM2-135M: a fifth). Where a task needs the logits
 of a few words at one position, hidden states of other positions and rows of other words are left out. The rest of
-the model's code runs unmodified and sees logits of shape [n, 1, num_rows].
+the model's code runs unmodified and sees logits of shape [n, number of positions, number of rows].
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from torch.nn import functional as F
 
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, layer_of, remove_layer
 
-_positions: ContextVar[Tensor | None] = ContextVar("head_slice_positions", default=None)
+
+@dataclass(eq=False)
+class _Places:
+    """Where a forward pass looks."""
+
+    positions: Tensor | None
+    """int64 [n], or [n, m]."""
+    taken: bool = False
+    """A head gave these positions alone."""
+
+
+_places: ContextVar[_Places | None] = ContextVar("head_slice_places", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,28 +46,36 @@ class _SlicedHead:
 class HeadSlice:
     """Attaches to a model's output head until `detach`.
 
-    While attached, the head computes the rows ``rows`` only, at the positions set by `at` in the current context
-    (each forward pass of a fan-out runs in a context of its own), or at all positions if none are set.
+    While attached, the head computes the rows ``rows`` only (all, if None), at the positions set by `at` in the current
+    context (each forward pass of a fan-out runs in a context of its own), or at all positions if none are set.
     """
 
-    def __init__(self, head: nn.Linear, rows: Tensor) -> None:
-        self.head = head
-        add_layer(head, Layer.HEAD_ROWS, _SlicedHead(rows))
+    def __init__(self, head: nn.Linear, rows: Tensor | None) -> None:
+        self.head, self._has_rows = head, rows is not None
+        if rows is not None:
+            add_layer(head, Layer.HEAD_ROWS, _SlicedHead(rows))
         add_layer(head, Layer.HEAD_POSITIONS, _at_positions)
 
     @staticmethod
-    def at(positions: Tensor | None) -> Token[Tensor | None]:
-        """From now on read sample i at ``positions[i]`` (int64 [n]); for forward passes of the current context."""
-        return _positions.set(positions)
+    def at(positions: Tensor | None) -> Token[_Places | None]:
+        """From now on read sample i at ``positions[i]`` (int64 [n] or [n, m]); for passes of the current context."""
+        return _places.set(_Places(positions))
 
     @staticmethod
-    def reset(token: Token[Tensor | None]) -> None:
+    def was_used() -> bool:
+        """A head has computed the positions of the last `at` alone."""
+        places = _places.get()
+        return places is not None and places.taken
+
+    @staticmethod
+    def reset(token: Token[_Places | None]) -> None:
         """Undo `at`."""
-        _positions.reset(token)
+        _places.reset(token)
 
     def detach(self) -> None:
         """Give the head its own forward back."""
-        remove_layer(self.head, Layer.HEAD_ROWS)
+        if self._has_rows:
+            remove_layer(self.head, Layer.HEAD_ROWS)
         remove_layer(self.head, Layer.HEAD_POSITIONS)
 
 
@@ -74,7 +93,13 @@ def _at_positions(head: nn.Module, inner: Forward, hidden: Tensor, *args: object
         inner: the forward inside of this layer.
         hidden: [n, length, features].
     """
-    positions = _positions.get()
-    if positions is not None:
-        hidden = hidden[torch.arange(len(positions), device=hidden.device), positions].unsqueeze(1)
+    places = _places.get()
+    if places is not None and places.positions is not None:
+        hidden, places.taken = hidden_at(hidden, places.positions), True
     return inner(hidden, *args, **kwargs)
+
+
+def hidden_at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """[n, m, features]: of [n, length, features] sample i's at ``positions[i]``, int64 [n, m], or [n] for m = 1."""
+    columns = positions.unsqueeze(1) if positions.dim() == 1 else positions
+    return hidden[torch.arange(len(positions), device=hidden.device).unsqueeze(1), columns]

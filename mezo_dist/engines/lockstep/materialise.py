@@ -17,6 +17,7 @@ from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.lockstep.fanout import Served, on_tensors
 from mezo_dist.engines.lockstep.forwards import Forward
 from mezo_dist.engines.lockstep.head_slice import head_rows
+from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift, with_unmoved
 from mezo_dist.engines.lockstep.passes import Call, Read
 from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
 from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
@@ -45,7 +46,8 @@ class Materialiser:
 
     Attributes:
         shifts: what each variant of the current passes adds to the weights; set it before they run.
-        factors: what directions per sample are made of.
+        factors: what directions per sample, and shifts in activation space, are made of.
+        in_activations: shifts of matrices are added to what their layers give, where law and layer allow it.
         only: names of the weights that shifts, and directions per sample, move; all trainable ones if None.
     """
 
@@ -53,6 +55,7 @@ class Materialiser:
         self.shifts: list[Combination] = []
         self.only: frozenset[str] | None = None
         self.factors = Factors(law)
+        self.in_activations = False
         self._law = law
         self._compute_dtype = compute_dtype
         self._layout = layout
@@ -73,6 +76,27 @@ class Materialiser:
         self._need(hooked, keep_current=False)
         if self.only is not None:
             hooked = _restricted(hooked, self.only)
+        if self.in_activations and (matrix := shifts_in_activations(hooked)):
+            return self._serve_in_activations(hooked, matrix, calls, real)
+        return self._serve_weights(hooked, calls, real)
+
+    def _serve_in_activations(
+        self, hooked: HookedModule, matrix: Weight, calls: Sequence[Call], real: Forward
+    ) -> Served:
+        """The matrix as it is, and what its shifts change in the output.
+
+        Args:
+            hooked: the module.
+            matrix: its weight.
+            calls: those that wait.
+            real: its forward.
+        """
+        served = self._serve_weights(with_unmoved(hooked, matrix), calls, real)
+        unmoved = served.forward or functools.partial(on_tensors, hooked, real)
+        forward = with_shift(self.factors, hooked, matrix, self.shifts, unmoved, head_rows(hooked.module))
+        return Served(served.tensors, forward)
+
+    def _serve_weights(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
         rows = plan_sparse_rows(hooked, calls, real)
         variants = sorted({call.caller.variant for call in calls})
         sources = [_source(weight.tensor.detach(), rows) for weight in hooked.weights]

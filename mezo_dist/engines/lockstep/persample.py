@@ -35,7 +35,7 @@ class Factors:
 
     def __init__(self, law: Law) -> None:
         self.law = law
-        self._kept: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ...]] | None = None
+        self._kept: dict[tuple[object, ...], tuple[Tensor, ...]] | None = None
 
     def start_keeping(self) -> None:
         """From now on remember what was made: a forward calls the model many times with the same directions."""
@@ -47,24 +47,32 @@ class Factors:
 
     def matrix(self, weight: Weight, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """U and V, see `Law.factors`."""
-        u, v = self._get(weight, seeds, lambda: self.law.factors(seeds, weight.param_id, weight.shape))
+        key = (weight.param_id, tuple(seeds))
+        u, v = self._get(key, lambda: self.law.factors(seeds, weight.param_id, weight.shape))
         return u, v
 
     def vector(self, weight: Weight, seeds: Sequence[int]) -> Tensor:
         """See `Law.vector`."""
-        return self._get(weight, seeds, lambda: (self.law.vector(seeds, weight.param_id, weight.shape.numel()),))[0]
+        key = (weight.param_id, tuple(seeds))
+        return self._get(key, lambda: (self.law.vector(seeds, weight.param_id, weight.shape.numel()),))[0]
 
-    def _get(self, weight: Weight, seeds: Sequence[int], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What ``make`` gives, or what it gave before for the same weight and seeds, if that is remembered.
+    def of_shift(self, weight: Weight, shift: Combination, like: Tensor) -> tuple[Tensor, Tensor]:
+        """U and V whose product U V^T is a shift of a matrix: the directions' factors side by side, V with their
+        coefficients. In ``like``'s dtype and device: [rows, terms * rank], [columns, terms * rank]."""
 
-        Args:
-            weight: the weight.
-            seeds: the directions'.
-            make: generates their values.
-        """
+        def make() -> tuple[Tensor, ...]:
+            u, v = self.law.factors([seed for seed, _ in shift.terms], weight.param_id, weight.shape)
+            coefficients = torch.tensor([c for _, c in shift.terms]).view(-1, 1, 1)
+            pair = (factor.transpose(0, 1).flatten(1) for factor in (u, v * coefficients))
+            return tuple(factor.to(like.device, like.dtype).contiguous() for factor in pair)
+
+        u, v = self._get((weight.param_id, shift, like.dtype, like.device), make)
+        return u, v
+
+    def _get(self, key: tuple[object, ...], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What ``make`` gives, or what it gave before for the same key, if that is remembered."""
         if self._kept is None:
             return make()
-        key = weight.param_id, tuple(seeds)
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]

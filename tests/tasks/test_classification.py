@@ -11,21 +11,23 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mezo_dist.config.kinds.classification import ClassificationTask, Label
 from mezo_dist.config.schema import ModelKind
-from mezo_dist.config.task import Label, Task
-from mezo_dist.objectives.classification import LabelWords, Objective, Scores, classifier
 from mezo_dist.tasks.batches import MicroBatch, cut
+from mezo_dist.tasks.classification.kind import collate
+from mezo_dist.tasks.classification.label_words import LabelWords, classifier
+from mezo_dist.tasks.kind import Forward, Scores
 from mezo_dist.tasks.prompts import Encoder, Sample
 from mezo_dist.testing import tiny_model, tiny_tokenizer
 
 CAUSAL = ["llama", "llama-tied", "opt", "gpt2", "mixtral"]
 MASKED = ["bert", "roberta", "distilbert"]
 PAD = 0
-TASK = Task(
-    "tiny",
-    "nowhere",
-    "{{ text }} . It was {{ answer }}",
-    (Label(0, "terrible"), Label(1, "great"), Label(2, "boring")),
+TASK = ClassificationTask(
+    name="tiny",
+    data="nowhere",
+    prompt="{{ text }} . It was {{ answer }}",
+    labels=(Label(0, "terrible"), Label(1, "great"), Label(2, "boring")),
     plain=("{{ text }}",),
 )
 TEXTS = [
@@ -46,7 +48,7 @@ def encoded(kind: ModelKind) -> list[Sample]:
 
 
 def label_words(model: nn.Module, kind: ModelKind) -> LabelWords:
-    return LabelWords(model, encoder(kind).label_ids(ROWS[0]), cut(encoded(kind)[:2], 2, PAD)[0])
+    return LabelWords(model, encoder(kind).label_ids(ROWS[0]), cut(encoded(kind)[:2], 2, PAD, collate)[0])
 
 
 def by_hand(logits: list[float], label: int) -> tuple[float, int]:
@@ -60,7 +62,7 @@ def check(scores: Scores, batch: MicroBatch, expected: list[tuple[float, int]]) 
     assert scores.loss.dtype == torch.float32
     assert scores.weight.tolist() == [1] * len(batch.slots)
     assert scores.loss.tolist() == pytest.approx([expected[slot][0] for slot in batch.slots], rel=1e-4, abs=1e-5)
-    assert scores.prediction.tolist() == [expected[slot][1] for slot in batch.slots]
+    assert scores.payload.argmax(dim=-1).tolist() == [expected[slot][1] for slot in batch.slots]
 
 
 # Prompted models
@@ -90,7 +92,7 @@ def test_label_words_are_the_cross_entropy_over_their_logits(name: str, kind: Mo
     objective = label_words(model, kind)
     assert len({prediction for _, prediction in expected}) > 1
     for size in (4, 2, 1):
-        for batch in cut(encoded(kind), size, PAD):
+        for batch in cut(encoded(kind), size, PAD, collate):
             check(objective(model, batch), batch, expected)
 
 
@@ -109,7 +111,7 @@ class Scaled(nn.Module):
 def test_a_head_of_another_type_is_read_whole() -> None:
     model = tiny_model("llama")
     model.lm_head = Scaled(model.lm_head)
-    batch = cut(encoded("causal"), 4, PAD)[0]
+    batch = cut(encoded("causal"), 4, PAD, collate)[0]
     check(label_words(model, "causal")(model, batch), batch, prompted(model, "causal"))
 
 
@@ -124,7 +126,7 @@ def test_a_model_that_compares_logits_with_each_other_is_read_whole() -> None:
 
     for each in (model, plain):
         each.register_forward_hook(normalised)
-    batch = cut(encoded("causal"), 4, PAD)[0]
+    batch = cut(encoded("causal"), 4, PAD, collate)[0]
     check(label_words(model, "causal")(model, batch), batch, prompted(plain, "causal"))
 
 
@@ -134,7 +136,7 @@ def test_losses_are_fp32_whatever_the_model_computes_in() -> None:
     logits = model(input_ids=torch.tensor([encoded("causal")[0].ids])).logits[0, -1].float()
     objective = label_words(model, "causal")
     words = [float(logits[i]) for i in encoder("causal").label_ids(ROWS[0])]
-    scores = objective(model, cut(encoded("causal")[:1], 1, PAD)[0])
+    scores = objective(model, cut(encoded("causal")[:1], 1, PAD, collate)[0])
     assert scores.loss.dtype == torch.float32
     assert float(scores.loss[0]) == pytest.approx(by_hand(words, 0)[0], rel=1e-4)
 
@@ -179,17 +181,17 @@ def test_classifier_is_the_cross_entropy_of_the_head(name: str) -> None:
         expected.append(by_hand(logits.tolist(), row["label"]))
     assert len({prediction for _, prediction in expected}) > 1
     for size in (4, 2, 1):
-        for batch in cut(encoded("classifier"), size, PAD):
+        for batch in cut(encoded("classifier"), size, PAD, collate):
             check(classifier(model, batch), batch, expected)
 
 
 # Padding
 
 
-def losses_alone_and_with_company(objective: Objective, model: nn.Module, kind: ModelKind) -> tuple[float, float]:
+def losses_alone_and_with_company(objective: Forward, model: nn.Module, kind: ModelKind) -> tuple[float, float]:
     """The loss of the first, short sample: alone, and padded to the length of longer ones."""
-    alone = cut(encoded(kind)[:1], 1, PAD)[0]
-    company = cut(encoded(kind), 4, PAD)[0]
+    alone = cut(encoded(kind)[:1], 1, PAD, collate)[0]
+    company = cut(encoded(kind), 4, PAD, collate)[0]
     assert company.cost > 4 * alone.cost
     return float(objective(model, alone).loss[0]), float(objective(model, company).loss[company.slots.index(0)])
 
@@ -215,6 +217,6 @@ def test_padding_does_not_change_the_answer_of_a_classifier(name: str) -> None:
 def test_the_padding_token_does_not_matter_to_a_prompt(name: str, kind: ModelKind) -> None:
     model = tiny_model(name)
     objective = label_words(model, kind)
-    losses = [objective(model, cut(encoded(kind), 4, pad)[0]).loss for pad in (PAD, 3, 17)]
+    losses = [objective(model, cut(encoded(kind), 4, pad, collate)[0]).loss for pad in (PAD, 3, 17)]
     assert torch.equal(losses[0], losses[1])
     assert torch.equal(losses[0], losses[2])

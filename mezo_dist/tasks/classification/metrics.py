@@ -11,7 +11,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from mezo_dist.config.task import Metric
+from mezo_dist.config.kinds.classification import Metric
 
 
 def measure(metric: Metric, prediction: Tensor, label: Tensor, num_classes: int) -> float:

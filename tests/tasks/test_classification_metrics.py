@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from mezo_dist.config.task import Metric
-from mezo_dist.tasks.metrics import measure
+from mezo_dist.config.kinds.classification import Metric
+from mezo_dist.tasks.classification.metrics import measure
 
 # Labels, then predictions
 TRUTH = [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]

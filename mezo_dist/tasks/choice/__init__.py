@@ -1,0 +1,1 @@
+"""Choice: one of several texts that could continue a prompt."""

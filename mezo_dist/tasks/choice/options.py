@@ -1,0 +1,108 @@
+"""The options of a row, and which of them is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mezo_dist.config.kinds.choice import ChoiceTask
+from mezo_dist.config.values import names_of
+from mezo_dist.errors import UserError
+from mezo_dist.tasks.continuation import before_answer, continued
+from mezo_dist.tasks.fields import Row, lookup, shown
+from mezo_dist.tasks.text import TextEncoder, render_row
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded sample."""
+
+    options: tuple[tuple[int, ...], ...]
+    """Token ids of the prompt with each option."""
+    starts: tuple[int, ...]
+    """Index of the first token of each option."""
+    sizes: tuple[int, ...]
+    """Bytes of each option's text."""
+    label: int
+    """Which option is right."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the longest sequence."""
+        return max(map(len, self.options))
+
+
+@dataclass(frozen=True)
+class EncodedOptions:
+    """A prompt with each of several options."""
+
+    options: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return max(map(len, self.options))
+
+
+def options_of(task: ChoiceTask, row: Row) -> list[str]:
+    """The options of a row, as texts.
+
+    Raises:
+        UserError: the field that should hold them is not a list of at least two texts.
+    """
+    if task.options_field is None:
+        return [render_row(option, row) for option in task.options]
+    return [str(option) for option in _list_in(row, task.options_field, "task.options_field")]
+
+
+def label_of(task: ChoiceTask, row: Row, options: Sequence[str]) -> int:
+    """Which option is right: the row's label is its number, its text, or the value that stands for it.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    value = lookup(row, task.label, "task.label")
+    if task.labels_field is not None:
+        known = [names_of(name) for name in _list_in(row, task.labels_field, "task.labels_field")]
+    elif task.labels:
+        known = [names_of(name) for name in task.labels]
+    else:
+        known = [(str(number), text) for number, text in enumerate(options)]
+    chosen = {place for name in names_of(value) for place, names in enumerate(known[: len(options)]) if name in names}
+    if len(chosen) != 1:
+        reason = "stands for several of them" if chosen else "names none of them"
+        raise UserError(
+            f"task.label: the label is {shown([value])[1:-1]}, which {reason}: {[names[0] for names in known]} "
+            f"(options {list(options)}); set task.labels, or leave such rows out with task.where"
+        )
+    return chosen.pop()
+
+
+def encode_options(texts: TextEncoder, prompt: str, options: Sequence[str], row: Row) -> EncodedOptions:
+    """The tokens of a prompt with each option. An option's tokens are those after what it shares with the prompt.
+
+    Args:
+        texts: the tokenizer.
+        prompt: template.
+        options: texts.
+        row: by field.
+
+    Raises:
+        UserError: an option has no tokens, or nothing stands before it.
+    """
+    before = before_answer(prompt, row)
+    encoded = [continued(texts, before, option) for option in options]
+    for option, sequence in zip(options, encoded, strict=True):
+        if not sequence.start:
+            raise UserError("task.prompt: no token stands before {{ answer }}, so that nothing predicts the options")
+        if sequence.start == len(sequence):
+            raise UserError(f"task.options: the option {option!r} has no tokens after this prompt")
+    sizes = tuple(len(option.encode()) for option in options)
+    return EncodedOptions(tuple(e.ids for e in encoded), tuple(e.start for e in encoded), sizes)
+
+
+def _list_in(row: Row, name: str, setting: str) -> list[object]:
+    values = lookup(row, name, setting)
+    if not isinstance(values, list) or len(values) < 2 or any(isinstance(v, dict | list) or v is None for v in values):
+        raise UserError(f"{setting}: the field {name!r} must be a list of at least two texts, not {values!r:.100}")
+    return values

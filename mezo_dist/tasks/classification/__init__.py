@@ -1,0 +1,1 @@
+"""Classification: one of a few classes, by label words or a fresh head."""

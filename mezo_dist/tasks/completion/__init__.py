@@ -1,0 +1,1 @@
+"""Completion: the model learns to write a text (instruction tuning, language modelling)."""

@@ -1,0 +1,219 @@
+"""`Generation`: a `mezo_dist.tasks.kind.TaskKind`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.config.kinds.generation import GenerationTask
+from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.errors import UserError
+from mezo_dist.tasks.batches import MicroBatch, model_inputs
+from mezo_dist.tasks.continuation import SLOT, check_causal, continued
+from mezo_dist.tasks.fields import Row, lookup
+from mezo_dist.tasks.generation.decode import Decoding, decode
+from mezo_dist.tasks.generation.figures import MEANS, bleu, of_text
+from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.scoring import TokenScores, device_of, token_targets
+from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded sample."""
+
+    prompt: tuple[int, ...]
+    """Token ids of what the model is given."""
+    ids: tuple[int, ...]
+    """Token ids of prompt and completion; of the prompt, where there is no completion."""
+    start: int
+    """Index in `ids` of the first token that the loss looks at."""
+    room: int
+    """Tokens that prompt and written text take, at most."""
+    references: tuple[str, ...]
+    """The right texts."""
+    row: str
+    """The row, as JSON, for rewards."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of `ids`."""
+        return len(self.ids)
+
+    def __len__(self) -> int:
+        return max(len(self.ids), self.room)
+
+
+@final
+@dataclass(frozen=True)
+class Generation:
+    """A text that the model writes. Payload: its tokens, each + 1, filled up with zeros."""
+
+    task: GenerationTask
+    model: TextModel
+    encoder: TextEncoder
+    payload_is_smooth: ClassVar[bool] = False
+
+    @staticmethod
+    def of(task: GenerationTask, model: TextModel, _: Row) -> Generation:
+        """See `mezo_dist.tasks.kinds`.
+
+        Raises:
+            UserError: the model is not a causal one, or its tokenizer lacks a chat template that the task needs.
+        """
+        check_causal(model, task.kind)
+        if task.chat and not getattr(model.tokenizer, "chat_template", None):
+            raise UserError("task.chat: the tokenizer has no chat template; leave it out, or use an instruction model")
+        return Generation(task, model, text_encoder(task, model))
+
+    def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
+        """See `TaskKind`."""
+        return encode_rows(rows, split, lambda row: self.encoder.fit(row, lambda some: self._sample(some, row))[0])
+
+    def collate(self, samples: Sequence[Sample], slots: tuple[int, ...], pad_id: int) -> MicroBatch:
+        """See `TaskKind`. ``prompt`` and ``prompt_mask`` are int64 [n, length], padded on the left."""
+        rows = [sample.ids for sample in samples]
+        longest = max(len(sample.prompt) for sample in samples)
+        gaps = [longest - len(sample.prompt) for sample in samples]
+        targets = token_targets(rows, [list(range(sample.start, len(sample.ids))) for sample in samples])
+        prompts = [[*[pad_id] * gap, *sample.prompt] for gap, sample in zip(gaps, samples, strict=True)]
+        targets["prompt"] = torch.tensor(prompts)
+        targets["prompt_mask"] = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps])
+        facts = tuple((sample.references, sample.row) for sample in samples)
+        return MicroBatch(slots, model_inputs(rows, pad_id), targets, self.task.max_new_tokens, facts=facts)
+
+    def forward(self, bench: Bench) -> Forward:
+        """See `TaskKind`: the loss of the completions; of the prompts, where there are none."""
+        token_scores = TokenScores(bench)
+
+        def score(model: nn.Module, batch: MicroBatch) -> Scores:
+            chosen, _ = token_scores(model, batch)
+            return Scores(-chosen.sum(dim=1), batch.targets["is_target"].sum(dim=1), torch.zeros(len(chosen), 1))
+
+        return score
+
+    def writer(self, bench: Bench) -> Forward:
+        """See `TaskKind`."""
+        tokenizer, task = self.model.tokenizer, self.task
+        ends = {tokenizer.eos_token_id, *_generation_ends(bench.model)} - {None}
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        decoding = Decoding(task.max_new_tokens, tuple(sorted(ends)), pad_id, task.temperature, task.top_k)
+
+        def write(model: nn.Module, batch: MicroBatch) -> Scores:
+            device = device_of(model)
+            inputs = {"input_ids": batch.targets["prompt"], "attention_mask": batch.targets["prompt_mask"]}
+            seeds = [derive_seed(batch.seed, "text", slot) for slot in batch.slots]
+            tokens = decode(
+                model, {k: v.to(device) for k, v in inputs.items()}, decoding, seeds=seeds, ended=self._is_stopped
+            )
+            payload = torch.zeros(len(tokens), task.max_new_tokens)
+            for row, some in zip(payload, tokens, strict=True):
+                row[: len(some)] = torch.tensor(some) + 1
+            nothing = torch.zeros(len(tokens))
+            return Scores(nothing, nothing.long(), payload)
+
+        return write
+
+    def texts(self, payload: Tensor) -> list[str]:
+        """What was written.
+
+        Args:
+            payload: fp32 [n, columns].
+        """
+        return [self._text([int(token) - 1 for token in row if token > 0]) for row in payload]
+
+    def class_tokens(self, row: Row) -> list[int]:
+        """See `TaskKind`."""
+        return []
+
+    def summarise(self, loss: float, payload: Tensor, batch: Sequence[MicroBatch]) -> Mapping[str, float]:
+        """See `TaskKind`."""
+        references = [facts[0] for facts in facts_by_slot(batch)]
+        if not all(references):
+            return {}
+        texts = self.texts(payload)
+        figures = {}
+        for metric in MEANS:
+            values = [of_text(metric, text, some) for text, some in zip(texts, references, strict=True)]
+            figures[str(metric)] = sum(values) / len(values)
+        return {**figures, "bleu": bleu(texts, references)}
+
+    def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
+        """See `TaskKind`."""
+        pairs = zip(self.texts(payload), facts_by_slot(batch), strict=True)
+        return torch.tensor([of_text(self.task.metric, text, facts[0]) for text, facts in pairs], dtype=torch.float64)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+        ends = [text.index(stop) for stop in self.task.stop if stop in text]
+        return text[: min(ends, default=len(text))].strip()
+
+    def _is_stopped(self, tokens: Sequence[int]) -> bool:
+        if not self.task.stop:
+            return False
+        text = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+        return any(stop in text for stop in self.task.stop)
+
+    def _sample(self, row: Row, whole_row: Row) -> Sample:
+        text = render_row(self.task.prompt + SLOT + self.task.completion, row)
+        if text.count(SLOT) != 1:
+            raise UserError(f"task.prompt: a text has the character {SLOT!r}, which is none; leave the row out")
+        before, after = text.split(SLOT)
+        if not before.strip():
+            raise UserError("task.prompt: the text is empty; leave the row out (task.where)")
+        prompt, ids, start = self._chat(before, after) if self.task.chat else self._plain(before, after)
+        if after.strip() and start < len(ids) and self.model.tokenizer.eos_token_id is not None:
+            ids = (*ids, self.model.tokenizer.eos_token_id)
+        return Sample(
+            prompt,
+            ids,
+            start,
+            len(prompt) + self.task.max_new_tokens,
+            self._references(whole_row, after),
+            json.dumps(whole_row, default=str),
+        )
+
+    def _plain(self, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        prompt = continued(self.encoder, before.rstrip(" "), "").ids
+        if not after.strip():
+            return prompt, prompt, 1
+        both = continued(self.encoder, before, after)
+        return prompt, both.ids, max(1, both.start)
+
+    def _chat(self, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        tokenizer = self.model.tokenizer
+        messages = [{"role": "user", "content": before}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        self.encoder.check_known(prompt)
+        if not after.strip():
+            return prompt, prompt, 1
+        completion = tokenizer(after.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+        self.encoder.check_known(completion)
+        return prompt, (*prompt, *completion), len(prompt)
+
+    def _references(self, row: Row, after: str) -> tuple[str, ...]:
+        if self.task.references is None:
+            return (after.strip(),) if after.strip() else ()
+        value = lookup(row, self.task.references, "task.references")
+        texts = tuple(str(one) for one in (value if isinstance(value, list | tuple) else [value]) if one is not None)
+        if not texts:
+            raise UserError(f"task.references: the field {self.task.references!r} holds no text (task.where)")
+        return texts
+
+
+def facts_by_slot(batch: Sequence[MicroBatch]) -> list[Any]:
+    """The facts of all samples of a batch, in its order."""
+    pairs = [pair for item in batch for pair in zip(item.slots, item.facts, strict=True)]
+    return [facts for _, facts in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def _generation_ends(model: nn.Module) -> list[int]:
+    """End-of-text tokens that a model names beside its tokenizer's."""
+    ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return list(ends) if isinstance(ends, list | tuple) else [ends]

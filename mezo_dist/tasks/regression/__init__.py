@@ -1,0 +1,1 @@
+"""Regression: a number, by a fresh head of one output."""
