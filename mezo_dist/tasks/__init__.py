@@ -1,1 +1,1 @@
-"""Tasks: a YAML file says which data, prompt, label words and metric; code here turns that into token sequences."""
+"""Tasks: rows of data become samples, micro-batches and scores; a folder for each kind of task."""
