@@ -84,7 +84,7 @@ REFUSED = [
         ["train.objective=metric", "train.calibrate=true"],
         "train.calibrate: changes the loss, which train.",
     ),
-    (TASK, ["train.objective=reward"], "train.objective: must be loss or metric, not reward"),
+    (TASK, ["train.objective=margin"], "train.objective: must be loss or metric"),
 ]
 
 
