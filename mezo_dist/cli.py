@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     known, extra = parser.parse_known_args(arguments)
-    if known.command is _train:
+    if known.command in (_train, _show_task):  # settings
         known.arguments = extra
     elif extra:
         parser.error(f"unknown arguments: {' '.join(extra)}")
@@ -114,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--timeout", type=_seconds, default=30.0, help="seconds to wait for ranks that do not answer")
     doctor.set_defaults(command=_doctor)
 
+    tasks = commands.add_parser("tasks", help="list the tasks that ship, or show what one looks like to a model")
+    _add_tasks(tasks)
+
     report = commands.add_parser("report", help="one HTML page about a run, from its files")
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
     report.add_argument("--to", type=Path, metavar="FILE", help="where to write; RUN/report.html by default")
@@ -137,6 +140,47 @@ def _add_run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namesp
         help="run the model's own code, if the run did (model.trust_remote_code)",
     )
     parser.set_defaults(command=command)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_list_tasks)
+    actions = parser.add_subparsers(metavar="show")
+    show = actions.add_parser(
+        "show",
+        help="rendered samples of a task, as a model gets them",
+        epilog="More settings may follow, as in --task.data=rows.jsonl",
+    )
+    show.add_argument("task", metavar="TASK", help="a task that ships, or a task file")
+    show.add_argument("--model", required=True, help="a model folder, hub name or demo model")
+    show.add_argument("--rows", type=int, default=2, help="training samples to show; 2 by default")
+    show.set_defaults(command=_show_task)
+
+
+def _list_tasks(_: argparse.Namespace) -> None:
+    from mezo_dist.config import yaml_file
+    from mezo_dist.config.shipped import shipped_tasks
+
+    for name, path in shipped_tasks().items():
+        task = yaml_file.read(path, "task file")
+        data = " ".join(str(task[key]) for key in ("data", "subset") if task.get(key))
+        print(f"{name:20} {task.get('kind', 'classification'):16} {task.get('metric', ''):12} {data:36} {path}")
+
+
+def _show_task(arguments: argparse.Namespace) -> None:
+    from mezo_dist.config import reader
+
+    settings = [f"model.name={arguments.model}", f"task={arguments.task}", "train.batch_size=1", *arguments.arguments]
+    config = reader.from_settings(settings)
+
+    def work(comm: Communicator) -> None:
+        from mezo_dist.runs.build import build_run
+        from mezo_dist.runs.preview import preview
+
+        lines = preview(build_run(config, comm), arguments.rows)
+        if comm.rank == 0:
+            print(printable("\n".join(lines), keep="\n"))
+
+    _with_communicator(600.0, work)
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from mezo_dist.config import yaml_file
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.config.settings import CHOICES, HELP, Chosen, Setting, all_settings, choose, describe, unknown
+from mezo_dist.config.shipped import task_file
 from mezo_dist.config.yaml_file import shown
 from mezo_dist.errors import UserError
 from mezo_dist.json_types import Json
@@ -45,21 +46,37 @@ UNION_MEMBER = re.compile(r"bool|str|int|float|literal\[.*")
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config file and apply overrides: ``--train.steps=10``, ``--train.steps 10`` or ``train.steps=10``.
 
-    The task may be the path of a task file. Relative paths start at the folder of the file that they are written in; as
-    an override, at the current one.
+    The task may be the path of a task file, or the name of one that ships. Relative paths start at the folder of the
+    file that they are written in; as an override, at the current one.
 
     Raises:
         UserError: a file is missing or not YAML, a setting is unknown, missing, of the wrong type or contradicts
             another one. The message says where it was given, names it, and the nearest one that exists.
     """
+    return _loaded(yaml_file.read(Path(path), "config file"), Path(path).parent, str(path), overrides)
+
+
+def from_settings(settings: Sequence[str]) -> RunConfig:
+    """A config of settings alone, given as overrides are (see `load`), for algorithm ``mezo`` if none is named."""
+    return _loaded({"algorithm": {"name": "mezo"}}, Path(), "the command line", settings)
+
+
+def _loaded(data: dict[str, Json], folder: Path, source: str, overrides: Sequence[str]) -> RunConfig:
+    """See `load`.
+
+    Args:
+        data: what the config file holds.
+        folder: where relative paths in it start.
+        source: its name, for messages.
+        overrides: see `load`.
+    """
     options = _options(overrides)
-    data, folder = yaml_file.read(Path(path), "config file"), Path(path).parent
     origin = {section: os.path.realpath(folder) for section in PATHS}
     if "task" in options:
         data["task"], folder = options.pop("task"), Path()
-    given = _Given(str(path), str(path), options)
+    given = _Given(source, source, options)
     if isinstance(file := data.get("task"), str):
-        task = folder / file
+        task = task_file(file, folder)
         data["task"], given = yaml_file.read(task, "task file"), dataclasses.replace(given, task=str(task))
         origin["task"] = os.path.realpath(task.parent)
     if isinstance(known := data.get("origin", {}), dict):  # of a config that was read before, and saved

@@ -84,13 +84,14 @@ class Run:
         """The micro-batches of ``step``'s minibatch, or of the full batch."""
         order = self.order if kind == "minibatch" else self.full_order
         samples = [self.splits["train"][i] for i in order.batch(step)]
-        return self._cut(samples, derive_seed(self.config.seed, "drawn", step))
+        return self.cut(samples, derive_seed(self.config.seed, "drawn", step))
 
     def split(self, name: str) -> list[MicroBatch]:
         """All micro-batches of a split."""
-        return self._cut(self.splits[name], derive_seed(self.config.seed, "drawn", name))
+        return self.cut(self.splits[name], derive_seed(self.config.seed, "drawn", name))
 
-    def _cut(self, samples: Sequence[Sample], seed: int = 0) -> list[MicroBatch]:
+    def cut(self, samples: Sequence[Sample], seed: int = 0) -> list[MicroBatch]:
+        """Micro-batches of some samples; for ``seed`` see `MicroBatch`."""
         return cut(samples, self.config.train.micro_batch, self.pretrained.pad_id, self.kind.collate, seed)
 
     def calibration(self, advance: Callable[[int], None] = lambda _: None) -> Calibration | None:
@@ -100,7 +101,7 @@ class Run:
         """
         if not self.config.train.calibrate:
             return None
-        return self.fitted_offsets(self._cut(self.splits["train"][:MOST_SAMPLES]), advance)
+        return self.fitted_offsets(self.cut(self.splits["train"][:MOST_SAMPLES]), advance)
 
     def fitted_offsets(
         self, batch: Sequence[MicroBatch], advance: Callable[[int], None] = lambda _: None
@@ -138,7 +139,7 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         _orders(config, len(rows.train))  # sizes that do not fit are refused before the model is loaded
     loaded = load_base(config, comm)
     check_something_decays(config.algorithm, ((s.name, len(s.shape)) for s in loaded.engine.trainable_shards()))
-    kind = kind_of(config.task, _text_model(config, loaded.pretrained), rows.train[0])
+    kind = kind_of(config.task, text_model_of(config, loaded.pretrained), rows.train[0])
     splits = {name: kind.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
     order, full_order = _orders(config, num_train := len(splits["train"]))
     data = {name: _digest(samples) for name, samples in splits.items()}
@@ -232,7 +233,8 @@ def _work_split(config: RunConfig, comm: Communicator) -> WorkSplit:
     return WorkSplit(comm.world_size, copies, groups, by_base=config.layout.name != "replicated")
 
 
-def _text_model(config: RunConfig, pretrained: Pretrained) -> TextModel:
+def text_model_of(config: RunConfig, pretrained: Pretrained) -> TextModel:
+    """What encoding needs to know about a model, with the limit that the config sets."""
     max_tokens = min(config.train.max_tokens or pretrained.window, pretrained.window)
     return TextModel(pretrained.tokenizer, pretrained.kind, max_tokens, pretrained.num_tokens)
 

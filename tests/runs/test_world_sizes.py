@@ -270,7 +270,7 @@ def test_losses_of_samples_come_in_batch_order_on_any_rank(worlds: dict[int, lis
     run = build.build_run(load(Communicator(), root, "mezo"), Communicator())
     alone = []
     for sample in [run.splits["train"][i] for i in run.full_order.batch(0)]:
-        scores = run.engine.evaluate([Variant()], run._cut([sample]), run.evaluator.forward)
+        scores = run.engine.evaluate([Variant()], run.cut([sample]), run.evaluator.forward)
         alone.append(float(scores[0][0].loss))
     assert len(alone) == 30
     assert len(set(alone)) > 20
