@@ -39,7 +39,7 @@ from mezo_dist.models.sliced_checkpoint import fill
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.classification.label_words import LabelWords
-from mezo_dist.tasks.prompts import Sample
+from mezo_dist.tasks.classification.prompts import Sample
 
 GIB = 2**30
 FULL, MINI, MICRO = 8, 4, 2

@@ -18,7 +18,7 @@ from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.tasks.batches import cut
 from mezo_dist.tasks.classification.kind import collate
 from mezo_dist.tasks.classification.label_words import LabelWords
-from mezo_dist.tasks.prompts import Sample
+from mezo_dist.tasks.classification.prompts import Sample
 from mezo_dist.testing import tiny_model
 
 

@@ -17,7 +17,7 @@ from mezo_dist.engines.lockstep.head_slice import HeadSlice
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.classification.kind import collate
 from mezo_dist.tasks.classification.label_words import LabelWords
-from mezo_dist.tasks.prompts import Sample
+from mezo_dist.tasks.classification.prompts import Sample
 from mezo_dist.testing import tiny_model
 
 LABELS = [40, 7, 22]

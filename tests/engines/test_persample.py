@@ -20,8 +20,8 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.classification.kind import collate
 from mezo_dist.tasks.classification.label_words import LabelWords, classifier
+from mezo_dist.tasks.classification.prompts import Sample
 from mezo_dist.tasks.kind import Forward
-from mezo_dist.tasks.prompts import Sample
 from mezo_dist.testing import tiny_model, write_tiny_config
 from tests.engines.models import sequence_classifier
 

@@ -20,7 +20,7 @@ from mezo_dist.models.frozen_cache import FrozenCache, attach_frozen_cache, run_
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.classification.kind import collate
 from mezo_dist.tasks.classification.label_words import LabelWords
-from mezo_dist.tasks.prompts import Sample
+from mezo_dist.tasks.classification.prompts import Sample
 from mezo_dist.testing import tiny_model
 from tests.engines import zoo
 

@@ -19,8 +19,8 @@ from mezo_dist.objectives.joint import Joint, calibrated
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.classification.kind import collate
+from mezo_dist.tasks.classification.prompts import Sample
 from mezo_dist.tasks.kind import Scores
-from mezo_dist.tasks.prompts import Sample
 
 CALIBRATED = Joint(calibrated, each_sample=False, is_discrete=False)
 

@@ -14,7 +14,7 @@ from mezo_dist.config.kinds.classification import ClassificationTask, Label
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import Split, Splits
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.prompts import Encoder, Sample
+from mezo_dist.tasks.classification.prompts import Encoder, Sample
 from mezo_dist.testing import tiny_tokenizer
 
 LABELS = (Label(0, "terrible"), Label(1, "great"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch, cut, deal
 from mezo_dist.tasks.classification.kind import collate
-from mezo_dist.tasks.prompts import Sample
+from mezo_dist.tasks.classification.prompts import Sample
 
 PAD = 99
 

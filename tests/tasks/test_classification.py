@@ -16,8 +16,8 @@ from mezo_dist.config.schema import ModelKind
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.classification.kind import collate
 from mezo_dist.tasks.classification.label_words import LabelWords, classifier
+from mezo_dist.tasks.classification.prompts import Encoder, Sample
 from mezo_dist.tasks.kind import Forward, Scores
-from mezo_dist.tasks.prompts import Encoder, Sample
 from mezo_dist.testing import tiny_model, tiny_tokenizer
 
 CAUSAL = ["llama", "llama-tied", "opt", "gpt2", "mixtral"]

@@ -14,7 +14,7 @@ from mezo_dist.config.kinds.classification import Label
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.values import ClassIndex
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.prompts import Encoder, Sample
+from mezo_dist.tasks.classification.prompts import Encoder, Sample
 from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
 
 

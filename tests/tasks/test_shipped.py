@@ -18,7 +18,7 @@ from mezo_dist.config.kinds.classification import ClassificationTask
 from mezo_dist.config.reader import load
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.values import ClassIndex
-from mezo_dist.tasks.prompts import Encoder
+from mezo_dist.tasks.classification.prompts import Encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 MASK = "<mask>"

@@ -14,7 +14,7 @@ from mezo_dist.config.kinds.classification import Label
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import TruncateSide
 from mezo_dist.tasks import text as text_module
-from mezo_dist.tasks.prompts import Encoder
+from mezo_dist.tasks.classification.prompts import Encoder
 from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
 
 

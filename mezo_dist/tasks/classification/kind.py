@@ -19,10 +19,10 @@ from mezo_dist.tasks.choice.kind import Choice
 from mezo_dist.tasks.choice.options import encode_options
 from mezo_dist.tasks.classification.label_words import LabelWords, classifier
 from mezo_dist.tasks.classification.metrics import measure
+from mezo_dist.tasks.classification.prompts import Encoder, Sample
 from mezo_dist.tasks.continuation import before_answer
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.kind import Bench, Forward, TaskKind, TextModel, text_encoder
-from mezo_dist.tasks.prompts import Encoder, Sample
 
 log = logging.getLogger(__name__)
 
