@@ -114,6 +114,7 @@ def test_wheel_holds_every_file_of_the_package(wheel: Path, tree: Path) -> None:
     files = {path.relative_to(tree).as_posix() for path in paths}  # an editable install leaves bytecode there
     launcher = {path.name for path in (tree / "launcher").iterdir() if path.is_file()}
     files |= {f"mezo_dist/launcher/{name}" for name in launcher}
+    files |= {f"mezo_dist/{path.relative_to(tree).as_posix()}" for path in (tree / "configs").rglob("*.yaml")}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if name.startswith("mezo_dist/")} == files
     # Nothing else becomes importable: a top-level `launcher` or `tests` could hide somebody else's.
