@@ -47,7 +47,10 @@ def study(out: Path, preset: str, task: str, labels: list[str], results: Results
                 learn(bench, learner, stored["lr"], stored["seed"])
                 row = dict(zip(("label", "lr", "seed"), key, strict=True))
                 row |= {"kind": "run", "stored": stored["points"][-1][TEST]}
-                row |= {"plain": bench.scores(calibrated=False), "offsets": bench.scores(calibrated=True)}
+                row |= {
+                    name: [round(value, 4) for value in bench.scores(calibrated=calibrated)]
+                    for name, calibrated in {"plain": False, "offsets": True}.items()
+                }
                 results.add(row)
                 print({**row, "plain": row["plain"][-1], "offsets": row["offsets"][-1]}, flush=True)
 

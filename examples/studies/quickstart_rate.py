@@ -37,7 +37,7 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.runs.build import Run, build_run, problem_of
 from mezo_dist.runs.training import apply_step, evaluate_step
-from mezo_dist.tasks.batches import BatchOrder, cut
+from mezo_dist.tasks.batches import BatchOrder
 from mezo_dist.testing import write_tiny_config
 
 STEP_OF_GRID = 10**0.25
@@ -54,17 +54,17 @@ class Study:
     """The quickstart's model with its data, on which run after run begins from the same weights."""
 
     run: Run
+    """Its splits have another one, ``held out``."""
     start: Vector
-    held_out: int
-    """Samples at the end of what the run calls its test split."""
 
     @staticmethod
     def open(config: str, overrides: list[str], held_out: int, folder: Path) -> Study:
-        """Model, data and engine; the test split is all that training and validation leave."""
+        """Model, data and engine; the last samples of all that training and validation leave are held out."""
         path = write_tiny_config(folder, algorithm="mezo") if config == "tiny" else ROOT / config
         given = ["task.splits.test.size=null", f"output.dir={folder / 'run'}", *overrides]
         run = build_run(reader.load(path, given), Communicator())
-        return Study(run, {name: p.detach().clone() for name, p in trainable(run)}, held_out)
+        run = dataclasses.replace(run, splits={**run.splits, "held out": run.splits["test"][-held_out:]})
+        return Study(run, {name: p.detach().clone() for name, p in trainable(run)})
 
     def train(self, lr: float, seed: int) -> int:
         """A run of the product from the base weights; the steps that it took before losses were no longer finite."""
@@ -89,16 +89,13 @@ class Study:
         return progress.step
 
     def scores(self, splits: tuple[str, ...], *, calibrated: bool) -> Scores:
-        """Loss and metric of the current weights; ``held out`` is the end of the test split."""
-        run, task = self.run, self.run.config.task
-        calibration = run.calibration() if calibrated else None
-        offsets = calibration.offsets if calibration else None
+        """Loss and metric of the current weights."""
+        calibration = self.run.calibration() if calibrated else None
+        adjust = calibration.adjusted if calibration else None
         values = {}
-        for split in splits:
-            samples = run.splits["test"][-self.held_out :] if split == "held out" else run.splits[split]
-            batch = cut(samples, run.config.train.micro_batch, run.pretrained.pad_id)
-            result = run.evaluator.score(batch, task.metric, len(task.labels), lambda _: None, offsets)
-            values[split] = [round(result["loss"], 4), round(result[task.metric], 4)]
+        for name in splits:
+            result = self.run.evaluator.score(self.run.split(name), self.run.kind.summarise, lambda _: None, adjust)
+            values[name] = [round(result["loss"], 4), round(result[self.run.config.task.metric], 4)]
         return values
 
 
