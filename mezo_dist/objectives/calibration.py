@@ -38,6 +38,9 @@ MOST_SAMPLES = 1024
 """Training samples to which the offsets for predictions are fitted, at most: they are few numbers."""
 FILE = "calibration.json"
 _MOST_STEPS = 100
+_MOST_HALVINGS = 40
+_ELEMENTS_AT_ONCE = 32_768
+"""Logits that are looked at together, of all halvings of a step that are tried at once: 256 KiB."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,19 @@ def best_offsets(logits: Tensor, labels: Tensor) -> Tensor:
     ridge = RIDGE * torch.eye(logits.shape[-1], dtype=logits.dtype)
     offsets = -logits.mean(-2)  # a start that leaves few steps
     offsets = offsets - offsets.mean(-1, keepdim=True)
-    for _ in range(_MOST_STEPS):
+    states = [offsets]
+    while len(states) <= _MOST_STEPS:
         p = torch.softmax(logits + offsets.unsqueeze(-2), -1)
         gradient = p.sum(-2) - counts + RIDGE * offsets
         if float(gradient.abs().max()) < 1e-10 * len(labels):
             break
         hessian = torch.diag_embed(p.sum(-2)) - p.mT @ p + ridge
         offsets = _descend(logits, labels, offsets, torch.linalg.solve(hessian, gradient))
+        before = next((step for step, state in enumerate(states) if torch.equal(state, offsets)), None)
+        if before is not None:  # rounding leads round and round: this is where it would be after all steps
+            offsets = states[before + (_MOST_STEPS - before) % (len(states) - before)]
+            break
+        states.append(offsets)
     return offsets - offsets.mean(-1, keepdim=True)
 
 
@@ -129,15 +138,20 @@ def _descend(logits: Tensor, labels: Tensor, offsets: Tensor, step: Tensor) -> T
     """``offsets`` - ``step``, where the step is halved until the loss does not rise.
 
     Args:
-        logits: fp64 [..., n, classes].
-        labels: int64 [n].
+        logits: as in `best_offsets`.
+        labels: as in `best_offsets`.
         offsets: fp64 [..., classes].
-        step: shaped as ``offsets``.
+        step: fp64 [..., classes].
     """
     before = _total(logits, labels, offsets)
-    for _ in range(40):
-        worse = _total(logits, labels, offsets - step) > before
-        if not worse.any():
-            break
-        step = torch.where(worse.unsqueeze(-1), step / 2, step)
+    at_once = max(1, min(_MOST_HALVINGS, _ELEMENTS_AT_ONCE // max(1, logits.numel())))
+    rises, halvings = _total(logits, labels, offsets - step) > before, 0
+    while halvings < _MOST_HALVINGS and rises.any():
+        count = min(at_once, _MOST_HALVINGS - halvings)
+        shorter = torch.stack([step / 2**k for k in range(1, count + 1)])  # exact, so all can be tried together
+        still = _total(logits, labels, offsets - shorter) > before
+        first = still.long().cumprod(0).sum(0).clamp(max=count - 1)  # the first that does not rise, or the last
+        chosen = shorter.gather(0, first.unsqueeze(-1).expand_as(step).unsqueeze(0))[0]
+        step = torch.where(rises.unsqueeze(-1), chosen, step)
+        rises, halvings = rises & still.all(0), halvings + count
     return offsets - step
