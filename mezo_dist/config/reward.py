@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from mezo_dist.algorithms.ranges import check_ranges
 from mezo_dist.config.kinds import Task
@@ -67,10 +68,8 @@ class RewardConfig:
         check_ranges(self, "reward.", retries=(0, 100), timeout_s=(1e-3, MAX_TIMEOUT_S), workers=(1, 256))
         if self.function is not None and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.function):
             raise ValueError(f"reward.function: {self.function!r} is not of the form path.py:name")
-        if self.http is not None and not re.match(r"https?://[^/]", self.http):
-            raise ValueError(f"reward.http: {self.http!r} is not an http:// or https:// address")
-        if self.http is not None and "@" in self.http.split("/")[2]:
-            raise ValueError("reward.http: holds a password; put it into an environment variable (reward.http_token)")
+        if self.http is not None:
+            _check_address(self.http)
         if self.http_token is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.http_token):
             raise ValueError("reward.http_token: names an environment variable; it does not hold the token")
 
@@ -79,6 +78,19 @@ class RewardConfig:
         """Names of the parts that count."""
         given = {"function": self.function, "command": self.command, "http": self.http, "metric": True, "loss": True}
         return [name for name, there in given.items() if there and getattr(self.weights, name)]
+
+
+def _check_address(address: str) -> None:
+    try:
+        parts = urlsplit(address)
+        port, host = parts.port, (parts.hostname or "").encode("idna")  # both raise ValueError for what is none
+        sound = parts.scheme in ("http", "https") and host and port != 0 and re.fullmatch(r"[!-~]+", address)
+    except ValueError:
+        sound = None
+    if not sound:
+        raise ValueError(f"reward.http: {address[:200]!r} is not an http:// or https:// address")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("reward.http: holds a password; put it into an environment variable (reward.http_token)")
 
 
 def check_reward(task: Task, objective: str, reward: RewardConfig) -> None:

@@ -183,9 +183,11 @@ def _moved(
     shift: Combination,
     module: nn.Module,
     inner: Forward,
-    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    return moved_output(factors, hooked.kind, matrix, shift, x, inner(x), head_rows(module))
+    x = args[0] if args else kwargs["input"]
+    return moved_output(factors, hooked.kind, matrix, shift, x, inner(*args, **kwargs), head_rows(module))
 
 
 def _is_plain(engine: Engine) -> bool:

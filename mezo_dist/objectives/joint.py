@@ -7,6 +7,7 @@ Additive losses, the default, are means over samples and need none of this (`mez
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from mezo_dist.objectives.rewards.judge import Judge
 from mezo_dist.tasks.batches import MicroBatch, by_slot
 from mezo_dist.tasks.kind import TaskKind
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -28,7 +31,7 @@ class Joint:
 
     losses: Callable[[Tensor, Sequence[MicroBatch]], Tensor]
     """(payload fp32 [variants, n, columns] by slot, the micro-batches) -> fp64 [variants], or [variants, n] whose means
-    count where each sample has a loss of its own."""
+    count where each sample has a loss of its own: NaN if it has none."""
     each_sample: bool
     """It gives losses of samples."""
     is_discrete: bool
@@ -50,6 +53,7 @@ def joint_objective(config: RunConfig, kind: TaskKind, judge: Judge | None = Non
     """
     if config.train.objective == "reward":
         if judge is None:
+            log.info("rewards are asked for by training alone: the loss here is that of the completions")
             return None
         losses = functools.partial(minus_rewards, config, kind, judge)
         return Joint(

@@ -252,6 +252,8 @@ def _writer(loaded: LoadedModel, kind: TaskKind, bench: Bench, forward: Forward,
     write = kind.writer(bench)
     if write is None:
         return None
+    if loaded.config.train.objective == "loss":  # no variant writes
+        return Writer(write, "copies")
     way = choose_way(loaded.engine, comm.ranks_here, bench.probe, lambda model, item: forward(model, item).loss)
     return Writer(write, way)
 

@@ -141,12 +141,11 @@ class Evaluator:
         if joint is None:
             value, _ = self._mean_loss(batch, lambda _: None)
         else:
-            shape = (1, _size(batch)[0]) if joint.each_sample else (1,)
-            values = self._from_main(payload, lambda rows: joint.losses(rows, batch), shape, mark)
-            value = float("nan") if values is None else float(values.mean())
+            losses = self._joint(joint, payload, batch, mark)
+            value = float("nan") if losses is None else losses.mean[0]
             if joint.is_reward:
                 figures["reward"] = -value
-        return {"loss": value, **figures, **summarise(value, payload[0], batch)}
+        return {"loss": value, **figures, **summarise(value, payload[0, :, : _size(batch)[1]], batch)}
 
     def _mean_loss(
         self,
@@ -191,16 +190,39 @@ class Evaluator:
             mark: see `losses`.
         """
         assert joint.each_sample or not request.each_sample  # settings that ask for both are refused
-        variants, mark = request.variants, (*mark, _describe(request))
-        shape = (len(variants), _size(batch)[0]) if joint.each_sample else (len(variants),)
-        values = self.compute(variants, batch, lambda payload: joint.losses(payload, batch), shape, mark)
-        if values is None:
-            return None
+        mark = (*mark, _describe(request))
+        losses = self._joint(joint, self._payload(request.variants, batch, mark, lambda _: None), batch, mark)
+        return losses if losses is None or request.each_sample else Losses(losses.mean)
+
+    def _joint(
+        self, joint: Joint, payload: Tensor, batch: Sequence[MicroBatch], mark: tuple[object, ...]
+    ) -> Losses | None:
+        """Joint losses, of each sample too if there are such. Samples that have none do not count, and have 0 there.
+
+        Args:
+            joint: the function.
+            payload: fp32 [variants, n, columns], by slot.
+            batch: all micro-batches of the batch.
+            mark: see `losses`.
+
+        Returns:
+            None if a loss is not finite, or no sample has one.
+        """
         if not joint.each_sample:
-            return Losses(tuple(values.tolist()))
-        each = tuple(map(tuple, values.tolist()))
+            values = self._from_main(payload, lambda rows: joint.losses(rows, batch), (len(payload),), mark)
+            return None if values is None else Losses(tuple(values.tolist()))
+
+        def with_counts(rows: Tensor) -> Tensor:
+            values = joint.losses(rows, batch)
+            counts = ~values.isnan().any(dim=0)
+            return torch.cat([torch.where(counts, values, 0.0), counts.double().unsqueeze(0)])
+
+        table = self._from_main(payload, with_counts, (len(payload) + 1, payload.shape[1]), mark)
+        if table is None or not table[-1].any():
+            return None
+        *each, counts = map(tuple, table.tolist())
         # Python's sums: those of a tensor depend on the machine.
-        return Losses(tuple(sum(row) / len(row) for row in each), each if request.each_sample else ())
+        return Losses(tuple(sum(row) / sum(counts) for row in each), tuple(each))
 
     def _payload(
         self,

@@ -34,6 +34,8 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
 def _losses(config: RunConfig) -> str:
     if config.train.objective == "metric":
         return f"minus {config.task.metric} of each batch"
+    if config.train.objective == "reward":
+        return f"minus the reward of each text ({', '.join(config.reward.sources)})"
     return "calibrated (biased low: not to be compared with validation losses)" if config.train.calibrate else "plain"
 
 

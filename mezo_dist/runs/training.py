@@ -53,7 +53,7 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
         OutOfStepError: ranks disagree.
         Stopped: SIGTERM came; the run can go on later.
     """
-    with claim_folder(config, comm) as claim, _stop_on_sigterm(comm), judging(config, comm) as judge:
+    with judging(config, comm) as judge, claim_folder(config, comm) as claim, _stop_on_sigterm(comm):
         if claim.log is not None:
             check_config(config, claim.log.header)
         run = build_run(config, comm, claim.log.header if claim.log is not None else None, judge)

@@ -26,6 +26,8 @@ TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Endings of files that can be read."""
 LONGEST_CELL = 1 << 30
 """Characters; the csv module wants a limit."""
+MOST_CELLS, SPARSEST = 1_000_000, 50
+"""Cells of JSON rows, fields that a row lacks included: so many, and so many times those that are there."""
 
 
 class Table(Protocol):
@@ -162,6 +164,8 @@ def _json_rows(text: str) -> list[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no object with fields but {str(row)[:40]!r}")
     names = list(dict.fromkeys(name for row in rows for name in row))
+    if len(names) * len(rows) > MOST_CELLS + SPARSEST * sum(map(len, rows)):  # every row gets every field
+        raise ValueError(f"its {len(rows)} rows have {len(names)} different fields, most of which most rows lack")
     return [row if len(row) == len(names) else {name: row.get(name) for name in names} for row in rows]
 
 

@@ -10,6 +10,7 @@ fields make it, and it always ends. Besides jinja2's filters there are those tha
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,8 +54,10 @@ NODES = (
     nodes.Pos,
 )
 """Elements that a template may consist of."""
-LONGEST = 10_000_000
-"""Characters that `replace` may make."""
+LONGEST = 1_000_000
+"""Characters that one `replace` may add."""
+LONGEST_TEMPLATE, MOST_ELEMENTS = 50_000, 2_000
+"""Characters and elements of a template: its compiler takes time that grows with their square."""
 
 
 def render(template: str, values: Mapping[str, object], shown: list[str]) -> str:
@@ -74,7 +77,9 @@ def render(template: str, values: Mapping[str, object], shown: list[str]) -> str
         raise UserError("task template: it is nested too deeply") from error
     except Exception as error:  # a filter may raise whatever it likes, and the template is the user's
         reason = str(error) or type(error).__name__
-        raise UserError(f"task template {template!r}: {reason} (the fields are {shown})") from error
+        raise UserError(
+            f"task template {reprlib.repr(template)}: {reason[:300]} (the fields are {reprlib.repr(shown)})"
+        ) from error
 
 
 def _not_null(value: object) -> object:
@@ -92,7 +97,7 @@ def _replace(text: object, old: object, new: object) -> str:
         new: what stands in its place.
     """
     text, old, new = str(text), str(old), str(new)
-    if len(text) + text.count(old) * len(new) > LONGEST:
+    if text.count(old) * len(new) > LONGEST:
         raise SecurityError("replace makes the text too long")
     return text.replace(old, new)
 
@@ -174,9 +179,15 @@ _environment = _make_environment()
 
 @functools.lru_cache
 def _compiled(template: str) -> jinja2.Template:
+    if len(template) > LONGEST_TEMPLATE:
+        raise SecurityError(f"it is longer than {LONGEST_TEMPLATE} characters")
     pending: list[nodes.Node] = [_environment.parse(template)]
+    num_elements = 0
     while pending:
         node = pending.pop()
+        num_elements += 1
+        if num_elements > MOST_ELEMENTS:
+            raise SecurityError(f"it has more than {MOST_ELEMENTS} elements")
         if not isinstance(node, NODES):
             raise SecurityError(f"{type(node).__name__.lower()} is not for templates, which only fill in fields")
         pending.extend(node.iter_child_nodes())

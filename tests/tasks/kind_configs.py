@@ -15,6 +15,13 @@ PROMPT = "{{ text }} . It was {{ answer }}"
 TASKS: dict[str, dict[str, Any]] = {
     "choice": {"kind": "choice", "prompt": PROMPT, "options_field": "options"},
     "completion": {"kind": "completion", "prompt": "{{ text }} . It", "completion": " was {{ options[0] }}"},
+    "generation": {
+        "kind": "generation",
+        "prompt": "{{ text }} . It",
+        "completion": " was {{ options[0] }}",
+        "max_new_tokens": 4,
+        "metric": "f1",
+    },
     "regression": {"kind": "regression", "plain": ["{{ text }}"], "label": "score"},
     "long words": {
         "prompt": PROMPT,
@@ -22,7 +29,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric": "f1",
     },
 }
-MODELS = {"choice": "llama-tied", "completion": "gpt2", "regression": "distilbert", "long words": "opt"}
+MODELS = {
+    "choice": "llama-tied",
+    "completion": "gpt2",
+    "regression": "distilbert",
+    "long words": "opt",
+    "generation": "llama",
+}
 
 
 def rows(number: int = 60) -> list[dict[str, Any]]:

@@ -44,8 +44,9 @@ class GenerationTask(TaskSettings):
     max_new_tokens: int = 64
     """Tokens that the model writes, at most. The prompt is shortened (``truncate``) so that they fit."""
     temperature: float = 0.0
-    """0: the likeliest token is taken, always. Otherwise tokens are drawn from the softmax of logits / temperature;
-    which ones is a function of ``seed``, step and sample, the same for all variants of a step."""
+    """0: the likeliest token is taken, always; penalties, beams and the like in the model's generation_config.json do
+    not count. Otherwise tokens are drawn from the softmax of logits / temperature; which ones is a function of
+    ``seed``, step and sample, the same for all variants of a step."""
     top_k: int = 0
     """Draw from the likeliest tokens, so many. 0: from all."""
     metric: GenerationMetric = "exact-match"

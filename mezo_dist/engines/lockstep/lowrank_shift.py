@@ -59,7 +59,10 @@ def with_shift(
 
     def forward(call: Call, tensors: list[Tensor]) -> object:
         output, shift = unmoved(call, tensors), shifts[call.caller.variant]
-        return moved_output(factors, hooked.kind, matrix, shift, call.args[0], output, rows) if shift else output
+        if not shift:
+            return output
+        x = call.args[0] if call.args else call.kwargs["input"]
+        return moved_output(factors, hooked.kind, matrix, shift, x, output, rows)
 
     return forward
 
@@ -90,4 +93,5 @@ def moved_output(
     if rows is not None:
         out = out[rows]
     inner = F.embedding(x, into) if kind is nn.Embedding else x @ into
-    return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), out.T).view(output.shape)
+    moved = torch.addmm(output.reshape(-1, output.shape[-1]), inner.reshape(-1, inner.shape[-1]), out.T)
+    return moved.view(output.shape)

@@ -20,7 +20,7 @@ def minus_rewards(
 ) -> Tensor:
     """Minus the reward of every text.
 
-    A sample that has no reward under one variant counts as 0 under all of them, so that it moves nothing.
+    A sample that has no reward under one variant has none under any, so that variants are compared on the same samples.
 
     Args:
         config: the settings.
@@ -30,7 +30,7 @@ def minus_rewards(
         batch: the micro-batches.
 
     Returns:
-        fp64 [variants, n]; NaN if no sample has a reward.
+        fp64 [variants, n]; NaN for samples that have none.
     """
     assert isinstance(kind, Generation)
     weights, columns = config.reward.weights, config.task.max_new_tokens  # type: ignore[union-attr]
@@ -44,7 +44,4 @@ def minus_rewards(
         rewards += weights.metric * torch.stack(merits)
     if weights.loss:
         rewards -= weights.loss * payload[..., columns].double()
-    counts = ~missing.any(dim=0)
-    if not counts.any():
-        return torch.full_like(rewards, torch.nan)
-    return -torch.where(counts, rewards, 0.0)
+    return -rewards.masked_fill(missing.any(dim=0), torch.nan)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from mezo_dist.config.reward import RewardConfig
+from mezo_dist.distributed.bounded import bounded
 from mezo_dist.errors import UserError
-from mezo_dist.objectives.rewards.refused import NoReward, checked_number
+from mezo_dist.objectives.rewards.refused import NoReward, TooSlow, checked_number
 
 LONGEST_ANSWER = 65_536
 """Bytes."""
@@ -44,9 +45,11 @@ class Service:
         self._url, self._timeout_s, self._retries = config.http, config.timeout_s, config.retries
         self._headers = {"Content-Type": "application/json"}
         if config.http_token is not None:
-            token = os.environ.get(config.http_token)
+            token = os.environ.get(config.http_token, "").strip()
             if not token:
                 raise UserError(f"reward.http_token: the environment variable {config.http_token} is not set")
+            if not (token.isascii() and token.isprintable()):  # said without its value
+                raise UserError(f"reward.http_token: {config.http_token} holds more than printable ASCII characters")
             self._headers["Authorization"] = f"Bearer {token}"
         self._opener = urllib.request.build_opener(_NoRedirects)
 
@@ -61,13 +64,16 @@ class Service:
             if attempt:
                 time.sleep(min(0.1 * 2**attempt, self._timeout_s))
             try:
-                return self._number(data)
+                # The opener's own limit is for each read: a server that trickles never reaches it.
+                return bounded(lambda: self._number(data), self._timeout_s)
+            except TimeoutError:
+                raise TooSlow(f"reward.http: {self._url} gave no answer within {self._timeout_s:g} s") from None
             except urllib.error.HTTPError as error:
                 error.close()
                 reason = f"status {error.code}"
                 if error.code not in TRY_AGAIN:
                     break
-            except (OSError, http.client.HTTPException) as error:  # no connection, or no answer in time
+            except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, or no answer in time
                 reason = str(error) or type(error).__name__
         raise NoReward(f"reward.http: {self._url} gave no answer ({reason})")
 
@@ -76,7 +82,7 @@ class Service:
         with self._opener.open(request, timeout=self._timeout_s) as response:
             body = response.read(LONGEST_ANSWER + 1)
         try:
-            answer = json.loads(body)
-        except ValueError as error:
-            raise NoReward(f"reward.http: the answer is not JSON ({error})") from error
+            answer = json.loads(body.decode())
+        except (ValueError, RecursionError) as error:
+            raise NoReward(f"reward.http: the answer is not JSON ({str(error)[:200]})") from error
         return checked_number(answer.get("reward") if isinstance(answer, dict) else answer, "reward.http")

@@ -18,12 +18,15 @@ from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.objectives.rewards.http import Service
 from mezo_dist.objectives.rewards.process import Program
-from mezo_dist.objectives.rewards.refused import NoReward
+from mezo_dist.objectives.rewards.refused import NoReward, TooSlow
 
 log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 Ask = Callable[[Row, str], float]
 """Raises NoReward if there is no number for this text."""
+MOST_SLOW = 3
+"""Texts of a batch without an answer in time, after which the rest of the batch is not asked for: the other ranks
+wait."""
 MOST_MESSAGES = 5
 """Reasons for missing rewards that one batch brings into the log."""
 
@@ -36,14 +39,21 @@ class Judge:
         config: the settings.
 
     Raises:
-        UserError: the file of the function, or the program, does not exist.
+        UserError: the function or the program does not exist, or cannot be loaded.
+
+    Attributes:
+        programs: the processes that were started.
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        self._weights = config.weights
-        self._programs = ExitStack()
+        self._weights, self._slow = config.weights, 0
+        self.programs: list[Program] = []
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="mezo_dist-reward")
-        self._idle: list[dict[str, Ask]] = [self._asks(config) for _ in range(config.workers)]
+        try:
+            self._idle: list[dict[str, Ask]] = [self._asks(config) for _ in range(config.workers)]
+        except UserError:
+            self._end()
+            raise
 
     def __enter__(self) -> Judge:
         return self
@@ -51,8 +61,12 @@ class Judge:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._programs.close()
+        for program in self.programs:
+            program.end()
 
     def rewards(self, rows: Sequence[Row], texts: Sequence[str]) -> list[float | None]:
         """The weighted sum of the parts for each text; None where a part had no number.
@@ -61,6 +75,7 @@ class Judge:
             rows: what each text is about.
             texts: what the model wrote.
         """
+        self._slow = 0
         outcomes = list(self._pool.map(self._one, rows, texts))
         reasons = [outcome for outcome in outcomes if isinstance(outcome, NoReward)]
         for reason in reasons[:MOST_MESSAGES]:
@@ -72,10 +87,13 @@ class Judge:
         return [None if isinstance(outcome, NoReward) else outcome for outcome in outcomes]
 
     def _one(self, row: Row, text: str) -> float | NoReward:
+        if self._slow >= MOST_SLOW:
+            return NoReward(f"{self._slow} texts of this batch had no answer in time: the rest was not asked for")
         asks = self._idle.pop()  # as many as there are threads
         try:
             return sum(getattr(self._weights, name) * ask(row, text) for name, ask in asks.items())
         except NoReward as reason:
+            self._slow += isinstance(reason, TooSlow)
             return reason
         finally:
             self._idle.append(asks)
@@ -89,10 +107,11 @@ class Judge:
             if not Path(path).is_file():
                 raise UserError(f"reward.function: there is no file {path} (relative paths start at {Path.cwd()})")
             worker = [sys.executable, "-m", "mezo_dist.objectives.rewards.worker", path, name]
-            asks["function"] = self._programs.enter_context(Program("reward.function", worker, config.timeout_s)).ask
+            self.programs.append(Program("reward.function", worker, config.timeout_s, says_ready=True))
+            asks["function"] = self.programs[-1].ask
         if "command" in config.sources:
-            program = Program("reward.command", config.command, config.timeout_s)
-            asks["command"] = self._programs.enter_context(program).ask
+            self.programs.append(Program("reward.command", config.command, config.timeout_s))
+            asks["command"] = self.programs[-1].ask
         if "http" in config.sources:
             asks["http"] = Service(config).ask
         return asks

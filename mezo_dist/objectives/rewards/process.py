@@ -6,81 +6,90 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import IO, Any, final
 
 from mezo_dist.errors import UserError
-from mezo_dist.objectives.rewards.refused import NoReward, checked_number
+from mezo_dist.objectives.rewards.refused import NoReward, TooSlow, checked_number
+from mezo_dist.objectives.rewards.worker import READY
 
+WORKER = "mezo_dist.objectives.rewards.worker"
 LONGEST_ANSWER = 65_536
 """Bytes of a line."""
 START_S = 60.0
-"""Seconds that a program may take for its first answer on top of the limit: it may have things to load."""
+"""Seconds for loading: until a function's worker says that it is ready, or on top of the limit until a program has
+given its first answer."""
 
 
 @final
 class Program:
-    """One process of a program; a context manager that ends it.
+    """One process of a program, until `end`.
 
     Args:
         setting: that names the program, for messages.
         command: the program and its arguments.
         timeout_s: seconds for one answer.
+        says_ready: it says ``READY`` of `mezo_dist.objectives.rewards.worker` before the first question.
 
     Raises:
-        UserError: the program cannot be started.
+        UserError: the program cannot be started, or says why it is not ready.
     """
 
-    def __init__(self, setting: str, command: Sequence[str], timeout_s: float) -> None:
+    def __init__(self, setting: str, command: Sequence[str], timeout_s: float, *, says_ready: bool = False) -> None:
         self._setting, self._command, self._timeout_s = setting, list(command), timeout_s
-        self._rest, self._warming = b"", START_S
-        self._process: subprocess.Popen[bytes] | None = self._started()
-
-    def __enter__(self) -> Program:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
+        self._says_ready, self._rest = says_ready, b""
+        self._loading_s = 0.0 if says_ready else START_S
+        if shutil.which(command[0]) is None:
+            raise UserError(f"{setting}: {command[0]} cannot be started: there is no such program")
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self._process = self._started()
+        except NoReward as reason:
+            self.end()
+            raise UserError(str(reason)) from None
 
     def ask(self, row: Mapping[str, Any], text: str) -> float:
         """The program's number for a text.
 
         Raises:
-            NoReward: it gave none in time, or died. The next question goes to a new process.
+            NoReward: it gave none in time, died, or says more than it is asked. The next question goes to a new
+                process.
         """
-        process = self._process = self._process or self._started()
-        question = json.dumps({"row": row, "text": text}, default=str).encode() + b"\n"
         try:
-            answer = json.loads(self._exchange(process, question))
+            process = self._process = self._process or self._started()
+            question = json.dumps({"row": row, "text": text}, default=str).encode() + b"\n"
+            answer = self._exchange(process, question, self._timeout_s + self._loading_s)
         except NoReward:
-            self._end()
+            self.end()
             raise
-        except ValueError as error:
-            self._end()  # its lines may no longer belong to our questions
-            raise NoReward(f"{self._setting}: its answer is not JSON ({error})") from error
-        self._warming = 0.0
+        self._loading_s = 0.0
         if isinstance(answer, dict) and "error" in answer:
             raise NoReward(f"{self._setting}: {str(answer['error'])[:200]}")
         return checked_number(answer, self._setting)
 
     def _started(self) -> subprocess.Popen[bytes]:
+        shim = [] if self._says_ready else [sys.executable, "-m", WORKER, "--"]
         try:
             process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                [*shim, *self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._setting}: {self._command[0]} cannot be started: {error}") from error
+            raise NoReward(f"{self._setting}: {self._command[0]} cannot be started: {error}") from error
         os.set_blocking(_fileno(process.stdin), False)
-        self._rest, self._warming = b"", START_S
+        self._rest, self._process = b"", process
+        if self._says_ready:
+            answer = self._exchange(process, b"", START_S)
+            if answer != READY:
+                reason = answer.get("error") if isinstance(answer, dict) else answer
+                raise NoReward(f"{self._setting}: {str(reason)[:200]}")
         return process
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Kill the process, and what it started."""
         process, self._process = self._process, None
         if process is None:
@@ -92,18 +101,26 @@ class Program:
             with contextlib.suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]
 
-    def _exchange(self, process: subprocess.Popen[bytes], question: bytes) -> bytes:
-        """Write a line and read a line, whichever can go on."""
-        deadline = time.monotonic() + self._timeout_s + self._warming
+    def _exchange(self, process: subprocess.Popen[bytes], question: bytes, limit_s: float) -> Any:
+        """Write a line and read a line of JSON, whichever can go on.
+
+        Args:
+            process: that is asked.
+            question: the line; empty: there is none.
+            limit_s: seconds for both.
+        """
+        deadline = time.monotonic() + limit_s
         to, back = _fileno(process.stdin), _fileno(process.stdout)
         with selectors.DefaultSelector() as selector:
             selector.register(back, selectors.EVENT_READ)
-            selector.register(to, selectors.EVENT_WRITE)
+            if question and (self._rest or selector.select(0)):
+                raise NoReward(f"{self._setting}: it says more than one line for a text: which one counts?")
+            if question:
+                selector.register(to, selectors.EVENT_WRITE)
             while b"\n" not in self._rest:
-                left = deadline - time.monotonic()
-                events = selector.select(max(0.0, left))
+                events = selector.select(max(0.0, deadline - time.monotonic()))
                 if not events:
-                    raise NoReward(f"{self._setting}: no answer within reward.timeout_s ({self._timeout_s:g} s)")
+                    raise TooSlow(f"{self._setting}: no answer within {limit_s:g} s (reward.timeout_s)")
                 for key, _ in events:
                     if key.fd == to:
                         question = self._write(process, question)
@@ -112,7 +129,10 @@ class Program:
                     else:
                         self._read(process)
         line, _, self._rest = self._rest.partition(b"\n")
-        return line
+        try:
+            return json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise NoReward(f"{self._setting}: its answer is not JSON ({str(error)[:200]})") from error
 
     def _write(self, process: subprocess.Popen[bytes], question: bytes) -> bytes:
         """What is left of it."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import final
 
 
-@final
 class NoReward(Exception):
     """There is no number for a text; the message names the setting and the reason."""
+
+
+@final
+class TooSlow(NoReward):
+    """What judges took too long; so it may for the next text."""
 
 
 def checked_number(value: object, setting: str) -> float:
@@ -17,6 +22,7 @@ def checked_number(value: object, setting: str) -> float:
     Raises:
         NoReward: it is not a finite number.
     """
-    if isinstance(value, (bool, int, float)) and math.isfinite(value):
-        return float(value)
+    with contextlib.suppress(OverflowError):  # of a whole number that is too large
+        if isinstance(value, (bool, int, float)) and math.isfinite(value):
+            return float(value)
     raise NoReward(f"{setting}: it answered {str(value)[:80]!r}, which is not a number")

@@ -1,31 +1,52 @@
 """``python -m mezo_dist.objectives.rewards.worker path.py name``: runs a user's reward function, a line at a time.
 
+(``-- COMMAND ...`` runs a program instead, so that it dies with the process that asks it.)
+
 Reads ``{"row": {...}, "text": "..."}`` from standard input, and writes a number, or ``{"error": "..."}``, for each.
 What the function prints goes to standard error.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+READY = "ready"
+"""What the worker says, in place of an answer, once the function is loaded."""
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when the one that started it dies (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def guard(command: list[str]) -> None:
+    """Become ``command``, which dies with the parent."""
+    die_with_parent()
+    os.execvp(command[0], command)
+
 
 def main(path: str, name: str) -> None:
     """Answer until standard input ends."""
+    die_with_parent()
+    process = os.getpid()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # print() must not get in between
     try:
         function = _load(Path(path), name)
-    except BaseException as error:  # noqa: BLE001 (the user's code; every question gets the reason)
-        reason = f"cannot be loaded: {type(error).__name__}: {error}"
-        for _ in sys.stdin:
-            answers.write(json.dumps({"error": reason}) + "\n")
+    except BaseException as error:  # noqa: BLE001 (the user's code)
+        answers.write(json.dumps({"error": f"cannot be loaded: {type(error).__name__}: {error}"}) + "\n")
         return
+    answers.write(json.dumps(READY) + "\n")
     for line in sys.stdin:
         question = json.loads(line)
         try:
@@ -35,6 +56,8 @@ def main(path: str, name: str) -> None:
             text = json.dumps(answer if isinstance(answer, (bool, int, float)) else {"error": _wrong(answer)})
         except Exception as error:  # noqa: BLE001
             text = json.dumps({"error": f"{type(error).__name__}: {error}"})
+        if os.getpid() != process:  # the function forked: the child's answer is not ours
+            os._exit(0)
         answers.write(text + "\n")
 
 
@@ -56,4 +79,6 @@ def _load(path: Path, name: str) -> Callable[[Mapping[str, Any], str], object]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--":
+        guard(sys.argv[2:])
     main(sys.argv[1], sys.argv[2])

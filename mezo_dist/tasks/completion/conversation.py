@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mezo_dist.errors import UserError
+from mezo_dist.tasks.chat import apply_chat_template
 from mezo_dist.tasks.continuation import shared
 
 ASSISTANT = "assistant"
@@ -79,7 +80,4 @@ def _tokens(tokenizer: Any, messages: list[Any], **options: Any) -> list[int]:
 
 
 def _apply(tokenizer: Any, messages: list[Any], **options: Any) -> Any:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, **options)
-    except Exception as error:  # the template raises whatever it likes
-        raise UserError(f"task.messages: the chat template refuses the conversation: {error}") from error
+    return apply_chat_template(tokenizer, messages, "task.messages", tokenize=True, **options)

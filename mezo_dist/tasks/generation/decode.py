@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +69,44 @@ def decode(
     choose: list[LogitsProcessor] = []
     if decoding.temperature > 0:
         choose.append(_Draw(decoding, start, seeds))
-    sequences = model.generate(  # type: ignore[operator]
-        **inputs,
-        generation_config=GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens, do_sample=False, pad_token_id=decoding.pad_id, use_cache=True
-        ),
-        logits_processor=LogitsProcessorList(choose),
-        stopping_criteria=StoppingCriteriaList([texts]),
-        synced_gpus=False,
+    settings = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens, do_sample=False, pad_token_id=decoding.pad_id, use_cache=True
     )
+    with _own_settings_aside(model):
+        sequences = model.generate(  # type: ignore[operator]
+            **inputs,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(choose),
+            stopping_criteria=StoppingCriteriaList([texts]),
+            synced_gpus=False,
+        )
     return texts.cut(sequences)
+
+
+_aside: WeakKeyDictionary[nn.Module, tuple[GenerationConfig, int]] = WeakKeyDictionary()
+"""What was put aside, and how many passes in lock step are generating now."""
+
+
+@contextlib.contextmanager
+def _own_settings_aside(model: nn.Module) -> Iterator[None]:
+    """Within, ``generate`` does as it is told and no more.
+
+    It takes what it is not told (penalties, beams, a second end-of-text token) from the model's ``generation_config``.
+    An end of its own would let a pass run ahead of those in lock step with it.
+    """
+    before: GenerationConfig
+    before, passes = _aside.get(model, (getattr(model, "generation_config", None), 0))
+    start = getattr(before, "decoder_start_token_id", None)
+    model.generation_config = GenerationConfig(decoder_start_token_id=start)
+    _aside[model] = before, passes + 1
+    try:
+        yield
+    finally:
+        before, passes = _aside.pop(model)
+        if passes > 1:
+            _aside[model] = before, passes - 1
+        else:
+            model.generation_config = before
 
 
 class _Texts(StoppingCriteria):

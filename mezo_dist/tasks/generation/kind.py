@@ -14,6 +14,7 @@ from mezo_dist.config.kinds.generation import GenerationTask
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import MicroBatch, model_inputs
+from mezo_dist.tasks.chat import apply_chat_template
 from mezo_dist.tasks.continuation import SLOT, check_causal, continued
 from mezo_dist.tasks.fields import Row, lookup
 from mezo_dist.tasks.generation.decode import Decoding, decode
@@ -181,18 +182,25 @@ class Generation:
     def _plain(self, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         prompt = continued(self.encoder, before.rstrip(" "), "").ids
         if not after.strip():
-            return prompt, prompt, 1
+            return prompt, self._with_target(prompt), 1
         both = continued(self.encoder, before, after)
         return prompt, both.ids, max(1, both.start)
+
+    def _with_target(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """A prompt without completion, whose own loss stands in. One token alone predicts nothing: it gets an end."""
+        end = self.model.tokenizer.eos_token_id
+        return prompt if len(prompt) > 1 else (*prompt, prompt[0] if end is None else end)
 
     def _chat(self, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         tokenizer = self.model.tokenizer
         messages = [{"role": "user", "content": before}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        prompt = tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        text = apply_chat_template(tokenizer, messages, "task.chat", add_generation_prompt=True, tokenize=False)
+        prompt = tuple(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
+        if not prompt:
+            raise UserError("task.chat: the chat template makes nothing of the prompt")
         self.encoder.check_known(prompt)
         if not after.strip():
-            return prompt, prompt, 1
+            return prompt, self._with_target(prompt), 1
         completion = tokenizer(after.strip(), add_special_tokens=False, verbose=False)["input_ids"]
         self.encoder.check_known(completion)
         return prompt, (*prompt, *completion), len(prompt)
@@ -216,4 +224,4 @@ def facts_by_slot(batch: Sequence[MicroBatch]) -> list[Any]:
 def _generation_ends(model: nn.Module) -> list[int]:
     """End-of-text tokens that a model names beside its tokenizer's."""
     ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return list(ends) if isinstance(ends, list | tuple) else [ends]
+    return [end for end in (ends if isinstance(ends, list | tuple) else [ends]) if isinstance(end, int)]
