@@ -100,7 +100,7 @@ class Reads(nn.Module):
         self.linear, self.directly = nn.Linear(4, 4), directly
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.linear.weight.T if self.directly else self.linear(x)
+        return x @ self.linear.weight.T if self.directly else self.linear(input=x)
 
 
 @pytest.mark.parametrize("directly", [False, True])

@@ -117,3 +117,8 @@ def test_both_halves_of_a_character(tmp_path: Path) -> None:
 
 def test_a_long_cell(tmp_path: Path) -> None:
     assert read(tmp_path, "a.csv", "a\n" + "x" * 200_000 + "\n") == [{"a": "x" * 200_000}]
+
+
+def test_rows_that_share_no_fields_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its 2000 rows have 2000 different fields"):
+        read(tmp_path, "a.jsonl", "".join(f'{{"k{number}": 1}}\n' for number in range(2000)))

@@ -59,3 +59,17 @@ def test_what_is_refused(template: str, expected: str) -> None:
 def test_a_field_that_the_answer_hides_and_one_called_row() -> None:
     assert render_row("{{ answer }}, {{ row.answer }}", {"answer": "yes"}, answer="SLOT") == "SLOT, yes"
     assert render_row("{{ row }}", {"row": "a field"}) == "a field"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ " + "~".join(["x"] * 3000) + " }}", "it has more than 2000 elements"),
+        ("y" * 60_000, "it is longer than 50000 characters"),
+    ],
+)
+def test_templates_that_would_take_minutes_to_compile(template: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        render_row(template, {"x": "a text"})
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 500

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -106,8 +105,7 @@ class Judge:
             path, _, name = config.function.rpartition(":")
             if not Path(path).is_file():
                 raise UserError(f"reward.function: there is no file {path} (relative paths start at {Path.cwd()})")
-            worker = [sys.executable, "-m", "mezo_dist.objectives.rewards.worker", path, name]
-            self.programs.append(Program("reward.function", worker, config.timeout_s, says_ready=True))
+            self.programs.append(Program("reward.function", (path, name), config.timeout_s, says_ready=True))
             asks["function"] = self.programs[-1].ask
         if "command" in config.sources:
             self.programs.append(Program("reward.command", config.command, config.timeout_s))

@@ -32,9 +32,9 @@ class Program:
 
     Args:
         setting: that names the program, for messages.
-        command: the program and its arguments.
+        command: the program and its arguments; or the file and the name of a function.
         timeout_s: seconds for one answer.
-        says_ready: it says ``READY`` of `mezo_dist.objectives.rewards.worker` before the first question.
+        says_ready: it is a function, whose worker says ``READY`` before the first question.
 
     Raises:
         UserError: the program cannot be started, or says why it is not ready.
@@ -44,7 +44,7 @@ class Program:
         self._setting, self._command, self._timeout_s = setting, list(command), timeout_s
         self._says_ready, self._rest = says_ready, b""
         self._loading_s = 0.0 if says_ready else START_S
-        if shutil.which(command[0]) is None:
+        if not says_ready and shutil.which(command[0]) is None:
             raise UserError(f"{setting}: {command[0]} cannot be started: there is no such program")
         self._process: subprocess.Popen[bytes] | None = None
         try:
@@ -73,10 +73,11 @@ class Program:
         return checked_number(answer, self._setting)
 
     def _started(self) -> subprocess.Popen[bytes]:
-        shim = [] if self._says_ready else [sys.executable, "-m", WORKER, "--"]
+        command = self._command if self._says_ready else ["--", *self._command]
+        worker = [sys.executable, "-m", WORKER, str(os.getpid())]
         try:
             process = subprocess.Popen(
-                [*shim, *self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                [*worker, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
             )
         except (OSError, ValueError) as error:
             raise NoReward(f"{self._setting}: {self._command[0]} cannot be started: {error}") from error

@@ -1,6 +1,6 @@
-"""``python -m mezo_dist.objectives.rewards.worker path.py name``: runs a user's reward function, a line at a time.
+"""``python -m mezo_dist.objectives.rewards.worker PARENT path.py name``: runs a reward function, a line at a time.
 
-(``-- COMMAND ...`` runs a program instead, so that it dies with the process that asks it.)
+(``PARENT -- COMMAND ...`` runs a program instead.) Both end with the process PARENT, which asks them.
 
 Reads ``{"row": {...}, "text": "..."}`` from standard input, and writes a number, or ``{"error": "..."}``, for each.
 What the function prints goes to standard error.
@@ -23,21 +23,16 @@ READY = "ready"
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Let the kernel end this process when the one that started it dies (Linux; elsewhere nothing happens)."""
+def die_with(parent: int) -> None:
+    """Let the kernel end this process when its parent dies (Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def guard(command: list[str]) -> None:
-    """Become ``command``, which dies with the parent."""
-    die_with_parent()
-    os.execvp(command[0], command)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
 
 
 def main(path: str, name: str) -> None:
     """Answer until standard input ends."""
-    die_with_parent()
     process = os.getpid()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # print() must not get in between
@@ -79,6 +74,7 @@ def _load(path: Path, name: str) -> Callable[[Mapping[str, Any], str], object]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--":
-        guard(sys.argv[2:])
-    main(sys.argv[1], sys.argv[2])
+    die_with(int(sys.argv[1]))
+    if sys.argv[2] == "--":
+        os.execvp(sys.argv[3], sys.argv[3:])
+    main(sys.argv[2], sys.argv[3])

@@ -1,0 +1,44 @@
+"""Chat templates come with a model, from whoever made it: they may refuse, fail, and never end."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from mezo_dist.errors import UserError
+from mezo_dist.tasks import chat
+from mezo_dist.tasks.chat import apply_chat_template
+from mezo_dist.testing import tiny_tokenizer
+
+MESSAGES = [{"role": "user", "content": "a film"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no users here') }}", "refuses the conversation: no users here"),
+        ("{% for %}", "refuses the conversation"),
+        ("{{ messages.__class__.__mro__ }}", "refuses the conversation"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}a", "did not end within 0.3 s"),
+    ],
+)
+def test_templates_that_do_not_work(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "LIMIT_S", 0.3)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=r"task\.chat: ") as fault:
+        apply_chat_template(tokenizer, MESSAGES, "task.chat", tokenize=False)
+    assert message in str(fault.value)
+
+
+def test_somebody_elses_timer_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    before, handler = signal.setitimer(signal.ITIMER_REAL, 100.0), signal.getsignal(signal.SIGALRM)
+    try:
+        assert apply_chat_template(tokenizer, MESSAGES, "task.chat", tokenize=False) == "a film"
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100.0
+        assert signal.getsignal(signal.SIGALRM) is handler
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)
