@@ -2,10 +2,10 @@
 #
 #   PYTHON=python3.12         the Python that .venv is made with
 #   ARGS="--seed 1"           passed on to the run, to pytest: make test ARGS="-k communicator"
-#   WORKERS=1                 test files that run at a time
+#   WORKERS=1                 test files that run at a time; the default is one more than two cores, for many tests wait
 #   TORCH=torch==2.13.0+cu126, TORCH_INDEX=URL    another build of torch, another index to take it from
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 
 # torch is installed first and alone: the default Linux wheel brings gigabytes of CUDA libraries, so a machine without
 # nvidia-smi takes the CPU build, which has an index of its own. The version is the one in constraints.txt.
