@@ -71,6 +71,8 @@ def _explained(setting: Setting) -> tuple[str, str]:
         listed = ",".join(sorted(ALGORITHMS))
         return f"{{{listed}}}", "The algorithm. Which other settings there are depends on it. (required)"
     listed = ",".join(choices(setting.kind))
+    if setting.name == "task.kind" and setting.default != DEFAULT_KIND:
+        return f"{{{listed}}}", f"{meanings(setting.owner)['kind']} (default: {DEFAULT_KIND}, so it must be set)"
     kind = "" if listed else f"{describe(setting.kind)}; "
     default = "required" if setting.default is dataclasses.MISSING else f"default: {shown(setting.default)}"
     return (

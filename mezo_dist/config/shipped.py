@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import re
 from pathlib import Path
 
 from mezo_dist.errors import UserError
@@ -27,8 +29,10 @@ def task_file(name: str, folder: Path) -> Path:
     Raises:
         UserError: a bare name that is neither a file nor a task that ships.
     """
-    path = folder / Path(name).expanduser()
-    if path.exists() or "/" in name or Path(name).suffix:
+    path = folder / name
+    with contextlib.suppress(RuntimeError):  # no home folder
+        path = folder / Path(name).expanduser()
+    if not re.fullmatch(r"[\w-]{1,100}", name) or path.exists():
         return path
     known = shipped_tasks()
     if name not in known:

@@ -24,6 +24,8 @@ LONGEST_ANSWER = 65_536
 START_S = 60.0
 """Seconds for loading: until a function's worker says that it is ready, or on top of the limit until a program has
 given its first answer."""
+SURPLUS_S = 0.05
+"""Seconds after its first answer in which a program must say no more."""
 
 
 @final
@@ -42,7 +44,7 @@ class Program:
 
     def __init__(self, setting: str, command: Sequence[str], timeout_s: float, *, says_ready: bool = False) -> None:
         self._setting, self._command, self._timeout_s = setting, list(command), timeout_s
-        self._says_ready, self._rest = says_ready, b""
+        self._says_ready, self._rest, self._is_new = says_ready, b"", True
         self._loading_s = 0.0 if says_ready else START_S
         if not says_ready and shutil.which(command[0]) is None:
             raise UserError(f"{setting}: {command[0]} cannot be started: there is no such program")
@@ -63,11 +65,16 @@ class Program:
         try:
             process = self._process = self._process or self._started()
             question = json.dumps({"row": row, "text": text}, default=str).encode() + b"\n"
+            if self._says_more(process, 0.0):
+                raise NoReward(f"{self._setting}: it says more than one line for a text: which one counts?")
             answer = self._exchange(process, question, self._timeout_s + self._loading_s)
+            # One that says two lines for a text does so from the start.
+            if self._is_new and self._says_more(process, SURPLUS_S):
+                raise NoReward(f"{self._setting}: it says more than one line for a text: which one counts?")
         except NoReward:
             self.end()
             raise
-        self._loading_s = 0.0
+        self._loading_s, self._is_new = 0.0, False
         if isinstance(answer, dict) and "error" in answer:
             raise NoReward(f"{self._setting}: {str(answer['error'])[:200]}")
         return checked_number(answer, self._setting)
@@ -82,7 +89,7 @@ class Program:
         except (OSError, ValueError) as error:
             raise NoReward(f"{self._setting}: {self._command[0]} cannot be started: {error}") from error
         os.set_blocking(_fileno(process.stdin), False)
-        self._rest, self._process = b"", process
+        self._rest, self._process, self._is_new = b"", process, True
         if self._says_ready:
             answer = self._exchange(process, b"", START_S)
             if answer != READY:
@@ -114,8 +121,6 @@ class Program:
         to, back = _fileno(process.stdin), _fileno(process.stdout)
         with selectors.DefaultSelector() as selector:
             selector.register(back, selectors.EVENT_READ)
-            if question and (self._rest or selector.select(0)):
-                raise NoReward(f"{self._setting}: it says more than one line for a text: which one counts?")
             if question:
                 selector.register(to, selectors.EVENT_WRITE)
             while b"\n" not in self._rest:
@@ -134,6 +139,12 @@ class Program:
             return json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             raise NoReward(f"{self._setting}: its answer is not JSON ({str(error)[:200]})") from error
+
+    def _says_more(self, process: subprocess.Popen[bytes], wait_s: float) -> bool:
+        """Whether there is something to read that was not asked for (or its end)."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(_fileno(process.stdout), selectors.EVENT_READ)
+            return bool(self._rest or selector.select(wait_s)) and process.poll() is None
 
     def _write(self, process: subprocess.Popen[bytes], question: bytes) -> bytes:
         """What is left of it."""
