@@ -122,8 +122,8 @@ def save_snapshot(
 
 def snapshots(folder: Path) -> list[Path]:
     """Folders of the complete snapshots in ``folder`` (which need not exist), oldest first."""
-    found = (path.parent for path in folder.glob(f"step-*/{INDEX}") if _NAME.fullmatch(path.parent.name))
-    return sorted(path for path in found if is_plain_folder(path))
+    folders = (path.parent for path in folder.glob(f"step-*/{INDEX}") if _NAME.fullmatch(path.parent.name))
+    return sorted(path for path in folders if is_plain_folder(path))
 
 
 def read_snapshot(folder: Path) -> Snapshot:

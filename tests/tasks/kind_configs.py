@@ -41,13 +41,13 @@ MODELS = {
 def rows(number: int = 60) -> list[dict[str, Any]]:
     """Made-up rows: a text, two or three options of which two share their first word, a label and a score."""
     draw = random.Random(0)
-    made = []
+    made_up = []
     for n in range(number):
         first, *others = draw.sample(WORDS, 4)
         options = [f"{first} {others[0]}", f"{first} {others[1]} {others[2]}", others[2]][: 2 + n % 2]
         text = " ".join(draw.choices(WORDS, k=draw.randint(2, 9)))
-        made.append({"text": text, "options": options, "label": n % 2, "score": n / 7})
-    return made
+        made_up.append({"text": text, "options": options, "label": n % 2, "score": n / 7})
+    return made_up
 
 
 def write_kind_config(folder: Path, name: str, **task: Any) -> Path:

@@ -156,20 +156,20 @@ READ = [(name, "masked") for name in EXAMPLES] + [(name, "causal") for name in E
 @pytest.mark.parametrize(("name", "kind"), READ)
 def test_what_a_model_reads(name: str, kind: ModelKind) -> None:
     example = EXAMPLES[name]
-    made = encoder(name, kind)
-    (sample,) = made.encode([example.row], "train")
-    tokens = made.tokenizer.convert_ids_to_tokens(list(sample.ids))
+    the_encoder = encoder(name, kind)
+    (sample,) = the_encoder.encode([example.row], "train")
+    tokens = the_encoder.tokenizer.convert_ids_to_tokens(list(sample.ids))
     expected = example.prompt + (MASK if kind == "masked" and MASK not in example.prompt else "")
     assert "".join(tokens) == expected
     assert sample.label == example.label
     assert sample.position == (len(tokens) - 1 if kind == "causal" else tokens.index(MASK))
-    assert made.tokenizer.convert_ids_to_tokens(made.label_ids(example.row)) == example.words
+    assert the_encoder.tokenizer.convert_ids_to_tokens(the_encoder.label_ids(example.row)) == example.words
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_what_a_classification_head_reads(name: str) -> None:
     example = EXAMPLES[name]
-    made = encoder(name, "classifier")
-    (sample,) = made.encode([example.row], "train")
-    assert "".join(made.tokenizer.convert_ids_to_tokens(list(sample.ids))) == "".join(example.plain)
+    the_encoder = encoder(name, "classifier")
+    (sample,) = the_encoder.encode([example.row], "train")
+    assert "".join(the_encoder.tokenizer.convert_ids_to_tokens(list(sample.ids))) == "".join(example.plain)
     assert sample.label == example.label

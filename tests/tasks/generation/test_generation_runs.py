@@ -56,8 +56,13 @@ def write_config(root: Path) -> Path:
         "output": {"export": False},
     }
     # Ends that the tokenizer does not know, and settings of generate that are not ours.
-    own = {"eos_token_id": [3, *range(4, 14)], "repetition_penalty": 1.5, "num_beams": 2, "suppress_tokens": [30]}
-    (root / "model" / "generation_config.json").write_text(json.dumps(own))
+    odd_settings = {
+        "eos_token_id": [3, *range(4, 14)],
+        "repetition_penalty": 1.5,
+        "num_beams": 2,
+        "suppress_tokens": [30],
+    }
+    (root / "model" / "generation_config.json").write_text(json.dumps(odd_settings))
     path = root / "config.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
