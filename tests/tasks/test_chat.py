@@ -24,7 +24,8 @@ MESSAGES = [{"role": "user", "content": "a film"}]
     ],
 )
 def test_templates_that_do_not_work(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "LIMIT_S", 0.3)
+    if "did not end" in message:
+        monkeypatch.setattr(chat, "LIMIT_S", 0.3)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=r"task\.chat: ") as fault:
