@@ -8,7 +8,6 @@ making the matrix anew, and it needs no memory. All samples of a pass have the s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,12 +29,6 @@ def shifts_in_activations(hooked: HookedModule) -> Weight | None:
     if hooked.spans_blocks or hooked.kind not in KINDS:
         return None
     return next((w for w in hooked.weights if w.attribute == "weight" and w.trainable and len(w.shape) == 2), None)
-
-
-def with_unmoved(hooked: HookedModule, matrix: Weight) -> HookedModule:
-    """``hooked``, of whose weights ``matrix`` does not move."""
-    weights = (dataclasses.replace(w, trainable=w.trainable and w.name != matrix.name) for w in hooked.weights)
-    return dataclasses.replace(hooked, weights=tuple(weights))
 
 
 def with_shift(

@@ -17,7 +17,7 @@ from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.lockstep.fanout import Served, on_tensors
 from mezo_dist.engines.lockstep.forwards import Forward
 from mezo_dist.engines.lockstep.head_slice import head_rows
-from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift, with_unmoved
+from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
 from mezo_dist.engines.lockstep.passes import Call, Read
 from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
 from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
@@ -91,7 +91,8 @@ class Materialiser:
             calls: those that wait.
             real: its forward.
         """
-        served = self._serve_weights(with_unmoved(hooked, matrix), calls, real)
+        others = frozenset(weight.name for weight in hooked.weights) - {matrix.name}
+        served = self._serve_weights(_restricted(hooked, others), calls, real)
         unmoved = served.forward or functools.partial(on_tensors, hooked, real)
         forward = with_shift(self.factors, hooked, matrix, self.shifts, unmoved, head_rows(hooked.module))
         return Served(served.tensors, forward)

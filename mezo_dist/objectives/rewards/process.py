@@ -65,12 +65,10 @@ class Program:
         try:
             process = self._process = self._process or self._started()
             question = json.dumps({"row": row, "text": text}, default=str).encode() + b"\n"
-            if self._says_more(process, 0.0):
-                raise NoReward(f"{self._setting}: it says more than one line for a text: which one counts?")
+            self._refuse_surplus(process, 0.0)
             answer = self._exchange(process, question, self._timeout_s + self._loading_s)
-            # One that says two lines for a text does so from the start.
-            if self._is_new and self._says_more(process, SURPLUS_S):
-                raise NoReward(f"{self._setting}: it says more than one line for a text: which one counts?")
+            if self._is_new:  # one that says two lines for a text does so from the start
+                self._refuse_surplus(process, SURPLUS_S)
         except NoReward:
             self.end()
             raise
@@ -140,11 +138,12 @@ class Program:
         except (ValueError, RecursionError) as error:
             raise NoReward(f"{self._setting}: its answer is not JSON ({str(error)[:200]})") from error
 
-    def _says_more(self, process: subprocess.Popen[bytes], wait_s: float) -> bool:
-        """Whether there is something to read that was not asked for (or its end)."""
+    def _refuse_surplus(self, process: subprocess.Popen[bytes], wait_s: float) -> None:
+        """Raises NoReward if a running program says, within ``wait_s``, what it was not asked for."""
         with selectors.DefaultSelector() as selector:
             selector.register(_fileno(process.stdout), selectors.EVENT_READ)
-            return bool(self._rest or selector.select(wait_s)) and process.poll() is None
+            if (self._rest or selector.select(wait_s)) and process.poll() is None:
+                raise NoReward(f"{self._setting}: it says more than one line for a text: which one counts?")
 
     def _write(self, process: subprocess.Popen[bytes], question: bytes) -> bytes:
         """What is left of it."""

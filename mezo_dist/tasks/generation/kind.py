@@ -150,15 +150,18 @@ class Generation:
         return torch.tensor([of_text(self.task.metric, text, facts[0]) for text, facts in pairs], dtype=torch.float64)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        text = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+        text = self._decoded(tokens)
         ends = [text.index(stop) for stop in self.task.stop if stop in text]
         return text[: min(ends, default=len(text))].strip()
 
     def _is_stopped(self, tokens: Sequence[int]) -> bool:
-        if not self.task.stop:
+        if not self.task.stop:  # decoding every text at every token takes time
             return False
-        text = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+        text = self._decoded(tokens)
         return any(stop in text for stop in self.task.stop)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _sample(self, row: Row, whole_row: Row) -> Sample:
         text = render_row(self.task.prompt + SLOT + self.task.completion, row)
