@@ -9,7 +9,7 @@ from typing import final
 from mezo_dist.errors import UserError
 from mezo_dist.runs.build import Run
 from mezo_dist.runs.replay import snapshot_facts
-from mezo_dist.storage import snapshots
+from mezo_dist.storage import snapshot_writer
 from mezo_dist.storage.files import move_aside
 from mezo_dist.storage.run_folder import Claim, note
 from mezo_dist.storage.trajectory import Mark, Step
@@ -82,7 +82,7 @@ class RunRecorder:
         try:
             facts = snapshot_facts(run.header())
             keep = run.config.output.snapshots_kept
-            snapshots.save_snapshot(claim.snapshots, run.engine, step, run.comm, facts=facts, keep=keep)
+            snapshot_writer.save_snapshot(claim.snapshots, run.engine, step, run.comm, facts=facts, keep=keep)
         except UserError as error:
             self._note("snapshot failed", step, reason=str(error))
             log.warning("%s; the run goes on, as the trajectory still holds it", error)

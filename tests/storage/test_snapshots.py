@@ -20,7 +20,7 @@ from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
-from mezo_dist.storage import safetensors_io, snapshots
+from mezo_dist.storage import safetensors_io, snapshot_writer, snapshots
 from mezo_dist.testing import spawn, tiny_model
 
 
@@ -67,7 +67,7 @@ def as_engine(cut: Cut) -> Engine:
 def save(comm: Communicator, folder: Path, num_shards: int) -> str:
     """Ranks with the same place are replicas of each other."""
     engine = as_engine(Cut(comm.rank % num_shards, num_shards))
-    return snapshots.save_snapshot(folder, engine, 5, comm, facts={"of": "rank", "rank": comm.rank}).name
+    return snapshot_writer.save_snapshot(folder, engine, 5, comm, facts={"of": "rank", "rank": comm.rank}).name
 
 
 def load(comm: Communicator, snapshot: Path, num_shards: int) -> bool:
@@ -157,7 +157,7 @@ def flip(path: Path) -> None:
 
 
 def snapshot_of(tmp_path: Path, step: int = 1, **options: Any) -> Path:
-    return snapshots.save_snapshot(tmp_path, as_engine(Cut(0, 1)), step, Communicator(), **options)
+    return snapshot_writer.save_snapshot(tmp_path, as_engine(Cut(0, 1)), step, Communicator(), **options)
 
 
 def test_old_ones_go_when_the_new_one_is_there(tmp_path: Path) -> None:
@@ -245,6 +245,6 @@ def test_exact_bits(tmp_path: Path) -> None:
     bits: Tensor = engine.local[name].view(torch.int32)
     bits[:3] = torch.tensor([0x7FC00001, -0x80000000, 0x00000001])
     before = bits.clone()
-    snapshot = snapshots.save_snapshot(tmp_path, as_engine(engine), 1, Communicator())
+    snapshot = snapshot_writer.save_snapshot(tmp_path, as_engine(engine), 1, Communicator())
     snapshots.load_snapshot(snapshot, as_engine(fresh(engine)), Communicator())
     assert torch.equal(bits, before)
