@@ -183,6 +183,33 @@ def test_ranks_that_disagree_about_their_number(sizes: tuple[int, ...]) -> None:
             assert told in output
 
 
+MEET = """
+import torch
+from mezo_dist.distributed.connect import connect
+comm = connect(timeout_s=60)
+print(comm.collect(lambda: comm.rank + 1), torch.distributed.is_initialized())
+"""
+
+
+@pytest.mark.distributed
+def test_ranks_meet_where_there_is_only_ipv6() -> None:
+    """The address is one that IPv4 does not have; torch's store and gloo both have to take it."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+            port = str(free.getsockname()[1])
+    except OSError as error:
+        pytest.skip(f"no IPv6 on this machine: {error}")
+    with contextlib.ExitStack() as stack:
+        given = {**os.environ, **RANK_1, "MASTER_ADDR": "::1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": ""}
+        ranks = [
+            stack.enter_context(Program(["-c", MEET], environment={**given, "RANK": str(rank)})) for rank in range(2)
+        ]
+        for program in ranks:
+            status, output, errors = program.finish()
+            assert status == 0, output + errors
+            assert output == "[1, 2] True\n"
+
+
 # Network cards
 
 
