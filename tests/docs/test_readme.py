@@ -1,7 +1,7 @@
-"""Every command and every program in the README really runs.
+"""Every command and every program in the README and the pages of docs/ really runs.
 
-Commands run in the README's order in a folder of their own, on the real demo model; `SMALL` makes them quick. A command
-that is new in the README must be entered in `HOW`, or the test fails.
+Commands run in the order in which they are read, in a folder of their own, on the real demo model; `SMALL` makes them
+quick. A command that is new must be entered in `HOW`, or the test fails.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ from mezo_dist.config import reader
 from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("first-run", "model-and-data", "tasks", "algorithms", "many-machines", "nothing-is-lost", "library")
+"""In the order of mkdocs.yml; the other pages have nothing to run, which a test below says."""
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
 SMALL = [
     "--train.steps=3",
     "--train.batch_size=4",
@@ -53,12 +56,14 @@ HOW = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, documents: Sequence[Path] = DOCUMENTS) -> list[str]:
+    """Code of a language, each once."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
+    return list(dict.fromkeys(re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)))
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return list(dict.fromkeys(line for block in blocks("sh") for line in block.splitlines() if line.strip()))
 
 
 def call(arguments: list[str], folder: Path) -> str:
@@ -75,8 +80,27 @@ def call(arguments: list[str], folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_every_command_of_the_readme_is_known_to_this_test() -> None:
+def test_every_command_is_known_to_this_test() -> None:
     assert set(commands()) == set(HOW)
+
+
+def test_other_pages_have_nothing_to_run() -> None:
+    others = set((ROOT / "docs").glob("*.md")) - set(DOCUMENTS) - {ROOT / "docs" / "api.md"}  # test_api runs those
+    assert others
+    assert not [code for language in ("sh", "python", "yaml") for code in blocks(language, sorted(others))]
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    """A dead link, a dead anchor or a page that the navigation forgets is an error."""
+    site = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(site, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {f"{page}.html" for page in PAGES} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", DOCUMENTS[0].read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
 
 
 def test_the_settings_of_commands_that_need_a_hub_are_right() -> None:
