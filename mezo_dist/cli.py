@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    init = commands.add_parser("init", help="write a config and a task file for a model and a data set")
+    init.add_argument("data", metavar="DATA", help="a file, a folder of files named after splits, or a hub name")
+    init.add_argument("--model", required=True, help="a model folder, hub name or demo model")
+    init.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="where to write; here by default")
+    init.add_argument("--name", help="of the task; that of the data by default")
+    init.add_argument("--subset", help="configuration of a hub data set")
+    init.set_defaults(command=_init)
+
     # No arguments are declared: `_train` gets them as they are, since settings may stand there in several forms.
     train = commands.add_parser("train", help="fine-tune as a config file says", add_help=False)
     train.set_defaults(command=_train)
@@ -181,6 +189,17 @@ def _show_task(arguments: argparse.Namespace) -> None:
             print(printable("\n".join(lines), keep="\n"))
 
     _with_communicator(600.0, work)
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    _announce_imports()
+    from mezo_dist.runs.starter import write_starter
+
+    task, config = write_starter(
+        arguments.data, arguments.model, arguments.to, name=arguments.name, subset=arguments.subset
+    )
+    print(f"wrote {task} and {config}; look at them, then:")
+    print(f"  mezo-dist tasks show {task} --model={arguments.model}\n  mezo-dist train {config}")
 
 
 def _train(arguments: argparse.Namespace) -> None:

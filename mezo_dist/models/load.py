@@ -136,6 +136,21 @@ def _is_no_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        options: JsonObject = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        return _tokenizer(_source(config.name.removeprefix(RANDOM)), options)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"model.name: {config.name!r} could not be loaded: {_shortened(str(error))}") from error
+
+
 def is_on_hub(config: ModelConfig) -> bool:
     """The model is in no local folder; the hub's cache holds it, or will."""
     return not Path(_source(config.name.removeprefix(RANDOM))).exists()

@@ -41,7 +41,7 @@ def load_rows(task: TaskSettings) -> Rows:
     Raises:
         UserError: data not found, unknown split, empty split, or too few rows; says which and what there is.
     """
-    data = _load(task)
+    data = load_tables(task.data, task.subset, task.revision)
     orders: dict[str, list[int]] = {}
     taken: dict[str, int] = {}
     rows: dict[str, list[Row]] = {}
@@ -93,16 +93,26 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).exists() for name in SAVED)
 
 
-def _load(task: TaskSettings) -> Mapping[str, Table]:
-    if is_demo(task.data):
-        return {split: read_file(path) for split, path in resolve_data(task.data).items()}
-    path = Path(task.data).expanduser()
+def load_tables(data: str, subset: str | None = None, revision: str | None = None) -> Mapping[str, Table]:
+    """All splits of a data set, as they are.
+
+    Args:
+        data: as ``task.data``.
+        subset: as ``task.subset``.
+        revision: as ``task.revision``.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if is_demo(data):
+        return {split: read_file(path) for split, path in resolve_data(data).items()}
+    path = Path(data).expanduser()
     if _is_saved(path):
         return read_saved(path)
     if path.suffix in TYPES or path.exists():
         # One by one: splits may differ in their fields, and may be called "all".
         return {split: read_file(file) for split, file in local_files(path).items()}
-    return read_hub(task.data, task.subset, task.revision)
+    return read_hub(data, subset, revision)
 
 
 # Which rows count
