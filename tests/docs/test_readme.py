@@ -43,6 +43,7 @@ HOW = {
     "make test": MAKE,
     "mezo-dist train configs/quickstart.yaml --model.name=Qwen/Qwen3-0.6B '--model.trainable=[\"*norm*\"]' "
     "--output.dir=runs/qwen": SAME_WITHOUT_HUB,
+    "mezo-dist init demo:tweets --model=demo:smollm2-135m --to=mine": RUN,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml": RUN,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml --layout.name=fsdp "
     "--output.dir=runs/sharded": RUN,
