@@ -24,7 +24,9 @@ class Sample:
     sizes: tuple[int, ...]
     """Bytes of each option's text."""
     label: int
-    """Which option is right."""
+    """The option whose loss counts."""
+    right: tuple[int, ...]
+    """The options that are right, the label among them."""
 
     @property
     def num_tokens(self) -> int:
@@ -52,11 +54,18 @@ def options_of(task: ChoiceTask, row: Row) -> list[str]:
     """
     if task.options_field is None:
         return [render_row(option, row) for option in task.options]
-    return [str(option) for option in _list_in(row, task.options_field, "task.options_field")]
+    listed = _list_in(row, task.options_field, "task.options_field")
+    return [render_row(task.option, row, option=option) if task.option else str(option) for option in listed]
 
 
-def label_of(task: ChoiceTask, row: Row, options: Sequence[str]) -> int:
-    """Which option is right: the row's label is its number, its text, or the value that stands for it.
+def right_options(task: ChoiceTask, row: Row, options: Sequence[str]) -> tuple[int, ...]:
+    """Which options are right: the row's label is the number of one, its text, the value that stands for it, or a list
+    of these, of which some may name no option.
+
+    Args:
+        task: the settings.
+        row: by field.
+        options: texts.
 
     Raises:
         UserError: it is none of them.
@@ -68,14 +77,23 @@ def label_of(task: ChoiceTask, row: Row, options: Sequence[str]) -> int:
         known = [names_of(name) for name in task.labels]
     else:
         known = [(str(number), text) for number, text in enumerate(options)]
-    chosen = {place for name in names_of(value) for place, names in enumerate(known[: len(options)]) if name in names}
-    if len(chosen) != 1:
-        reason = "stands for several of them" if chosen else "names none of them"
+    wanted = value if isinstance(value, list) else [value]
+    right = list(
+        dict.fromkeys(
+            place
+            for one in wanted
+            for name in names_of(one)
+            for place, names in enumerate(known[: len(options)])
+            if name in names
+        )
+    )
+    if not right or (len(right) > 1 and not isinstance(value, list)):
+        reason = "stands for several of them" if right else "names none of them"
         raise UserError(
-            f"task.label: the label is {shown([value])[1:-1]}, which {reason}: {[names[0] for names in known]} "
+            f"task.label: the label is {shown(wanted)[1:-1]}, which {reason}: {[names[0] for names in known]} "
             f"(options {list(options)}); set task.labels, or leave such rows out with task.where"
         )
-    return chosen.pop()
+    return tuple(right)
 
 
 def encode_options(texts: TextEncoder, prompt: str, options: Sequence[str], row: Row) -> EncodedOptions:
