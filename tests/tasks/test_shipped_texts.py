@@ -210,8 +210,10 @@ def from_local_files(name: str, task: Task, folder: Path) -> dict[str, Any]:
 
 def ones(task: Task) -> Splits:
     """The splits of a task, of one sample each."""
-    splits = task.splits
-    return Splits(*(Split(split.source, 1) for split in (splits.train, splits.validation, splits.test)))
+    train, validation, test = (
+        Split(s.source, 1) for s in (task.splits.train, task.splits.validation, task.splits.test)
+    )
+    return Splits(train, validation, test)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -246,6 +248,6 @@ def test_what_a_model_reads_and_learns(name: str, tmp_path: Path, monkeypatch: p
 def test_alpaca_leaves_out_what_has_no_answer(tmp_path: Path) -> None:
     rows = [ALPACA, ALPACA | {"output": ""}] * 5
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = dataclasses.replace(shipped("alpaca"), data=str(tmp_path), splits=ones(shipped("alpaca")))
-    loaded = load_rows(dataclasses.replace(task, splits=Splits(*[Split("train", n) for n in (3, 1, 1)])))
+    splits = Splits(Split("train", 3), Split("train", 1), Split("train", 1))
+    loaded = load_rows(dataclasses.replace(shipped("alpaca"), data=str(tmp_path), splits=splits))
     assert [row["output"] for row in loaded.train] == ["Red."] * 3
