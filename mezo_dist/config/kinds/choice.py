@@ -76,6 +76,16 @@ class ChoiceTask(TaskSettings):
                 raise ValueError(f"task.{what}: two of them are the same: {names}")
 
     @property
+    def templates(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.prompt, *self.options, self.option)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return tuple(name for name in (self.label, self.options_field, self.labels_field) if name is not None)
+
+    @property
     def words(self) -> list[str]:
         """The options, if all samples have the same ones."""
         return [] if any("{" in option for option in self.options) else list(self.options)

@@ -56,6 +56,16 @@ class CompletionTask(TaskSettings):
             raise ValueError("task.window: cuts whole documents, which have no task.prompt and no task.messages")
 
     @property
+    def templates(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.prompt, self.completion)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return () if self.messages is None else (self.messages,)
+
+    @property
     def rows_are_samples(self) -> bool:
         """See `TaskSettings`."""
         return self.window is None

@@ -75,6 +75,16 @@ class GenerationTask(TaskSettings):
             )
 
     @property
+    def templates(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.prompt, self.completion)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return () if self.references is None else (self.references,)
+
+    @property
     def metric_is_mean(self) -> bool:
         """See `TaskSettings`."""
         return self.metric != "bleu"

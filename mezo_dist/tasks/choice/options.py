@@ -9,7 +9,7 @@ from mezo_dist.config.kinds.choice import ChoiceTask
 from mezo_dist.config.values import names_of
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.continuation import before_answer, continued
-from mezo_dist.tasks.fields import Row, lookup, shown
+from mezo_dist.tasks.fields import Row, listed, lookup, shown
 from mezo_dist.tasks.text import TextEncoder, render_row
 
 
@@ -90,8 +90,8 @@ def right_options(task: ChoiceTask, row: Row, options: Sequence[str]) -> tuple[i
     if not right or (len(right) > 1 and not isinstance(value, list)):
         reason = "stands for several of them" if right else "names none of them"
         raise UserError(
-            f"task.label: the label is {shown(wanted)[1:-1]}, which {reason}: {[names[0] for names in known]} "
-            f"(options {list(options)}); set task.labels, or leave such rows out with task.where"
+            f"task.label: the label is {shown(wanted)[1:-1]}, which {reason}: {listed(names[0] for names in known)} "
+            f"(options {listed(options)}); set task.labels, or leave such rows out with task.where"
         )
     return tuple(right)
 
@@ -114,7 +114,7 @@ def encode_options(texts: TextEncoder, prompt: str, options: Sequence[str], row:
         if not sequence.start:
             raise UserError("task.prompt: no token stands before {{ answer }}, so that nothing predicts the options")
         if sequence.start == len(sequence):
-            raise UserError(f"task.options: the option {option!r} has no tokens after this prompt")
+            raise UserError(f"task.options: the option {option!r:.100} has no tokens after this prompt")
     sizes = tuple(len(option.encode()) for option in options)
     return EncodedOptions(tuple(e.ids for e in encoded), tuple(e.start for e in encoded), sizes)
 
