@@ -22,7 +22,7 @@ def check_ends(model: nn.Module, pad_id: int, splits: Mapping[str, Sequence[Any]
         splits: encoded samples, whose ``ids`` are their tokens.
 
     Raises:
-        UserError: a text has another number of them, or none, or they would be padding, too.
+        UserError: a text has no end-of-text token, or not as many as the first one, or it is the padding token, too.
     """
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):

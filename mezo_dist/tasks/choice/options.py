@@ -54,8 +54,8 @@ def options_of(task: ChoiceTask, row: Row) -> list[str]:
     """
     if task.options_field is None:
         return [render_row(option, row) for option in task.options]
-    listed = _list_in(row, task.options_field, "task.options_field")
-    return [render_row(task.option, row, option=option) if task.option else str(option) for option in listed]
+    values = _list_in(row, task.options_field, "task.options_field")
+    return [render_row(task.option, row, option=option) if task.option else str(option) for option in values]
 
 
 def right_options(task: ChoiceTask, row: Row, options: Sequence[str]) -> tuple[int, ...]:
