@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--split", choices=["train", "validation", "test"], default="test", help="split of the task; test by default"
     )
+    evaluate.add_argument(
+        "--rewards",
+        action="store_true",
+        help="of a run that was trained on rewards: start the program that its config names, and show them",
+    )
 
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
     _add_run(export, _export)
@@ -167,10 +172,13 @@ def _list_tasks(_: argparse.Namespace) -> None:
 
 
 def _show_task(arguments: argparse.Namespace) -> None:
-    from mezo_dist.config import reader
+    from mezo_dist.config import reader, yaml_file
+    from mezo_dist.config.shipped import task_file
 
-    settings = [f"model.name={arguments.model}", f"task={arguments.task}", "train.batch_size=1", *arguments.arguments]
-    config = reader.from_settings(settings)
+    settings = [f"model.name={arguments.model}", f"task={arguments.task}", "train.batch_size=1"]
+    if yaml_file.read(task_file(arguments.task, Path()), "task file").get("kind") == "regression":
+        settings.append("model.head=classifier")  # nothing else will do
+    config = reader.from_settings([*settings, *arguments.arguments])
 
     def work(comm: Communicator) -> None:
         from mezo_dist.runs.build import build_run
@@ -208,12 +216,24 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     def work(comm: Communicator) -> None:
         from mezo_dist.monitoring.console import Monitor
+        from mezo_dist.objectives.rewards.judge import judging
         from mezo_dist.runs import load, training
 
-        run = load.load_run(_opened(arguments, comm), comm)
-        with Monitor.open(None, is_main=comm.rank == 0, num_steps=run.step) as monitor:
-            calibration = training.calibrate(run, monitor)
-            training.score(run, arguments.split, monitor, run.step, calibration)
+        opened = _opened(arguments, comm)
+        is_rewarded = opened.config.train.objective == "reward"
+        if arguments.rewards and not is_rewarded:
+            raise UserError("--rewards: this run was not trained on rewards (train.objective); leave it out")
+        with judging(opened.config, comm) if arguments.rewards else contextlib.nullcontext() as judge:
+            run = load.load_run(opened, comm, judge)
+            with Monitor.open(None, is_main=comm.rank == 0, num_steps=run.step) as monitor:
+                calibration = training.calibrate(run, monitor)
+                training.score(run, arguments.split, monitor, run.step, calibration)
+                if is_rewarded and judge is None:
+                    monitor.say(
+                        "This run optimises a reward, which is not shown here: the loss is that of the texts in "
+                        "task.completion (or of the prompts, without it). With --rewards the program that the run's "
+                        "config names is started, and its rewards are shown."
+                    )
 
     _with_communicator(600.0, work)
 

@@ -243,8 +243,8 @@ def _by_setting(prompts: float, head: float) -> dict[str, float]:
 
 TASKS = {
     "movie-sentences": "configs/tasks/movie-sentences.yaml",
-    "tweets": "examples/studies/tasks/tweets.yaml",
-    "bbc-news": "examples/studies/tasks/bbc-news.yaml",
+    "tweets": "configs/tasks/tweets.yaml",
+    "bbc-news": "configs/tasks/bbc-news.yaml",
 }
 MINILM = ("model.name=demo:minilm-l6", "model.head=classifier")
 PRESETS = {

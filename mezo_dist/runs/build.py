@@ -25,6 +25,7 @@ from mezo_dist.engines.probe_messages import failures_explained
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.adapters import prefix_failures_explained
+from mezo_dist.models.ends import check_ends
 from mezo_dist.models.frozen_cache import Group, RunModel, attach_frozen_cache, run_whole
 from mezo_dist.models.load import Pretrained
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration, best_offsets
@@ -141,6 +142,8 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     check_something_decays(config.algorithm, ((s.name, len(s.shape)) for s in loaded.engine.trainable_shards()))
     kind = kind_of(config.task, text_model_of(config, loaded.pretrained), rows.train[0])
     splits = {name: kind.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
+    if loaded.pretrained.kind == "classifier":
+        check_ends(loaded.pretrained.model, loaded.pretrained.pad_id, splits)
     order, full_order = _orders(config, num_train := len(splits["train"]))
     data = {name: _digest(samples) for name, samples in splits.items()}
     check_agreement(loaded, comm, **{f"data of the {name} split": digest for name, digest in data.items()})

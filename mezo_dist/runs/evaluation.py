@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,10 @@ class Evaluator:
             value = float("nan") if losses is None else losses.mean[0]
             if joint.is_reward:
                 figures["reward"] = -value
-        return {"loss": value, **figures, **summarise(value, payload[0, :, : _size(batch)[1]], batch)}
+        texts = payload[0, :, : _size(batch)[1]]
+        # Comparing thousands of texts takes minutes: rank 0 does it for all.
+        said = json.dumps(dict(summarise(value, texts, batch))) if self.comm.rank == 0 else ""
+        return {"loss": value, **figures, **json.loads(self.comm.broadcast_text(said))}
 
     def _mean_loss(
         self,

@@ -12,6 +12,7 @@ from mezo_dist.config.reader import from_dict
 from mezo_dist.config.schema import LayoutConfig, RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError, printable
+from mezo_dist.objectives.rewards.judge import Judge
 from mezo_dist.runs.build import Run, build_run, problem_of
 from mezo_dist.runs.model import LoadedModel, check_agreement, load_base
 from mezo_dist.runs.replay import check_header, replay_from_newest
@@ -79,13 +80,18 @@ def _check_size(config: RunConfig, log: Log) -> None:
         )
 
 
-def load_run(opened: OpenedRun, comm: Communicator) -> Run:
+def load_run(opened: OpenedRun, comm: Communicator, judge: Judge | None = None) -> Run:
     """The opened run, built, with the weights that it had after the wanted steps. Collective.
+
+    Args:
+        opened: the run.
+        comm: the ranks.
+        judge: what judges written texts; None: nothing, whatever the run's config names.
 
     Raises:
         UserError: data, model or weights are not those of the run.
     """
-    run = build_run(opened.config, comm, opened.log.header)
+    run = build_run(opened.config, comm, opened.log.header, judge)
     check_header(run.header(), opened.log.header)
     replay_from_newest(run.loaded, run.algorithm, opened.log, opened.num_steps, opened.folder / SNAPSHOTS, comm)
     return dataclasses.replace(run, step=opened.num_steps)

@@ -7,8 +7,6 @@ import errno
 import json
 import logging
 import resource
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +28,7 @@ from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.export import export_model
 from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, replay_from_newest
+from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
 from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import DISK_FAULTS
@@ -53,11 +52,15 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
         OutOfStepError: ranks disagree.
         Stopped: SIGTERM came; the run can go on later.
     """
-    with judging(config, comm) as judge, claim_folder(config, comm) as claim, _stop_on_sigterm(comm):
+    comm.place = LOADING
+    with stop_on_sigterm(config, comm), judging(config, comm) as judge, claim_folder(config, comm) as claim:
         if claim.log is not None:
             check_config(config, claim.log.header)
         run = build_run(config, comm, claim.log.header if claim.log is not None else None, judge)
         progress = Progress(run.algorithm.init()) if claim.log is None else _resume(run, claim, claim.log)
+        comm.synchronize("loaded")
+        if comm.stopping:
+            raise stopped_loading(config)
         is_main = comm.rank == 0
         with (
             _disk_errors_explained(claim.folder),
@@ -93,6 +96,9 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
         if is_main:
             save_config(config, claim.folder)
             write_results(claim.folder, {"before": before})
+    if run.comm.stopping:
+        raise stopped_loading(config)
+    run.comm.place = f"step {progress.step + 1}"
     recorder = RunRecorder.open(run, claim)
     started = time.perf_counter()
     try:
@@ -135,24 +141,6 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
             f"output.dir: {folder} cannot be written to ({error.strerror}); no step in {trajectory.FILE} is lost: "
             f"{remedy}, then go on with --output.if_exists=resume"
         ) from error
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm(comm: Communicator) -> Iterator[None]:
-    """SIGTERM makes all ranks stop after the step they are in; a second one ends the process as ever."""
-
-    def handle(*_: object) -> None:
-        comm.wants_stop = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: Monitor) -> None:

@@ -29,7 +29,7 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.config.task import ANSWER
 from mezo_dist.directions.combination import ZERO
 from mezo_dist.storage import trajectory
-from mezo_dist.tasks.text import ROW
+from mezo_dist.tasks.templates import ROW
 from mezo_dist.testing import WORDS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,9 +15,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
+from mezo_dist import cli
 from mezo_dist.config import reader
+from mezo_dist.testing import tiny_model, tiny_tokenizer
 from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
@@ -125,3 +128,25 @@ PRINTED = [r"[0-9a-f]{16}\n", r"tensor\(\[ (0\.9|1\.0)\d+, -(1\.9|2\.0)\d+,  (2\
 @pytest.mark.parametrize(("program", "printed"), list(zip(blocks("python"), PRINTED, strict=True)))
 def test_the_programs_run(program: str, printed: str, tmp_path: Path) -> None:
     assert re.fullmatch(printed, call([sys.executable, "-W", "ignore", "-c", program], tmp_path))
+
+
+def test_the_reward_yaml_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the function in its comment, and with a model, an algorithm and data, which it leaves to the reader."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in blocks("yaml") if "objective: reward" in block]
+    (function,) = re.findall(r"# (def .*)", block)
+    Path("rewards.py").write_text(function + "\n")
+    config = yaml.safe_load(block)
+    data = Path(config["task"]["data"])
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        (data / f"{split}.jsonl").write_text('{"question": "the film"}\n' * 4)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tiny_model("llama").save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    config["train"] |= {"steps": 1, "batch_size": 2}
+    config |= {"model": {"name": "model"}, "algorithm": {"name": "mezo"}, "output": {"dir": "run", "export": False}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["train", "config.yaml"]) == 0
+    assert json.loads(Path("run/results.json").read_text())["after"]["reward"] == 1.0
