@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from accelerate.utils import AutocastKwargs
 from transformers import Trainer, TrainerCallback
 
 from mezo_dist.algorithms.base import Batch, Problem
@@ -41,7 +42,7 @@ class MeZOTrainer(Trainer):
 
     ``trajectory.jsonl`` in ``output_dir`` logs every step, and lies beside every checkpoint: base model + this file =
     the trained model (`mezo_dist.replay`). Going on with ``resume_from_checkpoint`` gives the same bits as not having
-    stopped. A step whose loss is not finite is skipped; the loss that is logged is nan then, and ``skipped_steps``
+    stopped. A step whose loss is not finite is skipped; the loss that is logged next is nan, and ``skipped_steps``
     counts. ``grad_norm`` is the size of the projected gradient; ``max_grad_norm`` does not apply.
 
     It is a mix-in for other trainers, too: ``class MeZOSFTTrainer(MeZOTrainer, SFTTrainer): pass``.
@@ -97,6 +98,7 @@ class MeZOTrainer(Trainer):
         self._mezo_micro_batches: list[Inputs] = []
         self._mezo_full: FullBatches | None = None
         self._mezo_optimizer: StagedOptimizer | None = None
+        self._mezo_skipped_before = 0  # the last log
         super().__init__(model, args, *more, **kwargs)
         check_arguments(self.args)
         for name in ("fsdp", "deepspeed"):  # accelerate's own config may ask for them, too
@@ -105,12 +107,15 @@ class MeZOTrainer(Trainer):
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             raise UserError("optimizers: MeZOTrainer has an optimizer of its own (algorithm=...); leave it out")
         settled(self._mezo_algorithm, self.args)
-        self.args.logging_nan_inf_filter = False  # a skipped step is to be seen
         self.add_callback(_StepsOfTrainer(self))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's, but models are prepared as for evaluation: nothing is wrapped around them (DDP's buckets)."""
+        """Trainer's, but models are prepared as for evaluation: nothing is wrapped around them (DDP's buckets).
+
+        Autocast does not keep what it has cast: a weight has many values in a step.
+        """
         super().create_accelerator_and_postprocess()
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -196,6 +201,9 @@ class MeZOTrainer(Trainer):
         if optimizer is not None and "loss" in logs:
             more = {name: value for name, value in optimizer.metrics.items() if name not in ("loss", "lr")}
             logs = {**logs, **more, "skipped_steps": optimizer.num_skipped}
+            if optimizer.num_skipped > self._mezo_skipped_before:  # logging_nan_inf_filter put a mean in its place
+                logs["loss"] = math.nan
+            self._mezo_skipped_before = optimizer.num_skipped
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -284,6 +292,9 @@ class _StepsOfTrainer(TrainerCallback):
 
     def __init__(self, trainer: MeZOTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._mezo_skipped_before = self._trainer._mezo_staged().num_skipped
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._trainer._mezo_micro_batches.clear()  # of a step that a callback broke off
