@@ -125,6 +125,11 @@ class MeZOTrainer(Trainer):
             return self.optimizer
         model, comm, args = model or self.model, join(), self.args
         settings = settled(self._mezo_algorithm, args)
+        if comm.world_size != args.world_size:
+            raise UserError(
+                f"the launcher started {comm.world_size} processes, and Trainer knows of {args.world_size}: without GPUs "
+                "it needs TrainingArguments(use_cpu=True) to see the others"
+            )
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * comm.world_size
         check_model(model, settings, self._mezo_law.name, batch_size, self.state.max_steps or None, None)
         self._mezo_full = None
