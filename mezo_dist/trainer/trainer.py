@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from accelerate.utils import AutocastKwargs
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mezo_dist.algorithms.base import Batch, Problem
 from mezo_dist.algorithms.mezo import MeZO
@@ -48,9 +48,8 @@ class MeZOTrainer(Trainer):
     It is a mix-in for other trainers, too: ``class MeZOSFTTrainer(MeZOTrainer, SFTTrainer): pass``.
 
     Args:
-        model: as for Trainer; parameters with ``requires_grad`` are trained.
-        args: as for Trainer.
-        more: further positional arguments of Trainer.
+        args: the arguments of Trainer (model, `transformers.TrainingArguments`, collator, data, ...), by place or by
+            name. Parameters of the model with ``requires_grad`` are trained.
         algorithm: settings of `mezo_dist.MeZO` or `mezo_dist.MeZOSVRG`, without ``lr``, ``schedule`` and
             ``weight_decay``; MeZO's by default. MeZO-SVRG's ``anchor_lr`` is that at the start, and changes with the
             learning rate.
@@ -63,7 +62,7 @@ class MeZOTrainer(Trainer):
         max_skipped: steps in a row that may be skipped for a loss that is not finite.
         probe: before the first step, hold losses under a shift against those of really changed weights; see
             `mezo_dist.Optimizer`.
-        kwargs: further arguments of Trainer.
+        kwargs: arguments of Trainer by name.
 
     Raises:
         UserError: an argument that a step without gradients cannot honour (``fsdp``, ``deepspeed``,
@@ -78,9 +77,7 @@ class MeZOTrainer(Trainer):
 
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
-        *more: Any,
+        *args: Any,
         algorithm: MeZO | MeZOSVRG | None = None,
         full_size: int | None = None,
         law: LawName = "gaussian",
@@ -90,8 +87,9 @@ class MeZOTrainer(Trainer):
         probe: bool = True,
         **kwargs: Any,
     ) -> None:
-        if args is not None:
-            check_arguments(args)
+        for given in (*args, kwargs.get("args")):
+            if isinstance(given, TrainingArguments):
+                check_arguments(given)
         self._mezo_algorithm = algorithm or MeZO()
         self._mezo_law, self._mezo_full_size = Law(law, direction_rank), full_size
         self._mezo_options: dict[str, Any] = {"width": width, "max_skipped": max_skipped, "probe": probe}
@@ -99,7 +97,7 @@ class MeZOTrainer(Trainer):
         self._mezo_full: FullBatches | None = None
         self._mezo_optimizer: StagedOptimizer | None = None
         self._mezo_skipped_before = 0  # the last log
-        super().__init__(model, args, *more, **kwargs)
+        super().__init__(*args, **kwargs)
         check_arguments(self.args)
         for name in ("fsdp", "deepspeed"):  # accelerate's own config may ask for them, too
             if getattr(self, f"is_{name}_enabled", False):

@@ -1,0 +1,55 @@
+"""The examples for people with a Trainer script or a loop of their own run, on one process and on two."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mezo_dist.storage import trajectory
+from mezo_dist.testing import write_tiny_model
+from tests.forked import ROOT, output_of
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("name", ["trainer", "own_loop"])
+def test_they_are_short(name: str) -> None:
+    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 40
+
+
+@pytest.mark.assets
+def test_trainer(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", "llama-tied")
+    text = (ROOT / "examples" / "trainer.py").read_text()
+    assert sum("# MeZO" in line for line in text.split('"""')[2].splitlines()) == 3, "three changed lines"
+    command = ["examples/trainer.py", "--model", str(model), "--steps", "4", "--output", str(tmp_path / "run")]
+    output = output_of(command, environment=ENVIRONMENT)
+    assert "before {'eval_loss'" in output
+    assert len(trajectory.read(tmp_path / "run" / "trajectory.jsonl").steps) == 4
+    assert (tmp_path / "run" / "checkpoint-4" / "model.safetensors").exists()
+
+
+def test_own_loop(tmp_path: Path) -> None:
+    output = output_of(["examples/own_loop.py", str(tmp_path / "steps.jsonl")], environment=ENVIRONMENT)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert losses[-1] < losses[0] - 0.1
+    assert len(trajectory.read(tmp_path / "steps.jsonl").steps) == 12 * 16
+
+
+@pytest.mark.distributed
+def test_own_loop_under_accelerate_launch(tmp_path: Path) -> None:
+    """Each of two processes gets its batches from accelerate, and both have the same weights."""
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
+    launch += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, "examples/own_loop.py", str(tmp_path / "steps.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = dict(re.findall(r"rank (\d) of 2: weights (\w{16})", done.stdout))
+    assert ranks.keys() == {"0", "1"}
+    assert len(set(ranks.values())) == 1
+    assert len(trajectory.read(tmp_path / "steps.jsonl").steps) == 12 * 8
