@@ -1,8 +1,8 @@
 """Groups of weights with learning rates from outside: the param groups of a torch optimizer, as planners see them.
 
-A planner computes its learning rate from its settings and the step. Where a scheduler of another framework decides (that
-of Hugging Face's Trainer), the rates of each step are an input instead, and are logged beside the losses. Weights that
-share a rate and a weight decay are a `Group`; each group has a planner and a state of its own, and all of them see the
+A planner computes its learning rate from its settings and the step. Where a scheduler of another framework decides
+(that of Hugging Face's Trainer), the rates of each step are an input instead, and are logged beside the losses. Weights
+that share a rate and a weight decay are a `Group`; each group has its planner and its state, and all of them see the
 same losses. As long as groups differ in nothing, their update is that of the plain planner, bit for bit.
 """
 

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Communicator:
         self.wants_stop = False
         self.stopping = False
         self._watchdog = watchdog or Watchdog.off()
-        self._where = {} if group is None else {"group": group}
+        self._where: dict[str, Any] = {} if group is None else {"group": group}
 
     def round(self, values: Tensor, mark: int) -> Tensor:
         """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -266,4 +266,4 @@ class StagedOptimizer(torch.optim.Optimizer):
     def _restore_anchor(self, saved: Mapping[str, Tensor]) -> None:
         self.engine.copy_anchor()  # makes the places
         for shard in self.engine.anchor_shards():
-            shard.tensor.copy_(cast(Tensor, saved[shard.name]))
+            shard.tensor.copy_(saved[shard.name])

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from accelerate.utils import AutocastKwargs
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mezo_dist.algorithms.base import Batch, Problem
@@ -33,19 +33,23 @@ class MeZOTrainer(Trainer):
     Everything that a script does with a Trainer stays as it is: data, collators, custom losses (``compute_loss_func``,
     label smoothing, an overridden ``compute_loss``), schedulers, evaluation, callbacks, checkpoints, the best model,
     ``push_to_hub``, ``report_to``. Losses go through ``compute_loss``, without gradients and in eval mode. The learning
-    rate, its schedule and the weight decay are those of the arguments, which name AdamW's habits: MeZO's rates are much
-    smaller (1e-7 to 1e-5 on all weights), and steps many.
+    rate, its schedule and the weight decay are those of the arguments, whose defaults are meant for AdamW: rates of
+    MeZO are smaller (1e-7 to 1e-5 where all weights are trained), and runs have more steps.
 
-    With ``gradient_accumulation_steps`` the micro-batches of a step are evaluated along the same direction, and their
-    losses add up as Trainer's do. Under torchrun or ``accelerate launch`` every process evaluates its part of the batch;
-    only losses are exchanged, all processes make the same update, and no DDP wrapper is put around the model.
+    With ``gradient_accumulation_steps`` the micro-batches of a step are evaluated along the same directions, and their
+    losses add up as those of Trainer do. Under torchrun or ``accelerate launch`` every process evaluates its part of
+    the batch; only losses are exchanged, all processes make the same update, and nothing is wrapped around the model
+    (no DDP). bf16 weights are rounded stochastically; ``bf16=True`` computes fp32 weights in autocast.
 
     ``trajectory.jsonl`` in ``output_dir`` logs every step, and lies beside every checkpoint: base model + this file =
     the trained model (`mezo_dist.replay`). Going on with ``resume_from_checkpoint`` gives the same bits as not having
     stopped. A step whose loss is not finite is skipped; the loss that is logged next is nan, and ``skipped_steps``
     counts. ``grad_norm`` is the size of the projected gradient; ``max_grad_norm`` does not apply.
 
-    It is a mix-in for other trainers, too: ``class MeZOSFTTrainer(MeZOTrainer, SFTTrainer): pass``.
+    The class is a mix-in for trainers that say how a loss is computed, such as those of TRL:
+    ``class MeZOSFTTrainer(MeZOTrainer, SFTTrainer): pass``, likewise with RewardTrainer and DPOTrainer. Figures that
+    these collect in ``compute_loss`` are of all variants of the weights, and are named ``eval_...``, as the model is in
+    eval mode.
 
     Args:
         args: the arguments of Trainer (model, `transformers.TrainingArguments`, collator, data, ...), by place or by
@@ -69,11 +73,14 @@ class MeZOTrainer(Trainer):
             ``gradient_checkpointing``, ``torch_compile``, ``fp16``, an optimizer, ...); the message names what to use
             instead.
 
-    ``algorithm.per_sample`` needs one loss per sample: a ``compute_loss_func`` that returns a vector. Such losses count
-    equally, and are added up exactly over micro-batches and processes.
+    ``algorithm.per_sample`` needs one loss per sample, that is a ``compute_loss_func`` that returns a vector, and
+    batches of one size (``dataloader_drop_last``). Losses of samples count equally, and are added up exactly over
+    micro-batches and processes.
 
     The algorithms: MeZO (Malladi et al. 2023, arXiv 2305.17333), MeZO-SVRG (Gautam et al. 2024, arXiv 2404.08080).
     """
+
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -101,7 +108,9 @@ class MeZOTrainer(Trainer):
         check_arguments(self.args)
         for name in ("fsdp", "deepspeed"):  # accelerate's own config may ask for them, too
             if getattr(self, f"is_{name}_enabled", False):
-                raise UserError(f"accelerate's config asks for {name}: MeZOTrainer keeps whole weights in every process")
+                raise UserError(
+                    f"accelerate's config asks for {name}: MeZOTrainer keeps whole weights in every process"
+                )
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             raise UserError("optimizers: MeZOTrainer has an optimizer of its own (algorithm=...); leave it out")
         settled(self._mezo_algorithm, self.args)
@@ -125,8 +134,8 @@ class MeZOTrainer(Trainer):
         settings = settled(self._mezo_algorithm, args)
         if comm.world_size != args.world_size:
             raise UserError(
-                f"the launcher started {comm.world_size} processes, and Trainer knows of {args.world_size}: without GPUs "
-                "it needs TrainingArguments(use_cpu=True) to see the others"
+                f"the launcher started {comm.world_size} processes, and Trainer knows of {args.world_size}: without "
+                "GPUs it needs TrainingArguments(use_cpu=True) to see the others"
             )
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * comm.world_size
         check_model(model, settings, self._mezo_law.name, batch_size, self.state.max_steps or None, None)
@@ -177,8 +186,8 @@ class MeZOTrainer(Trainer):
         if optimizer.num_steps_done != self.state.global_step:
             raise UserError(
                 f"the run is at step {self.state.global_step}, but its trajectory at {optimizer.num_steps_done}: the "
-                "checkpoint has no optimizer state (save_only_model), so it cannot be gone on with; begin a new run from "
-                "its weights (model=...)"
+                "checkpoint has no optimizer state (save_only_model), so it cannot be gone on with; begin a new run "
+                "from its weights (model=...)"
             )
         items = tuple(self._mezo_micro_batches)
         self._mezo_micro_batches.clear()
@@ -273,7 +282,9 @@ class MeZOTrainer(Trainer):
             model: the model, or a variant of it.
             inputs: the micro-batch.
         """
-        normalised = share.num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+        normalised = share.num_items is not None and (
+            self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        )
         loss = self.compute_loss(model, dict(inputs), num_items_in_batch=share.num_items)
         if loss.dim():
             if normalised and self.args.average_tokens_across_devices and join().world_size > 1:

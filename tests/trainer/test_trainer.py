@@ -66,7 +66,7 @@ def test_nothing_else_of_trainer_is_overridden() -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_going_on_from_a_checkpoint_gives_the_same_bits(name: str, tmp_path: Path) -> None:
-    options = {"weight_decay": 0.1} if name == "stored" else {}
+    options: dict[str, Any] = {"weight_decay": 0.1} if name == "stored" else {}
     whole = trainer(tmp_path / "whole", ALGORITHMS[name], **options)
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-2"
@@ -175,10 +175,13 @@ def test_groups_that_part_need_a_stored_anchor(tmp_path: Path) -> None:
 
 
 def test_weight_decay_takes_off_what_it_says(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"learning_rate": 1e-2, "save_strategy": "no", "lr_scheduler_type": "constant", "max_steps": 1}
-    plain, decayed = (
-        trainer(tmp_path / str(decay), MeZO(), weight_decay=decay, **options) for decay in (0.0, 10.0)
-    )
+    options: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "lr_scheduler_type": "constant",
+        "max_steps": 1,
+    }
+    plain, decayed = (trainer(tmp_path / str(decay), MeZO(), weight_decay=decay, **options) for decay in (0.0, 10.0))
     before = weights(plain)
     plain.train()
     decayed.train()
@@ -321,7 +324,7 @@ def test_checkpoints_that_cannot_be_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"made with other settings: algorithm\.eps"):
         trainer(tmp_path / "run", MeZO(eps=1e-2)).train(resume_from_checkpoint=checkpoint)
     tiny_model("llama-tied", seed=1).save_pretrained(checkpoint)
-    with pytest.raises(UserError, match="model and optimizer.pt do not belong together"):
+    with pytest.raises(UserError, match=r"model and optimizer\.pt do not belong together"):
         trainer(tmp_path / "run", MeZO()).train(resume_from_checkpoint=checkpoint)
     (tmp_path / "run" / "checkpoint-2" / "optimizer.pt").unlink()
     with pytest.raises(UserError, match="no optimizer state"):
@@ -339,3 +342,21 @@ def test_a_sample_for_the_anchor(tmp_path: Path) -> None:
     assert sets[0] != sets[1] == sets[2]
     with pytest.raises(UserError, match="full_size: 99 is not between 1 and the 16 samples"):
         trainer(tmp_path, ALGORITHMS["svrg"], full_size=99).train()
+
+
+def per_sample(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    return nn.functional.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none").mean(1)
+
+
+def test_a_direction_per_sample(tmp_path: Path) -> None:
+    """From losses of samples, which are added up over micro-batches."""
+    options: dict[str, Any] = {"compute_loss_func": per_sample, "law": "lowrank"}
+    done = trainer(tmp_path, MeZO(per_sample=True), **options)
+    done.train()
+    first = trajectory.read(tmp_path / "trajectory.jsonl").steps[0]
+    assert [len(row) for row in first.rounds[0].each] == [4, 4]
+    with pytest.raises(UserError, match="directions for 4 samples, but the minibatch has 2"):
+        trainer(tmp_path, MeZO(per_sample=True), data=DATA[:6], **options).train()
+    with pytest.raises(UserError, match="per_sample: the loss function returned 1 losses for 2 samples"):
+        trainer(tmp_path, MeZO(per_sample=True), law="lowrank").train()

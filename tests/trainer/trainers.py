@@ -48,9 +48,7 @@ def trainer(
     more = {name: options.pop(name) for name in names if name in options}
     model = more.pop("model", None) or tiny_model("llama-tied")
     data = options.pop("data", DATA)
-    return kind(
-        model, arguments(folder, **options), train_dataset=data, eval_dataset=data, algorithm=algorithm, **more
-    )
+    return kind(model, arguments(folder, **options), train_dataset=data, eval_dataset=data, algorithm=algorithm, **more)
 
 
 def losses(done: MeZOTrainer) -> list[float]:
