@@ -16,6 +16,7 @@ import mezo_dist
 TARGET = Path(__file__).with_name("api.md")
 GROUPS = {
     "Training in a loop of your own": ["Optimizer", "shard", "join", "replay"],
+    "Training in Hugging Face's Trainer": ["MeZOTrainer"],
     "Settings of the algorithms": ["MeZO", "MeZOSVRG", "MeZOSVRGReleased", "Schedule", "Annealing", "Momentum"],
     "Minimising any function": ["minimize", "Draw", "Minimum"],
     "Runs from config files": ["train", "load_run", "evaluate", "export"],
