@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ from mezo_dist.storage import trajectory
 from mezo_dist.testing import write_tiny_model
 from tests.forked import ROOT, output_of
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("name", ["trainer", "own_loop"])
@@ -39,6 +41,16 @@ def test_own_loop(tmp_path: Path) -> None:
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
     assert losses[-1] < losses[0] - 0.1
     assert len(trajectory.read(tmp_path / "steps.jsonl").steps) == 12 * 16
+
+
+def test_lightning(tmp_path: Path) -> None:
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        pytest.skip("Lightning is not installed (pip install --no-deps pytorch-lightning)")
+    output = output_of(["examples/lightning.py", str(tmp_path)], environment=ENVIRONMENT)
+    loss = re.search(r"loss ([\d.]+) after 192 steps", output)
+    assert loss, output
+    assert float(loss[1]) < 0.6
+    assert len(trajectory.read(tmp_path / "steps.jsonl").steps) == 192
 
 
 @pytest.mark.distributed

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 
 from mezo_dist import MeZO, MeZOSVRG, MeZOTrainer, UserError, replay
 from mezo_dist.algorithms.schedules import Annealing, Schedule
+from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.storage import trajectory
+from mezo_dist.tasks.batches import BatchOrder
 from mezo_dist.testing import tiny_model
 from tests.trainer.trainers import DATA, arguments, fingerprint, losses, trainer, weights
 
@@ -347,6 +349,27 @@ def test_a_sample_for_the_anchor(tmp_path: Path) -> None:
 def per_sample(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     return nn.functional.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none").mean(1)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["per token", "means"])
+def test_the_loss_of_an_anchor_is_that_of_the_training_set(counted: bool, tmp_path: Path) -> None:
+    """Its last micro-batch is short: tokens count alike, or samples where the model gives nothing but means."""
+    done = trainer(
+        tmp_path, MeZOSVRG(anchor_lr=1e-12, eps=1e-4), learning_rate=1e-12, data=DATA[:7], save_strategy="no"
+    )
+    done.model_accepts_loss_kwargs = counted
+    model = done.model.eval()
+    expected, weight = 0.0, 0
+    order = BatchOrder(7, 7, derive_seed(done.args.seed, "full")).batch(0)
+    for start in range(0, 7, 2):
+        rows = [DATA[i] for i in order[start : start + 2]]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        count = int((batch["labels"][:, 1:] != -100).sum()) if counted else len(rows)
+        with torch.no_grad():
+            expected += float(model(**batch).loss) * count
+        weight += count
+    done.train()
+    assert losses(done)[0] == pytest.approx(expected / weight, abs=2e-5)
 
 
 def test_a_direction_per_sample(tmp_path: Path) -> None:
