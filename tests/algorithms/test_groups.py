@@ -37,7 +37,7 @@ def test_groups_that_are_alike_are_one(settings: MeZO | MeZOSVRG) -> None:
         state, states = one.state, other.state  # type: ignore[union-attr]
     halved = grouped.at([5e-4, 5e-4]).update(grouped.init(), 0, [TWO])
     rates = {name: getattr(settings, name) / 2 for name in ("lr", "anchor_lr") if hasattr(settings, name)}
-    at_half = build(settings.name, dataclasses.replace(settings, **rates), PROBLEM)  # type: ignore[arg-type]
+    at_half = build(settings.name, dataclasses.replace(settings, **rates), PROBLEM)
     assert halved.operations == at_half.update(at_half.init(), 0, [TWO]).operations  # type: ignore[union-attr]
 
 
