@@ -68,33 +68,24 @@ def test_it_makes_the_steps_of_a_run(name: str, tmp_path: Path) -> None:
 
 
 def on_two(comm: Communicator, folder: str) -> list[Any]:
-    """What a rank has after training on its part of every batch, and what goes on from its checkpoint."""
+    """What a rank has after training on its part of every batch; and whether it can go on from its checkpoint."""
     torchrun_has = {"LOCAL_RANK": str(comm.rank), "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     os.environ.update(torchrun_has)  # accelerate wants to see them, though the processes have met already
     assert join().world_size == 2, "over the process group that is there"
-    results = []
-    for name, algorithm in SETTINGS.items():
-        done = trainer(Path(folder, name), algorithm, gradient_accumulation_steps=1)
-        done.train()
-        assert done.model_wrapped is done.model, "nothing is wrapped around it"
-        results.append([done.args.world_size, fingerprint(done), done.evaluate()["eval_loss"]])
-    again = trainer(Path(folder, name), algorithm, gradient_accumulation_steps=1)
-    again.train(resume_from_checkpoint=f"{folder}/{name}/checkpoint-2")
-    assert fingerprint(again) == results[-1][1]
-    return results
+    done, again = (trainer(Path(folder), SETTINGS["mezo-svrg"], gradient_accumulation_steps=1) for _ in range(2))
+    done.train()
+    assert done.model_wrapped is done.model, "nothing is wrapped around it"
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    return [done.args.world_size, fingerprint(done), fingerprint(again), done.evaluate()["eval_loss"]]
 
 
 @pytest.mark.distributed
 def test_two_processes_make_one_update(tmp_path: Path) -> None:
     """Each evaluates every other micro-batch, and all apply the same bits: those of one process that has them all."""
-    alone = {}
-    for name, algorithm in SETTINGS.items():
-        done = trainer(tmp_path / "one" / name, algorithm, save_strategy="no")
-        done.train()
-        alone[name] = fingerprint(done)
-    ranks = spawn(on_two, 2, str(tmp_path))
+    alone = trainer(tmp_path / "one", SETTINGS["mezo-svrg"], save_strategy="no")
+    alone.train()
+    ranks = spawn(on_two, 2, str(tmp_path / "two"))
     assert ranks[0] == ranks[1]
-    for name, (world_size, weights, _) in zip(SETTINGS, ranks[0], strict=True):
-        assert (world_size, weights) == (2, alone[name])
-        one, two = (trajectory.read(folder / name / "trajectory.jsonl") for folder in (tmp_path / "one", tmp_path))
-        assert one.steps == two.steps
+    assert ranks[0][:3] == [2, fingerprint(alone), fingerprint(alone)]
+    one, two = (trajectory.read(tmp_path / folder / "trajectory.jsonl") for folder in ("one", "two"))
+    assert one.steps == two.steps
