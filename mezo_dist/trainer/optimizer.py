@@ -102,7 +102,6 @@ class StagedOptimizer(torch.optim.Optimizer):
         self._record = Record(header_of(self._settings, self.engine, weights))
         self._progress: Progress[GroupedState] = Progress(self._planner.init())
         self._staged: StepResult[GroupedState] | None = None
-        self._ended = False
         self.metrics: dict[str, float] = {}
 
     @property
@@ -221,8 +220,7 @@ class StagedOptimizer(torch.optim.Optimizer):
         After training they may be those of an earlier checkpoint (the best one): then it is cut there.
         """
         weights = self.engine.fingerprint()
-        if not self._ended:
-            self._mark(weights)
+        self._mark(weights)
         done = next((done for done, mark in reversed(self._record.marks.items()) if mark == weights), None)
         if done is None:
             log.warning("%s: these weights are not of this run's steps, so there is no trajectory of them", folder)
@@ -233,15 +231,13 @@ class StagedOptimizer(torch.optim.Optimizer):
         """Raises UserError if processes have different weights. Collective."""
         self._comm.agree({"weights": self.engine.fingerprint()})
 
-    def end(self, *, with_last_weights: bool) -> None:
-        """Close the trajectory.
-
-        Args:
-            with_last_weights: the weights are those after the last step, so their fingerprint is logged.
-        """
-        if with_last_weights and self._progress.step:
+    def mark(self) -> None:
+        """Log the fingerprint of the weights, which must be those after the last step."""
+        if self._progress.step:
             self._mark(self.engine.fingerprint())
-        self._ended = True
+
+    def close(self) -> None:
+        """Close the trajectory's file."""
         self._record.close()
 
     def _mark(self, weights: str) -> None:

@@ -297,7 +297,7 @@ class MeZOTrainer(Trainer):
         if is_sum is None:
             is_sum = normalised or (self.compute_loss_func is not None and not share.by_samples)
         if is_sum:
-            return loss * share.most
+            return loss.double() * share.most  # without another rounding
         return (loss, num_samples_of(inputs)) if share.by_samples else loss
 
 
@@ -316,6 +316,8 @@ class _StepsOfTrainer(TrainerCallback):
     def on_save(self, *_: Any, **__: Any) -> None:
         self._trainer._mezo_staged().check_agreement()
 
-    def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        is_best = bool(args.load_best_model_at_end and state.best_model_checkpoint)
-        self._trainer._mezo_staged().end(with_last_weights=not is_best)
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._mezo_staged().mark()  # the last one comes before the best model's weights are loaded
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._mezo_staged().close()
