@@ -117,6 +117,8 @@ class MeZOPlanner:
 
     config: MeZO
     problem: Problem
+    rate: float = 1.0
+    """Factor on the learning rate at this step, from outside of the settings: see `mezo_dist.algorithms.groups`."""
     State: ClassVar[type[MeZOState]] = MeZOState
 
     def init(self) -> MeZOState:
@@ -138,7 +140,7 @@ class MeZOPlanner:
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(self._scaled(clipped(projected, config.clip)))
         gradient, past = state.past.with_now(estimate, config.momentum)
-        lr = config.lr * config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
+        lr = config.lr * config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor * self.rate
         combination = -lr * (gradient + config.pull * state.total)
         total = state.total + combination if config.pull else ZERO
         loss, rule = probe.loss(losses), config.annealing

@@ -131,6 +131,8 @@ class SVRGPlanner:
 
     config: MeZOSVRG
     problem: Problem
+    rate: float = 1.0
+    """Factor on both learning rates at this step, from outside of the settings: see `mezo_dist.algorithms.groups`."""
     State: ClassVar[type[SVRGState]] = SVRGState
 
     def init(self) -> SVRGState:
@@ -194,7 +196,7 @@ class SVRGPlanner:
             estimate = probe.gradient(clipped(differences, config.clip)) + anchor_gradient
             metrics["projected_difference"] = typical(differences)
         gradient, past = state.past.with_now(estimate, config.momentum)
-        lr *= config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
+        lr *= config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor * self.rate
         combination = -lr * gradient
         is_stored = self._is_stored()
         before = ZERO if is_anchor else state.displacement

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Communicator:
         world_size: number of processes.
         watchdog: says which ranks keep the others waiting; None: nobody watches.
         ranks_here: ranks on this host; 0 if the launcher does not say.
+        group: process group with a backend for tensors on the CPU; the default one if None.
 
     Attributes:
         rank, world_size: as the launcher gave them; 0 and 1 without a launcher.
@@ -63,7 +64,12 @@ class Communicator:
     """
 
     def __init__(
-        self, rank: int = 0, world_size: int = 1, watchdog: Watchdog | None = None, ranks_here: int = 0
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        watchdog: Watchdog | None = None,
+        ranks_here: int = 0,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -74,6 +80,7 @@ class Communicator:
         self.wants_stop = False
         self.stopping = False
         self._watchdog = watchdog or Watchdog.off()
+        self._where: dict[str, Any] = {} if group is None else {"group": group}
 
     def round(self, values: Tensor, mark: int) -> Tensor:
         """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
@@ -137,11 +144,11 @@ class Communicator:
             return data
         size = torch.tensor([len(data)])
         with self.guarded():
-            dist.broadcast(size, 0)
+            dist.broadcast(size, 0, **self._where)
             payload = torch.empty(int(size), dtype=torch.uint8)
             if self.rank == 0:
                 payload.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
-            dist.broadcast(payload, 0)
+            dist.broadcast(payload, 0, **self._where)
         self.payload_bytes += 8 + len(payload)
         return payload.numpy().tobytes()
 
@@ -219,13 +226,13 @@ class Communicator:
     def _all_reduce(self, words: Tensor) -> None:
         if self.world_size > 1:
             with self.guarded():
-                dist.all_reduce(words)
+                dist.all_reduce(words, **self._where)
             self.payload_bytes += words.numel() * words.element_size()
 
     def _gather(self, words: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(words) for _ in range(self.world_size)]
         with self.guarded():
-            dist.all_gather(gathered, words)
+            dist.all_gather(gathered, words, **self._where)
         self.payload_bytes += words.numel() * words.element_size()
         return gathered
 

@@ -231,12 +231,18 @@ class Engine:
         self.advance([(combination, rounding_seed)])
 
     @torch.no_grad()
-    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
-        """`add` for one update after another: the same bits, in one pass over the weights."""
+    def advance(self, updates: Sequence[tuple[Combination, int]], only: tuple[str, ...] | None = None) -> None:
+        """`add` for one update after another: the same bits, in one pass over the weights.
+
+        Args:
+            updates: combinations, and seeds of stochastic rounding.
+            only: names of the trainable weights that are changed; all if None.
+        """
+        names = self.trainable if only is None else set(only).intersection(self.trainable)
         if not updates:
             return
         for shard in self.shards():
-            if shard.name not in self.trainable:
+            if shard.name not in names:
                 continue
             stochastic = self._is_rounded_stochastically(shard)
             self.law.advance(
@@ -248,7 +254,9 @@ class Engine:
             )
 
     @torch.no_grad()
-    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
+    def scale(
+        self, factor: float, rounding_seed: int, *, exempt_vectors: bool, only: tuple[str, ...] | None = None
+    ) -> None:
         """weights <- factor (an fp32 value) * weights, in place; rounded as by `add`.
 
         With ``exempt_vectors`` only the weights that `decays` names are multiplied.
@@ -257,9 +265,11 @@ class Engine:
             factor: an fp32 value.
             rounding_seed: seed of stochastic rounding, where it is on.
             exempt_vectors: leave weights with fewer than two dimensions alone.
+            only: names of the trainable weights that are changed; all if None.
         """
+        names = self.trainable if only is None else set(only).intersection(self.trainable)
         for shard in self.shards():
-            if shard.name in self.trainable and (not exempt_vectors or decays(shard.name, len(shard.shape))):
+            if shard.name in names and (not exempt_vectors or decays(shard.name, len(shard.shape))):
                 seed = rounding_seed if self._is_rounded_stochastically(shard) else None
                 self.law.scale(shard.tensor, factor, param_id=shard.param_id, offset=shard.offset, rounding_seed=seed)
 

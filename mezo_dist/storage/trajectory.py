@@ -4,6 +4,7 @@
     {"step":0,"loss":[{"mean":[0.69315,0.69402]}],"add":"1c90a2f4","check":"..."}       a step
     {"step":1,"loss":[{"each":["f:AACAPw...","f:..."]}],"add":"...","check":"..."}      a direction per sample
     {"step":2,"skipped":"a loss is not finite","check":"..."}
+    {"step":3,"lr":[1e-06],"loss":[{"mean":[0.7,0.6]}],"add":"...","check":"..."}       a rate from a torch scheduler
     {"done":3,"weights":"0123456789abcdef","check":"..."}       fingerprint of the weights after three steps
 
 The lines hold what was measured: the losses. Everything else follows from them and can be computed again: the
@@ -100,12 +101,16 @@ class Step:
     """`digest` of what was done to the weights; empty if the step was skipped."""
     skipped: str = ""
     """Why the step was skipped; empty if it was not."""
+    lr: tuple[float, ...] = ()
+    """Learning rate of each group of weights, where a scheduler of another framework sets them; else empty, and they
+    follow from the settings."""
 
     def to_json(self) -> JsonObject:
         """The line without its check."""
         if self.skipped:
             return {"step": self.step, "skipped": self.skipped}
-        return {"step": self.step, "loss": [_losses_to_json(r) for r in self.rounds], "add": self.update}
+        rates = {"lr": list(self.lr)} if self.lr else {}
+        return {"step": self.step, **rates, "loss": [_losses_to_json(r) for r in self.rounds], "add": self.update}
 
     @staticmethod
     def from_json(line: JsonObject) -> Step:
@@ -115,7 +120,8 @@ class Step:
             raise ValueError(f"step {number!r} is no number")
         if "skipped" in line:
             return Step(number, (), skipped=str(line["skipped"]))
-        return Step(number, tuple(_losses_from_json(item) for item in line["loss"]), str(line["add"]))
+        rounds = tuple(_losses_from_json(item) for item in line["loss"])
+        return Step(number, rounds, str(line["add"]), lr=_unpack(line.get("lr", [])))
 
 
 @dataclass(frozen=True)

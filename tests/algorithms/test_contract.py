@@ -123,10 +123,14 @@ class _Weights:
     def copy_anchor(self) -> None:
         self.anchor = self.current
 
-    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
+    def scale(
+        self, factor: float, rounding_seed: int, *, exempt_vectors: bool, only: tuple[str, ...] | None = None
+    ) -> None:
+        assert only is None
         self.current = factor * self.current
 
-    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
+    def advance(self, updates: Sequence[tuple[Combination, int]], only: tuple[str, ...] | None = None) -> None:
+        assert only is None
         self.current = moved(self.current, *(combination for combination, _ in updates))
 
 

@@ -32,6 +32,7 @@ LAYERS = {
     "testing": "errors distributed",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",
+    "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim",
     "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
     "monitoring",
     "cli": "errors config distributed engines objectives monitoring runs",
