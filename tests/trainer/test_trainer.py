@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from mezo_dist import MeZO, MeZOSVRG, MeZOTrainer, UserError, replay
 from mezo_dist.algorithms.schedules import Annealing, Schedule
 from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.storage import trajectory
 from mezo_dist.tasks.batches import BatchOrder
 from mezo_dist.testing import tiny_model
@@ -383,3 +384,17 @@ def test_a_direction_per_sample(tmp_path: Path) -> None:
         trainer(tmp_path, MeZO(per_sample=True), data=DATA[:6], **options).train()
     with pytest.raises(UserError, match="per_sample: the loss function returned 1 losses for 2 samples"):
         trainer(tmp_path, MeZO(per_sample=True), law="lowrank").train()
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama-tied")
+    theirs = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.raises(UserError, match="optimizers: MeZOTrainer has an optimizer of its own"):
+        MeZOTrainer(model, arguments(tmp_path), train_dataset=DATA, optimizers=(theirs, None))
+
+
+def test_processes_that_trainer_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without GPUs it takes each process of torchrun for the only one, unless use_cpu says otherwise."""
+    monkeypatch.setattr("mezo_dist.trainer.trainer.join", lambda: Communicator(0, 2))
+    with pytest.raises(UserError, match=r"started 2 processes, and Trainer knows of 1: .*use_cpu=True"):
+        trainer(tmp_path, MeZO()).train()
