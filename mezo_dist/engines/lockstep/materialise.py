@@ -189,6 +189,7 @@ class Materialiser:
         sizes = (source.numel() * (self._compute_dtype or source.dtype).itemsize for source in sources)
         need = sum(map(_padded, sizes)) * copies
         if self._scratch.numel() < need or self._scratch.device != sources[0].device:
+            self._scratch = torch.empty(0)  # the old buffer goes before the new one comes
             self._scratch = torch.empty(need, dtype=torch.uint8, device=sources[0].device)
         used = 0
 
