@@ -14,13 +14,12 @@ runs come near to (`mezo_dist.engines.malloc`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from mezo_dist.engines.waiting import numbers_held, tokens_that_fit
 from mezo_dist.planning.activations import at_boundary, block_places
-from mezo_dist.planning.machine import Machine
+from mezo_dist.planning.machine import GIB, Machine
 from mezo_dist.planning.rounds import BasePasses, Round, rounds_of
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.shapes import ModelShape, ModuleShape, UnitShape, WeightShape
@@ -206,8 +205,11 @@ def expected_rows(vocabulary: int, tokens: int) -> int:
 
 def _moments(
     shape: ModelShape, setting: Setting, base: BasePasses, width: int, ranks: int
-) -> Iterable[tuple[str, dict[str, int]]]:
+) -> Iterator[tuple[str, dict[str, int]]]:
     """What may be the moment of the most memory, with the parts that are there then beside those that always are.
+
+    A unit is received in one buffer and copied out of it, so that it is there twice at that time; while one is in use,
+    the next one may be on its way (``layout.prefetch``). Tied ends stay once they are there.
 
     Args:
         shape: the model.
@@ -216,24 +218,36 @@ def _moments(
         width: micro-batches in lock step.
         ranks: all ranks.
     """
-    passes = width * base.variants
-    tokens = setting.micro_batch * setting.tokens
-    staying, block, gathering = _gathered(shape, setting, ranks)
+    passes, tokens = width * base.variants, setting.micro_batch * setting.tokens
     place = max(block_places(shape, setting), key=lambda p: p.bytes_of(passes))
-    ends = 2 * passes * tokens * 8  # token ids and masks
     hidden = round(passes * tokens * at_boundary(shape, setting))
+    at_head = round(passes * setting.micro_batch * (setting.tokens + setting.targets) * shape.hidden)
+    at_head *= setting.pass_bytes
+    inputs = {"inputs": 2 * width * tokens * 8}  # token ids and masks
+    sizes = [unit_bytes(unit, setting, ranks) if setting.is_sharded else 0 for unit in shape.units]
+    staying = 0
+    for i, unit in enumerate(shape.units):
+        size, is_head = sizes[i], i == len(shape.units) - 1 and not unit.is_block
+        coming = sizes[i + 1] if setting.prefetch and i + 1 < len(sizes) else 0
+        before = hidden if unit.is_block else at_head if is_head else 0
+        if size:
+            yield f"a unit of {size / GIB:.2f} GiB is gathered", {
+                "gathered": staying + 2 * size,
+                "passes": before,
+                **inputs,
+            }
+        if unit.is_block and size == max(s for s, u in zip(sizes, shape.units, strict=True) if u.is_block):
+            held = round(tokens * place.bytes_of(passes))
+            yield (
+                f"a block is computed ({place.name})",
+                {"gathered": staying + size + coming, "passes": held, **inputs},
+            )
+        staying += size if unit.stays else 0
+    own = 0 if any(unit.stays for unit in shape.units) else sizes[-1]
     yield (
-        f"a block is computed ({place.name})",
-        {"gathered": staying + block, "passes": round(tokens * place.bytes_of(passes)), "inputs": ends},
+        "the output head is computed",
+        {"gathered": staying + own, "passes": at_head, "logits": logits_bytes(shape, setting), **inputs},
     )
-    if gathering:
-        yield "a block is gathered", {"gathered": staying + gathering, "passes": hidden, "inputs": ends}
-    yield "the output head", {
-        "gathered": _head_gathered(shape, setting, ranks),
-        "passes": hidden,
-        "logits": logits_bytes(shape, setting),
-        "inputs": ends,
-    }
 
 
 def logits_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -259,31 +273,3 @@ def unit_bytes(unit: UnitShape, setting: Setting, ranks: int) -> int:
     """
     over = setting.shard_ranks(ranks)
     return sum(over * shard_size(weight, setting, ranks) for weight in unit.weights) * setting.gather_bytes
-
-
-def _gathered(shape: ModelShape, setting: Setting, ranks: int) -> tuple[int, int, int]:
-    """Bytes of gathered weights: those that stay (tied ends), those of the block that is computed (and of the next one,
-    if prefetched), and those while a block comes (it is received in one buffer, and copied out of it).
-
-    Args:
-        shape: the model.
-        setting: how the run goes.
-        ranks: all ranks.
-    """
-    if not setting.is_sharded:
-        return 0, 0, 0
-    staying = sum(unit_bytes(unit, setting, ranks) for unit in shape.units if unit.stays)
-    blocks = [unit_bytes(unit, setting, ranks) for unit in shape.units if unit.is_block]
-    largest = max(blocks)
-    pair = max((a + b for a, b in pairwise(blocks)), default=largest)
-    return staying, pair if setting.prefetch else largest, largest + (pair if setting.prefetch else largest)
-
-
-def _head_gathered(shape: ModelShape, setting: Setting, ranks: int) -> int:
-    """Bytes of gathered weights when the output head comes: the head twice, see `_gathered`; tied, it is there."""
-    if not setting.is_sharded:
-        return 0
-    ends = [unit for unit in shape.units if not unit.is_block]
-    staying = sum(unit_bytes(unit, setting, ranks) for unit in ends if unit.stays)
-    largest = max((unit_bytes(unit, setting, ranks) for unit in ends if not unit.stays), default=0)
-    return max(2 * staying, staying + 2 * largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import transformers
 from torch import nn
 from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Problem
@@ -19,6 +22,7 @@ from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.units import Unit
 from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.machine import Machine
 from mezo_dist.planning.memory import memory_of, width_of
@@ -86,7 +90,7 @@ def planned(case: Case, ranks: int) -> Figures:
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most bytes that torch has allocated at a time during ``work``, above what there was before: a running sum of
-    all allocations of the CPU allocator."""
+    all allocations of the CPU allocator in this thread."""
     with profile(use_cpu=True, profile_memory=True) as recorded:
         work()
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
@@ -112,6 +116,7 @@ def measured(case: Case, comm: Communicator) -> Figures:
     engine = Engine(model, Law(setting.law, setting.direction_rank), _layout(setting, model, comm),
                     compute_dtype=compute, prefetch=setting.prefetch)  # fmt: skip
     forward = _forward(setting, model, engine)
+    _free_in_this_thread(engine.layout)
     copies = setting.copies(comm.world_size)
     split = WorkSplit(comm.world_size, copies, by_base=setting.is_sharded)
     evaluator = Evaluator(engine, forward, comm, setting.width, work_split=split)
@@ -138,6 +143,46 @@ def measured(case: Case, comm: Communicator) -> Figures:
     figures = Figures(before, before + peak, (engine.gathered_bytes - gathered) // 2)
     every = comm.collect(lambda: [figures.weights, figures.peak, figures.gathered])
     return Figures(*(max(column) for column in zip(*every, strict=True)))
+
+
+class _Buffers(TorchDispatchMode):
+    """Holds what gathers write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "gather" in func.name():
+            self.held += [t for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+    def let_go(self) -> None:
+        """Once nobody else holds them, or after a while: where a unit is one weight, that may be the buffer itself."""
+        deadline = time.perf_counter() + 0.05
+        while self.held:
+            storage = self.held[-1].untyped_storage()
+            while torch._C._storage_Use_Count(storage._cdata) > 2 and time.perf_counter() < deadline:
+                time.sleep(0.0005)
+            del storage
+            self.held.pop()
+
+
+def _free_in_this_thread(layout: Layout) -> None:
+    """The profiler sees what this thread frees. gloo's threads hold the buffer of a gather until a moment after it is
+    full, and must let go of it before this one does."""
+    start, finish, buffers = layout.start, layout.finish, _Buffers()
+
+    def holding(unit: Unit) -> None:
+        with buffers:
+            start(unit)
+
+    def letting_go(unit: Unit) -> None:
+        finish(unit)
+        buffers.let_go()
+
+    if layout.is_sharded:
+        layout.start, layout.finish = holding, letting_go  # type: ignore[method-assign]
 
 
 def _layout(setting: Setting, model: nn.Module, comm: Communicator) -> Layout | None:
