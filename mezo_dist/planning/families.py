@@ -201,7 +201,10 @@ def _opt(config: Config, name: str) -> ModelShape:
         modules = [_linear(f"{prefix}.self_attn.{p}_proj", hidden, hidden, bias=bias) for p in ("k", "v", "q", "out")]
         norms = [_norm(f"{prefix}.{p}_layer_norm", hidden, bias=True) for p in ("self_attn", "final")] * norm_bias
         modules += norms[:1]
-        modules += [_linear(f"{prefix}.fc1", inner, hidden, bias=bias), _linear(f"{prefix}.fc2", hidden, inner, bias=bias)]
+        modules += [
+            _linear(f"{prefix}.fc1", inner, hidden, bias=bias),
+            _linear(f"{prefix}.fc2", hidden, inner, bias=bias),
+        ]
         modules += norms[1:]
         units.append(UnitShape(tuple(modules), is_block=True))
     return ModelShape(

@@ -6,7 +6,7 @@ This is right for every architecture, but imports torch and transformers, which 
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def shape_of_path(path: str, name: str) -> ModelShape:
-    """The shape of a model in a folder or on the hub (of which only the config.json is read).
+def shape_of_contents(contents: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape of a model of any architecture that transformers knows.
 
     Args:
-        path: a folder, or a hub name.
+        contents: of its config.json.
         name: of the model, for people.
 
     Raises:
-        UserError: there is no config, or transformers cannot make the model.
+        UserError: transformers does not know it, or cannot make it.
     """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    is_file = Path(path).is_file()
+    settings = dict(contents)
+    kind = settings.pop("model_type", None)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(Path(path).parent) if is_file else path)
-    except Exception as error:  # whatever transformers and the hub raise
+        config = transformers.AutoConfig.for_model(kind, **settings)
+    except Exception as error:  # noqa: BLE001 (whatever transformers makes of values from anywhere)
         raise UserError(
-            f"MODEL: no config of {path!r} could be read, neither from a folder nor from the hub: "
-            f"{str(error).partition(chr(10))[0]}"
+            f"MODEL: transformers does not know the config of {name} (model_type: {kind!r}): "
+            f"{str(error).partition(chr(10))[0][:200]}"
         ) from error
     return shape_of(config, name)
 
@@ -62,7 +63,7 @@ def shape_of(config: PreTrainedConfig, name: str) -> ModelShape:
         try:
             with torch.device("meta"):
                 model = auto.from_config(config)
-        except Exception as error:  # model code may raise anything
+        except Exception as error:  # noqa: BLE001 (model code may raise anything)
             problem = problem or error
             continue
         return _shape(model, config, name)

@@ -44,7 +44,7 @@ class Machine:
     """Seconds that one module of one waiting pass takes beside its arithmetic: switching passes, Python, launches."""
     runtime: int = 1 * GIB
     """Bytes that Python, torch, and the context of the device take in every rank."""
-    origin: str = "assumed: an H100, 100 Gbit/s between hosts"
+    origin: str = "assumed: those of an H100"
     """Where the rates come from."""
 
     @property
@@ -96,7 +96,9 @@ def _parsed(text: str, option: str, factors: dict[str, int] | dict[str, float], 
     match = _QUANTITY.fullmatch(text.strip().lower())
     value = float(match[1]) * factors[match[2]] if match and match[2] in factors else 0.0
     if match is None or match[2] not in factors:
-        raise UserError(f"{option}: {text!r} is no quantity with one of the units {', '.join(factors)}, as {example} is")
+        raise UserError(
+            f"{option}: {text!r} is no quantity with one of the units {', '.join(factors)}, as {example} is"
+        )
     if value <= 0:
         raise UserError(f"{option}: must be above 0, not {text!r}")
     return value

@@ -71,7 +71,10 @@ def memory_of(shape: ModelShape, setting: Setting, machine: Machine) -> Memory:
         width = width_of(shape, setting, step, free)
         for base in step.bases:
             scratch = scratch_bytes(shape, setting, base, width)
-            for when, parts in _moments(shape, setting, base, width, ranks):
+            moments = [*_moments(shape, setting, base, width, ranks)]
+            if setting.reads == "texts":
+                moments += [writing(shape, setting, base, width, machine, free)]
+            for when, parts in moments:
                 options.append(Memory({**kept, "scratch": scratch, **parts, "runtime": machine.runtime}, when, width))
     return max(options, key=lambda memory: memory.total)
 
@@ -98,8 +101,8 @@ def width_of(shape: ModelShape, setting: Setting, step: Round, free: int) -> int
 
 
 def resident_weights(shape: ModelShape, setting: Setting, ranks: int) -> int:
-    """Weights that a rank keeps: all of them, or its shard of each. FSDP2 cuts the first dimension into equal numbers of
-    rows, ZeRO-3 the flattened weight, both rounded up.
+    """Weights that a rank keeps: all of them, or its shard of each. FSDP2 cuts the first dimension into equal numbers
+    of rows, ZeRO-3 the flattened weight, both rounded up.
 
     Args:
         shape: the model.
@@ -231,23 +234,83 @@ def _moments(
         coming = sizes[i + 1] if setting.prefetch and i + 1 < len(sizes) else 0
         before = hidden if unit.is_block else at_head if is_head else 0
         if size:
-            yield f"a unit of {size / GIB:.2f} GiB is gathered", {
-                "gathered": staying + 2 * size,
-                "passes": before,
-                **inputs,
-            }
+            yield (
+                f"a unit of {size / GIB:.2f} GiB is gathered",
+                {
+                    "gathered": staying + 2 * size,
+                    "passes": before,
+                    **inputs,
+                },
+            )
         if unit.is_block and size == max(s for s, u in zip(sizes, shape.units, strict=True) if u.is_block):
             held = round(tokens * place.bytes_of(passes))
             yield (
                 f"a block is computed ({place.name})",
                 {"gathered": staying + size + coming, "passes": held, **inputs},
             )
+        if coming:
+            yield "the next unit arrives", {"gathered": staying + size + 2 * coming, "passes": hidden, **inputs}
         staying += size if unit.stays else 0
     own = 0 if any(unit.stays for unit in shape.units) else sizes[-1]
     yield (
         "the output head is computed",
         {"gathered": staying + own, "passes": at_head, "logits": logits_bytes(shape, setting), **inputs},
     )
+
+
+def writing(
+    shape: ModelShape, setting: Setting, base: BasePasses, width: int, machine: Machine, free: int
+) -> tuple[str, dict[str, int]]:
+    """The moment when texts have their full length: keys and values of all their tokens, in every layer. Under law
+    lowrank, and from copies of the trainable weights (where these fit into half of the free memory), one pass after
+    another writes; otherwise all variants write in lock step (`mezo_dist.engines.decoding`).
+
+    Args:
+        shape: the model.
+        setting: how the run goes.
+        base: its variants.
+        width: micro-batches in lock step.
+        machine: its ranks.
+        free: bytes of a rank that are not in use when the run begins.
+    """
+    way = writing_way(shape, setting, machine.ranks, free)
+    copy = copy_bytes(shape, setting, machine.ranks) if way == "copies" else 0
+    passes = 1 if way != "lock step" and not setting.is_sharded else width * (1 if way == "copies" else base.variants)
+    keys = 2 * shape.kv_heads * shape.head_dim * shape.layers * setting.pass_bytes
+    sizes = [unit_bytes(unit, setting, machine.ranks) if setting.is_sharded else 0 for unit in shape.units]
+    parts = {
+        "kv cache": passes * setting.micro_batch * (setting.tokens + setting.targets) * keys,
+        "copy": copy,
+        "gathered": sum(s for s, u in zip(sizes, shape.units, strict=True) if u.stays) + 2 * max(sizes),
+    }
+    return f"texts are written ({way})", parts
+
+
+def writing_way(shape: ModelShape, setting: Setting, ranks: int, free: int) -> str:
+    """How variants write; see `mezo_dist.engines.decoding.choose_way`.
+
+    Args:
+        shape: the model.
+        setting: how the run goes.
+        ranks: all ranks.
+        free: bytes of a rank that are not in use when the run begins.
+    """
+    if setting.law == "lowrank":
+        return "activations"
+    return "copies" if copy_bytes(shape, setting, ranks) <= free / 2 else "lock step"
+
+
+def copy_bytes(shape: ModelShape, setting: Setting, ranks: int) -> int:
+    """A copy of this rank's trainable weights; of all weights, where they are cast.
+
+    Args:
+        shape: the model.
+        setting: how the run goes.
+        ranks: all ranks.
+    """
+    if setting.compute is not None and not setting.is_sharded:
+        return shape.size * setting.pass_bytes
+    return anchor_copy(shape, setting, ranks)
 
 
 def logits_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -260,7 +323,8 @@ def logits_bytes(shape: ModelShape, setting: Setting) -> int:
     """
     columns = 2 if setting.reads == "labels" else shape.vocabulary
     copies = setting.pass_bytes + FP32 + (FP32 if setting.pass_bytes < FP32 else 0)
-    return setting.micro_batch * setting.targets * columns * copies
+    places = 1 if setting.reads == "texts" else setting.targets  # texts: those of the next token
+    return setting.micro_batch * places * columns * copies
 
 
 def unit_bytes(unit: UnitShape, setting: Setting, ranks: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mezo_dist import algorithms
-from mezo_dist.algorithms.base import Losses, Problem, Variant
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Variant
 from mezo_dist.algorithms.operations import CopyAnchor
 from mezo_dist.errors import UserError
 from mezo_dist.planning.setting import Setting
@@ -74,7 +74,7 @@ def rounds_of(setting: Setting, ranks: int) -> list[Round]:
         fake = tuple(1.0 + 0.01 * i for i in range(len(request.variants)))
         each = tuple((value,) * samples for value in fake) if request.each_sample else ()
         update = planner.update(state, step, [Losses(fake, each)])
-        if not hasattr(update, "state"):
+        if isinstance(update, Evaluation):
             raise UserError(f"plan: {settings.name} asks for further rounds, which are not planned")
         has_copy = has_copy or any(isinstance(operation, CopyAnchor) for operation in update.operations)
         groups, micro_batches = _split(setting, ranks, request.variants, samples)

@@ -68,6 +68,11 @@ class Setting:
         """Weights are whole only unit by unit."""
         return self.layout != "replicated"
 
+    @property
+    def calls(self) -> int:
+        """Calls of the model in one forward pass: a text takes one for each of its tokens."""
+        return self.targets if self.reads == "texts" else 1
+
     def shard_ranks(self, ranks: int) -> int:
         """Ranks over which one copy of the weights is cut, of so many."""
         return ranks // self.replicate if self.is_sharded else 1

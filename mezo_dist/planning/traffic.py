@@ -44,7 +44,8 @@ def traffic_of(shape: ModelShape, setting: Setting, machine: Machine, step: Roun
     """What crosses in one step.
 
     A step gathers every unit once for each base of its variants (a kept anchor is one), and once more for each further
-    group of micro-batches, if they do not all go through the model together.
+    group of micro-batches, if they do not all go through the model together. Texts gather
+    everything for every token.
 
     Args:
         shape: the model.
@@ -55,7 +56,7 @@ def traffic_of(shape: ModelShape, setting: Setting, machine: Machine, step: Roun
     """
     ranks, over = machine.ranks, setting.shard_ranks(machine.ranks)
     groups = math.ceil(step.micro_batches / width)
-    turns = groups * len(step.bases) if setting.is_sharded else 0
+    turns = groups * len(step.bases) * setting.calls if setting.is_sharded else 0
     gathered = turns * sum(unit_bytes(unit, setting, ranks) for unit in shape.units)
     gathers = turns * len(shape.units)
     words = max(ROUND_WORDS, step.numbers + MARKS)

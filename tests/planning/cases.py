@@ -125,6 +125,10 @@ def measured(case: Case, comm: Communicator) -> Figures:
     progress: Progress[Any] = Progress(planner.init())
     batches = {size: _batch(setting, size) for size in (setting.batch_size, setting.full_size)}
 
+    def steps(count: int) -> None:
+        for _ in range(count):
+            step()
+
     def step() -> None:
         def evaluate(request: Any, number: int) -> Any:
             batch = batches[setting.full_size if request.batch == "full" else setting.batch_size]
@@ -133,13 +137,13 @@ def measured(case: Case, comm: Communicator) -> Figures:
         take_step(planner, progress, evaluate, engine, 0)
 
     cycle = getattr(setting.algorithm, "q", 1)
-    [step() for _ in range(cycle)]  # afterwards the scratch has its size
+    steps(cycle)  # afterwards everything that is made once is there
     engine._materialise._scratch = torch.empty(0)
     gathered = engine.gathered_bytes
     before = sum(shard.tensor.untyped_storage().nbytes() for shard in engine.shards()) if not setting.is_sharded else 0
     before = before or sum(shard.tensor.nbytes for shard in engine.shards())
     before += sum(shard.tensor.nbytes for shard in engine.anchor_shards())
-    peak = peak_bytes(lambda: [step() for _ in range(2 * cycle)])
+    peak = peak_bytes(lambda: steps(2 * cycle))
     figures = Figures(before, before + peak, (engine.gathered_bytes - gathered) // 2)
     every = comm.collect(lambda: [figures.weights, figures.peak, figures.gathered])
     return Figures(*(max(column) for column in zip(*every, strict=True)))

@@ -12,7 +12,13 @@ from mezo_dist.planning.families import NAMED, shape_of_config
 from mezo_dist.planning.instantiated import shape_of
 from mezo_dist.planning.shapes import ModelShape
 
-BILLIONS = {"opt-125m": 0.1252, "opt-175b": 174.6, "llama-3-405b": 405.85, "mixtral-8x7b": 46.70, "qwen3-30b-a3b": 30.53}
+BILLIONS = {
+    "opt-125m": 0.1252,
+    "opt-175b": 174.6,
+    "llama-3-405b": 405.85,
+    "mixtral-8x7b": 46.70,
+    "qwen3-30b-a3b": 30.53,
+}
 """Published sizes."""
 
 
@@ -60,4 +66,6 @@ def test_a_size_that_is_none() -> None:
     with pytest.raises(UserError, match="hidden_size: -1"):
         shape_of_config({**NAMED["opt-125m"], "hidden_size": -1}, "x")
     with pytest.raises(UserError, match="vocab_size: None"):
-        shape_of_config({"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}, "x")
+        shape_of_config(
+            {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}, "x"
+        )
