@@ -130,8 +130,8 @@ def by_algorithm(plans: Sequence[Plan]) -> list[list[Plan]]:
 
 
 def recommended(plans: Sequence[Plan]) -> Plan | None:
-    """The fastest of some plans of one algorithm that fits; of those that are as fast, the simplest layout, and of these
-    the one with the least memory. None if none fits."""
+    """The fastest plan that fits; of those that are as fast, the simplest layout, and of these the one with the least
+    memory. None if none fits. ``plans`` are those of one algorithm."""
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return None

@@ -19,8 +19,8 @@ from mezo_dist.planning import report
 from mezo_dist.planning.calibration import measure, remembered, with_rates
 from mezo_dist.planning.choice import find, layouts, plan
 from mezo_dist.planning.families import NAMED
-from mezo_dist.planning.lookup import find_shape
 from mezo_dist.planning.first_order import first_order
+from mezo_dist.planning.lookup import find_shape
 from mezo_dist.planning.machine import Machine, parse_bytes, parse_flops, parse_rate
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.shapes import ModelShape
@@ -134,7 +134,7 @@ def _machine(arguments: argparse.Namespace, setting: Setting) -> Machine:
     if data is not None:
         machine = with_rates(machine, data, setting.compute or setting.weights)
     parsers = {"link": parse_rate, "host_link": parse_rate, "flops": parse_flops, "bandwidth": parse_rate}
-    given = {name: parse(getattr(arguments, name), f"--{name.replace('_', '-')}")
+    given: dict[str, Any] = {name: parse(getattr(arguments, name), f"--{name.replace('_', '-')}")
              for name, parse in parsers.items() if getattr(arguments, name)}  # fmt: skip
     machine = replace(machine, **given)
     if machine.memory <= machine.runtime:

@@ -38,7 +38,7 @@ def shape_of_contents(contents: Mapping[str, Any], name: str) -> ModelShape:
     kind = settings.pop("model_type", None)
     try:
         config = transformers.AutoConfig.for_model(kind, **settings)
-    except Exception as error:  # noqa: BLE001 (whatever transformers makes of values from anywhere)
+    except Exception as error:
         raise UserError(
             f"MODEL: transformers does not know the config of {name} (model_type: {kind!r}): "
             f"{str(error).partition(chr(10))[0][:200]}"

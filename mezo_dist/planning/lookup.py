@@ -74,7 +74,7 @@ def _of_hub(name: str) -> dict[str, Any]:
     """The config of a model of the hub: from the hub's cache, or the hub itself."""
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 
     try:
         cached = try_to_load_from_cache(name, "config.json")
@@ -87,7 +87,7 @@ def _of_hub(name: str) -> dict[str, Any]:
         answer = get_session().get(url, headers=build_hf_headers(), timeout=PATIENCE_S, follow_redirects=True)
         answer.raise_for_status()
         return _parsed(answer.content[: LARGEST + 1])
-    except Exception as error:  # noqa: BLE001 (whichever HTTP library the hub's client uses)
+    except Exception as error:  # whichever HTTP library the hub's client uses
         raise UserError(_unknown(name, f"the hub says: {str(error).partition(chr(10))[0]}")) from error
 
 

@@ -91,9 +91,12 @@ def found(what: str, size: str, best: Plan | None, notes: Sequence[str]) -> Answ
     data: JsonObject = {"find": what, "largest": size or None, "plan": best and _plan(best), "notes": list(notes)}
     if best is None:
         return Answer(data, [f"No {what} fits."])
-    words = {"model": f"The largest model that ships and fits: {size}",
-             "batch": f"The largest micro-batch that fits: {size} samples of {best.setting.tokens} tokens",
-             "context": f"The longest samples that fit: {size} tokens, {best.setting.micro_batch} in each pass"}  # fmt: skip
+    samples, tokens = best.setting.micro_batch, best.setting.tokens
+    words = {
+        "model": f"The largest model that ships and fits: {size}",
+        "batch": f"The largest micro-batch that fits: {size} samples of {tokens} tokens",
+        "context": f"The longest samples that fit: {size} tokens, {samples} in each pass",
+    }
     return Answer(data, [f"{words[what]} ({best.name}).", *_details(best), *(f"Note: {note}." for note in notes)])
 
 
