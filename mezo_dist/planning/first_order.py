@@ -2,8 +2,8 @@
 
 Bytes per weight in 16 bits with an fp32 master copy (Rajbhandari et al. 2020, arXiv 1910.02054): 2 for the weight, 2
 for its gradient, and 12 for AdamW's state (master copy and two moments), 4 for SGD's (master copy). In fp32: 4, 4, and
-8 or 0. ZeRO stage 1 cuts the state over the ranks, stage 2 the gradients too, stage 3 (FSDP) the weights too. LoRA trains
-matrices of rank 16 on the attention's projections, with AdamW's state for those alone.
+8 or 0. ZeRO stage 1 cuts the state over the ranks, stage 2 the gradients too, stage 3 (FSDP) the weights too. LoRA
+trains matrices of rank 16 on the attention's projections, with AdamW's state for those alone.
 
 Activations: 34 bytes per feature of the residual stream, token and layer in 16 bits (Korthikanti et al. 2022, arXiv
 2205.05198, without the scores of attention, which fused kernels do not keep); with recomputation the input of each

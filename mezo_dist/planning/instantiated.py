@@ -6,6 +6,7 @@ This is right for every architecture, but imports torch and transformers, which 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def shape_of_contents(contents: Mapping[str, Any], name: str) -> ModelShape:
     Raises:
         UserError: transformers does not know it, or cannot make it.
     """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # transformers imports it, and it writes where answers stand
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

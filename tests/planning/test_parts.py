@@ -45,7 +45,7 @@ def test_rates_in_bits_and_bytes() -> None:
     assert parse_flops("2pflops", "--flops") == 2e15
 
 
-@pytest.mark.parametrize("text", ["80", "80 QB", "-3GB", "0GB", "GB", "1e400GB", "12GBit", ""])
+@pytest.mark.parametrize("text", ["80", "80 QB", "-3GB", "0GB", "GB", "1e400GB", ""])
 def test_what_is_no_quantity(text: str) -> None:
     with pytest.raises(UserError, match="--link"):
         parse_rate(text, "--link")
@@ -100,7 +100,7 @@ def test_flops_are_two_for_each_active_weight_and_token() -> None:
 
 def test_frozen_blocks_are_not_computed() -> None:
     shape, setting = named("llama-3-8b"), Setting()
-    half = shape.trained(("model.layers.1[6-9].*", "model.layers.2*.mlp*"))
+    half = shape.trained(("model.layers.1[6-9].*",))
     assert flops_of_pass(half, setting) == pytest.approx(flops_of_pass(shape, setting) / 2, rel=0.02)
     assert memory_of(half, setting, Machine()).parts["frozen cache"] > 0
     sharded = replace(setting, layout="fsdp")
@@ -110,7 +110,7 @@ def test_frozen_blocks_are_not_computed() -> None:
 def test_directions_are_made_for_trainable_weights_alone() -> None:
     shape, setting = named("opt-1.3b"), Setting(algorithm=MeZO(directions=2))
     (step,) = rounds_of(setting, 1)
-    few = work_of(shape.trained(("*layer_norm*",)), setting, 1, step, 1)
+    few = work_of(shape.trained(("*layer_norm*",)), setting, 1, step, 2)
     assert few.made == 2 * 2 * shape.trained(("*layer_norm*",)).num_trainable  # for the passes, and for the update
 
 
