@@ -63,7 +63,7 @@ def with_rates(machine: Machine, data: JsonObject, dtype: str) -> Machine:
 
 
 def measure() -> JsonObject:
-    """Measure this machine, and remember it. Takes about ten seconds, some of them for imports.
+    """Measure this machine. Takes about ten seconds, some of them for imports.
 
     Returns:
         ``flops`` by dtype, ``rates`` (see `Machine`), and where and when they are from.
@@ -72,7 +72,7 @@ def measure() -> JsonObject:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
-        data: JsonObject = {
+        return {
             "host": platform.node(),
             "date": time.strftime("%Y-%m-%d"),
             "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, torch {torch.__version__}",
@@ -81,10 +81,16 @@ def measure() -> JsonObject:
             "flops": {dtype: _flops(device, dtype) for dtype in ("float32", "bfloat16", "float16")},
             "rates": {"bandwidth": _bandwidth(device), **_kernel(device), "call": _call(device), **_reduce()},
         }
+
+
+def remember(data: JsonObject) -> None:
+    """Write down what `measure` found, for later plans on this machine."""
     path = remembered_at()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(data, indent=1).encode())
-    return data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(data, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"--calibrate: cannot write {path} ({error}); MEZO_DIST_CACHE names another folder") from error
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:

@@ -16,7 +16,7 @@ from mezo_dist.config import reader
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.errors import UserError
 from mezo_dist.planning import report
-from mezo_dist.planning.calibration import measure, remembered, with_rates
+from mezo_dist.planning.calibration import measure, remember, remembered, with_rates
 from mezo_dist.planning.choice import find, layouts, plan
 from mezo_dist.planning.families import NAMED
 from mezo_dist.planning.first_order import first_order
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.calibrate:
         measured = measure()
+        remember(measured)
         if arguments.model is None and arguments.find is None:
             print(json.dumps(measured, indent=1) if arguments.json else report.of_rates(measured))
             return

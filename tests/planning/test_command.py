@@ -131,13 +131,7 @@ def test_a_config_json_that_is_none(content: str, tmp_path: Path, capsys: pytest
 
 
 def test_measured_rates_are_remembered(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure() -> dict[str, Any]:
-        path = calibration.remembered_at()
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(MEASURED))
-        return MEASURED
-
-    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(command, "measure", lambda: MEASURED)
     assert main(["plan", "--calibrate"]) == 0
     assert "100.0 GFLOPS" in capsys.readouterr().out
     assert answered(capsys, "opt-125m")["machine"]["flops"] == 1e11
