@@ -109,12 +109,22 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 
 
 def _flops(device: str, dtype: str) -> float:
-    """Operations per second of a linear layer of 768 to 3,072 features on 512 tokens (on a GPU: 4,096 to 16,384)."""
+    """Operations per second of the six linear layers of a block: 768 features, four times as many inside, 256 tokens
+    (on a GPU: 4,096 features and tokens)."""
     import torch
 
-    n, tokens = (4096, 4096) if device == "cuda" else (768, 512)
-    x, w = (torch.randn(rows, n, device=device).to(getattr(torch, dtype)) for rows in (tokens, 4 * n))
-    return 2 * tokens * n * 4 * n / _seconds(lambda: torch.nn.functional.linear(x, w), device)
+    n, tokens = (4096, 4096) if device == "cuda" else (768, 256)
+    kind = getattr(torch, dtype)
+    x, inside = (torch.randn(tokens, width, device=device).to(kind) for width in (n, 4 * n))
+    square, up, down = (torch.randn(*shape, device=device).to(kind) for shape in ((n, n), (4 * n, n), (n, 4 * n)))
+
+    def block() -> None:
+        for _ in range(4):
+            torch.nn.functional.linear(x, square)
+        torch.nn.functional.linear(x, up)
+        torch.nn.functional.linear(inside, down)
+
+    return 2 * tokens * 12 * n * n / _seconds(block, device)
 
 
 def _bandwidth(device: str) -> float:
