@@ -34,8 +34,9 @@ from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.planning.calibration import measure, with_rates
 from mezo_dist.planning.choice import Plan, plan
-from mezo_dist.planning.families import NAMED, shape_of_config
+from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.machine import Machine
+from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.setting import Setting
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.runs.work_split import WorkSplit

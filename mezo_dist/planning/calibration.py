@@ -17,7 +17,7 @@ from mezo_dist.json_types import JsonObject
 from mezo_dist.planning.machine import Machine
 from mezo_dist.storage.files import replace_file
 
-RATES = ("bandwidth", "make", "write", "call", "latency", "host_link")
+RATES = ("bandwidth", "generate", "write", "call", "latency", "host_link")
 """What is measured besides the rate of matrix products, under the names of `Machine`."""
 REPEATS = 5
 
@@ -137,8 +137,8 @@ def _bandwidth(device: str) -> float:
 
 
 def _kernel(device: str) -> dict[str, float]:
-    """Seconds per element to make a direction, and to write a variant: from one direction written once and four times,
-    on weights of 4 million elements."""
+    """Seconds per element to generate a direction, and to write a variant: from one direction written once and four
+    times, on weights of 4 million elements."""
     import torch
 
     from mezo_dist.directions.combination import Combination
@@ -154,7 +154,7 @@ def _kernel(device: str) -> dict[str, float]:
 
     once, often = write(1), write(4)
     step = max((often - once) / 3, 1e-15)
-    return {"make": max(once - step, 1e-15), "write": step}
+    return {"generate": max(once - step, 1e-15), "write": step}
 
 
 def _call(device: str) -> float:

@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 
 from mezo_dist.errors import UserError
 from mezo_dist.planning.duration import Duration, duration_of
-from mezo_dist.planning.families import NAMED, shape_of_config
+from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.machine import GIB, Machine
-from mezo_dist.planning.memory import Memory, memory_of, resident_weights, width_of, writing_way
+from mezo_dist.planning.memory import Memory, memory_of, width_of
+from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.rounds import Round, rounds_of
 from mezo_dist.planning.setting import LayoutName, Setting
 from mezo_dist.planning.shapes import ModelShape
 from mezo_dist.planning.traffic import Traffic, traffic_of
+from mezo_dist.planning.weights import resident_weights
 from mezo_dist.planning.work import Work, work_of
+from mezo_dist.planning.writing import writing_way
 
 CLOSE = 1.02
 """Ratio of times that are taken to be equal: then the simpler layout is recommended."""
@@ -61,10 +64,15 @@ class Plan:
     @property
     def name(self) -> str:
         """Layout and algorithm, for people."""
+        return f"{layout_name(self.setting, self.machine.ranks)}, {self.algorithm}"
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm, and where its anchor comes from."""
         setting, anchor = self.setting, ""
         if setting.algorithm.name == "mezo-svrg":
             anchor = ", anchor stored" if any(step.round.copies_anchor for step in self.steps) else ", anchor replayed"
-        return f"{layout_name(setting, self.machine.ranks)}  {setting.algorithm.name}{anchor}"
+        return setting.algorithm.name + anchor
 
 
 def layout_name(setting: Setting, ranks: int) -> str:

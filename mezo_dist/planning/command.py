@@ -18,10 +18,10 @@ from mezo_dist.errors import UserError
 from mezo_dist.planning import report
 from mezo_dist.planning.calibration import measure, remember, remembered, with_rates
 from mezo_dist.planning.choice import find, layouts, plan
-from mezo_dist.planning.families import NAMED
 from mezo_dist.planning.first_order import first_order
 from mezo_dist.planning.lookup import find_shape
 from mezo_dist.planning.machine import Machine, parse_bytes, parse_flops, parse_rate
+from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.shapes import ModelShape
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     shape, machine = question.shape, question.machine
     if arguments.find:
         what, best = find(arguments.find, shape, question.settings, machine)
-        answer = report.found(arguments.find, what, best, question.notes)
+        answer = report.answer_to_find(arguments.find, what, best, question.notes)
     else:
         assert shape is not None
         plans = [plan(shape, setting, machine) for setting in question.settings]

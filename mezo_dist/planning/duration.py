@@ -55,7 +55,7 @@ def duration_of(
     computing = {
         "passes": max(work.flops / machine.flops, reading),
         "calls": work.calls * machine.call,
-        "directions": work.made * machine.make + work.written * machine.write,
+        "directions": work.generated * machine.generate + work.written * machine.write,
     }
     gathers = _gather_seconds(setting, machine, traffic)
     if setting.prefetch:

@@ -10,7 +10,8 @@ from typing import Any
 
 from mezo_dist.assets.registry import is_demo, resolve_model
 from mezo_dist.errors import UserError
-from mezo_dist.planning.families import NAMED, shape_of_config
+from mezo_dist.planning.families import shape_of_config
+from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.shapes import ModelShape
 
 LARGEST = 2**24

@@ -36,8 +36,8 @@ class Machine:
     """Floating-point operations per second of a rank's matrix products."""
     bandwidth: float = 2e12
     """Bytes per second of a rank's memory."""
-    make: float = 8e-12
-    """Seconds to make one element of one direction."""
+    generate: float = 8e-12
+    """Seconds to generate one element of one direction."""
     write: float = 4e-12
     """Seconds to read an element of a weight, add to it, and write one variant of it."""
     call: float = 2e-5

@@ -72,14 +72,14 @@ def answer(shape: ModelShape, plans: Sequence[Plan], others: Sequence[FirstOrder
     }
     tail = []
     for best, why, kind in chosen:
-        tail.append(f"{best.name.replace('  ', ', ')}: {why}." if best else f"{kind}: {why}")
+        tail.append(f"{best.name}: {why}." if best else f"{kind}: {why}")
         tail += [] if best is None else _details(best)
     tail += [f"Note: {note}." for note in notes]
     tables = [_table(some, best) for some, (best, _, _) in zip(kinds, chosen, strict=True)]
     return Answer(data, _head(shape, plans[0]), [*tables, _first_order_table(others)], tail)
 
 
-def found(what: str, size: str, best: Plan | None, notes: Sequence[str]) -> Answer:
+def answer_to_find(what: str, size: str, best: Plan | None, notes: Sequence[str]) -> Answer:
     """The answer to ``--find``.
 
     Args:
@@ -107,7 +107,8 @@ def of_rates(data: JsonObject) -> str:
     lines += [f"  matrix products, {dtype}: {value / 1e9:,.1f} GFLOPS" for dtype, value in flops.items()]
     lines += [
         f"  memory: {rates['bandwidth'] / 1e9:,.1f} GB/s",
-        f"  directions: {rates['make'] * 1e9:.2f} ns an element to make, {rates['write'] * 1e9:.2f} to write a variant",
+        f"  directions: {rates['generate'] * 1e9:.2f} ns an element to generate one, {rates['write'] * 1e9:.2f} to write a "
+        "variant",
         f"  a module of a pass: {rates['call'] * 1e6:.0f} us beside its arithmetic",
         f"  between processes of this host (gloo): {rates['latency'] * 1e6:.0f} us a hop, "
         f"{rates['host_link'] / 1e9:,.2f} GB/s",
@@ -134,7 +135,7 @@ def _head(shape: ModelShape, some: Plan) -> list[str]:
 
 def _table(plans: Sequence[Plan], best: Plan | None) -> Table:
     """The layouts of one algorithm."""
-    table = _plain_table(f"{plans[0].name.partition('  ')[2]}: GiB per rank; of a step, as a mean over a cycle")
+    table = _plain_table(f"{plans[0].algorithm}: GiB per rank; of a step, as a mean over a cycle")
     table.add_column("", no_wrap=True)
     table.add_column("layout", no_wrap=True)
     names = ("GiB", "weights", "gathered", "scratch", "passes", "other", "bytes gathered", "between hosts", "seconds",

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 from mezo_dist.planning.machine import Machine
-from mezo_dist.planning.memory import unit_bytes
 from mezo_dist.planning.rounds import Round
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.shapes import ModelShape
+from mezo_dist.planning.weights import unit_bytes
 
 WORD = 8
 ROUND_WORDS = 32

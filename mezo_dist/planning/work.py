@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mezo_dist.planning.memory import expected_rows, frozen_layers, shard_size
+from mezo_dist.planning.memory import expected_rows, frozen_layers
 from mezo_dist.planning.rounds import Round
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.shapes import ModelShape, ModuleShape
+from mezo_dist.planning.weights import shard_size
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Work:
 
     flops: float
     """Of its forward passes."""
-    made: float
+    generated: float
     """Elements of directions that are generated."""
     written: float
     """Elements of variants, and of updated weights, that are written."""
@@ -65,22 +66,22 @@ def work_of(
     groups = math.ceil(step.micro_batches / width)
     tokens = width * setting.micro_batch * setting.tokens
     modules = [module for unit in shape.units for module in unit.modules]
-    elements = sum(_made_elements(module, shape, setting, tokens) for module in modules)
-    made = groups * sum(base.directions for base in step.bases) * elements
+    elements = sum(_variant_elements(module, shape, setting, tokens) for module in modules)
+    generated = groups * sum(base.directions for base in step.bases) * elements
     written = groups * sum(base.copies for base in step.bases) * elements
-    own = sum(min(w.size, shard_size(w, setting, ranks)) for w in shape.weights if w.trainable)
+    updated = sum(min(w.size, shard_size(w, setting, ranks)) for w in shape.weights if w.trainable)
     updates = 1 if step.update_directions else 0
     again = setting.calls if in_lock_step else 1
-    made, written = again * made, again * written
+    generated, written = again * generated, again * written
     return Work(
         flops=step.passes * flops_of_pass(shape, setting),
-        made=made + own * step.update_directions,
-        written=written + own * updates,
+        generated=generated + updated * step.update_directions,
+        written=written + updated * updates,
         calls=step.passes * setting.calls * len(modules),
     )
 
 
-def _made_elements(module: ModuleShape, shape: ModelShape, setting: Setting, tokens: int) -> int:
+def _variant_elements(module: ModuleShape, shape: ModelShape, setting: Setting, tokens: int) -> int:
     """Elements of a module's trainable weights that one variant writes.
 
     Args:

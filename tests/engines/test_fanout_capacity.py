@@ -27,6 +27,8 @@ def test_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "free_bytes", lambda: 100_000)
     assert capacity.tokens_at_once(units, torch.float32, 1) == int(25_000 / ((5 * 32 + 48) * 4))
     assert capacity.tokens_at_once(units, torch.bfloat16, 2) == int(12_500 / ((5 * 32 + 48) * 2))
+    experts = find_units(tiny_model("mixtral"))  # 32 features, and 2 x 48 of gate and up in one matrix
+    assert capacity.tokens_at_once(experts, torch.float32, 1) == int(25_000 / ((5 * 32 + 96) * 4))
     monkeypatch.setattr(capacity, "free_bytes", lambda: 0)
     assert capacity.tokens_at_once(units, torch.float32, 1) == 1
     monkeypatch.undo()

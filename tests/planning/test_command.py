@@ -16,7 +16,7 @@ from mezo_dist.cli import main
 from mezo_dist.planning import calibration, command
 from mezo_dist.testing import tiny_model, write_tiny_config
 
-RATES = {"bandwidth": 1e10, "make": 1e-9, "write": 1e-9, "call": 1e-4, "latency": 1e-4, "host_link": 1e9}
+RATES = {"bandwidth": 1e10, "generate": 1e-9, "write": 1e-9, "call": 1e-4, "latency": 1e-4, "host_link": 1e9}
 MEASURED = {"host": "here", "date": "2026-11-26", "device": "CPU", "threads": 2, "load": 0.1,
             "flops": dict.fromkeys(("float32", "bfloat16", "float16"), 1e11), "rates": RATES}  # fmt: skip
 
@@ -36,8 +36,8 @@ def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 def test_all_layouts_of_both_algorithms(capsys: pytest.CaptureFixture[str]) -> None:
     data = answered(capsys, "llama-3-70b", "--hosts", "2", "--ranks-per-host", "2", "--link", "100gbit")
     names = [one["name"] for one in data["plans"]]
-    assert names[:5] == [f"{layout}  mezo" for layout in ("replicated", "fsdp 1 x 4", "fsdp 2 x 2", "zero")] + [
-        "replicated  mezo-svrg, anchor stored"
+    assert names[:5] == [f"{layout}, mezo" for layout in ("replicated", "fsdp 1 x 4", "fsdp 2 x 2", "zero")] + [
+        "replicated, mezo-svrg, anchor stored"
     ]
     assert data["recommended"]["mezo"]["layout"] == "fsdp 2 x 2"
     for one in data["plans"]:

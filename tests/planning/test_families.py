@@ -8,8 +8,9 @@ import pytest
 import transformers
 
 from mezo_dist.errors import UserError
-from mezo_dist.planning.families import NAMED, shape_of_config
+from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.instantiated import shape_of
+from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.shapes import ModelShape
 
 BILLIONS = {

@@ -14,10 +14,11 @@ from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.distributed.communicator import PAYLOAD_WORDS
 from mezo_dist.errors import UserError
 from mezo_dist.planning.choice import find, largest, layouts, plan, recommended
-from mezo_dist.planning.families import NAMED, shape_of_config
+from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.first_order import first_order
 from mezo_dist.planning.machine import GIB, Machine, parse_bytes, parse_flops, parse_rate
 from mezo_dist.planning.memory import expected_rows, memory_of
+from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.rounds import rounds_of
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.shapes import ModelShape
@@ -111,7 +112,7 @@ def test_directions_are_made_for_trainable_weights_alone() -> None:
     shape, setting = named("opt-1.3b"), Setting(algorithm=MeZO(directions=2))
     (step,) = rounds_of(setting, 1)
     few = work_of(shape.trained(("*layer_norm*",)), setting, 1, step, 2)
-    assert few.made == 2 * 2 * shape.trained(("*layer_norm*",)).num_trainable  # for the passes, and for the update
+    assert few.generated == 2 * 2 * shape.trained(("*layer_norm*",)).num_trainable  # for the passes, and for the update
 
 
 def test_rows_of_random_tokens() -> None:

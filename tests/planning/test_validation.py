@@ -59,9 +59,9 @@ def everything(comm: Communicator, cases: list[Case]) -> list[Figures]:
     return [measured(one, comm) for one in cases]
 
 
-def check(cases: list[Case], ranks: int, found: list[Figures]) -> None:
+def check(cases: list[Case], ranks: int, figures: list[Figures]) -> None:
     wrong = []
-    for one, real in zip(cases, found, strict=True):
+    for one, real in zip(cases, figures, strict=True):
         plan = planned(one, ranks)
         beyond, real_beyond = plan.peak - plan.weights, real.peak - real.weights
         same = (plan.weights, plan.gathered) == (real.weights, real.gathered)
