@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import mezo_dist
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.errors import LostRankError, Stopped, UserError, printable
+from mezo_dist.planning.options import add_plan
 
 if TYPE_CHECKING:
     from mezo_dist.distributed.communicator import Communicator
@@ -118,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--timeout", type=_seconds, default=30.0, help="seconds to wait for ranks that do not answer")
     doctor.set_defaults(command=_doctor)
+
+    plan = commands.add_parser("plan", help="memory, traffic and time of a run, before anything is loaded or rented")
+    add_plan(plan)
+    plan.set_defaults(command=_plan)
 
     tasks = commands.add_parser("tasks", help="list the tasks that ship, or show what one looks like to a model")
     _add_tasks(tasks)
@@ -254,6 +259,12 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from mezo_dist.distributed import doctor
 
     doctor.report(doctor.examine(arguments.files, arguments.folder.resolve(), arguments.timeout))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from mezo_dist.planning import command
+
+    command.run(arguments)
 
 
 def _replay(arguments: argparse.Namespace) -> None:

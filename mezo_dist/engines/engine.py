@@ -339,6 +339,7 @@ class Engine:
         try:
             return self._fanout.run(passes)
         finally:
+            self._materialise.end()
             self._unshard.close()
 
     def _need(self, hooked: HookedModule, *, keep_current: bool) -> None:

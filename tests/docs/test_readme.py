@@ -44,6 +44,7 @@ HOW = {
     "mezo-dist train configs/quickstart.yaml --model.name=Qwen/Qwen3-0.6B '--model.trainable=[\"*norm*\"]' "
     "--output.dir=runs/qwen": SAME_WITHOUT_HUB,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml": RUN,
+    "mezo-dist plan llama-3-70b --hosts 2 --ranks-per-host 8 --memory 80GB --link 100gbit": RUN,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml --layout.name=fsdp "
     "--output.dir=runs/sharded": RUN,
     "mezo-dist evaluate runs/quickstart --split validation": RUN,

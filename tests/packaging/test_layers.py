@@ -35,7 +35,8 @@ LAYERS = {
     "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim",
     "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
     "monitoring",
-    "cli": "errors config distributed engines objectives monitoring runs",
+    "planning": "errors json_types directions algorithms config engines assets storage",
+    "cli": "errors config distributed engines objectives monitoring runs planning",
     "__main__": "cli",
 }
 
@@ -45,6 +46,8 @@ NO_TORCH = [
     "mezo_dist.config.reader",
     "mezo_dist.algorithms",
     "mezo_dist.directions.combination",
+    "mezo_dist.engines.waiting",
+    "mezo_dist.planning.command",
 ]
 
 
