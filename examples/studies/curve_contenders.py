@@ -56,6 +56,8 @@ class CurvePreset:
     full_size: int = 256
     """Samples of the anchors of the per-sample MeZO-SVRG."""
     batch_size: int = 64
+    looks: int = 9
+    """A run is looked at when budget / 2^k of its passes are done, k = looks .. 0; 0: at the end alone."""
     contenders: str = "all"
     """``all``; ``recipe``: the product's, plain MeZO and AdamW; or ``per sample``: what a direction per sample is
     worth with other settings."""

@@ -24,16 +24,13 @@ from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.objectives.calibration import best_offsets
-from mezo_dist.objectives.joint import Joint, calibrated
+from mezo_dist.objectives.joint import CALIBRATED
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.runs.training import apply_step, evaluate_step
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch
 from mezo_dist.testing import write_tiny_config
 
-CALIBRATED = Joint(calibrated, each_sample=False, is_discrete=False)
-LOOKS = 9
-"""A run is looked at when budget / 2^k of its passes are done, k = LOOKS .. 0."""
 Step = Callable[[int], tuple[int, bool]]
 """Takes a step; its forward passes, and whether all was finite."""
 
@@ -129,13 +126,18 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
         training alone; on a CPU, those that it worked (for one thread: what a run takes on a core of its own).
         ``fitting``: forward passes that the offsets for predictions take, once, beyond those of training.
         ``diverged``: whether it ended early because losses were not finite.
+        ``rates``: for ``lr: auto`` the first learning rate, that in the middle and the last one, before the schedule.
     """
     bench.reset(seed)
     num_steps, budget = learner.steps(bench.budget), learner.share * bench.budget
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    take = (_first_order if learner.algorithm in FIRST_ORDER else _zeroth_order)(bench, learner, lr, seed, num_steps)
-    marks = [budget / 2**k for k in range(LOOKS, -1, -1)]
-    points = [_point(bench, learner, 0, 0.0)]
+    rates: list[float] = []
+    if learner.algorithm in FIRST_ORDER:
+        take = _first_order(bench, learner, lr, seed, num_steps)
+    else:
+        take = _zeroth_order(bench, learner, lr, seed, num_steps, rates)
+    marks = [budget / 2**k for k in range(bench.preset.looks, -1, -1)]
+    points = [_point(bench, learner, 0, 0.0)] if bench.preset.looks else []
     done, seconds, skipped, step = 0, 0.0, 0, 0
     while step < num_steps and skipped < bench.run.config.train.max_skipped:
         began = clock()
@@ -146,7 +148,8 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
             points.append(_point(bench, learner, done, seconds))
             marks = [mark for mark in marks if mark > done] or [math.inf]
     fitting = bench.num_train if learner.calibrated else 0
-    return {"steps": step, "diverged": step < num_steps, "fitting": fitting, "points": points}
+    three = [float(f"{rates[place]:.3g}") for place in (0, len(rates) // 2, -1)] if rates else []
+    return {"steps": step, "diverged": step < num_steps, "fitting": fitting, "points": points, "rates": three}
 
 
 def _point(bench: Bench, learner: Learner, done: int, seconds: float) -> list[float]:
@@ -154,8 +157,8 @@ def _point(bench: Bench, learner: Learner, done: int, seconds: float) -> list[fl
     return [done, round(seconds, 2), *(round(score, 4) if math.isfinite(score) else 1e9 for score in scores)]
 
 
-def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: int) -> Step:
-    """Steps as `mezo_dist.runs.training` takes them."""
+def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: int, rates: list[float]) -> Step:
+    """Steps as `mezo_dist.runs.training` takes them; rates that ``lr: auto`` finds are appended to ``rates``."""
     n, full = bench.num_train, learner.full_size or bench.num_train
     assert not isinstance(learner.algorithm, str)
     config = learner.algorithm(lr, num_steps, bench.preset.eps)
@@ -171,6 +174,8 @@ def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_step
         result, forwards = evaluate_step(run, progress.state, step)
         apply_step(run, result)
         progress.after(result.update)
+        if result.update is not None and "rate/lr" in result.update.metrics:
+            rates.append(result.update.metrics["rate/lr"])
         return forwards, result.update is not None
 
     return take

@@ -80,14 +80,18 @@ class GroupedPlanner:
         return Update(new, self._together([u.operations for u in updates]), first.metrics, first.notes)
 
     def _planners(self) -> list[MeZOPlanner | SVRGPlanner]:
-        settings = self.settings
+        settings, whole = self.settings, self.settings.lr
+        if whole == "auto":
+            raise ValueError(
+                "algorithm.lr: auto finds a rate for all weights, and these have rates of groups; give one"
+            )
         if isinstance(settings, MeZOSVRG) and settings.anchor == "auto" and any(g.weight_decay for g in self.groups):
             settings = replace(settings, anchor="stored")  # what auto comes to where any weight decays
         planners: list[MeZOPlanner | SVRGPlanner] = []
-        for group, rate in zip(self.groups, self.rates or [settings.lr] * len(self.groups), strict=True):
+        for group, rate in zip(self.groups, self.rates or [whole] * len(self.groups), strict=True):
             config = replace(settings, weight_decay=group.weight_decay, weight_decay_all=True)
             planner = MeZOPlanner if isinstance(config, MeZO) else SVRGPlanner
-            planners.append(planner(config, self.problem, rate / settings.lr))  # type: ignore[arg-type]
+            planners.append(planner(config, self.problem, rate / whole))  # type: ignore[arg-type]
         return planners
 
     def _together(self, lists: Sequence[Sequence[Operation]]) -> tuple[Operation, ...]:

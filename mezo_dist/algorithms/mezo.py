@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
@@ -47,8 +48,14 @@ class MeZO:
 
     name: Literal["mezo"] = "mezo"
     """The algorithm."""
-    lr: float = 1e-6
-    """Learning rate."""
+    lr: float | Literal["auto"] = 1e-6
+    """Learning rate. ``auto``: it is found, step by step, from the curvature of the loss along the step's directions,
+    which their forward passes tell (`algorithm.eta` says how). Needs losses that are cross-entropies; schedules and
+    `annealing` come on top."""
+    eta: float | None = None
+    """For ``lr: auto``: the share of the best step, directions / curvature, that is taken (from 1 on steps go too far,
+    however precise the estimates are). Null: 0.8 / sqrt(train.steps), and at most 0.1, for the noise of small steps
+    averages out. Unless `schedule` has a warm-up, the first 8 steps are one."""
     eps: float | Literal["auto"] = 1e-3
     """Size of the perturbation. ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that is not lost in
     the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around 1, as those of
@@ -88,27 +95,30 @@ class MeZO:
 
     def __post_init__(self) -> None:
         check_types(self, "algorithm.")
-        check_positive(self, "lr", "eps", "clip")
+        check_positive(self, "lr", "eta", "eps", "clip")
         check_ranges(self, "algorithm.", directions=(1, 10_000), pool=(1, 10**6))
         self.eps_schedule.check_never_zero("eps_schedule")
         if self.one_sided and self.scaling == "normalised" and self.directions < 2:
             raise ValueError("algorithm.directions: must be at least 2 for scaling: normalised with one_sided")
         if not 0 <= self.pull < math.inf or (self.pull and self.pool is None):
             raise ValueError("algorithm.pull: must be at least 0, and needs algorithm.pool if it is above")
-        check_decay(self.weight_decay, self.lr)
+        check_auto_rate(self, "lr")
+        if self.lr != "auto":
+            check_decay(self.weight_decay, self.lr)
         if self.pull and self.weight_decay:
             raise ValueError("algorithm.weight_decay: does not go together with pull, which is decay towards the base")
 
 
 @dataclass(frozen=True)
 class MeZOState:
-    """State of the plateau rule, momentum, ``pull`` and weight decay."""
+    """State of the plateau rule, momentum, ``pull``, weight decay and ``lr: auto``."""
 
     plateau: Plateau = Plateau()
     past: Past = Past()
     total: Combination = ZERO
     """Current weights - base; only kept for ``pull``."""
     decay: Decay = Decay()
+    auto: AutoRate = AutoRate()
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,8 @@ class MeZOPlanner:
         number = config.directions * max(samples, 1)
         seeds = tuple(problem.direction_seed(step, k, config.pool) for k in range(number))
         eps = problem.perturbation(config.eps) * config.eps_schedule.factor(step, problem.num_steps)
-        return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided)
+        curvature = config.lr == "auto"
+        return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided, curvature=curvature)
 
     def plan(self, state: MeZOState, step: int) -> Evaluation:
         return self._probe(step).evaluation()
@@ -140,7 +151,10 @@ class MeZOPlanner:
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(self._scaled(clipped(projected, config.clip)))
         gradient, past = state.past.with_now(estimate, config.momentum)
-        lr = config.lr * config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor * self.rate
+        eta = share(config.eta, self.problem.num_steps)
+        base_lr, auto = settle(config.lr, state.auto, losses.curvature, eta, config.directions)
+        schedule = config.schedule.factor(step, self.problem.num_steps) * auto.warm_up(config.schedule)
+        lr = base_lr * schedule * state.plateau.factor * self.rate
         combination = -lr * (gradient + config.pull * state.total)
         total = state.total + combination if config.pull else ZERO
         loss, rule = probe.loss(losses), config.annealing
@@ -149,9 +163,9 @@ class MeZOPlanner:
         metrics = {"loss": loss, "projected_gradient": typical(projected), "lr": lr}
         metrics["zero_differences"] = zero_share(projected)
         return Update(
-            MeZOState(plateau, past, total, decay),
+            MeZOState(plateau, past, total, decay, auto),
             update_operations(combination, scale=scale, exempt_vectors=not config.weight_decay_all),
-            metrics | plateau.metrics(rule),
+            metrics | plateau.metrics(rule) | auto.metrics(base_lr),
             plateau.note_on(state.plateau),
         )
 

@@ -295,6 +295,20 @@ class RunConfig:
         if self.train.objective == "metric":
             self._check_metric_objective()
         check_reward(self.task, self.train.objective, self.reward)
+        if self.algorithm.lr == "auto":
+            self._check_auto_rate()
+
+    def _check_auto_rate(self) -> None:
+        if self.train.objective != "loss":
+            raise ValueError(
+                "algorithm.lr: auto reads curvature off cross-entropies, and train.objective: "
+                f"{self.train.objective} is none; give a number"
+            )
+        if self.task.kind == "regression":
+            raise ValueError(
+                "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a "
+                "squared error; give a number"
+            )
 
     def _check_metric_objective(self) -> None:
         if self.train.calibrate:

@@ -105,6 +105,10 @@ def minimize(
     params = _copies(start)
     if getattr(algorithm, "per_sample", False):
         raise UserError("algorithm.per_sample: a function has no samples that could be told apart; leave it out")
+    if getattr(algorithm, "lr", None) == "auto":
+        raise UserError(
+            "algorithm.lr: auto reads curvature off the losses of samples, and a function has none; give a number"
+        )
     weights = _Weights(params, Law(law, direction_rank), param_ids(params))
     check_something_decays(algorithm, [(name, tensor.dim()) for name, tensor in params.items()])
     planner = algorithms.build(algorithm.name, algorithm, weights.problem(algorithm, seed, steps))

@@ -6,12 +6,12 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mezo_dist.algorithms.base import Evaluation, Losses, Variant
+from mezo_dist.algorithms.base import Evaluation, Losses, Pair, Variant
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.fixed_point import ONE, mean, to_fixed
 from mezo_dist.engines.decoding import Way, evaluate_decoding
@@ -66,12 +66,13 @@ class Evaluator:
         """
         if self.joint is not None:
             return self._joint_losses(self.joint, request, batch, mark)
-        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
-        table = LossTable(len(request.variants), num_samples if request.each_sample else 0, self.comm.world_size)
+        num_samples = sum(len(micro_batch.slots) for micro_batch in batch) if request.tells_samples_apart else 0
+        table = LossTable(len(request.variants), num_samples, self.comm.world_size)
         for micro_batch, scores in self._evaluate(request.variants, batch):
             for variant, score in scores:
                 table.add(variant, micro_batch.slots, score.loss, score.weight)
-        return table.total(self.comm, fingerprint(*mark, _describe(request)))
+        losses = table.total(self.comm, fingerprint(*mark, _describe(request)), request.pairs)
+        return losses if losses is None or request.each_sample else replace(losses, each=())
 
     def compute(
         self,
@@ -195,8 +196,36 @@ class Evaluator:
         """
         assert joint.each_sample or not request.each_sample  # settings that ask for both are refused
         mark = (*mark, _describe(request))
-        losses = self._joint(joint, self._payload(request.variants, batch, mark, lambda _: None), batch, mark)
+        payload = self._payload(request.variants, batch, mark, lambda _: None)
+        if request.pairs:
+            return self._joint_with_curvature(joint, payload, request.pairs, batch, mark)
+        losses = self._joint(joint, payload, batch, mark)
         return losses if losses is None or request.each_sample else Losses(losses.mean)
+
+    def _joint_with_curvature(
+        self,
+        joint: Joint,
+        payload: Tensor,
+        pairs: Sequence[Pair],
+        batch: Sequence[MicroBatch],
+        mark: tuple[object, ...],
+    ) -> Losses | None:
+        """`_joint`, and the mean curvature along the directions of ``pairs``; one round for both.
+
+        Args:
+            joint: the function.
+            payload: fp32 [variants, n, columns], by slot.
+            pairs: of variants.
+            batch: all micro-batches of the batch.
+            mark: see `losses`.
+        """
+        function = joint.with_curvature
+        assert function is not None  # settings that ask for more are refused
+        values = self._from_main(payload, lambda rows: function(rows, batch, pairs), (len(payload) + 1,), mark)
+        if values is None:
+            return None
+        *losses, curvature = values.tolist()
+        return Losses(tuple(losses), curvature=curvature)
 
     def _joint(
         self, joint: Joint, payload: Tensor, batch: Sequence[MicroBatch], mark: tuple[object, ...]
@@ -305,4 +334,5 @@ def _from_bits(words: Tensor) -> Tensor:
 
 def _describe(request: Evaluation) -> object:
     variants = [[v.base, v.shift.to_json(), [shift.to_json() for shift in v.per_sample]] for v in request.variants]
-    return [variants, request.batch, request.each_sample]
+    pairs = [[pair.ahead, pair.behind, pair.distance] for pair in request.pairs]
+    return [variants, request.batch, request.each_sample, *([pairs] if pairs else [])]

@@ -18,7 +18,9 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
     config, loaded = run.config, run.pretrained
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     sizes = ", ".join(f"{len(samples)} {name}" for name, samples in run.splits.items())
-    algorithm = ", ".join(f"{k} {v}" for k, v in vars(config.algorithm).items() if v and isinstance(v, (int, float)))
+    algorithm = ", ".join(
+        f"{k} {v}" for k, v in vars(config.algorithm).items() if v == "auto" or (v and isinstance(v, (int, float)))
+    )
     return [
         ("model", f"{config.model.name} ({trainable / 1e6:.1f}M trainable weights, {config.model.weights})"),
         ("task", f"{config.task.name} ({config.task.kind}): {sizes} samples"),

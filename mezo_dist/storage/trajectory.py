@@ -301,7 +301,9 @@ def _mark(content: JsonObject, done: int) -> Mark:
 
 def _losses_to_json(losses: Losses) -> JsonObject:
     """The means are left out where they follow from the losses of the samples (all of the same weight)."""
-    each = {"each": [_pack(row) for row in losses.each]} if losses.each else {}
+    each: JsonObject = {"each": [_pack(row) for row in losses.each]} if losses.each else {}
+    if losses.curvature is not None:
+        each["curvature"] = losses.curvature
     return each if _bits(_means(losses.each)) == _bits(losses.mean) else {"mean": _pack(losses.mean)} | each
 
 
@@ -309,7 +311,8 @@ def _losses_from_json(data: object) -> Losses:
     if not isinstance(data, dict):
         raise ValueError(f"damaged: a round must be an object, not {data!r}")
     each = tuple(_unpack(row) for row in data.get("each", ()))
-    return Losses(_unpack(data["mean"]) if "mean" in data else _means(each), each)
+    (curvature,) = _unpack([data["curvature"]]) if "curvature" in data else (None,)
+    return Losses(_unpack(data["mean"]) if "mean" in data else _means(each), each, curvature)
 
 
 def _means(each: Sequence[Sequence[float]]) -> tuple[float, ...]:

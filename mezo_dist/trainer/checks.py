@@ -59,6 +59,11 @@ def settled(algorithm: object, args: Any) -> MeZO | MeZOSVRG:
     if not isinstance(algorithm, (MeZO, MeZOSVRG)):
         raise UserError(f"algorithm: give MeZO(...) or MeZOSVRG(...), not a {type(algorithm).__name__}")
     plain = type(algorithm)()
+    if algorithm.lr == "auto":
+        raise UserError(
+            "algorithm.lr: auto needs the losses of single samples, where Trainer computes their mean; give a number, "
+            "as TrainingArguments(learning_rate=...)"
+        )
     if algorithm.lr not in (plain.lr, args.learning_rate):
         raise UserError(
             f"algorithm.lr is {algorithm.lr:g}, but learning_rate {args.learning_rate:g}; give the rate once, as "

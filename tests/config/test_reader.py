@@ -46,6 +46,13 @@ def test_numbers_in_scientific_notation(write_config: Write, number: str) -> Non
     assert load(write_config(CONFIG.replace("5e-5", "1")), [f"algorithm.lr={number}"]).algorithm.lr == 5e-5
 
 
+def test_a_rate_may_be_auto_in_a_file_and_on_the_command_line(write_config: Write) -> None:
+    in_file = load(write_config(CONFIG.replace("5e-5", "auto, eta: 0.2")))
+    assert (in_file.algorithm.lr, in_file.algorithm.eta) == ("auto", 0.2)  # type: ignore[union-attr]
+    assert load(write_config(), ["algorithm.lr=auto", "algorithm.eta=0.2"]).digest() == in_file.digest()
+    assert "algorithm.eta: is a setting of algorithm.lr: auto" in fault(write_config(), "algorithm.eta=0.2")
+
+
 def test_text_that_looks_like_something_else_stays_text(write_config: Write) -> None:
     assert load(write_config(), ["--model.revision=12"]).model.revision == "12"
     assert load(write_config(CONFIG.replace("some/model", '"007"'))).model.name == "007"
@@ -129,7 +136,7 @@ def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config:
         ("", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
         ("algorithm: {name: mezzo}", "run.yaml: algorithm.name: 'mezzo' does not exist; choose one of mezo, mezo-svrg"),
         ("algorithm: {name: [mezo]}", "run.yaml: algorithm.name: ['mezo'] does not exist"),
-        ("algorithm: mezo", "run.yaml: algorithm: must hold settings (name, lr, eps,"),
+        ("algorithm: mezo", "run.yaml: algorithm: must hold settings (name, lr, eta,"),
     ],
 )
 def test_no_such_algorithm(write_config: Write, section: str, expected: str) -> None:

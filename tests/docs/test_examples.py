@@ -69,6 +69,19 @@ def test_learning_curves(tmp_path: Path) -> None:
     assert again["offsets"] != again["plain"]
 
 
+def test_auto_rate(tmp_path: Path) -> None:
+    command = ["examples/studies/auto_rate.py", "--tasks", "tiny", "--kinds", "norms", "--out", str(tmp_path)]
+    table = run(*command)
+    about, *runs = map(json.loads, (tmp_path / "auto_rate.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    auto = [row for row in runs if row["label"] == "norms, tiny, auto"]
+    assert len(auto) == 3 * 4, "three shares, four seeds"
+    assert all(len(row["rates"]) == 3 and min(row["rates"]) > 0 and row["steps"] == 4 for row in auto)
+    assert {row["seed"] for row in runs if row["label"] == "norms, tiny, tuned"} == {0, 1, 2, 3}
+    assert "| norms | tiny |" in table
+    assert table.endswith(run(*command, "--report")), "what is there is summed up"
+
+
 def test_passes_that_fit_offsets_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
     curve_report = importlib.import_module("curve_report")
@@ -101,6 +114,7 @@ def test_quickstart_rate(tmp_path: Path) -> None:
     assert sum(accuracies[float(choice[1])]) == max(map(sum, accuracies.values()))
     chosen = {row["seed"] for row in rows if row["label"] == "quickstart, chosen" and row["lr"] == float(choice[1])}
     assert chosen == {0, 1, 2}
+    assert {row["seed"] for row in rows if row["label"] == "quickstart, auto"} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["in one process", "in two more"])

@@ -27,7 +27,7 @@ LAYERS = {
     "storage": "errors json_types directions algorithms config distributed engines",
     "models": "errors json_types directions config distributed engines assets storage",
     "tasks": "errors directions config engines assets models",
-    "objectives": "errors config distributed tasks",
+    "objectives": "errors algorithms config distributed tasks",
     "monitoring": "errors json_types storage",
     "testing": "errors distributed",
     # what brings them together

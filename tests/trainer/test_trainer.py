@@ -295,6 +295,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer": ({"optim": "adafactor"}, "optim: MeZOTrainer has an optimizer of its own"),
     "no rate": ({"learning_rate": 0.0}, "learning_rate: must be above 0"),
     "lr": ({"algorithm": MeZO(lr=3e-7)}, r"algorithm.lr is 3e-07, but learning_rate 0.001"),
+    "auto": ({"algorithm": MeZO(lr="auto")}, "algorithm.lr: auto needs the losses of single samples"),
     "schedule": ({"algorithm": MeZO(schedule=Schedule("linear"))}, "algorithm.schedule: .*lr_scheduler_type"),
     "decay": ({"algorithm": MeZO(weight_decay=0.1)}, r"algorithm.weight_decay: .*TrainingArguments\(weight_decay"),
     "algorithm": ({"algorithm": Annealing()}, r"algorithm: give MeZO\(...\) or MeZOSVRG\(...\), not a Annealing"),
