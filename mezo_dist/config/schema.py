@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator
 
 from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.kinds import Task
 from mezo_dist.config.lines import check_lines
@@ -289,6 +290,8 @@ class RunConfig:
             raise ValueError(
                 "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false"
             )
+        if isinstance(self.algorithm, MeZO):
+            self.algorithm.check_members(self.train.batch_size)
         self.task.check_head(self.model.head)
         if self.train.calibrate:
             self.task.check_calibration()
