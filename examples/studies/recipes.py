@@ -30,6 +30,7 @@ from mezo_dist.config import reader
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.objectives.rewards.judge import judging
 from mezo_dist.runs.build import build_run
+from mezo_dist.testing import write_tiny_config
 
 TUNING_SEED, SEEDS = 3, (0, 1, 2)
 GRIDS = {
@@ -37,8 +38,9 @@ GRIDS = {
     "choice": (0.03, 0.1, 0.3),
     "completion": (0.03, 0.1, 0.3),
     "reward": (0.03, 0.1),
+    "tiny": (0.001, 0.01),
 }
-"""Recipe -> its rates."""
+"""Recipe -> its rates. ``tiny`` is a tiny job, to try this script."""
 
 
 def scores(study: Study, split: str) -> dict[str, float]:
@@ -83,9 +85,18 @@ def value(study: Study, row: Record) -> tuple[float, float]:
 
 
 def learn(name: str, results: Results, overrides: list[str], rates: tuple[float, ...]) -> None:
-    """All runs of a recipe."""
+    """All runs of a recipe.
+
+    Args:
+        name: of the recipe.
+        results: the file.
+        overrides: settings other than the config's.
+        rates: the grid.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        config = reader.load(ROOT / "configs" / f"{name}.yaml", [f"output.dir={folder}/run", *overrides])
+        tiny = name == "tiny"
+        path = write_tiny_config(Path(folder), algorithm="mezo") if tiny else ROOT / "configs" / f"{name}.yaml"
+        config = reader.load(path, [f"output.dir={folder}/run", *overrides])
         comm = Communicator()
         with judging(config, comm) as judge:
             run = build_run(config, comm, judge=judge)

@@ -89,12 +89,12 @@ class ModelConfig:
     peft: PeftConfig = field(default_factory=PeftConfig)
     """LoRA or prefix tuning."""
     quantise: Literal["int8", "int4"] | None = None
-    """Keep the linear layers of the base model, which is frozen, in 8 or in 4 bits, and train LoRA beside it in the dtype
-    of ``weights`` (``pip install 'mezo_dist[quantised]'``). ``int8``: whole numbers with a scale per output, by torchao;
-    ``int4``: NF4 with a scale per 64 weights, by bitsandbytes. Activations are not quantised, and embeddings and the
-    output head are not, either. Needs ``peft.method: lora`` and ``layout.name: replicated``. A checkpoint that was saved
-    quantised in one of these ways is loaded as it is: leave this null. The exported adapters are for the quantised base;
-    peft loads them on top of the whole one as well."""
+    """Keep the linear layers of the base model, which is frozen, in 8 or in 4 bits, and train LoRA beside it in the
+    dtype of ``weights`` (``pip install 'mezo_dist[quantised]'``). ``int8``: whole numbers with a scale per output, by
+    torchao; ``int4``: NF4 with a scale per 64 weights, by bitsandbytes. Activations are not quantised, nor are
+    embeddings and the output head. Needs ``peft.method: lora`` and ``layout.name: replicated``. A checkpoint that was
+    saved quantised in one of these ways is loaded as it is: leave this null. The exported adapters were trained on the
+    quantised base; peft loads them on top of the whole one, too."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Off by default, as that code may do anything."""
 

@@ -128,15 +128,25 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
 
 def _quieten() -> None:
     """Other packages say nothing that mezo_dist says itself, or that nobody can act upon."""
-    logging.getLogger("DeepSpeed").addFilter(_is_no_news)  # before transformers imports it, whatever the layout
+    # Before transformers imports them, which it does where they are installed, whatever the layout and the model.
+    for name in ("DeepSpeed", "torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(_is_no_news)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_news)  # filters are not inherited
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said by `load_model`
 
 
+_NO_NEWS = (
+    "Setting accelerator to CPU",  # DeepSpeed
+    "Failed to load ",  # kernels of torchao and bitsandbytes for other devices
+    "<enum '",  # torchao's enumerations are registered in a way of the past
+)
+
+
 def _is_no_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Setting accelerator to CPU")
+    return not record.getMessage().startswith(_NO_NEWS)
 
 
 def is_on_hub(config: ModelConfig) -> bool:

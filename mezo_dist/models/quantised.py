@@ -91,6 +91,6 @@ def settle(config: ModelConfig, model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if config.quantise is not None and not any(map(is_quantised, model.parameters())):
         raise UserError(
-            f"model.quantise: no layer of {config.name!r}, a {type(model).__name__}, was quantised in {config.quantise}: "
-            "it has no linear layers of torch; leave it out"
+            f"model.quantise: no layer of {config.name!r}, a {type(model).__name__}, was quantised in "
+            f"{config.quantise}: it has no linear layers of torch; leave it out"
         )

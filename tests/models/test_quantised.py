@@ -140,7 +140,7 @@ def test_a_model_without_linear_layers_is_refused(tmp_path: Path, way: str) -> N
     config = write_tiny_config(tmp_path, "gpt2")
     settings = reader.load(config, [*LORA, f"model.quantise={way}"]).model
     if way == "int8":  # torchao leaves transformers' Conv1D as it is
-        with pytest.raises(UserError, match="model.quantise: no layer of .* was quantised"):
+        with pytest.raises(UserError, match=r"model\.quantise: no layer of .* was quantised"):
             load_model(settings, num_labels=2, seed=0)
     else:
         load_model(settings, num_labels=2, seed=0)
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_was_saved_quantised(root: Path, tmp_path: Path, way: 
         with pytest.raises(UserError, match=message):
             load_model(settings, num_labels=2, seed=0)
     settings = reader.load(root / "config.yaml", [*LORA, f"model.name={tmp_path}"]).model
-    with pytest.raises(UserError, match="set layout.name: replicated"):
+    with pytest.raises(UserError, match=r"set layout\.name: replicated"):
         load_model(settings, num_labels=2, seed=0, whole=False)
 
 
