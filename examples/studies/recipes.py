@@ -37,7 +37,7 @@ GRIDS = {
     "accuracy": (0.01, 0.03, 0.1),
     "choice": (0.03, 0.1, 0.3),
     "completion": (0.03, 0.1, 0.3),
-    "reward": (0.03, 0.1),
+    "reward": (0.15, 0.3, 0.6),
     "tiny": (0.001, 0.01),
 }
 """Recipe -> its rates. ``tiny`` is a tiny job, to try this script."""

@@ -32,7 +32,7 @@ from tests.run_folders import loaded_run, results
 
 PACKAGES = {"int8": "torchao", "int4": "bitsandbytes"}
 LORA = ["model.peft.method=lora", "model.peft.r=4"]
-PAYLOAD = {
+PAYLOAD: dict[str, dict[str, torch.dtype | None]] = {
     "int8": {"": None, ":qdata": torch.int8, ":scale": torch.float32, ":zero_point": torch.int8},
     "int4": {"": torch.uint8, ":scales:absmax": torch.float32, ":scales:code": torch.float32},
 }
