@@ -129,9 +129,8 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
 def _quieten() -> None:
     """Other packages say nothing that mezo_dist says itself, or that nobody can act upon."""
     # Before transformers imports them, which it does where they are installed, whatever the layout and the model.
-    for name in ("DeepSpeed", "torchao", "bitsandbytes", "torch.utils._pytree"):
+    for name in ("DeepSpeed", "torchao", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
         logging.getLogger(name).addFilter(_is_no_news)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_news)  # filters are not inherited
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
