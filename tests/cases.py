@@ -27,7 +27,9 @@ CASES = {
     "mezo-svrg": Case("llama-tied", "mezo-svrg", (*SVRG_RATES, "algorithm.q=3")),
     "per-sample": Case("bert", "mezo-svrg", PER_SAMPLE),
     "per-sample, causal": Case("opt", "mezo-svrg", PER_SAMPLE),
-    "several per sample": Case("opt", "mezo", (*PER_SAMPLE, "algorithm.directions=2", "algorithm.one_sided=true")),
+    "several per sample": Case(
+        "opt", "mezo", (*PER_SAMPLE, "algorithm.directions=2", "algorithm.one_sided=true", "algorithm.scaling=ranks")
+    ),
     "bf16": Case("llama", "mezo-svrg", (*BF16, "algorithm.anchor=replay", "algorithm.eps=auto")),
     "every option": Case("opt", "mezo", tuple(f"algorithm.{option}" for option in EVERY_OPTION)),
     "stored": Case("gpt2", "mezo-svrg", (*STORED, "algorithm.q=5")),

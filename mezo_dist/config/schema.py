@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator
 
 from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.kinds import Task
 from mezo_dist.config.lines import check_lines
@@ -87,14 +88,36 @@ class ModelConfig:
     ``model.layers.[0-9].*``."""
     peft: PeftConfig = field(default_factory=PeftConfig)
     """LoRA or prefix tuning."""
+    quantise: Literal["int8", "int4"] | None = None
+    """Keep the linear layers of the base model, which is frozen, in 8 or in 4 bits, and train LoRA beside it in the
+    dtype of ``weights`` (``pip install 'mezo_dist[quantised]'``). ``int8``: whole numbers with a scale per output, by
+    torchao; ``int4``: NF4 with a scale per 64 weights, by bitsandbytes. Activations are not quantised, nor are
+    embeddings and the output head. Needs ``peft.method: lora`` and ``layout.name: replicated``. A checkpoint that was
+    saved quantised in one of these ways is loaded as it is: leave this null. The exported adapters were trained on the
+    quantised base; peft loads them on top of the whole one, too."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Off by default, as that code may do anything."""
 
     def __post_init__(self) -> None:
         if self.head == "classifier" and self.kind != "auto":
             raise ValueError(f"model.kind: {self.kind} is for model.head: label-words; leave it out")
+        if self.quantise is not None:
+            self._check_quantised()
         if self.peft.method == "prefix" and self.compute not in (None, self.weights):
             raise ValueError(f"model.compute: peft keeps prefixes in the dtype of model.weights ({self.weights})")
+
+    def _check_quantised(self) -> None:
+        if self.peft.method != "lora":
+            raise ValueError("model.quantise: quantised weights cannot be trained; set model.peft.method: lora")
+        if self.head == "classifier":
+            raise ValueError("model.quantise: is not for model.head: classifier, whose head is trained; leave it out")
+        if self.compute not in (None, self.weights):
+            raise ValueError(
+                f"model.compute: the layers of model.quantise compute in the dtype of model.weights ({self.weights}); "
+                "leave it out"
+            )
+        if self.name.startswith("random:"):
+            raise ValueError("model.quantise: random weights are not quantised; name a checkpoint, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -289,6 +312,12 @@ class RunConfig:
             raise ValueError(
                 "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false"
             )
+        if self.model.quantise is not None and self.layout.name != "replicated":
+            raise ValueError(
+                f"layout.name: {self.layout.name} cannot cut quantised weights (model.quantise); set it to replicated"
+            )
+        if isinstance(self.algorithm, MeZO):
+            self.algorithm.check_members(self.train.batch_size)
         self.task.check_head(self.model.head)
         if self.train.calibrate:
             self.task.check_calibration()

@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo, several per sample": ("mezo", {"lr": 2e-2, "per_sample": True, "directions": 3, "one_sided": True}),
     "mezo, sign": ("mezo", {"lr": 3e-2, "scaling": "sign"}),
     "mezo, as FZOO": ("mezo", {"lr": 3e-2, "directions": 8, "one_sided": True, "scaling": "normalised"}),
+    "mezo, ranks": ("mezo", {"lr": 3e-2, "directions": 4, "scaling": "ranks"}),
+    "mezo, one-sided ranks": ("mezo", {"lr": 3e-2, "directions": 8, "one_sided": True, "scaling": "ranks"}),
     "mezo, clipped": ("mezo", {"lr": 1e-2, "clip": 2.0}),
     "mezo, momentum": ("mezo", {"lr": 1e-2, "momentum": Momentum(0.7, 4)}),
     "mezo, as FedKSeed": ("mezo", {"lr": 1e-2, "pool": 10_000, "pull": 1e-3}),

@@ -171,6 +171,11 @@ def test_a_value_where_a_section_should_be(write_config: Write, value: str) -> N
         (["algorithm.eps_schedule.warmup_steps=-1"], "algorithm.eps_schedule.warmup_steps: must be at least 0, not -1"),
         (["algorithm.annealing.divisor=0"], "algorithm.annealing.divisor: must be at least 1"),
         (["algorithm.momentum.decay=1"], "algorithm.momentum.decay: must be at least 0 and below 1, not 1"),
+        (["algorithm.scaling=ranks"], "algorithm.directions: must be at least 2 for scaling: ranks"),
+        (
+            ["algorithm.scaling=normalised", "algorithm.per_sample=true", "law=lowrank", "train.batch_size=1"],
+            "algorithm.directions: must be at least 2 for scaling: normalised",
+        ),
         (["algorithm.per_sample=true"], "algorithm.per_sample: a direction per sample needs law: lowrank"),
         (
             ["algorithm.per_sample=true", "law=lowrank", "train.calibrate=true"],

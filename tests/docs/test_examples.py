@@ -117,6 +117,23 @@ def test_quickstart_rate(tmp_path: Path) -> None:
     assert {row["seed"] for row in rows if row["label"] == "quickstart, auto"} == {0, 1, 2}
 
 
+def test_recipes(tmp_path: Path) -> None:
+    command = ["examples/studies/recipes.py", "tiny", "--out", str(tmp_path), "--set", "train.steps=2"]
+    output = run(*command)
+    about, before, *rows = map(json.loads, (tmp_path / "recipes.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    assert (before["steps"], before["lr"]) == (0, 0.0)
+    tried = {row["lr"]: row["scores"]["validation"] for row in rows if row["label"] == "tiny, to choose"}
+    best = max(tried, key=lambda lr: (tried[lr]["accuracy"], -tried[lr]["loss"]))
+    chosen = [row for row in rows if row["label"] == "tiny, chosen"]
+    assert [(row["lr"], row["seed"]) for row in chosen] == [(best, seed) for seed in (0, 1, 2)]
+    assert all(row["scores"].keys() == {"test"} for row in chosen)
+    assert f"validation chose {best:g}" in output
+    before_again = (tmp_path / "recipes.jsonl").read_bytes()
+    run(*command)
+    assert (tmp_path / "recipes.jsonl").read_bytes() == before_again, "nothing is run twice"
+
+
 @pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["in one process", "in two more"])
 def test_minimize(options: list[str]) -> None:
     output = run("examples/minimize.py", "--steps", "12", *options)
