@@ -55,6 +55,9 @@ class Evaluation:
     variants: tuple[Variant, ...]
     batch: Batch = "minibatch"
     each_sample: bool = False
+    gradient: bool = False
+    """Back-propagate the mean loss of the one variant, which is the current weights: its gradient is kept beside the
+    weights for `OptimizerStep`, and its norm comes back."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Losses:
 
     mean: tuple[float, ...]
     each: tuple[tuple[float, ...], ...] = ()
+    gradient_norm: float | None = None
+    """Euclidean norm of the gradient of all trainable weights; None unless the evaluation asked for the gradient."""
 
 
 StateT = TypeVar("StateT")

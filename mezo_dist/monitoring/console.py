@@ -33,6 +33,7 @@ HEADLINE = {
     train_loss_tag(calibrated=False): "loss {:.4f}",
     train_loss_tag(calibrated=True): "calib.loss {:.4f}",
     "projected_gradient": "proj.grad {:+.1e}",
+    "gradient_norm": "gradient {:.1e}",
 }
 """The scalars of a step that the console shows, and how: a line fits 80 columns. Files get all scalars."""
 

@@ -26,6 +26,7 @@ LONGEST_WORDS = 48
 SYSTEM = (
     ("lr", "Learning rate", "learning rate"),
     ("projected_gradient", "Projected gradient", "loss per unit of eps"),
+    ("gradient_norm", "Norm of the gradient", "loss per unit of the weights"),
     ("objective/zero_differences", "Differences that are exactly zero", "share of a step"),
     ("throughput/samples_per_s", "Throughput", "forward passes of a sample per second"),
     ("memory/peak_rss_GiB", "Peak memory of rank 0", "GiB"),

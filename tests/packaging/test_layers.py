@@ -29,11 +29,12 @@ LAYERS = {
     "tasks": "errors directions config engines assets models",
     "objectives": "errors config distributed tasks",
     "monitoring": "errors json_types storage",
+    "baselines": "errors algorithms distributed engines",
     "testing": "errors distributed",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",
     "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
-    "monitoring",
+    "monitoring baselines",
     "cli": "errors config distributed engines objectives monitoring runs",
     "__main__": "cli",
 }
