@@ -127,9 +127,9 @@ def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config:
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ("algorithm: {lr: 1}", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
-        ("", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
-        ("algorithm: {name: mezzo}", "run.yaml: algorithm.name: 'mezzo' does not exist; choose one of mezo, mezo-svrg"),
+        ("algorithm: {lr: 1}", "run.yaml: algorithm.name: missing; choose one of adamw, mezo, mezo-svrg"),
+        ("", "run.yaml: algorithm.name: missing; choose one of adamw, mezo, mezo-svrg"),
+        ("algorithm: {name: mezzo}", "run.yaml: algorithm.name: 'mezzo' does not exist; choose one of adamw, mezo,"),
         ("algorithm: {name: [mezo]}", "run.yaml: algorithm.name: ['mezo'] does not exist"),
         ("algorithm: mezo", "run.yaml: algorithm: must hold settings (name, lr, eps,"),
     ],
