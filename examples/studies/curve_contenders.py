@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mezo_dist.algorithms.first_order import SGD, AdamW
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.schedules import Annealing, Schedule
 from mezo_dist.algorithms.svrg import MeZOSVRG
@@ -16,7 +17,7 @@ STEP_OF_RATES = 10**0.5
 """Ratio of neighbouring learning rates."""
 EXTENSIONS = 2
 """So many rates may be added to a grid whose best one lies at its edge."""
-FIRST_ORDER = ("sgd", "adamw")
+FIRST_ORDER = {"sgd": SGD, "adamw": AdamW}
 RATIOS = (50, 1000)
 """Ratios of anchor_lr and lr of MeZO-SVRG: the ends of what the paper uses (its eta1 over its eta2)."""
 

@@ -68,6 +68,9 @@ class Evaluation:
     batch: Batch = "minibatch"
     each_sample: bool = False
     pairs: tuple[Pair, ...] = ()
+    gradient: bool = False
+    """Back-propagate the mean loss of the one variant, which is the current weights: its gradient is kept beside the
+    weights for `OptimizerStep`, and its norm comes back."""
 
     @property
     def tells_samples_apart(self) -> bool:
@@ -88,6 +91,8 @@ class Losses:
     mean: tuple[float, ...]
     each: tuple[tuple[float, ...], ...] = ()
     curvature: float | None = None
+    gradient_norm: float | None = None
+    """Euclidean norm of the gradient of all trainable weights; None unless the evaluation asked for the gradient."""
 
 
 StateT = TypeVar("StateT")

@@ -1,8 +1,7 @@
 """What an update does to the weights: a short list of operations, which one function interprets (torch-free).
 
 An operation says what happens, not how: the owner of the weights (`EditableWeights`) knows where they live and how sums
-are rounded to 16 bits. A further operation (a momentum buffer, Adam's statistics) is one more class here and one more
-case in `apply_updates`.
+are rounded to 16 bits. A further operation is one more class here and one more case in `apply_updates`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Union
+from typing import Protocol, Union, runtime_checkable
 
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.seeds import derive_seed
@@ -41,7 +40,18 @@ class Add:
     """Names of the weights that it is done to; None: all trainable ones."""
 
 
-Operation = Union[CopyAnchor, Scale, Add]  # noqa: UP007 (evaluated on Python 3.10 too)
+@dataclass(frozen=True)
+class OptimizerStep:
+    """Multiply the gradient that was computed by ``scale``, and let the attached optimiser of torch take one step with
+    it (`mezo_dist.algorithms.first_order`)."""
+
+    lr: float
+    """Learning rate of this step."""
+    scale: float = 1.0
+    """What a limit on the gradient's norm leaves of it."""
+
+
+Operation = Union[CopyAnchor, Scale, Add, OptimizerStep]  # noqa: UP007 (evaluated on Python 3.10 too)
 
 
 class EditableWeights(Protocol):
@@ -69,6 +79,14 @@ class EditableWeights(Protocol):
             updates: what to add.
             only: names of the weights that it is done to; None: all trainable ones.
         """
+
+
+@runtime_checkable
+class OptimizedWeights(Protocol):
+    """Weights with gradients beside them, and an optimiser."""
+
+    def optimizer_step(self, lr: float, scale: float) -> None:
+        """Do `OptimizerStep`. Raises RuntimeError where no optimiser is attached."""
 
 
 def update_operations(
@@ -118,6 +136,10 @@ def apply_updates(weights: EditableWeights, run_seed: int, updates: Iterable[tup
                 seed = derive_seed(run_seed, "decay rounding", step)
                 exempt, only = operation.exempt_vectors, operation.only
                 weights.scale(operation.factor, seed, exempt_vectors=exempt, only=only)
+            elif isinstance(operation, OptimizerStep):
+                if not isinstance(weights, OptimizedWeights):
+                    raise TypeError(f"{type(weights).__name__} has no gradients, and no optimiser")
+                weights.optimizer_step(operation.lr, operation.scale)
             else:
                 weights.copy_anchor()
     add_pending()
@@ -131,6 +153,8 @@ def encode(operations: Sequence[Operation]) -> bytes:
 def _encode(operation: Operation) -> bytes:
     if isinstance(operation, CopyAnchor):
         return b"copy"
+    if isinstance(operation, OptimizerStep):
+        return b"optimizer" + struct.pack("<dd", operation.lr, operation.scale)
     only = b"" if operation.only is None else ("only " + " ".join(operation.only)).encode()
     if isinstance(operation, Add):
         return only + b"".join(struct.pack("<Qf", seed, c) for seed, c in operation.combination.terms)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator
 
-from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms import FirstOrder, Settings
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.kinds import Task
@@ -186,6 +186,9 @@ class TrainConfig:
     offsets that minimise the loss of (up to 1,024) training samples. Losses of minibatches are biased low by that, and
     must not be compared with validation losses. Users of the exported model must add the latter,
     too: they are in its ``calibration.json``, unless its head has a bias, which then holds them."""
+    gradient_checkpointing: bool = False
+    """For ``algorithm.name: sgd`` and ``adamw``: keep only the inputs of the model's blocks for the backward pass, and
+    compute the rest again there. It takes less memory and one forward pass more per step."""
     max_skipped: int = 10
     """Steps in a row that may be skipped, because a loss is not finite, before the run gives up."""
 
@@ -222,7 +225,8 @@ class OutputConfig:
     never wait, so that steps are lost if the machine dies (if only the process dies, none are)."""
     snapshot_every: int = 0
     """Steps between snapshots of the weights. 0: no snapshots. A run can be resumed without any, from the base model
-    and the trajectory; a snapshot makes that faster."""
+    and the trajectory; a snapshot makes that faster. Runs of ``algorithm.name: sgd`` and ``adamw`` go on from their
+    last snapshot, begin again without one, and save one at their end in any case."""
     snapshots_kept: int = 2
     """Number of snapshots to keep, the newest ones."""
     export: bool = True
@@ -282,7 +286,7 @@ class RunConfig:
     """Which model."""
     task: Annotated[Task, Discriminator("kind")]
     """What to learn: a task file, or its contents."""
-    algorithm: Annotated[Settings, Discriminator("name")]
+    algorithm: Annotated[Settings | FirstOrder, Discriminator("name")]
     """Settings of the algorithm ``algorithm.name``."""
     law: Literal["gaussian", "rademacher", "lowrank"] = "gaussian"
     """Law of the directions. Those of ``lowrank`` are products of thin gaussian factors for matrices, which allows
@@ -321,6 +325,7 @@ class RunConfig:
         self.task.check_head(self.model.head)
         if self.train.calibrate:
             self.task.check_calibration()
+        self._check_first_order()
         if self.train.objective == "metric":
             self._check_metric_objective()
         check_reward(self.task, self.train.objective, self.reward)
@@ -337,6 +342,33 @@ class RunConfig:
             raise ValueError(
                 "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a "
                 "squared error; give a number"
+            )
+
+    def _check_first_order(self) -> None:
+        name = self.algorithm.name
+        if not isinstance(self.algorithm, FirstOrder):
+            if self.train.gradient_checkpointing:
+                raise ValueError(
+                    f"train.gradient_checkpointing: is for algorithm.name: sgd and adamw; {name} keeps nothing for a "
+                    "backward pass"
+                )
+            return
+        if self.train.objective != "loss":
+            raise ValueError(
+                f"train.objective: {self.train.objective} has no gradient, which algorithm.name: {name} needs; choose "
+                "loss, or an algorithm that needs forward passes only, such as mezo"
+            )
+        if self.law != "gaussian" or self.direction_rank != 1:
+            raise ValueError(f"law: is about random directions, of which algorithm.name: {name} has none; leave it out")
+        if self.layout.name == "zero":
+            raise ValueError(
+                f"layout.name: zero owns weights here and nothing else, so algorithm.name: {name} cannot train there; "
+                "use layout.name: fsdp, which shards weights, gradients and the optimiser's state as ZeRO-3 does"
+            )
+        if self.layout.gather not in (None, self.model.compute or self.model.weights):
+            raise ValueError(
+                f"layout.gather: must be left out for algorithm.name: {name}, whose weights are not perturbed and are "
+                "gathered in the dtype of the passes (model.compute)"
             )
 
     def _check_metric_objective(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, final
 
 import numpy as np
@@ -134,6 +134,26 @@ class Communicator:
         """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
         self.round(torch.zeros(0, dtype=torch.int64), fingerprint(what))
 
+    def sum_floats(self, value: float, mark: int) -> float:
+        """Sum of every rank's ``value``, added in the order of ranks: the same bits on all of them.
+
+        Args:
+            value: this rank's.
+            mark: see `round`.
+        """
+        bits = torch.zeros(self.world_size, dtype=torch.int64)
+        bits[self.rank] = torch.tensor(value, dtype=torch.float64).view(torch.int64)
+        return sum(self.round(bits, mark).view(torch.float64).tolist())
+
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over the ranks in place: the same bits on all of them, but not on another number of them."""
+        if self.world_size == 1:
+            return
+        with self.guarded("sum of gradients"):
+            for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                handle.wait()
+        self.payload_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def broadcast_text(self, text: str) -> str:
         """Rank 0's ``text`` on every rank."""
         return self.broadcast_bytes(text.encode()).decode()
@@ -209,10 +229,22 @@ class Communicator:
         if self.world_size == 1:
             yield
             return
+        with self.explained(what), self._watchdog.waiting(f"{self.place}, {what}" if what else self.place):
+            yield
+
+    @contextlib.contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Around work that issues collectives of its own (a backward pass): as `guarded`, but nobody is said to wait.
+
+        Args:
+            what: see `guarded`.
+
+        Raises:
+            LostRankError: see `guarded`.
+        """
         place = f"{self.place}, {what}" if what else self.place
         try:
-            with self._watchdog.waiting(place):
-                yield
+            yield
         except RuntimeError as error:
             if not _tells_of_a_lost_rank(error):
                 raise

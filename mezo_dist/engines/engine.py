@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,20 @@ from mezo_dist.engines.lockstep.materialise import Materialiser
 from mezo_dist.engines.lockstep.passes import ForwardPass
 from mezo_dist.engines.lockstep.unshard import UnshardSchedule
 
+OPTIMIZER_PREFIX = "optimizer:"
+"""Prefix of the names under which an optimiser's state is saved; no parameter's name has a colon."""
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+
+class AttachedOptimizer(Protocol):
+    """An optimiser that steps along gradients which were computed beside the weights."""
+
+    def step(self, lr: float, scale: float) -> None:
+        """Multiply the gradients by ``scale``, take one step with learning rate ``lr``, and forget the gradients."""
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's pieces of its state, under names that no weight has."""
 
 
 @final
@@ -49,6 +61,7 @@ class Engine:
 
     Attributes:
         trainable: names of the weights that variants shift and that updates change.
+        optimizer: an optimiser of torch, for the first-order baselines (`mezo_dist.baselines`); else None.
         one_by_one: run passes one after another, not in lock step; for models that keep state between calls. Only where
             weights are whole.
     """
@@ -71,6 +84,7 @@ class Engine:
         self.compute_dtype = compute_dtype
         self.stochastic_rounding = stochastic_rounding
         self.one_by_one = False
+        self.optimizer: AttachedOptimizer | None = None
         hooked_modules = [hooked for unit in self.layout.units for hooked in unit.hooked_modules]
         self._unit_of = {hooked: unit for unit in self.layout.units for hooked in unit.hooked_modules}
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -281,6 +295,16 @@ class Engine:
         """Keep a copy of the trainable weights as they are now, for variants with ``base: anchor``."""
         self._anchor.copy()
 
+    def optimizer_step(self, lr: float, scale: float) -> None:
+        """Let the attached optimiser take a step (`mezo_dist.algorithms.operations.OptimizerStep`).
+
+        Raises:
+            RuntimeError: none is attached.
+        """
+        if self.optimizer is None:
+            raise RuntimeError("no optimiser is attached to the weights, which only forward passes see")
+        self.optimizer.step(lr, scale)
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits that depend on the bits of all weights, frozen ones too, and not on their layout."""
         mine = sum(fingerprint_shard(s.tensor, s.param_id, s.offset) for s in self.shards() if s.is_first)
@@ -303,6 +327,10 @@ class Engine:
     def anchor_shards(self) -> Iterator[Shard]:
         """What this rank owns of the kept copy (nothing if there is none), under names of its own."""
         return self._anchor.shards()
+
+    def optimizer_shards(self) -> Iterator[Shard]:
+        """What this rank owns of the attached optimiser's state (nothing if there is none), under names of its own."""
+        return iter(()) if self.optimizer is None else self.optimizer.shards()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical name and full tensor of every parameter, one after another (for export)."""

@@ -26,6 +26,9 @@ class LossTable:
         num_variants: variants of the round.
         num_samples: samples of the batch over all ranks, if each sample's loss is wanted; 0: one sum per variant.
         world_size: number of ranks whose tables are added.
+
+    Attributes:
+        weight: after `total`, what the first variant's loss is a mean over; 0 where there is none.
     """
 
     def __init__(self, num_variants: int, num_samples: int, world_size: int) -> None:
@@ -33,6 +36,7 @@ class LossTable:
         self._table = torch.zeros(num_variants, max(num_samples, 1), 2, dtype=torch.int64)
         self._largest = MAX_SUM // world_size
         self._is_finite, self._failed = True, False
+        self.weight = 0
 
     def add(self, variant: int, slots: tuple[int, ...], loss: Tensor, weight: Tensor) -> None:
         """Add the losses of one micro-batch under one variant.
@@ -74,6 +78,7 @@ class LossTable:
         sums = total[2:].view(self._table.shape).tolist()
         if any(weight == 0 for row in sums for _, weight in row):
             raise UserError("the batch has no samples on any rank, so there is no loss")
+        self.weight = sum(weight for _, weight in sums[0])
         means = tuple(mean(sum(loss for loss, _ in row), sum(weight for _, weight in row)) for row in sums)
         each = tuple(tuple(mean(loss, weight) for loss, weight in row) for row in sums) if self._each_sample else ()
         curvatures = [_fisher(sums[pair.ahead], sums[pair.behind], pair.distance) for pair in pairs]

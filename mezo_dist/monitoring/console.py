@@ -34,6 +34,7 @@ HEADLINE = {
     train_loss_tag(calibrated=True): "calib.loss {:.4f}",
     "projected_gradient": "proj.grad {:+.1e}",
     "rate/lr": "lr {:.1e}",
+    "gradient_norm": "gradient {:.1e}",
 }
 """The scalars of a step that the console shows, and how: a line fits 80 columns, so a rate that is found
 (``algorithm.lr: auto``) stands in place of the projected gradient. Files get all scalars."""

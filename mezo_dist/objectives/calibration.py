@@ -122,12 +122,15 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def loss_at(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
-    """What L is the least of, at the given offsets: fp64 [...].
+    """What L is the least of: the loss at given offsets.
 
     Args:
-        logits: fp64 [..., n, classes].
+        logits: fp64 [..., n, classes], finite.
         labels: int64 [n].
         offsets: fp64 [..., classes].
+
+    Returns:
+        fp64 [...].
     """
     return _total(logits, labels, offsets) / len(labels)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms import FirstOrder, Settings
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config import reader
@@ -204,6 +204,11 @@ def _of_config(config: RunConfig, notes: list[str]) -> Setting:
         notes.append("train.max_tokens is not set: samples of 512 tokens are assumed (--tokens)")
     if model.peft.method is not None:
         notes.append("model.peft is not planned: figures are those of training the model's own weights")
+    if isinstance(config.algorithm, FirstOrder):
+        raise UserError(
+            f"algorithm.name: a plan for {config.algorithm.name} stands in the table of first-order methods that every "
+            "plan ends with; name a config of mezo or mezo-svrg"
+        )
     num_train = config.task.splits.train.size
     return Setting(
         layout.name,

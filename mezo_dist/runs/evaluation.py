@@ -98,9 +98,9 @@ class Evaluator:
         Returns:
             fp64, multiples of 2^-32; None if a payload or a result, anywhere, is not finite or too large.
         """
-        return self._from_main(self._payload(variants, batch, mark, advance), function, shape, mark)
+        return self.on_main(self._payload(variants, batch, mark, advance), function, shape, mark)
 
-    def _from_main(
+    def on_main(
         self, payload: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int], mark: tuple[object, ...]
     ) -> Tensor | None:
         """What rank 0 makes of a payload that all ranks have. Arguments and result are those of `compute`."""
@@ -169,7 +169,7 @@ class Evaluator:
             failed += int((~finite).sum())
             slots = torch.tensor(micro_batch.slots)
             table[slots, :2] = torch.stack([loss, score.weight.cpu()], dim=1)
-            table[slots, 2 : 2 + score.payload.shape[1]] = _bits(score.payload)
+            table[slots, 2 : 2 + score.payload.shape[1]] = payload_bits(score.payload)
             advance(len(micro_batch.slots) * self.comm.world_size)
         message = torch.cat([torch.tensor([failed]), table.flatten()])
         total = self.comm.round(message, fingerprint("score", num_samples, columns))
@@ -181,7 +181,7 @@ class Evaluator:
                 log.warning(
                     "%d of %d losses are not finite, or far too large: their mean is NaN", total[0], num_samples
                 )
-        return value, _from_bits(table[:, 2:])
+        return value, payload_of(table[:, 2:])
 
     def _joint_losses(
         self, joint: Joint, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]
@@ -221,7 +221,7 @@ class Evaluator:
         """
         function = joint.with_curvature
         assert function is not None  # settings that ask for more are refused
-        values = self._from_main(payload, lambda rows: function(rows, batch, pairs), (len(payload) + 1,), mark)
+        values = self.on_main(payload, lambda rows: function(rows, batch, pairs), (len(payload) + 1,), mark)
         if values is None:
             return None
         *losses, curvature = values.tolist()
@@ -242,7 +242,7 @@ class Evaluator:
             None if a loss is not finite, or no sample has one.
         """
         if not joint.each_sample:
-            values = self._from_main(payload, lambda rows: joint.losses(rows, batch), (len(payload),), mark)
+            values = self.on_main(payload, lambda rows: joint.losses(rows, batch), (len(payload),), mark)
             return None if values is None else Losses(tuple(values.tolist()))
 
         def with_counts(rows: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class Evaluator:
             counts = ~values.isnan().any(dim=0)
             return torch.cat([torch.where(counts, values, 0.0), counts.double().unsqueeze(0)])
 
-        table = self._from_main(payload, with_counts, (len(payload) + 1, payload.shape[1]), mark)
+        table = self.on_main(payload, with_counts, (len(payload) + 1, payload.shape[1]), mark)
         if table is None or not table[-1].any():
             return None
         *each, counts = map(tuple, table.tolist())
@@ -277,13 +277,13 @@ class Evaluator:
         table = torch.zeros(len(variants), num_samples, columns + needs_loss, dtype=torch.int64)
         for micro_batch, scores in self._evaluate(variants, batch, writes=self.writer is not None):
             for variant, score in scores:
-                table[variant, list(micro_batch.slots), : score.payload.shape[1]] = _bits(score.payload)
+                table[variant, list(micro_batch.slots), : score.payload.shape[1]] = payload_bits(score.payload)
             advance(len(micro_batch.slots) * self.comm.world_size)
         if needs_loss:
             for micro_batch, scores in self._evaluate(variants, batch):
                 for variant, score in scores:
-                    table[variant, list(micro_batch.slots), columns] = _bits(score.loss / score.weight)
-        return _from_bits(self.comm.round(table, fingerprint("payload", *mark)))
+                    table[variant, list(micro_batch.slots), columns] = payload_bits(score.loss / score.weight)
+        return payload_of(self.comm.round(table, fingerprint("payload", *mark)))
 
     def _evaluate(
         self, variants: Sequence[Variant], batch: Sequence[MicroBatch], *, writes: bool = False
@@ -323,12 +323,12 @@ def _size(batch: Sequence[MicroBatch]) -> tuple[int, int]:
     return sum(len(item.slots) for item in batch), max(item.columns for item in batch)
 
 
-def _bits(payload: Tensor) -> Tensor:
+def payload_bits(payload: Tensor) -> Tensor:
     """fp32 numbers as int64 ones, of which at most one rank's are not zero, so that sums keep every bit."""
     return payload.float().cpu().contiguous().view(torch.int32).long()
 
 
-def _from_bits(words: Tensor) -> Tensor:
+def payload_of(words: Tensor) -> Tensor:
     return words.to(torch.int32).view(torch.float32)
 
 

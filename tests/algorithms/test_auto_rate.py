@@ -120,7 +120,11 @@ def test_a_trajectory_without_curvatures_is_refused_by_the_planner() -> None:
     [
         (MeZO, {"per_sample": True}, "auto does not go together with algorithm.per_sample, .*; give a number"),
         (MeZO, {"scaling": "sign"}, "algorithm.lr: auto does not go together with algorithm.scaling"),
-        (MeZO, {"scaling": "normalised", "directions": 4}, "algorithm.lr: auto does not go together with algorithm.scaling"),
+        (
+            MeZO,
+            {"scaling": "normalised", "directions": 4},
+            "algorithm.lr: auto does not go together with algorithm.scaling",
+        ),
         (MeZO, {"weight_decay": 0.1}, "algorithm.lr: auto does not go together with algorithm.weight_decay"),
         (MeZO, {"pool": 8, "pull": 0.1}, "algorithm.lr: auto does not go together with algorithm.pull"),
         (MeZO, {"eta": 0.0}, "algorithm.eta: must be above 0"),

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config.kinds.classification import ClassificationTask, Label
 from mezo_dist.config.reader import from_dict, load
@@ -86,6 +87,7 @@ def test_numbers_keep_every_bit(lr: float, seed: int) -> None:
 def test_a_section_given_in_part_keeps_the_defaults_that_it_has_there(write_config: Write) -> None:
     """The plateau rule is off in mezo by default, and the validation split has a source of its own."""
     config = load(write_config(), ["algorithm.annealing.threshold=2", "task.splits.validation.size=5"])
+    assert isinstance(config.algorithm, MeZO)
     assert config.algorithm.annealing.divisor == 1
     assert config.task.splits.validation == Split("validation", 5)
 
@@ -132,9 +134,9 @@ def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config:
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ("algorithm: {lr: 1}", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
-        ("", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
-        ("algorithm: {name: mezzo}", "run.yaml: algorithm.name: 'mezzo' does not exist; choose one of mezo, mezo-svrg"),
+        ("algorithm: {lr: 1}", "run.yaml: algorithm.name: missing; choose one of adamw, mezo, mezo-svrg"),
+        ("", "run.yaml: algorithm.name: missing; choose one of adamw, mezo, mezo-svrg"),
+        ("algorithm: {name: mezzo}", "run.yaml: algorithm.name: 'mezzo' does not exist; choose one of adamw, mezo,"),
         ("algorithm: {name: [mezo]}", "run.yaml: algorithm.name: ['mezo'] does not exist"),
         ("algorithm: mezo", "run.yaml: algorithm: must hold settings (name, lr, eta,"),
     ],

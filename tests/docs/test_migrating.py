@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import DataCollatorForSeq2Seq
 
-from mezo_dist import MeZOTrainer, cli
+from mezo_dist import MeZO, MeZOTrainer, cli
 from mezo_dist.config import reader
 from mezo_dist.storage import trajectory
 from mezo_dist.testing import tiny_model, tiny_tokenizer, write_tiny_model
@@ -49,6 +49,7 @@ def test_the_config_is_one(tmp_path: Path) -> None:
     (text,) = blocks("yaml")
     (tmp_path / "run.yaml").write_text(text)
     config = reader.load(tmp_path / "run.yaml", [])
+    assert isinstance(config.algorithm, MeZO)
     assert (config.algorithm.lr, config.algorithm.eps, config.train.steps) == (1e-7, 1e-3, 20000)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -14,8 +15,7 @@ from tests.planning.test_command import MEASURED
 
 def test_it_shows_every_residual(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "scaling_study"))
-    import plan_check
-
+    plan_check = importlib.import_module("plan_check")
     case = plan_check.Case("opt-125m", 1, plan_check._setting("2x8", MeZO()))
     monkeypatch.setattr(plan_check, "SMALL", [case])
     monkeypatch.setattr(plan_check, "measure", lambda: MEASURED)

@@ -76,6 +76,7 @@ def test_it_makes_the_steps_of_a_run(tmp_path: Path) -> None:
     folder = training.train(config, Communicator(), quiet=True)
     run = build_run(config, Communicator())
     objective = run.evaluator.forward
+    assert isinstance(config.algorithm, MeZO)
     opt: Optimizer[Any] = Optimizer(
         run.pretrained.model, config.algorithm, num_steps=5, trajectory=tmp_path / "own.jsonl"
     )

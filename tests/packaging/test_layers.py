@@ -29,12 +29,13 @@ LAYERS = {
     "tasks": "errors directions config engines assets models",
     "objectives": "errors algorithms config distributed tasks",
     "monitoring": "errors json_types storage",
+    "baselines": "errors algorithms distributed engines",
     "testing": "errors distributed",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",
     "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim",
     "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
-    "monitoring",
+    "monitoring baselines",
     "planning": "errors json_types directions algorithms config engines assets storage",
     "cli": "errors config distributed engines objectives monitoring runs planning",
     "__main__": "cli",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
@@ -41,6 +42,10 @@ class Replicated:
 
     def release(self, unit: Unit) -> None:
         """Nothing is gathered."""
+
+    def back_propagating(self) -> AbstractContextManager[None]:
+        """See `Layout.back_propagating`."""
+        return nullcontext()
 
     def shards(self) -> Iterator[Shard]:
         """See `Layout.shards`: every parameter, whole; of a quantised one the plain tensors that it is made of."""
