@@ -16,6 +16,7 @@ import mezo_dist
 TARGET = Path(__file__).with_name("api.md")
 GROUPS = {
     "Training in a loop of your own": ["Optimizer", "shard", "join", "replay"],
+    "Training in Hugging Face's Trainer": ["MeZOTrainer"],
     "Settings of the algorithms": ["MeZO", "MeZOSVRG", "MeZOSVRGReleased", "Schedule", "Annealing", "Momentum"],
     "Minimising any function": ["minimize", "Draw", "Minimum"],
     "Runs from config files": ["train", "load_run", "evaluate", "export"],
@@ -63,8 +64,10 @@ def _signature(value: object) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             lines.append("*")
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        keyword_only = keyword_only or stars == "*"
         annotation = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
-        lines.append(f"{parameter.name}{annotation}{_default(parameter)}")
+        lines.append(f"{stars}{parameter.name}{annotation}{_default(parameter)}")
     returns = signature.return_annotation
     arrow = "" if returns in (signature.empty, None, "None") or inspect.isclass(value) else f" -> {returns}"
     return f"(\n{''.join(f'    {line},{chr(10)}' for line in lines)}){arrow}" if lines else f"(){arrow}"

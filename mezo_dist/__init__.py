@@ -27,6 +27,7 @@ _MODULES = {
     "optim.optimizer": ("Optimizer",),
     "optim.sharding": ("shard",),
     "runs.api": ("evaluate", "export", "load_run", "train"),
+    "trainer.trainer": ("MeZOTrainer",),
 }
 """Module -> the public names in it."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -40,6 +41,7 @@ __all__ = [
     "MeZO",
     "MeZOSVRG",
     "MeZOSVRGReleased",
+    "MeZOTrainer",
     "Minimum",
     "Momentum",
     "Optimizer",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not follow `__getat
     from mezo_dist.optim.optimizer import Optimizer
     from mezo_dist.optim.sharding import shard
     from mezo_dist.runs.api import evaluate, export, load_run, train
+    from mezo_dist.trainer.trainer import MeZOTrainer
 
 
 def __getattr__(name: str) -> object:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import mezo_dist
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.errors import LostRankError, Stopped, UserError, printable
+from mezo_dist.planning.options import add_plan
 
 if TYPE_CHECKING:
     from mezo_dist.distributed.communicator import Communicator
@@ -103,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--split", choices=["train", "validation", "test"], default="test", help="split of the task; test by default"
     )
+    evaluate.add_argument(
+        "--rewards",
+        action="store_true",
+        help="of a run that was trained on rewards: start the program that its config names, and show them",
+    )
 
     export = commands.add_parser("export", help="write a run's model as a Hugging Face folder")
     _add_run(export, _export)
@@ -121,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--timeout", type=_seconds, default=30.0, help="seconds to wait for ranks that do not answer")
     doctor.set_defaults(command=_doctor)
+
+    plan = commands.add_parser("plan", help="memory, traffic and time of a run, before anything is loaded or rented")
+    add_plan(plan)
+    plan.set_defaults(command=_plan)
 
     tasks = commands.add_parser("tasks", help="list the tasks that ship, or show what one looks like to a model")
     _add_tasks(tasks)
@@ -175,10 +185,13 @@ def _list_tasks(_: argparse.Namespace) -> None:
 
 
 def _show_task(arguments: argparse.Namespace) -> None:
-    from mezo_dist.config import reader
+    from mezo_dist.config import reader, yaml_file
+    from mezo_dist.config.shipped import task_file
 
-    settings = [f"model.name={arguments.model}", f"task={arguments.task}", "train.batch_size=1", *arguments.arguments]
-    config = reader.from_settings(settings)
+    settings = [f"model.name={arguments.model}", f"task={arguments.task}", "train.batch_size=1"]
+    if yaml_file.read(task_file(arguments.task, Path()), "task file").get("kind") == "regression":
+        settings.append("model.head=classifier")  # nothing else will do
+    config = reader.from_settings([*settings, *arguments.arguments])
 
     def work(comm: Communicator) -> None:
         from mezo_dist.runs.build import build_run
@@ -227,12 +240,24 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     def work(comm: Communicator) -> None:
         from mezo_dist.monitoring.console import Monitor
+        from mezo_dist.objectives.rewards.judge import judging
         from mezo_dist.runs import load, training
 
-        run = load.load_run(_opened(arguments, comm), comm)
-        with Monitor.open(None, is_main=comm.rank == 0, num_steps=run.step) as monitor:
-            calibration = training.calibrate(run, monitor)
-            training.score(run, arguments.split, monitor, run.step, calibration)
+        opened = _opened(arguments, comm)
+        is_rewarded = opened.config.train.objective == "reward"
+        if arguments.rewards and not is_rewarded:
+            raise UserError("--rewards: this run was not trained on rewards (train.objective); leave it out")
+        with judging(opened.config, comm) if arguments.rewards else contextlib.nullcontext() as judge:
+            run = load.load_run(opened, comm, judge)
+            with Monitor.open(None, is_main=comm.rank == 0, num_steps=run.step) as monitor:
+                calibration = training.calibrate(run, monitor)
+                training.score(run, arguments.split, monitor, run.step, calibration)
+                if is_rewarded and judge is None:
+                    monitor.say(
+                        "This run optimises a reward, which is not shown here: the loss is that of the texts in "
+                        "task.completion (or of the prompts, without it). With --rewards the program that the run's "
+                        "config names is started, and its rewards are shown."
+                    )
 
     _with_communicator(600.0, work)
 
@@ -253,6 +278,12 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from mezo_dist.distributed import doctor
 
     doctor.report(doctor.examine(arguments.files, arguments.folder.resolve(), arguments.timeout))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from mezo_dist.planning import command
+
+    command.run(arguments)
 
 
 def _replay(arguments: argparse.Namespace) -> None:

@@ -27,7 +27,9 @@ CASES = {
     "mezo-svrg": Case("llama-tied", "mezo-svrg", (*SVRG_RATES, "algorithm.q=3")),
     "per-sample": Case("bert", "mezo-svrg", PER_SAMPLE),
     "per-sample, causal": Case("opt", "mezo-svrg", PER_SAMPLE),
-    "several per sample": Case("opt", "mezo", (*PER_SAMPLE, "algorithm.directions=2", "algorithm.one_sided=true")),
+    "several per sample": Case(
+        "opt", "mezo", (*PER_SAMPLE, "algorithm.directions=2", "algorithm.one_sided=true", "algorithm.scaling=ranks")
+    ),
     "bf16": Case("llama", "mezo-svrg", (*BF16, "algorithm.anchor=replay", "algorithm.eps=auto")),
     "every option": Case("opt", "mezo", tuple(f"algorithm.{option}" for option in EVERY_OPTION)),
     "stored": Case("gpt2", "mezo-svrg", (*STORED, "algorithm.q=5")),
@@ -36,13 +38,17 @@ CASES = {
         "gpt2", "mezo-svrg", (*STORED, "algorithm.q=4", "algorithm.weight_decay=0.9", "distributed.variant_groups=4")
     ),
     "decay": Case("gpt2", "mezo-svrg", (*SVRG_RATES, "algorithm.anchor=auto", "algorithm.weight_decay=0.2")),
-    "calibrated": Case(
-        "distilbert", "mezo-svrg", ("algorithm.lr=1e-2", "algorithm.directions=2", "train.calibrate=true")
+    "auto rate": Case("opt", "mezo", ("algorithm.lr=auto", "algorithm.directions=3", "algorithm.one_sided=true")),
+    "auto rates, calibrated": Case(
+        "distilbert",
+        "mezo-svrg",
+        ("algorithm.lr=auto", "algorithm.anchor_lr=auto", "algorithm.directions=2", "train.calibrate=true"),
     ),
     "two rounds": Case("opt", "mezo-svrg-released", ("algorithm.lr=1e-3", "algorithm.q=3")),
 }
-WORLD_SIZES = ("mezo", "mezo-svrg", "per-sample", "stored, shared out", "calibrated", "two rounds")
+WORLD_SIZES = ("mezo", "mezo-svrg", "per-sample", "stored, shared out", "auto rate", "auto rates, calibrated",
+               "two rounds")  # fmt: skip
 """Run on one, two and three processes, and on every layout."""
 RESUMED = ("mezo", "mezo-svrg", "bf16", "per-sample, causal", "several per sample", "every option", "stored", "decay",
-           "two rounds")  # fmt: skip
+           "auto rate", "auto rates, calibrated", "two rounds")  # fmt: skip
 """Killed, resumed, replayed and exported."""

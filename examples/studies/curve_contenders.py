@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mezo_dist.algorithms.first_order import SGD, AdamW
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.schedules import Annealing, Schedule
 from mezo_dist.algorithms.svrg import MeZOSVRG
@@ -16,7 +17,7 @@ STEP_OF_RATES = 10**0.5
 """Ratio of neighbouring learning rates."""
 EXTENSIONS = 2
 """So many rates may be added to a grid whose best one lies at its edge."""
-FIRST_ORDER = ("sgd", "adamw")
+FIRST_ORDER = {"sgd": SGD, "adamw": AdamW}
 RATIOS = (50, 1000)
 """Ratios of anchor_lr and lr of MeZO-SVRG: the ends of what the paper uses (its eta1 over its eta2)."""
 
@@ -56,6 +57,8 @@ class CurvePreset:
     full_size: int = 256
     """Samples of the anchors of the per-sample MeZO-SVRG."""
     batch_size: int = 64
+    looks: int = 9
+    """A run is looked at when budget / 2^k of its passes are done, k = looks .. 0; 0: at the end alone."""
     contenders: str = "all"
     """``all``; ``recipe``: the product's, plain MeZO and AdamW; or ``per sample``: what a direction per sample is
     worth with other settings."""
@@ -243,8 +246,8 @@ def _by_setting(prompts: float, head: float) -> dict[str, float]:
 
 TASKS = {
     "movie-sentences": "configs/tasks/movie-sentences.yaml",
-    "tweets": "examples/studies/tasks/tweets.yaml",
-    "bbc-news": "examples/studies/tasks/bbc-news.yaml",
+    "tweets": "configs/tasks/tweets.yaml",
+    "bbc-news": "configs/tasks/bbc-news.yaml",
 }
 MINILM = ("model.name=demo:minilm-l6", "model.head=classifier")
 PRESETS = {

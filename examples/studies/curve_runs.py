@@ -13,27 +13,25 @@ from typing import Any
 import torch
 from curve_contenders import FIRST_ORDER, CurvePreset, Learner, schedule
 from estimator_quality import ROOT, Vector, put, trainable
-from torch.nn.functional import cross_entropy
 
 from mezo_dist import algorithms
+from mezo_dist.algorithms import FirstOrder
 from mezo_dist.algorithms.base import Problem
 from mezo_dist.algorithms.step import Progress
+from mezo_dist.baselines.optimizer import WeightOptimizer
 from mezo_dist.config import reader
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
-from mezo_dist.objectives.calibration import best_offsets
-from mezo_dist.objectives.joint import Joint, calibrated
+from mezo_dist.objectives.joint import CALIBRATED
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.evaluation import Evaluator
+from mezo_dist.runs.gradients import Gradients
 from mezo_dist.runs.training import apply_step, evaluate_step
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch
 from mezo_dist.testing import write_tiny_config
 
-CALIBRATED = Joint(calibrated, each_sample=False, is_discrete=False)
-LOOKS = 9
-"""A run is looked at when budget / 2^k of its passes are done, k = LOOKS .. 0."""
 Step = Callable[[int], tuple[int, bool]]
 """Takes a step; its forward passes, and whether all was finite."""
 
@@ -129,13 +127,15 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
         training alone; on a CPU, those that it worked (for one thread: what a run takes on a core of its own).
         ``fitting``: forward passes that the offsets for predictions take, once, beyond those of training.
         ``diverged``: whether it ended early because losses were not finite.
+        ``rates``: for ``lr: auto`` the first learning rate, that in the middle and the last one, before the schedule.
     """
     bench.reset(seed)
     num_steps, budget = learner.steps(bench.budget), learner.share * bench.budget
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    take = (_first_order if learner.algorithm in FIRST_ORDER else _zeroth_order)(bench, learner, lr, seed, num_steps)
-    marks = [budget / 2**k for k in range(LOOKS, -1, -1)]
-    points = [_point(bench, learner, 0, 0.0)]
+    rates: list[float] = []
+    take = _steps_of(bench, learner, lr, seed, num_steps, rates)
+    marks = [budget / 2**k for k in range(bench.preset.looks, -1, -1)]
+    points = [_point(bench, learner, 0, 0.0)] if bench.preset.looks else []
     done, seconds, skipped, step = 0, 0.0, 0, 0
     while step < num_steps and skipped < bench.run.config.train.max_skipped:
         began = clock()
@@ -146,7 +146,8 @@ def learn(bench: Bench, learner: Learner, lr: float, seed: int) -> dict[str, Any
             points.append(_point(bench, learner, done, seconds))
             marks = [mark for mark in marks if mark > done] or [math.inf]
     fitting = bench.num_train if learner.calibrated else 0
-    return {"steps": step, "diverged": step < num_steps, "fitting": fitting, "points": points}
+    three = [float(f"{rates[place]:.3g}") for place in (0, len(rates) // 2, -1)] if rates else []
+    return {"steps": step, "diverged": step < num_steps, "fitting": fitting, "points": points, "rates": three}
 
 
 def _point(bench: Bench, learner: Learner, done: int, seconds: float) -> list[float]:
@@ -154,16 +155,25 @@ def _point(bench: Bench, learner: Learner, done: int, seconds: float) -> list[fl
     return [done, round(seconds, 2), *(round(score, 4) if math.isfinite(score) else 1e9 for score in scores)]
 
 
-def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: int) -> Step:
-    """Steps as `mezo_dist.runs.training` takes them."""
+def _steps_of(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: int, rates: list[float]) -> Step:
+    """Steps as `mezo_dist.runs.training` takes them; rates that ``lr: auto`` finds are appended to ``rates``."""
     n, full = bench.num_train, learner.full_size or bench.num_train
-    assert not isinstance(learner.algorithm, str)
-    config = learner.algorithm(lr, num_steps, bench.preset.eps)
+    config: Any
+    if isinstance(learner.algorithm, str):
+        config = FIRST_ORDER[learner.algorithm](lr=lr, schedule=schedule(num_steps))
+    else:
+        config = learner.algorithm(lr, num_steps, bench.preset.eps)
+    run = bench.under(learner.law, calibrated=learner.calibrated)
+    gradients = None
+    if isinstance(config, FirstOrder):
+        run.engine.optimizer = WeightOptimizer(run.engine, config)
+        gradients = Gradients(run.evaluator, run.engine.optimizer, learner.calibrated, recompute=False)
     run = dataclasses.replace(
-        bench.under(learner.law, calibrated=learner.calibrated),
+        run,
         algorithm=algorithms.build(config.name, config, Problem(seed, num_steps, learner.batch_size, full)),
         order=BatchOrder(n, learner.batch_size, seed),
         full_order=BatchOrder(n, full, derive_seed(seed, "full")),
+        gradients=gradients,
     )
     progress: Progress[Any] = Progress(run.algorithm.init())
 
@@ -171,37 +181,8 @@ def _zeroth_order(bench: Bench, learner: Learner, lr: float, seed: int, num_step
         result, forwards = evaluate_step(run, progress.state, step)
         apply_step(run, result)
         progress.after(result.update)
+        if result.update is not None and "rate/lr" in result.update.metrics:
+            rates.append(result.update.metrics["rate/lr"])
         return forwards, result.update is not None
-
-    return take
-
-
-def _first_order(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: int) -> Step:
-    """Back-propagation, on the same batches in the same order."""
-    run = dataclasses.replace(bench.run, order=BatchOrder(bench.num_train, learner.batch_size, seed))
-    parameters = [p for _, p in trainable(run)]
-    kinds: dict[Any, Callable[[], torch.optim.Optimizer]] = {
-        "sgd": lambda: torch.optim.SGD(parameters, lr=lr),
-        "adamw": lambda: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
-    }
-    optimiser, rule = kinds[learner.algorithm](), schedule(num_steps)
-
-    def loss_of(step: int) -> torch.Tensor:
-        batch = run.batch("minibatch", step)
-        logits = torch.cat([run.evaluator.forward(run.pretrained.model, item).payload for item in batch])
-        labels = torch.cat([item.targets["label"] for item in batch])
-        # By the envelope theorem, the gradient of a calibrated loss is that at its offsets.
-        offsets = best_offsets(logits.detach().double(), labels).float() if learner.calibrated else 0.0
-        return cross_entropy(logits + offsets, labels)
-
-    def take(step: int) -> tuple[int, bool]:
-        for group in optimiser.param_groups:
-            group["lr"] = lr * rule.factor(step, num_steps)
-        optimiser.zero_grad()
-        loss = loss_of(step)
-        if sound := math.isfinite(loss.item()):
-            loss.backward()
-            optimiser.step()
-        return 3 * learner.batch_size, sound
 
     return take

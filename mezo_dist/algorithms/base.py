@@ -45,16 +45,37 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two variants of a round that differ by ``distance`` times a direction."""
+
+    ahead: int
+    """Place of the one that is further along, among the variants of the round."""
+    behind: int
+    """Place of the other one."""
+    distance: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One round of forward passes: every variant on every sample of one batch.
 
     ``minibatch`` is the batch of this step, ``full`` all training samples (or the stated subset). With
-    ``each_sample`` the losses come back for each sample, in batch order, otherwise as one mean.
+    ``each_sample`` the losses come back for each sample, in batch order, otherwise as one mean. With ``pairs``, the
+    mean curvature of the loss along their directions comes with them.
     """
 
     variants: tuple[Variant, ...]
     batch: Batch = "minibatch"
     each_sample: bool = False
+    pairs: tuple[Pair, ...] = ()
+    gradient: bool = False
+    """Back-propagate the mean loss of the one variant, which is the current weights: its gradient is kept beside the
+    weights for `OptimizerStep`, and its norm comes back."""
+
+    @property
+    def tells_samples_apart(self) -> bool:
+        """The losses of single samples are needed, if only for the curvature."""
+        return self.each_sample or bool(self.pairs)
 
 
 @dataclass(frozen=True)
@@ -63,10 +84,15 @@ class Losses:
 
     ``mean[v]`` is the mean loss of variant v (sum of losses / sum of weights, exact before the one rounding).
     ``each[v][i]`` is the loss of sample i under variant v; empty unless the evaluation asked for it.
+    ``curvature`` is the mean of z' H z over the directions z of the evaluation's pairs (None if it has none). H is the
+    Gauss-Newton matrix of the loss, or what stands for it, the empirical Fisher matrix of single samples.
     """
 
     mean: tuple[float, ...]
     each: tuple[tuple[float, ...], ...] = ()
+    curvature: float | None = None
+    gradient_norm: float | None = None
+    """Euclidean norm of the gradient of all trainable weights; None unless the evaluation asked for the gradient."""
 
 
 StateT = TypeVar("StateT")

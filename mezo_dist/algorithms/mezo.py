@@ -14,6 +14,7 @@ Its settings, which can be combined:
 * ``scaling: normalised``: p_k over the standard deviation of all p_k of the step. With ``one_sided``, directions: 8 and
   ``law: rademacher``, this is the step of FZOO (Dang et al. 2025, arXiv 2506.09034) up to a constant in the learning
   rate, which becomes a length: steps are as long where the loss is flat as where it is steep.
+* ``scaling: ranks``: the centred rank of p_k among all p_k of the step (`mezo_dist.algorithms.scaling`).
 * ``clip``: a bound on the size of every p_k, so that one outlier batch cannot move the weights far.
 * ``momentum``: a decaying mean of the last estimates, normalised (`mezo_dist.algorithms.momentum`).
 * ``pool``: the directions come from a pool of K seeds, as in FedKSeed (Qin et al. 2023, arXiv 2312.06353). The model is
@@ -29,16 +30,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.ranges import check_ranges, check_types
+from mezo_dist.algorithms.scaling import Scaling, check_group, scaled
 from mezo_dist.algorithms.schedules import Annealing, Plateau, Schedule
 from mezo_dist.algorithms.spsa import Probe, check_positive, clipped, typical, zero_share
 from mezo_dist.directions.combination import ZERO, Combination
-
-Scaling = Literal["plain", "sign", "normalised"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,14 @@ class MeZO:
 
     name: Literal["mezo"] = "mezo"
     """The algorithm."""
-    lr: float = 1e-6
-    """Learning rate."""
+    lr: float | Literal["auto"] = 1e-6
+    """Learning rate. ``auto``: it is found, step by step, from the curvature of the loss along the step's directions,
+    which their forward passes tell (`algorithm.eta` says how). Needs losses that are cross-entropies; schedules and
+    `annealing` come on top."""
+    eta: float | None = None
+    """For ``lr: auto``: the share of the best step, directions / curvature, that is taken (from 1 on steps go too far,
+    however precise the estimates are). Null: 0.8 / sqrt(train.steps), and at most 0.1, for the noise of small steps
+    averages out. Unless `schedule` has a warm-up, the first 8 steps are one."""
     eps: float | Literal["auto"] = 1e-3
     """Size of the perturbation. ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that is not lost in
     the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around 1, as those of
@@ -61,8 +68,13 @@ class MeZO:
     per_sample: bool = False
     """Give every sample of the batch directions of its own, at the price of one sample's (needs ``law: lowrank``)."""
     scaling: Scaling = "plain"
-    """How far to go along a direction: by the projected gradient, by its sign, or by it over the standard deviation of
-    those of the step. With the last two, the learning rate is the length of a step."""
+    """How far to go along a direction: ``plain``, by the projected gradient; ``sign``, by its sign; ``normalised``, by
+    it over the standard deviation of those of the step (the z-score); ``ranks``, by its centred rank among those of the
+    step. With all but the first, the learning rate is the length of a step, whatever the loss is multiplied by. It
+    helps where the loss is a reward or a metric: its differences come in a few sizes, or in sizes that mean little, and
+    change theirs while the model learns; ``ranks`` is for rewards with outliers. The last two need two directions or
+    more (with ``per_sample``, every sample's count). MeZO-SVRG has no such setting: its control variate is a difference
+    of two estimates, which must both be measured in the same unit."""
     clip: float | None = None
     """Largest size of a projected gradient; what is beyond is cut off. Null: no limit."""
     momentum: Momentum = field(default_factory=Momentum)
@@ -88,27 +100,36 @@ class MeZO:
 
     def __post_init__(self) -> None:
         check_types(self, "algorithm.")
-        check_positive(self, "lr", "eps", "clip")
+        check_positive(self, "lr", "eta", "eps", "clip")
         check_ranges(self, "algorithm.", directions=(1, 10_000), pool=(1, 10**6))
         self.eps_schedule.check_never_zero("eps_schedule")
-        if self.one_sided and self.scaling == "normalised" and self.directions < 2:
-            raise ValueError("algorithm.directions: must be at least 2 for scaling: normalised with one_sided")
+        if not self.per_sample:
+            self.check_members()
         if not 0 <= self.pull < math.inf or (self.pull and self.pool is None):
             raise ValueError("algorithm.pull: must be at least 0, and needs algorithm.pool if it is above")
-        check_decay(self.weight_decay, self.lr)
+        check_auto_rate(self, "lr")
+        if self.lr != "auto":
+            check_decay(self.weight_decay, self.lr)
         if self.pull and self.weight_decay:
             raise ValueError("algorithm.weight_decay: does not go together with pull, which is decay towards the base")
+
+    def check_members(self, samples: int = 1) -> None:
+        """Raises ValueError, with a message that names the setting, if ``scaling`` compares more projected gradients
+        than a step has: with ``per_sample``, ``samples`` times as many as there are directions."""
+        members = self.directions * (samples if self.per_sample else 1)
+        check_group(self.scaling, members, one_sided=self.one_sided)
 
 
 @dataclass(frozen=True)
 class MeZOState:
-    """State of the plateau rule, momentum, ``pull`` and weight decay."""
+    """State of the plateau rule, momentum, ``pull``, weight decay and ``lr: auto``."""
 
     plateau: Plateau = Plateau()
     past: Past = Past()
     total: Combination = ZERO
     """Current weights - base; only kept for ``pull``."""
     decay: Decay = Decay()
+    auto: AutoRate = AutoRate()
 
 
 @dataclass(frozen=True)
@@ -117,7 +138,12 @@ class MeZOPlanner:
 
     config: MeZO
     problem: Problem
+    rate: float = 1.0
+    """Factor on the learning rate at this step, from outside of the settings: see `mezo_dist.algorithms.groups`."""
     State: ClassVar[type[MeZOState]] = MeZOState
+
+    def __post_init__(self) -> None:
+        self.config.check_members(self.problem.batch_size)
 
     def init(self) -> MeZOState:
         return MeZOState()
@@ -128,7 +154,8 @@ class MeZOPlanner:
         number = config.directions * max(samples, 1)
         seeds = tuple(problem.direction_seed(step, k, config.pool) for k in range(number))
         eps = problem.perturbation(config.eps) * config.eps_schedule.factor(step, problem.num_steps)
-        return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided)
+        curvature = config.lr == "auto"
+        return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided, curvature=curvature)
 
     def plan(self, state: MeZOState, step: int) -> Evaluation:
         return self._probe(step).evaluation()
@@ -136,9 +163,12 @@ class MeZOPlanner:
     def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState]:
         config, probe, losses = self.config, self._probe(step), rounds[0]
         (projected,) = probe.projected(losses)
-        estimate = probe.gradient(self._scaled(clipped(projected, config.clip)))
+        estimate = probe.gradient(scaled(clipped(projected, config.clip), config.scaling, one_sided=config.one_sided))
         gradient, past = state.past.with_now(estimate, config.momentum)
-        lr = config.lr * config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
+        eta = share(config.eta, self.problem.num_steps)
+        base_lr, auto = settle(config.lr, state.auto, losses.curvature, eta, config.directions)
+        schedule = config.schedule.factor(step, self.problem.num_steps) * auto.warm_up(config.schedule)
+        lr = base_lr * schedule * state.plateau.factor * self.rate
         combination = -lr * (gradient + config.pull * state.total)
         total = state.total + combination if config.pull else ZERO
         loss, rule = probe.loss(losses), config.annealing
@@ -147,20 +177,8 @@ class MeZOPlanner:
         metrics = {"loss": loss, "projected_gradient": typical(projected), "lr": lr}
         metrics["zero_differences"] = zero_share(projected)
         return Update(
-            MeZOState(plateau, past, total, decay),
+            MeZOState(plateau, past, total, decay, auto),
             update_operations(combination, scale=scale, exempt_vectors=not config.weight_decay_all),
-            metrics | plateau.metrics(rule),
+            metrics | plateau.metrics(rule) | auto.metrics(base_lr),
             plateau.note_on(state.plateau),
         )
-
-    def _scaled(self, projected: Sequence[float]) -> list[float]:
-        if self.config.scaling == "plain":
-            return list(projected)
-        if self.config.scaling == "sign":
-            return [math.copysign(1.0, p) if p else 0.0 for p in projected]
-        # Two-sided estimates lie around 0. One-sided ones all have the same error of curvature, which the mean takes
-        # out.
-        centre = sum(projected) / len(projected) if self.config.one_sided else 0.0
-        freedom = len(projected) - self.config.one_sided
-        deviation = math.sqrt(sum((p - centre) ** 2 for p in projected) / freedom)
-        return [p / deviation if deviation else 0.0 for p in projected]

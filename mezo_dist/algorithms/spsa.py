@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Variant
+from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Pair, Variant
 from mezo_dist.directions.combination import Combination
 
 
@@ -23,6 +23,7 @@ class Probe:
             more forward passes than for one.
         one_sided: n directions take n + 1 forward passes, (L(w + eps z) - L(w)) / eps, instead of 2 n.
         bases: points to probe at.
+        curvature: the mean curvature along the directions is wanted, at the first of the bases.
     """
 
     seeds: tuple[int, ...]
@@ -31,13 +32,24 @@ class Probe:
     per_sample: int = 0
     one_sided: bool = False
     bases: tuple[Variant, ...] = (Variant(),)
+    curvature: bool = False
 
     def evaluation(self) -> Evaluation:
         """The round of forward passes: for every base and direction the variants + and -; one-sided, all + and then
         the base itself."""
         return Evaluation(
-            tuple(v for base in self.bases for v in self._variants(base)), self.batch, each_sample=self.per_sample > 0
+            tuple(v for base in self.bases for v in self._variants(base)),
+            self.batch,
+            each_sample=self.per_sample > 0,
+            pairs=self._pairs() if self.curvature else (),
         )
+
+    def _pairs(self) -> tuple[Pair, ...]:
+        """The ends of every direction at the first base, by their places among the variants."""
+        number = len(self.seeds) // max(self.per_sample, 1)
+        if self.one_sided:
+            return tuple(Pair(k, number, self.eps) for k in range(number))
+        return tuple(Pair(2 * k, 2 * k + 1, 2 * self.eps) for k in range(number))
 
     def _variants(self, base: Variant) -> list[Variant]:
         steps = (self.eps,) if self.one_sided else (self.eps, -self.eps)

@@ -50,6 +50,8 @@ def run_step(algorithm: Algorithm[StateT], state: StateT, step: int, evaluate: E
         losses = evaluate(request, len(rounds))
         if losses is None or not all(map(math.isfinite, losses.mean)):
             return StepResult(step, tuple(rounds), None, "a loss is not finite")
+        if losses.gradient_norm is not None and not math.isfinite(losses.gradient_norm):
+            return StepResult(step, tuple(rounds), None, "the gradient is not finite")
         rounds.append(losses)
         try:
             request = algorithm.update(state, step, rounds)

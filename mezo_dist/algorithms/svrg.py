@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
@@ -54,10 +55,16 @@ class MeZOSVRG:
 
     name: Literal["mezo-svrg"] = "mezo-svrg"
     """The algorithm."""
-    lr: float = 1e-6
-    """Learning rate of inner steps (the paper's eta2)."""
-    anchor_lr: float = 5e-5
-    """Learning rate of anchor steps (the paper's eta1)."""
+    lr: float | Literal["auto"] = 1e-6
+    """Learning rate of inner steps (the paper's eta2). ``auto``: both rates are found, step by step, from the curvature
+    of the loss along the steps' directions, which their forward passes tell. Needs losses that are cross-entropies;
+    schedules and `annealing` come on top."""
+    anchor_lr: float | Literal["auto"] = 5e-5
+    """Learning rate of anchor steps (the paper's eta1). ``auto`` together with ``lr``."""
+    eta: float | None = None
+    """For ``lr: auto``: the share of the best step, anchor_directions / curvature, that the q steps of a cycle take
+    together, for they all go along the anchor's estimate. Null: 0.8 / sqrt(train.steps), and at most 0.1. Unless
+    `schedule` has a warm-up, the first 8 steps of both kinds are one."""
     eps: float | Literal["auto"] = 1e-3
     """Size of the perturbation (the paper's mu). ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that
     is not lost in the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around
@@ -102,17 +109,19 @@ class MeZOSVRG:
 
     def __post_init__(self) -> None:
         check_types(self, "algorithm.")
-        check_positive(self, "lr", "anchor_lr", "eps", "clip")
+        check_positive(self, "lr", "anchor_lr", "eta", "eps", "clip")
         check_ranges(self, "algorithm.", q=(1, MANY), directions=(1, 10_000), anchor_directions=(1, 10_000))
         self.eps_schedule.check_never_zero("eps_schedule")
-        check_decay(self.weight_decay, self.lr, self.anchor_lr)
+        check_auto_rate(self, "lr", "anchor_lr")
+        if self.lr != "auto" and self.anchor_lr != "auto":
+            check_decay(self.weight_decay, self.lr, self.anchor_lr)
         if self.weight_decay and self.anchor == "replay":
             raise ValueError("algorithm.anchor: must be auto (or stored) with weight_decay: there is no way back to it")
 
 
 @dataclass(frozen=True)
 class SVRGState:
-    """The anchor as two combinations, and the state of the plateau rule, momentum and weight decay."""
+    """The anchor as two combinations, and the state of the plateau rule, momentum, weight decay and ``lr: auto``."""
 
     anchor_step: int = -1
     """Step of the last anchor; -1 before the first."""
@@ -123,6 +132,8 @@ class SVRGState:
     plateau: Plateau = Plateau()
     past: Past = Past()
     decay: Decay = Decay()
+    auto: AutoRate = AutoRate()
+    anchor_auto: AutoRate = AutoRate()
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,8 @@ class SVRGPlanner:
 
     config: MeZOSVRG
     problem: Problem
+    rate: float = 1.0
+    """Factor on both learning rates at this step, from outside of the settings: see `mezo_dist.algorithms.groups`."""
     State: ClassVar[type[SVRGState]] = SVRGState
 
     def init(self) -> SVRGState:
@@ -172,6 +185,7 @@ class SVRGPlanner:
             self._samples(is_anchor),
             config.one_sided,
             bases=(Variant(),) if is_anchor else (Variant(), anchor),
+            curvature=config.lr == "auto",
         )
 
     def plan(self, state: SVRGState, step: int) -> Evaluation:
@@ -184,23 +198,31 @@ class SVRGPlanner:
         plateau, rule = state.plateau, config.annealing
         metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
         metrics["zero_differences"] = zero_share([p for row in projected for p in row])
+        eta = share(config.eta, self.problem.num_steps)
+        auto, anchor_auto, along_anchor = state.auto, state.anchor_auto, config.anchor_directions / config.q
         if is_anchor:
-            lr, anchor_step = config.anchor_lr, step
+            base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, losses.curvature, eta, along_anchor)
+            metrics |= anchor_auto.metrics(base_lr)
+            anchor_step = step
             plateau = plateau.after(metrics["loss"], rule, rule.losses_per_window(self.problem.epoch, config.q))
             estimate = anchor_gradient = probe.gradient(clipped(projected[0], config.clip))
         else:
-            lr, anchor_step, anchor_gradient = config.lr, state.anchor_step, state.anchor_gradient
+            base_lr, auto = settle(config.lr, auto, losses.curvature, eta, along_anchor)
+            metrics |= auto.metrics(base_lr)
+            anchor_step, anchor_gradient = state.anchor_step, state.anchor_gradient
             differences = [p - p0 for p, p0 in zip(*projected, strict=True)]
             estimate = probe.gradient(clipped(differences, config.clip)) + anchor_gradient
             metrics["projected_difference"] = typical(differences)
         gradient, past = state.past.with_now(estimate, config.momentum)
-        lr *= config.schedule.factor(step, self.problem.num_steps) * state.plateau.factor
+        schedule = config.schedule.factor(step, self.problem.num_steps)
+        schedule *= (anchor_auto if is_anchor else auto).warm_up(config.schedule)
+        lr = base_lr * schedule * state.plateau.factor * self.rate
         combination = -lr * gradient
         is_stored = self._is_stored()
         before = ZERO if is_anchor else state.displacement
         displacement = ZERO if is_stored else before + combination
         scale, decay = state.decay.after(lr * config.weight_decay)
-        new = SVRGState(anchor_step, anchor_gradient, displacement, plateau, past, decay)
+        new = SVRGState(anchor_step, anchor_gradient, displacement, plateau, past, decay, auto, anchor_auto)
         exempt = not config.weight_decay_all
         copies = is_stored and is_anchor
         operations = update_operations(combination, scale=scale, exempt_vectors=exempt, copy_anchor=copies)

@@ -11,7 +11,7 @@ import itertools
 import sys
 import typing
 
-from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.algorithms import EVERY
 from mezo_dist.config.kinds import DEFAULT_KIND, KINDS
 from mezo_dist.config.settings import Chosen, Setting, all_settings, choices, choose, describe
 from mezo_dist.config.task import TaskSettings
@@ -68,7 +68,7 @@ def _explained(setting: Setting) -> tuple[str, str]:
     if setting.name == "task":
         return "FILE", "Task file with the settings below, such as those in configs/tasks."
     if setting.name == "algorithm.name":
-        listed = ",".join(sorted(ALGORITHMS))
+        listed = ",".join(sorted(EVERY))
         return f"{{{listed}}}", "The algorithm. Which other settings there are depends on it. (required)"
     listed = ",".join(choices(setting.kind))
     if setting.name == "task.kind" and setting.default != DEFAULT_KIND:

@@ -54,6 +54,9 @@ class RewardConfig:
     ``reward``."""
     http_token: str | None = None
     """Name of the environment variable that holds the token for ``Authorization: Bearer``; never the token itself."""
+    http_proxy: bool = False
+    """Ask through the proxy that the environment names (``http_proxy``, ``https_proxy``, ``no_proxy``). Otherwise the
+    address is asked directly, whatever these say: a proxy sees rows, texts and, over ``http://``, the token."""
     retries: int = 2
     """Times that an address is asked again after no answer, or one of status 429 or 5xx."""
     timeout_s: float = 10.0
@@ -72,6 +75,9 @@ class RewardConfig:
             _check_address(self.http)
         if self.http_token is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.http_token):
             raise ValueError("reward.http_token: names an environment variable; it does not hold the token")
+        if self.http is None and (self.http_proxy or self.http_token is not None):
+            name = "http_proxy" if self.http_proxy else "http_token"
+            raise ValueError(f"reward.{name}: is for an address (reward.http); leave it out")
 
     @property
     def sources(self) -> list[str]:

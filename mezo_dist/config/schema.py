@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator
 
-from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms import FirstOrder, Settings
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.ranges import MANY, check_ranges
 from mezo_dist.config.kinds import Task
 from mezo_dist.config.lines import check_lines
@@ -87,14 +88,36 @@ class ModelConfig:
     ``model.layers.[0-9].*``."""
     peft: PeftConfig = field(default_factory=PeftConfig)
     """LoRA or prefix tuning."""
+    quantise: Literal["int8", "int4"] | None = None
+    """Keep the linear layers of the base model, which is frozen, in 8 or in 4 bits, and train LoRA beside it in the
+    dtype of ``weights`` (``pip install 'mezo_dist[quantised]'``). ``int8``: whole numbers with a scale per output, by
+    torchao; ``int4``: NF4 with a scale per 64 weights, by bitsandbytes. Activations are not quantised, nor are
+    embeddings and the output head. Needs ``peft.method: lora`` and ``layout.name: replicated``. A checkpoint that was
+    saved quantised in one of these ways is loaded as it is: leave this null. The exported adapters were trained on the
+    quantised base; peft loads them on top of the whole one, too."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Off by default, as that code may do anything."""
 
     def __post_init__(self) -> None:
         if self.head == "classifier" and self.kind != "auto":
             raise ValueError(f"model.kind: {self.kind} is for model.head: label-words; leave it out")
+        if self.quantise is not None:
+            self._check_quantised()
         if self.peft.method == "prefix" and self.compute not in (None, self.weights):
             raise ValueError(f"model.compute: peft keeps prefixes in the dtype of model.weights ({self.weights})")
+
+    def _check_quantised(self) -> None:
+        if self.peft.method != "lora":
+            raise ValueError("model.quantise: quantised weights cannot be trained; set model.peft.method: lora")
+        if self.head == "classifier":
+            raise ValueError("model.quantise: is not for model.head: classifier, whose head is trained; leave it out")
+        if self.compute not in (None, self.weights):
+            raise ValueError(
+                f"model.compute: the layers of model.quantise compute in the dtype of model.weights ({self.weights}); "
+                "leave it out"
+            )
+        if self.name.startswith("random:"):
+            raise ValueError("model.quantise: random weights are not quantised; name a checkpoint, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -163,6 +186,9 @@ class TrainConfig:
     offsets that minimise the loss of (up to 1,024) training samples. Losses of minibatches are biased low by that, and
     must not be compared with validation losses. Users of the exported model must add the latter,
     too: they are in its ``calibration.json``, unless its head has a bias, which then holds them."""
+    gradient_checkpointing: bool = False
+    """For ``algorithm.name: sgd`` and ``adamw``: keep only the inputs of the model's blocks for the backward pass, and
+    compute the rest again there. It takes less memory and one forward pass more per step."""
     max_skipped: int = 10
     """Steps in a row that may be skipped, because a loss is not finite, before the run gives up."""
 
@@ -199,7 +225,8 @@ class OutputConfig:
     never wait, so that steps are lost if the machine dies (if only the process dies, none are)."""
     snapshot_every: int = 0
     """Steps between snapshots of the weights. 0: no snapshots. A run can be resumed without any, from the base model
-    and the trajectory; a snapshot makes that faster."""
+    and the trajectory; a snapshot makes that faster. Runs of ``algorithm.name: sgd`` and ``adamw`` go on from their
+    last snapshot, begin again without one, and save one at their end in any case."""
     snapshots_kept: int = 2
     """Number of snapshots to keep, the newest ones."""
     export: bool = True
@@ -259,7 +286,7 @@ class RunConfig:
     """Which model."""
     task: Annotated[Task, Discriminator("kind")]
     """What to learn: a task file, or its contents."""
-    algorithm: Annotated[Settings, Discriminator("name")]
+    algorithm: Annotated[Settings | FirstOrder, Discriminator("name")]
     """Settings of the algorithm ``algorithm.name``."""
     law: Literal["gaussian", "rademacher", "lowrank"] = "gaussian"
     """Law of the directions. Those of ``lowrank`` are products of thin gaussian factors for matrices, which allows
@@ -289,12 +316,60 @@ class RunConfig:
             raise ValueError(
                 "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false"
             )
+        if self.model.quantise is not None and self.layout.name != "replicated":
+            raise ValueError(
+                f"layout.name: {self.layout.name} cannot cut quantised weights (model.quantise); set it to replicated"
+            )
+        if isinstance(self.algorithm, MeZO):
+            self.algorithm.check_members(self.train.batch_size)
         self.task.check_head(self.model.head)
         if self.train.calibrate:
             self.task.check_calibration()
+        self._check_first_order()
         if self.train.objective == "metric":
             self._check_metric_objective()
         check_reward(self.task, self.train.objective, self.reward)
+        if self.algorithm.lr == "auto":
+            self._check_auto_rate()
+
+    def _check_auto_rate(self) -> None:
+        if self.train.objective != "loss":
+            raise ValueError(
+                "algorithm.lr: auto reads curvature off cross-entropies, and train.objective: "
+                f"{self.train.objective} is none; give a number"
+            )
+        if self.task.kind == "regression":
+            raise ValueError(
+                "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a "
+                "squared error; give a number"
+            )
+
+    def _check_first_order(self) -> None:
+        name = self.algorithm.name
+        if not isinstance(self.algorithm, FirstOrder):
+            if self.train.gradient_checkpointing:
+                raise ValueError(
+                    f"train.gradient_checkpointing: is for algorithm.name: sgd and adamw; {name} keeps nothing for a "
+                    "backward pass"
+                )
+            return
+        if self.train.objective != "loss":
+            raise ValueError(
+                f"train.objective: {self.train.objective} has no gradient, which algorithm.name: {name} needs; choose "
+                "loss, or an algorithm that needs forward passes only, such as mezo"
+            )
+        if self.law != "gaussian" or self.direction_rank != 1:
+            raise ValueError(f"law: is about random directions, of which algorithm.name: {name} has none; leave it out")
+        if self.layout.name == "zero":
+            raise ValueError(
+                f"layout.name: zero owns weights here and nothing else, so algorithm.name: {name} cannot train there; "
+                "use layout.name: fsdp, which shards weights, gradients and the optimiser's state as ZeRO-3 does"
+            )
+        if self.layout.gather not in (None, self.model.compute or self.model.weights):
+            raise ValueError(
+                f"layout.gather: must be left out for algorithm.name: {name}, whose weights are not perturbed and are "
+                "gathered in the dtype of the passes (model.compute)"
+            )
 
     def _check_metric_objective(self) -> None:
         if self.train.calibrate:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.algorithms import EVERY
 from mezo_dist.config.kinds import DEFAULT_KIND, KINDS
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.errors import UserError
@@ -33,7 +33,7 @@ class Choice:
 
 
 CHOICES = {
-    "algorithm": Choice("name", {name: settings for name, (settings, _) in ALGORITHMS.items()}),
+    "algorithm": Choice("name", {name: settings for name, (settings, _) in EVERY.items()}),
     "task": Choice("kind", KINDS, DEFAULT_KIND),
 }
 

@@ -98,6 +98,16 @@ class TaskSettings:
         return []
 
     @property
+    def templates(self) -> tuple[str, ...]:
+        """Its jinja2 templates over the fields of a row."""
+        return ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of fields that are read besides those in its templates."""
+        return ()
+
+    @property
     def num_outputs(self) -> int:
         """Outputs of a fresh classification head."""
         return max(1, len(self.words))

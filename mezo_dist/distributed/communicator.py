@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar, final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Communicator:
         world_size: number of processes.
         watchdog: says which ranks keep the others waiting; None: nobody watches.
         ranks_here: ranks on this host; 0 if the launcher does not say.
+        group: process group with a backend for tensors on the CPU; the default one if None.
 
     Attributes:
         rank, world_size: as the launcher gave them; 0 and 1 without a launcher.
@@ -63,7 +64,12 @@ class Communicator:
     """
 
     def __init__(
-        self, rank: int = 0, world_size: int = 1, watchdog: Watchdog | None = None, ranks_here: int = 0
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        watchdog: Watchdog | None = None,
+        ranks_here: int = 0,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -74,6 +80,7 @@ class Communicator:
         self.wants_stop = False
         self.stopping = False
         self._watchdog = watchdog or Watchdog.off()
+        self._where: dict[str, Any] = {} if group is None else {"group": group}
 
     def round(self, values: Tensor, mark: int) -> Tensor:
         """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
@@ -127,6 +134,26 @@ class Communicator:
         """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
         self.round(torch.zeros(0, dtype=torch.int64), fingerprint(what))
 
+    def sum_floats(self, value: float, mark: int) -> float:
+        """Sum of every rank's ``value``, added in the order of ranks: the same bits on all of them.
+
+        Args:
+            value: this rank's.
+            mark: see `round`.
+        """
+        bits = torch.zeros(self.world_size, dtype=torch.int64)
+        bits[self.rank] = torch.tensor(value, dtype=torch.float64).view(torch.int64)
+        return sum(self.round(bits, mark).view(torch.float64).tolist())
+
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over the ranks in place: the same bits on all of them, but not on another number of them."""
+        if self.world_size == 1:
+            return
+        with self.guarded("sum of gradients"):
+            for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                handle.wait()
+        self.payload_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def broadcast_text(self, text: str) -> str:
         """Rank 0's ``text`` on every rank."""
         return self.broadcast_bytes(text.encode()).decode()
@@ -137,11 +164,11 @@ class Communicator:
             return data
         size = torch.tensor([len(data)])
         with self.guarded():
-            dist.broadcast(size, 0)
+            dist.broadcast(size, 0, **self._where)
             payload = torch.empty(int(size), dtype=torch.uint8)
             if self.rank == 0:
                 payload.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
-            dist.broadcast(payload, 0)
+            dist.broadcast(payload, 0, **self._where)
         self.payload_bytes += 8 + len(payload)
         return payload.numpy().tobytes()
 
@@ -202,10 +229,22 @@ class Communicator:
         if self.world_size == 1:
             yield
             return
+        with self.explained(what), self._watchdog.waiting(f"{self.place}, {what}" if what else self.place):
+            yield
+
+    @contextlib.contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Around work that issues collectives of its own (a backward pass): as `guarded`, but nobody is said to wait.
+
+        Args:
+            what: see `guarded`.
+
+        Raises:
+            LostRankError: see `guarded`.
+        """
         place = f"{self.place}, {what}" if what else self.place
         try:
-            with self._watchdog.waiting(place):
-                yield
+            yield
         except RuntimeError as error:
             if not _tells_of_a_lost_rank(error):
                 raise
@@ -219,13 +258,13 @@ class Communicator:
     def _all_reduce(self, words: Tensor) -> None:
         if self.world_size > 1:
             with self.guarded():
-                dist.all_reduce(words)
+                dist.all_reduce(words, **self._where)
             self.payload_bytes += words.numel() * words.element_size()
 
     def _gather(self, words: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(words) for _ in range(self.world_size)]
         with self.guarded():
-            dist.all_gather(gathered, words)
+            dist.all_gather(gathered, words, **self._where)
         self.payload_bytes += words.numel() * words.element_size()
         return gathered
 

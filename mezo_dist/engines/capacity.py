@@ -9,11 +9,7 @@ import torch
 from torch import nn
 
 from mezo_dist.engines.units import Unit
-
-PART = 0.25
-"""Share of the free memory that waiting passes may fill."""
-LIVE_LAYERS = 4
-"""Inputs and outputs of its widest layer that a waiting pass may hold: the residual stream, a block's branches."""
+from mezo_dist.engines.waiting import numbers_held, tokens_that_fit
 
 
 def tokens_at_once(units: Sequence[Unit], dtype: torch.dtype, processes: int) -> int:
@@ -24,10 +20,12 @@ def tokens_at_once(units: Sequence[Unit], dtype: torch.dtype, processes: int) ->
         dtype: dtype of the activations.
         processes: number of processes on this machine, which share its memory.
     """
-    layers = [w.shape for unit in units if not unit.stays for hooked in unit.hooked_modules for w in hooked.weights
-              if hooked.kind is not nn.Embedding and len(unit.hooked_modules) > 1 and len(w.shape) == 2]  # fmt: skip
-    widest = max((sum(shape) for shape in layers), default=1)
-    return max(1, int(PART * free_bytes() / processes / (LIVE_LAYERS * widest * dtype.itemsize)))
+    layers = [tuple(w.shape[-2:]) for unit in units if not unit.stays for hooked in unit.hooked_modules
+              for w in hooked.weights
+              if hooked.kind is not nn.Embedding and len(unit.hooked_modules) > 1 and len(w.shape) >= 2]  # fmt: skip
+    width = max((min(shape) for shape in layers), default=1)
+    widest = max((max(shape) for shape in layers), default=1)
+    return tokens_that_fit(free_bytes(), processes, numbers_held(width, widest), dtype.itemsize)
 
 
 def free_bytes() -> int:

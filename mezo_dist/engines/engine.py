@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,20 @@ from mezo_dist.engines.lockstep.materialise import Materialiser
 from mezo_dist.engines.lockstep.passes import ForwardPass
 from mezo_dist.engines.lockstep.unshard import UnshardSchedule
 
+OPTIMIZER_PREFIX = "optimizer:"
+"""Prefix of the names under which an optimiser's state is saved; no parameter's name has a colon."""
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+
+class AttachedOptimizer(Protocol):
+    """An optimiser that steps along gradients which were computed beside the weights."""
+
+    def step(self, lr: float, scale: float) -> None:
+        """Multiply the gradients by ``scale``, take one step with learning rate ``lr``, and forget the gradients."""
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's pieces of its state, under names that no weight has."""
 
 
 @final
@@ -49,6 +61,7 @@ class Engine:
 
     Attributes:
         trainable: names of the weights that variants shift and that updates change.
+        optimizer: an optimiser of torch, for the first-order baselines (`mezo_dist.baselines`); else None.
         one_by_one: run passes one after another, not in lock step; for models that keep state between calls. Only where
             weights are whole.
     """
@@ -71,6 +84,7 @@ class Engine:
         self.compute_dtype = compute_dtype
         self.stochastic_rounding = stochastic_rounding
         self.one_by_one = False
+        self.optimizer: AttachedOptimizer | None = None
         hooked_modules = [hooked for unit in self.layout.units for hooked in unit.hooked_modules]
         self._unit_of = {hooked: unit for unit in self.layout.units for hooked in unit.hooked_modules}
         self.trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -231,12 +245,18 @@ class Engine:
         self.advance([(combination, rounding_seed)])
 
     @torch.no_grad()
-    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
-        """`add` for one update after another: the same bits, in one pass over the weights."""
+    def advance(self, updates: Sequence[tuple[Combination, int]], only: tuple[str, ...] | None = None) -> None:
+        """`add` for one update after another: the same bits, in one pass over the weights.
+
+        Args:
+            updates: combinations, and seeds of stochastic rounding.
+            only: names of the trainable weights that are changed; all if None.
+        """
+        names = self.trainable if only is None else set(only).intersection(self.trainable)
         if not updates:
             return
         for shard in self.shards():
-            if shard.name not in self.trainable:
+            if shard.name not in names:
                 continue
             stochastic = self._is_rounded_stochastically(shard)
             self.law.advance(
@@ -248,7 +268,9 @@ class Engine:
             )
 
     @torch.no_grad()
-    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
+    def scale(
+        self, factor: float, rounding_seed: int, *, exempt_vectors: bool, only: tuple[str, ...] | None = None
+    ) -> None:
         """weights <- factor (an fp32 value) * weights, in place; rounded as by `add`.
 
         With ``exempt_vectors`` only the weights that `decays` names are multiplied.
@@ -257,9 +279,11 @@ class Engine:
             factor: an fp32 value.
             rounding_seed: seed of stochastic rounding, where it is on.
             exempt_vectors: leave weights with fewer than two dimensions alone.
+            only: names of the trainable weights that are changed; all if None.
         """
+        names = self.trainable if only is None else set(only).intersection(self.trainable)
         for shard in self.shards():
-            if shard.name in self.trainable and (not exempt_vectors or decays(shard.name, len(shard.shape))):
+            if shard.name in names and (not exempt_vectors or decays(shard.name, len(shard.shape))):
                 seed = rounding_seed if self._is_rounded_stochastically(shard) else None
                 self.law.scale(shard.tensor, factor, param_id=shard.param_id, offset=shard.offset, rounding_seed=seed)
 
@@ -270,6 +294,16 @@ class Engine:
     def copy_anchor(self) -> None:
         """Keep a copy of the trainable weights as they are now, for variants with ``base: anchor``."""
         self._anchor.copy()
+
+    def optimizer_step(self, lr: float, scale: float) -> None:
+        """Let the attached optimiser take a step (`mezo_dist.algorithms.operations.OptimizerStep`).
+
+        Raises:
+            RuntimeError: none is attached.
+        """
+        if self.optimizer is None:
+            raise RuntimeError("no optimiser is attached to the weights, which only forward passes see")
+        self.optimizer.step(lr, scale)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that depend on the bits of all weights, frozen ones too, and not on their layout."""
@@ -293,6 +327,10 @@ class Engine:
     def anchor_shards(self) -> Iterator[Shard]:
         """What this rank owns of the kept copy (nothing if there is none), under names of its own."""
         return self._anchor.shards()
+
+    def optimizer_shards(self) -> Iterator[Shard]:
+        """What this rank owns of the attached optimiser's state (nothing if there is none), under names of its own."""
+        return iter(()) if self.optimizer is None else self.optimizer.shards()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical name and full tensor of every parameter, one after another (for export)."""
@@ -329,6 +367,7 @@ class Engine:
         try:
             return self._fanout.run(passes)
         finally:
+            self._materialise.end()
             self._unshard.close()
 
     def _need(self, hooked: HookedModule, *, keep_current: bool) -> None:

@@ -22,6 +22,7 @@ from mezo_dist.json_types import JsonObject
 from mezo_dist.models import adapters, fresh_weights
 from mezo_dist.models.checkpoint_files import checkpoint_files
 from mezo_dist.models.identity import config_digest, tokenizer_digest
+from mezo_dist.models.quantised import check_checkpoint, quantisation, settle
 from mezo_dist.models.random_weights import open_random
 from mezo_dist.models.sliced_checkpoint import NotSliceableError, WeightSource, materialise, open_checkpoint
 from mezo_dist.models.window import num_tokens_of, window_of
@@ -84,6 +85,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     try:
         hf_config = _config(source, options)
         tokenizer = _tokenizer(source, options)
+        check_checkpoint(config, hf_config, whole=whole)
         digests = config_digest(hf_config), tokenizer_digest(tokenizer)
         hf_config.return_dict = True  # outputs are asked for by name
         kind = _kind(config, hf_config)
@@ -92,6 +94,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
         if kind == "classifier":
             hf_config.num_labels = num_labels
         model, report, weights = _build(config, source, kind, hf_config, seed, whole=whole)
+        settle(config, model)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
@@ -125,15 +128,24 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
 
 def _quieten() -> None:
     """Other packages say nothing that mezo_dist says itself, or that nobody can act upon."""
-    logging.getLogger("DeepSpeed").addFilter(_is_no_news)  # before transformers imports it, whatever the layout
+    # Before transformers imports them, which it does where they are installed, whatever the layout and the model.
+    for name in ("DeepSpeed", "torchao", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(_is_no_news)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said by `load_model`
 
 
+_NO_NEWS = (
+    "Setting accelerator to CPU",  # DeepSpeed
+    "Failed to load ",  # kernels of torchao and bitsandbytes for other devices
+    "<enum '",  # torchao's enumerations are registered in a way of the past
+)
+
+
 def _is_no_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Setting accelerator to CPU")
+    return not record.getMessage().startswith(_NO_NEWS)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -244,6 +256,8 @@ def _build(
                 log.warning("%s is loaded whole on every rank before it is cut: %s", config.name, reason)
         checkpoint_files(source, hf_config, config.revision)  # only to check them: transformers looks for itself
         options |= {"config": hf_config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        if (how := quantisation(config)) is not None:
+            options["quantization_config"] = how
         options["use_safetensors"] = True  # a checkpoint may come from anybody, and a .bin file is a pickle
         return *auto_class.from_pretrained(source, **options), None
 

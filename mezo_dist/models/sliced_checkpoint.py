@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.engines.layouts.base import Shard
+from mezo_dist.engines.payload import parameter_parts
 from mezo_dist.json_types import JsonObject
 from mezo_dist.models.checkpoint_files import checkpoint_files
 from mezo_dist.storage import safetensors_io
@@ -51,7 +52,8 @@ class WholeModel:
     """See `WeightSource`: the weights of a model that was loaded whole."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = dict(model.named_parameters())
+        named = model.named_parameters()
+        self._weights = {name: part for whole, tensor in named for name, part in parameter_parts(whole, tensor)}
 
     def read(self, name: str, out: Tensor, offset: int = 0) -> None:
         """See `WeightSource.read`."""

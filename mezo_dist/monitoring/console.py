@@ -33,8 +33,11 @@ HEADLINE = {
     train_loss_tag(calibrated=False): "loss {:.4f}",
     train_loss_tag(calibrated=True): "calib.loss {:.4f}",
     "projected_gradient": "proj.grad {:+.1e}",
+    "rate/lr": "lr {:.1e}",
+    "gradient_norm": "gradient {:.1e}",
 }
-"""The scalars of a step that the console shows, and how: a line fits 80 columns. Files get all scalars."""
+"""The scalars of a step that the console shows, and how: a line fits 80 columns, so a rate that is found
+(``algorithm.lr: auto``) stands in place of the projected gradient. Files get all scalars."""
 
 
 @final
@@ -122,7 +125,8 @@ class Monitor:
         """
         pace = self._pace.add(samples)
         shown = [f"step {step}/{self._num_steps}"]
-        shown += [form.format(scalars[tag]) for tag, form in HEADLINE.items() if tag in scalars]
+        left_out = "projected_gradient" if "rate/lr" in scalars else None
+        shown += [form.format(scalars[tag]) for tag, form in HEADLINE.items() if tag in scalars and tag != left_out]
         if pace is not None:
             rate, step_s = pace
             shown += [f"{rate:.1f} samples/s", f"ETA {format_duration((self._num_steps - step) * step_s)}"]

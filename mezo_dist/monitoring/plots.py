@@ -25,7 +25,10 @@ LONGEST_WORDS = 48
 """Characters of a title, a unit or a series' name that are shown."""
 SYSTEM = (
     ("lr", "Learning rate", "learning rate"),
+    ("rate/lr", "Learning rate that was found, before schedules", "learning rate"),
+    ("rate/curvature", "Curvature along directions", "loss per squared unit of eps"),
     ("projected_gradient", "Projected gradient", "loss per unit of eps"),
+    ("gradient_norm", "Norm of the gradient", "loss per unit of the weights"),
     ("objective/zero_differences", "Differences that are exactly zero", "share of a step"),
     ("throughput/samples_per_s", "Throughput", "forward passes of a sample per second"),
     ("memory/peak_rss_GiB", "Peak memory of rank 0", "GiB"),

@@ -118,7 +118,21 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         fp64 [...].
     """
-    return _total(logits, labels, best_offsets(logits, labels)) / len(labels)
+    return loss_at(logits, labels, best_offsets(logits, labels))
+
+
+def loss_at(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
+    """What L is the least of: the loss at given offsets.
+
+    Args:
+        logits: fp64 [..., n, classes], finite.
+        labels: int64 [n].
+        offsets: fp64 [..., classes].
+
+    Returns:
+        fp64 [...].
+    """
+    return _total(logits, labels, offsets) / len(labels)
 
 
 def _total(logits: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:

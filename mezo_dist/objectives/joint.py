@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mezo_dist.algorithms.base import Pair
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.fixed_point import ONE, to_fixed
-from mezo_dist.objectives.calibration import calibrated_loss
+from mezo_dist.objectives.calibration import best_offsets, calibrated_loss, loss_at
+from mezo_dist.objectives.curvature import gauss_newton
 from mezo_dist.objectives.rewards.batch import minus_rewards
 from mezo_dist.objectives.rewards.judge import Judge
 from mezo_dist.tasks.batches import MicroBatch, by_slot
@@ -38,6 +40,9 @@ class Joint:
     """It takes few values, so that differences may be exactly zero."""
     is_reward: bool = False
     """It is minus a reward."""
+    with_curvature: Callable[[Tensor, Sequence[MicroBatch], Sequence[Pair]], Tensor] | None = None
+    """The losses and, after them, the mean curvature along the directions of these pairs of variants: fp64
+    [variants + 1]. None: a loss that tells no curvature."""
     needs_loss: bool = False
     """The payload has one column more, the last one: the loss of each sample, a mean over its targets."""
 
@@ -60,7 +65,7 @@ def joint_objective(config: RunConfig, kind: TaskKind, judge: Judge | None = Non
             losses, each_sample=True, is_discrete=True, is_reward=True, needs_loss="loss" in config.reward.sources
         )
     if config.train.calibrate:
-        return Joint(calibrated, each_sample=False, is_discrete=False)
+        return CALIBRATED
     if config.train.objective == "metric":
         if config.task.metric_is_mean:
             return Joint(functools.partial(_minus_merits, kind), each_sample=True, is_discrete=True)
@@ -76,6 +81,17 @@ def exact_logits(payload: Tensor) -> Tensor:
 def calibrated(payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
     """`calibrated_loss` of every variant: fp64 [variants]."""
     return calibrated_loss(exact_logits(payload), by_slot(batch, "label"))
+
+
+def calibrated_with_curvature(payload: Tensor, batch: Sequence[MicroBatch], pairs: Sequence[Pair]) -> Tensor:
+    """`calibrated`, and after it the mean Gauss-Newton curvature along ``pairs``: fp64 [variants + 1]."""
+    logits, labels = exact_logits(payload), by_slot(batch, "label")
+    offsets = best_offsets(logits, labels)
+    return torch.cat([loss_at(logits, labels, offsets), gauss_newton(logits, pairs, offsets).view(1)])
+
+
+CALIBRATED = Joint(calibrated, each_sample=False, is_discrete=False, with_curvature=calibrated_with_curvature)
+"""Calibrated losses (``train.calibrate``)."""
 
 
 def _minus_merits(kind: TaskKind, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import nn
 
-from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.algorithms import ALGORITHMS, FirstOrder
 from mezo_dist.directions.add import DTYPES
 from mezo_dist.errors import UserError
 
@@ -30,7 +30,8 @@ def check_arguments(
         UserError: one of them cannot be used, or needs another one; the message names it.
     """
     if not isinstance(algorithm, tuple(settings for settings, _ in ALGORITHMS.values())):
-        raise UserError(f"algorithm: give settings such as MeZO(lr=1e-6), not a {type(algorithm).__name__}")
+        mend = "use torch.optim for a gradient; " if isinstance(algorithm, FirstOrder) else ""
+        raise UserError(f"algorithm: {mend}give settings such as MeZO(lr=1e-6), not a {type(algorithm).__name__}")
     if law not in ("gaussian", "rademacher", "lowrank"):
         raise UserError(f"law: {law!r} is not one of gaussian, rademacher, lowrank")
     if getattr(algorithm, "per_sample", False) and (law != "lowrank" or batch_size is None):

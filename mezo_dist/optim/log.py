@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
 from torch import nn
 
@@ -13,6 +14,7 @@ import mezo_dist
 from mezo_dist import algorithms
 from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.base import Algorithm, Problem, StateT, state_from_json
+from mezo_dist.algorithms.groups import Group, GroupedPlanner
 from mezo_dist.algorithms.step import Progress, StepResult
 from mezo_dist.config.schema import differences, digest_of
 from mezo_dist.directions.law import Law
@@ -28,24 +30,23 @@ from mezo_dist.storage.trajectory import Header, Log, Mark, parse, read_bytes
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 
 
-def describe(algorithm: Settings, law: Law, problem: Problem) -> JsonObject:
+def describe(algorithm: Settings, law: Law, problem: Problem, groups: Sequence[Group] = ()) -> JsonObject:
     """The settings of an `Optimizer` in JSON types: what a trajectory's header needs to make its steps again.
 
     Args:
         algorithm: settings of the algorithm.
         law: of the directions.
         problem: what the algorithm knows about the run.
+        groups: groups of weights whose learning rates come with each step, if there are any.
     """
-    return json.loads(
-        json.dumps(
-            {
-                "algorithm": dataclasses.asdict(algorithm),
-                "law": law.name,
-                "direction_rank": law.rank,
-                "problem": dataclasses.asdict(problem),
-            }
-        )
-    )
+    facts = {
+        "algorithm": dataclasses.asdict(algorithm),
+        "law": law.name,
+        "direction_rank": law.rank,
+        "problem": dataclasses.asdict(problem),
+    }
+    grouped = {"groups": [dataclasses.asdict(group) for group in groups]} if groups else {}
+    return json.loads(json.dumps(facts | grouped))
 
 
 def planner_of(settings: JsonObject, source: str) -> Algorithm[object]:
@@ -54,7 +55,11 @@ def planner_of(settings: JsonObject, source: str) -> Algorithm[object]:
         name = settings["algorithm"]["name"]
         kind = algorithms.ALGORITHMS[name][0]
         config: Settings = state_from_json(kind, settings["algorithm"])
-        return algorithms.build(name, config, Problem(**settings["problem"]))
+        problem = Problem(**settings["problem"])
+        if "groups" not in settings:
+            return algorithms.build(name, config, problem)
+        groups = tuple(Group(tuple(group["names"]), group["weight_decay"]) for group in settings["groups"])
+        return cast("Algorithm[object]", GroupedPlanner(config, problem, groups))  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: not the trajectory of a mezo_dist.Optimizer of this version ({error!r})") from error
 
@@ -84,7 +89,7 @@ class TrajectoryLog:
             UserError: on all processes: the file exists and is not to be resumed, is damaged, or is of other settings
                 or another base model; or it cannot be written.
         """
-        header = _header(settings, engine, weights)
+        header = header_of(settings, engine, weights)
         writers: list[TrajectoryWriter] = []
 
         def begin() -> str:
@@ -98,7 +103,7 @@ class TrajectoryLog:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 writers.append(TrajectoryWriter.begin(path, header))
                 return ""
-            _check_same(header, log.header, path)
+            check_same(header, log.header, path)
             writers.append(TrajectoryWriter.go_on(path, log))
             return data.decode()
 
@@ -174,7 +179,7 @@ def replay(
     planner = planner_of(settings, str(path))
     law = Law(settings["law"], settings["direction_rank"])
     engine = Engine(model, law, layout, stochastic_rounding="stochastic" in log.header.weights)
-    _check_same(_header(settings, engine, engine.fingerprint()), log.header, path)
+    check_same(header_of(settings, engine, engine.fingerprint()), log.header, path)
     replay_steps(engine, log.header.seed, planner, log, wanted)
     return wanted
 
@@ -195,7 +200,7 @@ def _read(path: Path, comm: Communicator) -> Log:
     return log
 
 
-def _header(settings: JsonObject, engine: Engine, weights: str) -> Header:
+def header_of(settings: JsonObject, engine: Engine, weights: str) -> Header:
     """The header of a new trajectory.
 
     Args:
@@ -223,7 +228,7 @@ def _header(settings: JsonObject, engine: Engine, weights: str) -> Header:
     )
 
 
-def _check_same(here: Header, there: Header, path: Path) -> None:
+def check_same(here: Header, there: Header, path: Path) -> None:
     """Raises UserError, which names what differs, if a trajectory is not of these settings and base weights.
 
     Args:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mezo_dist.errors import UserError
 
 BatchT = TypeVar("BatchT")
-Loss = Union[Tensor, float, "tuple[Tensor | float, int]"]
-"""A mean loss; one loss per sample [n]; or (mean loss, number of things that it is the mean of)."""
+Loss = Union[Tensor, float, "tuple[Tensor | float, int | Tensor]"]
+"""A mean loss; one loss per sample [n]; or a pair of either and the number (numbers, [n]) of things it is a mean of."""
 LossFunction = Callable[[nn.Module, BatchT], Loss]
 
 
@@ -32,12 +32,16 @@ def loss_and_weight(loss: object) -> tuple[Tensor, Tensor]:
     tensor = tensor.detach().to("cpu", torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     if count is None:
         return tensor.reshape(-1), torch.ones(tensor.numel(), dtype=torch.int64)
+    if isinstance(count, Tensor) and count.shape == tensor.shape != () and not count.is_floating_point():
+        counts = count.detach().to("cpu", torch.int64)
+        if bool((counts >= 1).all()):
+            return tensor.double() * counts, counts
     if isinstance(count, Tensor) and count.numel() == 1 and not count.is_floating_point():
         count = int(count)
     if tensor.dim() or not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise UserError(
             f"the loss function returned {_described(loss)}; of a pair the first must be a scalar, and the second the "
-            "whole number of samples or tokens that it is the mean of"
+            "whole number of samples or tokens that it is the mean of (or both vectors, with an entry per sample)"
         )
     return (tensor.double() * count).reshape(1), torch.tensor([count])
 

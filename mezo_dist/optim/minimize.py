@@ -105,6 +105,10 @@ def minimize(
     params = _copies(start)
     if getattr(algorithm, "per_sample", False):
         raise UserError("algorithm.per_sample: a function has no samples that could be told apart; leave it out")
+    if getattr(algorithm, "lr", None) == "auto":
+        raise UserError(
+            "algorithm.lr: auto reads curvature off the losses of samples, and a function has none; give a number"
+        )
     weights = _Weights(params, Law(law, direction_rank), param_ids(params))
     check_something_decays(algorithm, [(name, tensor.dim()) for name, tensor in params.items()])
     planner = algorithms.build(algorithm.name, algorithm, weights.problem(algorithm, seed, steps))
@@ -192,22 +196,27 @@ class _Weights:
     def copy_anchor(self) -> None:
         self.anchor.update({name: tensor.clone() for name, tensor in self.params.items()})
 
-    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
+    def scale(
+        self, factor: float, rounding_seed: int, *, exempt_vectors: bool, only: tuple[str, ...] | None = None
+    ) -> None:
         """See `EditableWeights.scale`.
 
         Args:
             factor: an fp32 value.
             rounding_seed: seed of stochastic rounding.
             exempt_vectors: leave tensors with fewer than two dimensions alone.
+            only: names of the tensors that are changed; all if None.
         """
         for name, tensor in self.params.items():
-            if exempt_vectors and not decays(name, tensor.dim()):
+            if (only is not None and name not in only) or (exempt_vectors and not decays(name, tensor.dim())):
                 continue
             seed = rounding_seed if tensor.dtype == torch.bfloat16 else None
             self.law.scale(tensor, factor, param_id=self.ids[name], rounding_seed=seed)
 
-    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
+    def advance(self, updates: Sequence[tuple[Combination, int]], only: tuple[str, ...] | None = None) -> None:
         for name, tensor in self.params.items():
+            if only is not None and name not in only:
+                continue
             stochastic = tensor.dtype == torch.bfloat16
             rounded = [(combination, seed if stochastic else None) for combination, seed in updates]
             self.law.advance(tensor, rounded, param_id=self.ids[name], shape=tensor.shape)

@@ -60,8 +60,8 @@ class Optimizer(Generic[BatchT]):
             anchor step.
         num_steps: steps of the whole training; needed where a schedule falls to its end.
         batch_size: samples of a batch over all processes; needed for ``per_sample`` directions only.
-        num_samples: number of samples of a micro-batch, for ``per_sample``; by default the first dimension of the first
-            tensor in it.
+        num_samples: number of samples of a micro-batch, for ``per_sample`` and ``lr="auto"``; by default the first
+            dimension of the first tensor in it.
         law: of the directions; ``lowrank`` for ``per_sample``.
         direction_rank: rank of ``lowrank`` directions.
         seed: of the directions. Runs with the same seed, data and weights have the same bits.
@@ -175,7 +175,9 @@ class Optimizer(Generic[BatchT]):
         Args:
             loss: called with the model and a micro-batch, several times. It returns the mean loss (a scalar tensor or a
                 float), one loss per sample (a vector), or a pair (mean loss, number of samples or target tokens that it
-                is the mean of). Scalars of several micro-batches count equally unless they come in such pairs.
+                is the mean of; or both for each sample). Scalars of several micro-batches count equally unless they
+                come in such pairs. ``lr="auto"`` needs cross-entropies of single samples, with their numbers of tokens
+                if they are means over several.
             batch: what ``loss`` gets; one forward pass for every variant.
             micro_batches: in place of ``batch``, several of them (gradient accumulation): the step is that of all of
                 them together. Where weights are cut over the processes, each must have at least one.

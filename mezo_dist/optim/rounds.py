@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, final
 
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class MicroBatch(Generic[BatchT]):
 
     content: BatchT
     slots: tuple[int, ...] = ()
-    """Places of its samples in the batch of all processes, if every sample has a direction."""
+    """Places of its samples in the batch of all processes, if samples are told apart."""
 
 
 @final
@@ -85,8 +85,8 @@ class Rounds(Generic[BatchT]):
             losses, weights = loss_and_weight(loss(model, item.content))
             if num_samples and len(losses) != len(item.slots):
                 raise UserError(
-                    f"per_sample: the loss function returned {len(losses)} losses for {len(item.slots)} samples; it "
-                    "must return one for each"
+                    f"{'per_sample' if request.each_sample else 'lr: auto'}: the loss function returned {len(losses)} "
+                    f"losses for {len(item.slots)} samples; it must return one for each"
                 )
             return losses, weights
 
@@ -101,20 +101,21 @@ class Rounds(Generic[BatchT]):
         for item, row in zip(items, rows, strict=True):
             for variant, (losses, weights) in enumerate(row):
                 table.add(variant, item.slots, losses, weights)
-        return table.total(self._comm, mark)
+        result = table.total(self._comm, mark, request.pairs)
+        return result if result is None or request.each_sample else replace(result, each=())
 
     def _items(self, request: Evaluation, batch: Sequence[BatchT]) -> tuple[list[MicroBatch[BatchT]], int, int]:
         """Micro-batches with the places of their samples, if those count; samples of all processes, or 0 if they do
         not; and the largest number of micro-batches that a process has."""
-        if not request.each_sample and not self._engine.layout.is_sharded:
+        if not request.tells_samples_apart and not self._engine.layout.is_sharded:
             return [MicroBatch(content) for content in batch], 0, len(batch)
         place, total, most = self.count(batch)
         if not batch and self._engine.layout.is_sharded:
             raise UserError("micro_batches: where weights are cut over the processes, each needs at least one")
-        if not request.each_sample:
+        if not request.tells_samples_apart:
             return [MicroBatch(content) for content in batch], 0, most
         expected = max(len(variant.per_sample) for variant in request.variants)
-        if total != expected:
+        if request.each_sample and total != expected:
             raise UserError(f"batch_size: directions for {expected} samples, but the {request.batch} has {total}")
         items: list[MicroBatch[BatchT]] = []
         for content in batch:

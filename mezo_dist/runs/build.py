@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist import algorithms
+from mezo_dist.algorithms import FirstOrder
 from mezo_dist.algorithms.base import Algorithm, Batch, Problem, Variant
 from mezo_dist.algorithms.decay import check_something_decays
+from mezo_dist.baselines.optimizer import WeightOptimizer
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
@@ -25,12 +28,14 @@ from mezo_dist.engines.probe_messages import failures_explained
 from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.adapters import prefix_failures_explained
+from mezo_dist.models.ends import check_ends
 from mezo_dist.models.frozen_cache import Group, RunModel, attach_frozen_cache, run_whole
 from mezo_dist.models.load import Pretrained
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration, best_offsets
 from mezo_dist.objectives.joint import exact_logits, joint_objective
 from mezo_dist.objectives.rewards.judge import Judge
 from mezo_dist.runs.evaluation import Evaluator, Writer
+from mezo_dist.runs.gradients import Gradients
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.storage.trajectory import Header
@@ -67,6 +72,8 @@ class Run:
     """Split -> digest of its encoded samples."""
     class_tokens: list[int]
     """See `TaskKind.class_tokens`."""
+    gradients: Gradients | None = None
+    """For a first-order baseline that trains: computes gradients."""
     step: int = 0
     """Steps that the weights have seen, for a run that was loaded (`mezo_dist.load_run`)."""
 
@@ -141,6 +148,8 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     check_something_decays(config.algorithm, ((s.name, len(s.shape)) for s in loaded.engine.trainable_shards()))
     kind = kind_of(config.task, text_model_of(config, loaded.pretrained), rows.train[0])
     splits = {name: kind.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
+    if loaded.pretrained.kind == "classifier":
+        check_ends(loaded.pretrained.model, loaded.pretrained.pad_id, splits)
     order, full_order = _orders(config, num_train := len(splits["train"]))
     data = {name: _digest(samples) for name, samples in splits.items()}
     check_agreement(loaded, comm, **{f"data of the {name} split": digest for name, digest in data.items()})
@@ -161,11 +170,38 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         joint_objective(config, kind, judge),
         _writer(loaded, kind, bench, forward, comm),
     )
-    eps = settle_eps(loaded.engine, comm, config.algorithm, config.seed) if recorded is None else recorded.eps
+    eps = recorded.eps if recorded is not None else _settled_eps(loaded, comm)
     problem = problem_of(config, full_order.batch_size, num_train, eps)
     algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
     tokens = kind.class_tokens(rows.train[0])
     return Run(config, comm, loaded, kind, splits, order, full_order, evaluator, problem, algorithm, data, tokens)
+
+
+def with_gradients(run: Run) -> Run:
+    """The run of a first-order baseline, with an optimiser on its weights and what computes gradients; any other run as
+    it is."""
+    config = run.config
+    if not isinstance(config.algorithm, FirstOrder):
+        return run
+    if config.model.weights != "float32":
+        log.warning(
+            "model.weights: %s: torch's optimisers round to nearest, so that steps below half of a weight's last bit "
+            "are lost; float32 with model.compute: bfloat16 loses none",
+            config.model.weights,
+        )
+    optimizer = WeightOptimizer(run.engine, config.algorithm)
+    run.engine.optimizer = optimizer
+    train = config.train
+    gradients = Gradients(run.evaluator, optimizer, train.calibrate, train.gradient_checkpointing)
+    return dataclasses.replace(run, gradients=gradients)
+
+
+def _settled_eps(loaded: LoadedModel, comm: Communicator) -> float | None:
+    """See `settle_eps`; None where nothing is perturbed."""
+    settings = loaded.config.algorithm
+    if isinstance(settings, FirstOrder):
+        return None
+    return settle_eps(loaded.engine, comm, settings, loaded.config.seed)
 
 
 def _orders(config: RunConfig, num_train: int) -> tuple[BatchOrder, BatchOrder]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mezo_dist.algorithms.base import Evaluation, Losses, Variant
+from mezo_dist.algorithms.base import Evaluation, Losses, Pair, Variant
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.fixed_point import ONE, mean, to_fixed
 from mezo_dist.engines.decoding import Way, evaluate_decoding
@@ -65,12 +66,13 @@ class Evaluator:
         """
         if self.joint is not None:
             return self._joint_losses(self.joint, request, batch, mark)
-        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
-        table = LossTable(len(request.variants), num_samples if request.each_sample else 0, self.comm.world_size)
+        num_samples = sum(len(micro_batch.slots) for micro_batch in batch) if request.tells_samples_apart else 0
+        table = LossTable(len(request.variants), num_samples, self.comm.world_size)
         for micro_batch, scores in self._evaluate(request.variants, batch):
             for variant, score in scores:
                 table.add(variant, micro_batch.slots, score.loss, score.weight)
-        return table.total(self.comm, fingerprint(*mark, _describe(request)))
+        losses = table.total(self.comm, fingerprint(*mark, _describe(request)), request.pairs)
+        return losses if losses is None or request.each_sample else replace(losses, each=())
 
     def compute(
         self,
@@ -96,9 +98,9 @@ class Evaluator:
         Returns:
             fp64, multiples of 2^-32; None if a payload or a result, anywhere, is not finite or too large.
         """
-        return self._from_main(self._payload(variants, batch, mark, advance), function, shape, mark)
+        return self.on_main(self._payload(variants, batch, mark, advance), function, shape, mark)
 
-    def _from_main(
+    def on_main(
         self, payload: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int], mark: tuple[object, ...]
     ) -> Tensor | None:
         """What rank 0 makes of a payload that all ranks have. Arguments and result are those of `compute`."""
@@ -145,7 +147,10 @@ class Evaluator:
             value = float("nan") if losses is None else losses.mean[0]
             if joint.is_reward:
                 figures["reward"] = -value
-        return {"loss": value, **figures, **summarise(value, payload[0, :, : _size(batch)[1]], batch)}
+        texts = payload[0, :, : _size(batch)[1]]
+        # Comparing thousands of texts takes minutes: rank 0 does it for all.
+        said = json.dumps(dict(summarise(value, texts, batch))) if self.comm.rank == 0 else ""
+        return {"loss": value, **figures, **json.loads(self.comm.broadcast_text(said))}
 
     def _mean_loss(
         self,
@@ -164,7 +169,7 @@ class Evaluator:
             failed += int((~finite).sum())
             slots = torch.tensor(micro_batch.slots)
             table[slots, :2] = torch.stack([loss, score.weight.cpu()], dim=1)
-            table[slots, 2 : 2 + score.payload.shape[1]] = _bits(score.payload)
+            table[slots, 2 : 2 + score.payload.shape[1]] = payload_bits(score.payload)
             advance(len(micro_batch.slots) * self.comm.world_size)
         message = torch.cat([torch.tensor([failed]), table.flatten()])
         total = self.comm.round(message, fingerprint("score", num_samples, columns))
@@ -176,7 +181,7 @@ class Evaluator:
                 log.warning(
                     "%d of %d losses are not finite, or far too large: their mean is NaN", total[0], num_samples
                 )
-        return value, _from_bits(table[:, 2:])
+        return value, payload_of(table[:, 2:])
 
     def _joint_losses(
         self, joint: Joint, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]
@@ -191,8 +196,36 @@ class Evaluator:
         """
         assert joint.each_sample or not request.each_sample  # settings that ask for both are refused
         mark = (*mark, _describe(request))
-        losses = self._joint(joint, self._payload(request.variants, batch, mark, lambda _: None), batch, mark)
+        payload = self._payload(request.variants, batch, mark, lambda _: None)
+        if request.pairs:
+            return self._joint_with_curvature(joint, payload, request.pairs, batch, mark)
+        losses = self._joint(joint, payload, batch, mark)
         return losses if losses is None or request.each_sample else Losses(losses.mean)
+
+    def _joint_with_curvature(
+        self,
+        joint: Joint,
+        payload: Tensor,
+        pairs: Sequence[Pair],
+        batch: Sequence[MicroBatch],
+        mark: tuple[object, ...],
+    ) -> Losses | None:
+        """`_joint`, and the mean curvature along the directions of ``pairs``; one round for both.
+
+        Args:
+            joint: the function.
+            payload: fp32 [variants, n, columns], by slot.
+            pairs: of variants.
+            batch: all micro-batches of the batch.
+            mark: see `losses`.
+        """
+        function = joint.with_curvature
+        assert function is not None  # settings that ask for more are refused
+        values = self.on_main(payload, lambda rows: function(rows, batch, pairs), (len(payload) + 1,), mark)
+        if values is None:
+            return None
+        *losses, curvature = values.tolist()
+        return Losses(tuple(losses), curvature=curvature)
 
     def _joint(
         self, joint: Joint, payload: Tensor, batch: Sequence[MicroBatch], mark: tuple[object, ...]
@@ -209,7 +242,7 @@ class Evaluator:
             None if a loss is not finite, or no sample has one.
         """
         if not joint.each_sample:
-            values = self._from_main(payload, lambda rows: joint.losses(rows, batch), (len(payload),), mark)
+            values = self.on_main(payload, lambda rows: joint.losses(rows, batch), (len(payload),), mark)
             return None if values is None else Losses(tuple(values.tolist()))
 
         def with_counts(rows: Tensor) -> Tensor:
@@ -217,7 +250,7 @@ class Evaluator:
             counts = ~values.isnan().any(dim=0)
             return torch.cat([torch.where(counts, values, 0.0), counts.double().unsqueeze(0)])
 
-        table = self._from_main(payload, with_counts, (len(payload) + 1, payload.shape[1]), mark)
+        table = self.on_main(payload, with_counts, (len(payload) + 1, payload.shape[1]), mark)
         if table is None or not table[-1].any():
             return None
         *each, counts = map(tuple, table.tolist())
@@ -244,13 +277,13 @@ class Evaluator:
         table = torch.zeros(len(variants), num_samples, columns + needs_loss, dtype=torch.int64)
         for micro_batch, scores in self._evaluate(variants, batch, writes=self.writer is not None):
             for variant, score in scores:
-                table[variant, list(micro_batch.slots), : score.payload.shape[1]] = _bits(score.payload)
+                table[variant, list(micro_batch.slots), : score.payload.shape[1]] = payload_bits(score.payload)
             advance(len(micro_batch.slots) * self.comm.world_size)
         if needs_loss:
             for micro_batch, scores in self._evaluate(variants, batch):
                 for variant, score in scores:
-                    table[variant, list(micro_batch.slots), columns] = _bits(score.loss / score.weight)
-        return _from_bits(self.comm.round(table, fingerprint("payload", *mark)))
+                    table[variant, list(micro_batch.slots), columns] = payload_bits(score.loss / score.weight)
+        return payload_of(self.comm.round(table, fingerprint("payload", *mark)))
 
     def _evaluate(
         self, variants: Sequence[Variant], batch: Sequence[MicroBatch], *, writes: bool = False
@@ -290,15 +323,16 @@ def _size(batch: Sequence[MicroBatch]) -> tuple[int, int]:
     return sum(len(item.slots) for item in batch), max(item.columns for item in batch)
 
 
-def _bits(payload: Tensor) -> Tensor:
+def payload_bits(payload: Tensor) -> Tensor:
     """fp32 numbers as int64 ones, of which at most one rank's are not zero, so that sums keep every bit."""
     return payload.float().cpu().contiguous().view(torch.int32).long()
 
 
-def _from_bits(words: Tensor) -> Tensor:
+def payload_of(words: Tensor) -> Tensor:
     return words.to(torch.int32).view(torch.float32)
 
 
 def _describe(request: Evaluation) -> object:
     variants = [[v.base, v.shift.to_json(), [shift.to_json() for shift in v.per_sample]] for v in request.variants]
-    return [variants, request.batch, request.each_sample]
+    pairs = [[pair.ahead, pair.behind, pair.distance] for pair in request.pairs]
+    return [variants, request.batch, request.each_sample, *([pairs] if pairs else [])]

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mezo_dist import algorithms
+from mezo_dist.algorithms import FirstOrder
 from mezo_dist.config.reader import from_dict
 from mezo_dist.config.schema import LayoutConfig, RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError, printable
+from mezo_dist.objectives.rewards.judge import Judge
 from mezo_dist.runs.build import Run, build_run, problem_of
 from mezo_dist.runs.model import LoadedModel, check_agreement, load_base
-from mezo_dist.runs.replay import check_header, replay_from_newest
+from mezo_dist.runs.replay import check_header, load_saved, replay_from_newest
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.replay import replay_steps
 from mezo_dist.storage.run_folder import SNAPSHOTS, read_log
@@ -33,6 +35,8 @@ class OpenedRun:
     config: RunConfig
     num_steps: int
     """How many of its steps are wanted."""
+    asked: int | None = None
+    """The same, if somebody asked for a number; None: as many as there are."""
 
 
 def open_run(folder: Path, num_steps: int | None, comm: Communicator, *, trust_remote_code: bool = False) -> OpenedRun:
@@ -65,7 +69,7 @@ def open_run(folder: Path, num_steps: int | None, comm: Communicator, *, trust_r
         )
     if comm.world_size == 1:
         config = dataclasses.replace(config, layout=LayoutConfig())  # the same bits, and no processes to shard over
-    return OpenedRun(folder, log, config, wanted)
+    return OpenedRun(folder, log, config, wanted, num_steps)
 
 
 def _check_size(config: RunConfig, log: Log) -> None:
@@ -79,16 +83,25 @@ def _check_size(config: RunConfig, log: Log) -> None:
         )
 
 
-def load_run(opened: OpenedRun, comm: Communicator) -> Run:
+def load_run(opened: OpenedRun, comm: Communicator, judge: Judge | None = None) -> Run:
     """The opened run, built, with the weights that it had after the wanted steps. Collective.
+
+    Args:
+        opened: the run.
+        comm: the ranks.
+        judge: what judges written texts; None: nothing, whatever the run's config names.
 
     Raises:
         UserError: data, model or weights are not those of the run.
     """
-    run = build_run(opened.config, comm, opened.log.header)
+    run = build_run(opened.config, comm, opened.log.header, judge)
     check_header(run.header(), opened.log.header)
-    replay_from_newest(run.loaded, run.algorithm, opened.log, opened.num_steps, opened.folder / SNAPSHOTS, comm)
-    return dataclasses.replace(run, step=opened.num_steps)
+    snapshots, num_steps = opened.folder / SNAPSHOTS, opened.num_steps
+    if isinstance(opened.config.algorithm, FirstOrder):
+        num_steps = load_saved(run.loaded, opened.log, opened.asked, snapshots, comm)
+    else:
+        replay_from_newest(run.loaded, run.algorithm, opened.log, num_steps, snapshots, comm)
+    return dataclasses.replace(run, step=num_steps)
 
 
 def audit(opened: OpenedRun, comm: Communicator) -> tuple[LoadedModel, str]:
@@ -100,6 +113,12 @@ def audit(opened: OpenedRun, comm: Communicator) -> tuple[LoadedModel, str]:
     Raises:
         UserError: something is missing, damaged or not as it was.
     """
+    if isinstance(opened.config.algorithm, FirstOrder):
+        raise UserError(
+            f"{opened.folder}: a run of algorithm.name: {opened.config.algorithm.name} cannot be rebuilt from its "
+            "losses, as its gradients were not logged; its weights are in its snapshots: `evaluate` and `export` "
+            "take the last one"
+        )
     loaded = load_base(opened.config, comm)
     check_agreement(loaded, comm)
     header = opened.log.header

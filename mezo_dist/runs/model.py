@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mezo_dist
+from mezo_dist.algorithms import FirstOrder
 from mezo_dist.algorithms.base import Problem
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.law import Law
@@ -51,13 +52,20 @@ class LoadedModel:
             tokenizer=self.pretrained.tokenizer_digest,
             data=data,
             law_version=self.engine.law.version,
-            weights=f"{model.weights}, {'stochastic rounding' if model.weights == 'bfloat16' else 'to nearest'}",
+            weights=_kind_of_weights(config),
             seed=config.seed,
             full_size=problem.full_size,
             version=mezo_dist.__version__,
             num_train=problem.num_train,
             eps=problem.eps,
         )
+
+
+def _kind_of_weights(config: RunConfig) -> str:
+    """See `Header.weights`."""
+    if isinstance(config.algorithm, FirstOrder):
+        return f"{config.model.weights}, by {config.algorithm.name} of torch, from snapshots alone"
+    return f"{config.model.weights}, {'stochastic rounding' if config.model.weights == 'bfloat16' else 'to nearest'}"
 
 
 def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:

@@ -76,7 +76,8 @@ class RunRecorder:
         return fingerprint
 
     def snapshot(self, step: int) -> None:
-        """Save the weights after ``step`` steps. A failure is no reason to stop: the trajectory has all. Collective."""
+        """Save the weights after ``step`` steps. A failure is no reason to stop: the trajectory has all, and a run with
+        gradients has older snapshots. Collective."""
         self.mark(step)
         run, claim = self._run, self._claim
         try:
@@ -85,14 +86,16 @@ class RunRecorder:
             snapshot_writer.save_snapshot(claim.snapshots, run.engine, step, run.comm, facts=facts, keep=keep)
         except UserError as error:
             self._note("snapshot failed", step, reason=str(error))
-            log.warning("%s; the run goes on, as the trajectory still holds it", error)
+            safe = "as the trajectory still holds it" if run.gradients is None else "but cannot come back to here"
+            log.warning("%s; the run goes on, %s", error, safe)
         else:
             self._saved = step
 
     def stopped(self, step: int) -> None:
-        """Note that the run was asked to stop, and save the weights if the run keeps snapshots. Collective."""
+        """Note that the run was asked to stop, and save the weights if the run keeps snapshots, or has them nowhere
+        else. Collective."""
         self._note("stopped", step)
-        if self._run.config.output.snapshot_every and self._saved < step:
+        if (self._run.config.output.snapshot_every or self._run.gradients is not None) and self._saved < step:
             self.snapshot(step)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from mezo_dist.json_types import JsonObject
 from mezo_dist.runs.model import LoadedModel, reload_base
 from mezo_dist.storage import snapshots
 from mezo_dist.storage.replay import replay_steps
+from mezo_dist.storage.run_folder import Claim, cut_log
 from mezo_dist.storage.trajectory import Header, Log, Mark
 
 log = logging.getLogger(__name__)
@@ -92,13 +93,73 @@ def replay_from_newest(
     return progress, start
 
 
+def go_back_to_snapshot(
+    loaded: LoadedModel, algorithm: Algorithm[StateT], claim: Claim, recorded: Log, comm: Communicator
+) -> tuple[Claim, Progress[StateT]]:
+    """Bring a run of a first-order baseline to its newest sound snapshot, or to its base, and cut its trajectory there:
+    the steps after it are in no weights, and are taken again. Collective.
+
+    Args:
+        loaded: the base model.
+        algorithm: the run's planner.
+        claim: the run folder.
+        recorded: its trajectory.
+        comm: the ranks.
+
+    Returns:
+        The run folder with the shorter trajectory, and where the run is.
+    """
+    done = len(recorded.steps)
+    start = _load_newest(loaded, recorded, done, claim.snapshots, comm, anchor=False)
+    if start < done:
+        log.warning(
+            "%s: %s, so that the %d step(s) after it are taken again (output.snapshot_every)",
+            claim.folder,
+            f"the newest snapshot is that after step {start}" if start else "there is no snapshot, only the base model",
+            done - start,
+        )
+        claim = cut_log(claim, start, comm)
+        assert claim.log is not None
+        recorded = claim.log
+    return claim, replay_steps(loaded.engine, recorded.header.seed, algorithm, recorded, start, start=start)
+
+
+def load_saved(loaded: LoadedModel, recorded: Log, num_steps: int | None, folder: Path, comm: Communicator) -> int:
+    """Give the base model the weights that a run of a first-order baseline saved. Collective.
+
+    Args:
+        loaded: the base model.
+        recorded: the trajectory.
+        num_steps: after so many steps; None: the newest that were saved.
+        folder: of the snapshots.
+        comm: the ranks.
+
+    Returns:
+        The number of steps that they have seen.
+
+    Raises:
+        UserError: no such weights were saved.
+    """
+    start = _load_newest(loaded, recorded, len(recorded.steps) if num_steps is None else num_steps, folder, comm)
+    if start != num_steps and (num_steps is not None or (recorded.steps and not start)):
+        names = comm.broadcast_text(", ".join(path.name for path in snapshots.snapshots(folder)))
+        what = "the last step" if num_steps is None else f"step {num_steps}"
+        raise UserError(
+            f"{folder.parent}: weights of a first-order run are in its snapshots alone, and there is none of {what} "
+            f"that can be used (there: {names or 'none'}); --step 0 is the base model"
+        )
+    if start < len(recorded.steps):
+        log.warning("%s: the weights are those after step %d of %d", folder.parent, start, len(recorded.steps))
+    return start
+
+
 def snapshot_facts(header: Header) -> dict[str, str]:
     """What a snapshot must share with the run that wants to go on from it."""
     return {"identity": header.identity, "base_fingerprint": header.base_fingerprint}
 
 
 def _load_newest(
-    loaded: LoadedModel, recorded: Log, num_steps: int, folder: Path, comm: Communicator, *, anchor: bool
+    loaded: LoadedModel, recorded: Log, num_steps: int, folder: Path, comm: Communicator, *, anchor: bool = False
 ) -> int:
     """Load the newest snapshot that is sound and not after ``num_steps``. Returns its step, 0 if there is none.
 

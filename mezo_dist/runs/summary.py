@@ -7,10 +7,12 @@ import math
 import shlex
 from pathlib import Path
 
+from mezo_dist.algorithms import FirstOrder
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.json_types import JsonObject
 from mezo_dist.runs.build import Run
 from mezo_dist.storage import trajectory
+from mezo_dist.storage.run_folder import SNAPSHOTS
 
 
 def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
@@ -18,17 +20,26 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
     config, loaded = run.config, run.pretrained
     trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
     sizes = ", ".join(f"{len(samples)} {name}" for name, samples in run.splits.items())
-    algorithm = ", ".join(f"{k} {v}" for k, v in vars(config.algorithm).items() if v and isinstance(v, (int, float)))
+    algorithm = ", ".join(
+        f"{k} {v}" for k, v in vars(config.algorithm).items() if v == "auto" or (v and isinstance(v, (int, float)))
+    )
     return [
         ("model", f"{config.model.name} ({trainable / 1e6:.1f}M trainable weights, {config.model.weights})"),
         ("task", f"{config.task.name} ({config.task.kind}): {sizes} samples"),
         ("algorithm", f"{config.algorithm.name}: {algorithm}"),
-        ("directions", f"{config.law}, run seed {config.seed}"),
+        ("directions", _directions(config)),
         ("losses", _losses(config)),
         ("layout", f"{config.layout.name}, {run.comm.world_size} process(es)"),
         ("steps", f"{config.train.steps} of {config.train.batch_size} samples"),
         ("run folder", str(folder)),
     ]
+
+
+def _directions(config: RunConfig) -> str:
+    if not isinstance(config.algorithm, FirstOrder):
+        return f"{config.law}, run seed {config.seed}"
+    again = ", with blocks computed again" if config.train.gradient_checkpointing else ""
+    return f"exact gradients, by back-propagation{again}; run seed {config.seed}"
 
 
 def _losses(config: RunConfig) -> str:
@@ -52,15 +63,19 @@ def summary(run: Run, folder: Path, results: JsonObject) -> list[str]:
     """
     metric, log = run.config.task.metric, folder / trajectory.FILE
     before, after = (_figures(results.get(key), (metric, "loss")) for key in ("before", "after"))
+    is_first_order = isinstance(run.config.algorithm, FirstOrder)
+    how = "by back-propagation" if is_first_order else "with forward passes only"
     lines = [""]
     if before and after:
         lines.append(
             f"On {len(run.splits['test'])} held-out test samples {metric} went from {before[0]:.3f} to "
-            f"{after[0]:.3f} and the loss from {before[1]:.3f} to {after[1]:.3f}, with forward passes "
-            f"only, in {results['steps']} steps ({results['training_s']:.0f} s)."
+            f"{after[0]:.3f} and the loss from {before[1]:.3f} to {after[1]:.3f}, {how}, in {results['steps']} steps "
+            f"({results['training_s']:.0f} s)."
         )
     lines += [
-        f"The whole fine-tuning is in {log} ({log.stat().st_size / 1024:.0f} KiB): base model + this file = the "
+        f"The weights are in the last snapshot in {folder / SNAPSHOTS}; {log} has the losses."
+        if is_first_order
+        else f"The whole fine-tuning is in {log} ({log.stat().st_size / 1024:.0f} KiB): base model + this file = the "
         "fine-tuned model.",
         "What to try next:",
         f"  tensorboard --logdir {shlex.quote(str(folder))}",

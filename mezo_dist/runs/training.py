@@ -7,8 +7,6 @@ import errno
 import json
 import logging
 import resource
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,10 +24,11 @@ from mezo_dist.monitoring.console import Monitor
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.objectives.rewards.judge import judging
-from mezo_dist.runs.build import Run, build_run
+from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.export import export_model
 from mezo_dist.runs.recorder import RunRecorder
-from mezo_dist.runs.replay import check_config, check_header, replay_from_newest
+from mezo_dist.runs.replay import check_config, check_header, go_back_to_snapshot, replay_from_newest
+from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
 from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import DISK_FAULTS
@@ -53,11 +52,17 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
         OutOfStepError: ranks disagree.
         Stopped: SIGTERM came; the run can go on later.
     """
-    with judging(config, comm) as judge, claim_folder(config, comm) as claim, _stop_on_sigterm(comm):
+    comm.place = LOADING
+    with stop_on_sigterm(config, comm), judging(config, comm) as judge, claim_folder(config, comm) as claim:
         if claim.log is not None:
             check_config(config, claim.log.header)
-        run = build_run(config, comm, claim.log.header if claim.log is not None else None, judge)
-        progress = Progress(run.algorithm.init()) if claim.log is None else _resume(run, claim, claim.log)
+        run = with_gradients(build_run(config, comm, claim.log.header if claim.log is not None else None, judge))
+        progress = Progress(run.algorithm.init())
+        if claim.log is not None:
+            claim, progress = _resume(run, claim, claim.log)
+        comm.synchronize("loaded")
+        if comm.stopping:
+            raise stopped_loading(config)
         is_main = comm.rank == 0
         with (
             _disk_errors_explained(claim.folder),
@@ -93,32 +98,46 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
         if is_main:
             save_config(config, claim.folder)
             write_results(claim.folder, {"before": before})
+    if run.comm.stopping:
+        raise stopped_loading(config)
+    run.comm.place = f"step {progress.step + 1}"
     recorder = RunRecorder.open(run, claim)
     started = time.perf_counter()
     try:
         _loop(run, progress, recorder, monitor)
-        recorder.mark(progress.step)
+        if run.gradients is None:
+            recorder.mark(progress.step)
+        else:  # its weights are nowhere else
+            recorder.snapshot(progress.step)
     finally:
         recorder.close()
     _finish(run, claim.folder, progress, before, time.perf_counter() - started, monitor)
 
 
-def _resume(run: Run, claim: Claim, recorded: Log) -> Progress[object]:
-    """Bring the base model to where the run was.
+def _resume(run: Run, claim: Claim, recorded: Log) -> tuple[Claim, Progress[object]]:
+    """Bring the base model to where the run was; that of a first-order baseline, to where its last snapshot is.
 
     Args:
         run: data, model and planner.
         claim: the run folder.
         recorded: its trajectory.
+
+    Returns:
+        The run folder, of which the trajectory may have been cut, and where the run is.
     """
     check_header(run.header(), recorded.header)
-    progress, start = replay_from_newest(
-        run.loaded, run.algorithm, recorded, len(recorded.steps), claim.snapshots, run.comm, anchor=True
-    )
+    if run.gradients is None:
+        progress, start = replay_from_newest(
+            run.loaded, run.algorithm, recorded, len(recorded.steps), claim.snapshots, run.comm, anchor=True
+        )
+    else:
+        claim, progress = go_back_to_snapshot(run.loaded, run.algorithm, claim, recorded, run.comm)
+        start = progress.step
+        run.gradients.optimizer.start_at(progress.step - progress.skipped)
     if run.comm.rank == 0:
         ranks = run.comm.world_size
         note(claim.folder, "resumed", progress.step, snapshot=start, torn_bytes=recorded.torn, ranks=ranks)
-    return progress
+    return claim, progress
 
 
 @contextlib.contextmanager
@@ -135,24 +154,6 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
             f"output.dir: {folder} cannot be written to ({error.strerror}); no step in {trajectory.FILE} is lost: "
             f"{remedy}, then go on with --output.if_exists=resume"
         ) from error
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm(comm: Communicator) -> Iterator[None]:
-    """SIGTERM makes all ranks stop after the step they are in; a second one ends the process as ever."""
-
-    def handle(*_: object) -> None:
-        comm.wants_stop = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: Monitor) -> None:
@@ -190,12 +191,15 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
             "time/evaluate_s": evaluated - began,
             "time/update_s": time.perf_counter() - evaluated,
             "communicator/payload_bytes_per_step": float(comm.payload_bytes - sent),
-            "gathers/number_per_step": float(engine.gathers - gathers),
-            "gathers/bytes_per_step": float(engine.gathered_bytes - gathered),
             "memory/peak_rss_GiB": peak_rss_gib(),
             "trajectory/bytes": float(recorder.bytes),
             "skipped_steps": float(progress.skipped),
         }
+        if run.gradients is None:  # FSDP2's own gathers, for a gradient, are not counted
+            scalars |= {
+                "gathers/number_per_step": float(engine.gathers - gathers),
+                "gathers/bytes_per_step": float(engine.gathered_bytes - gathered),
+            }
         monitor.step(progress.step, scalars, samples=num_forwards)
         every = run.config.output.snapshot_every
         if every and progress.step % every == 0 and progress.step < config.steps:
@@ -228,15 +232,21 @@ def evaluate_step(run: Run, state: object, step: int) -> tuple[StepResult[object
         step: number of the step (0-based).
 
     Returns:
-        The outcome of the step, and the number of samples that went through the model, counted once for every variant.
+        The outcome of the step, and the number of samples that went through the model, counted once for every variant
+        (and as often as `Gradients.cost` says where they were back-propagated through).
     """
     num_forwards = 0
 
     def evaluate(request: Evaluation, round_number: int) -> Losses | None:
         nonlocal num_forwards
-        batch = run.batch(request.batch, step)
-        num_forwards += len(request.variants) * sum(len(micro_batch.slots) for micro_batch in batch)
-        return run.evaluator.losses(request, batch, (run.config.digest(), step, round_number))
+        batch, mark = run.batch(request.batch, step), (run.config.digest(), step, round_number)
+        num_samples = sum(len(micro_batch.slots) for micro_batch in batch)
+        if request.gradient:
+            assert run.gradients is not None
+            num_forwards += run.gradients.cost * num_samples
+            return run.gradients.losses(batch, mark)
+        num_forwards += len(request.variants) * num_samples
+        return run.evaluator.losses(request, batch, mark)
 
     return run_step(run.algorithm, state, step, evaluate), num_forwards
 
@@ -326,8 +336,9 @@ def _finish(
         note(folder, "finished", progress.step)
     if run.config.output.export:
         export_model(run.engine, run.pretrained.tokenizer, folder / "model", run.comm, calibration=calibration)
+    what = "its updates were noise" if run.gradients is None else "it has no gradient"
     for name in run.engine.never_used():
-        log.warning("no forward pass ever used %s; its updates were noise (freeze it)", name)
+        log.warning("no forward pass ever used %s; %s (freeze it)", name, what)
     if is_main:  # other ranks may not see the folder
         for line in summary(run, folder, results):
             monitor.say(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mezo_dist.algorithms.base import Algorithm, Evaluation, StateT, Update
+from mezo_dist.algorithms.groups import at_rates
 from mezo_dist.algorithms.operations import CopyAnchor, Operation, apply_updates
 from mezo_dist.algorithms.step import Progress, StepResult
 from mezo_dist.engines.engine import Engine
@@ -15,11 +16,16 @@ TERMS_AT_ONCE = 4096
 """About how many terms are added in one pass over the weights; more would only take memory."""
 
 
-def logged_step(result: StepResult[StateT]) -> Step:
-    """The line of the trajectory that a step becomes."""
+def logged_step(result: StepResult[StateT], rates: tuple[float, ...] = ()) -> Step:
+    """The line of the trajectory that a step becomes.
+
+    Args:
+        result: of the step.
+        rates: learning rate of each group of weights, if they do not follow from the settings.
+    """
     if result.update is None:
         return Step(result.step, (), skipped=result.skipped)
-    return Step(result.step, result.rounds, digest(result.update.operations))
+    return Step(result.step, result.rounds, digest(result.update.operations), lr=rates)
 
 
 def replay_updates(
@@ -41,7 +47,7 @@ def replay_updates(
             yield None
             continue
         try:
-            update = algorithm.update(progress.state, step.step, step.rounds)
+            update = at_rates(algorithm, step.lr).update(progress.state, step.step, step.rounds)
             fits = not isinstance(update, Evaluation) and digest(update.operations) == step.update
         except (ValueError, ArithmeticError, LookupError, TypeError, AssertionError) as error:
             raise UserError(f"step {step.step} has losses that no step of this run can have ({error})") from error

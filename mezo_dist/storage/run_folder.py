@@ -8,6 +8,7 @@ metrics.jsonl, tensorboard/   curves                                     results
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import fcntl
@@ -96,8 +97,31 @@ def claim_folder(config: RunConfig, comm: Communicator) -> Iterator[Claim]:
             os.close(lock)  # a process that dies lets go of it too
 
 
-def read_log(folder: Path, comm: Communicator) -> trajectory.Log:
-    """The trajectory in ``folder``, read by rank 0, on all ranks. Collective. Raises as `trajectory.read` does."""
+def cut_log(claim: Claim, num_steps: int, comm: Communicator) -> Claim:
+    """Cut the claimed trajectory after ``num_steps`` steps, for a run that has to take the later ones again.
+    Collective.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    kept = read_log(claim.folder, comm, num_steps)
+
+    def cut() -> None:
+        if comm.rank == 0:
+            os.truncate(claim.trajectory, kept.size)
+
+    comm.collect(cut)
+    return Claim(claim.folder, dataclasses.replace(kept, torn=0))
+
+
+def read_log(folder: Path, comm: Communicator, num_steps: int | None = None) -> trajectory.Log:
+    """The trajectory in ``folder``, read by rank 0, on all ranks. Collective. Raises as `trajectory.read` does.
+
+    Args:
+        folder: the run folder.
+        comm: the ranks.
+        num_steps: see `trajectory.parse`.
+    """
     path, problem, data = folder / trajectory.FILE, "", b""
     if comm.rank == 0:
         try:
@@ -108,7 +132,7 @@ def read_log(folder: Path, comm: Communicator) -> trajectory.Log:
     problem = comm.broadcast_text(problem)
     if problem:
         raise UserError(problem)
-    log = trajectory.parse(comm.broadcast_bytes(data), path)
+    log = trajectory.parse(comm.broadcast_bytes(data), path, num_steps)
     assert log is not None
     return log
 

@@ -30,7 +30,8 @@ def save_snapshot(
 ) -> Path:
     """Write ``folder/step-NNNNNNNN``; it appears under that name only when all of it is on disk.
 
-    The copy that the engine keeps (`Engine.copy_anchor`) is saved, too, if there is one; buffers are not, as they are
+    The copy that the engine keeps (`Engine.copy_anchor`) is saved, too, and so is the state of an optimiser
+    (`Engine.optimizer`), if there is one; buffers are not, as they are
     no weights. Every piece is written once: ranks that own the same pieces (replicas) share the work. Collective: all
     ranks must call it.
 
@@ -79,6 +80,7 @@ def _shards(engine: Engine) -> Iterator[Shard]:
     """All that is saved."""
     yield from engine.shards()
     yield from engine.anchor_shards()
+    yield from engine.optimizer_shards()
 
 
 def _piece(shard: Shard) -> JsonObject:

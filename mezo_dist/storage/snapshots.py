@@ -23,7 +23,7 @@ import torch
 
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.anchor import ANCHOR_PREFIX
-from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.engine import OPTIMIZER_PREFIX, Engine
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 from mezo_dist.json_types import JsonObject
@@ -121,6 +121,8 @@ def read_index(folder: Path) -> Snapshot:
 def load_snapshot(folder: Path, engine: Engine, comm: Communicator, *, anchor: bool = False) -> Snapshot:
     """Overwrite the weights with those of a snapshot, whatever engine and world size it was written by.
 
+    The state of an optimiser that is attached to the engine is overwritten, too.
+
     Files are checked against their SHA-256 before any weight is touched; ranks share that work. Collective.
 
     Args:
@@ -140,15 +142,18 @@ def load_snapshot(folder: Path, engine: Engine, comm: Communicator, *, anchor: b
             if number % comm.world_size == comm.rank and safetensors_io.sha256(folder / name) != digest:
                 raise UserError(f"{folder / name}: damaged (its SHA-256 is not the one in {INDEX})")
         _check_pieces(snapshot)
-        _check_fits(snapshot, engine.shards(), is_anchor=False)
+        _check_fits(snapshot, engine.shards(), "")
+        if engine.optimizer is not None:
+            _check_fits(snapshot, engine.optimizer_shards(), OPTIMIZER_PREFIX)
         checked.append(snapshot)
 
     def fill() -> None:
         (snapshot,) = checked
         _fill(engine.shards(), snapshot)
+        _fill(engine.optimizer_shards(), snapshot)
         if anchor and any(name.startswith(ANCHOR_PREFIX) for name in snapshot.weights):
             engine.copy_anchor()  # makes room
-            _check_fits(snapshot, engine.anchor_shards(), is_anchor=True)
+            _check_fits(snapshot, engine.anchor_shards(), ANCHOR_PREFIX)
             _fill(engine.anchor_shards(), snapshot)
 
     comm.collect(check)
@@ -204,16 +209,17 @@ def _weight(name: str, item: JsonObject, files: Mapping[str, str]) -> SavedWeigh
     return weight
 
 
-def _check_fits(snapshot: Snapshot, shards: Iterable[Shard], *, is_anchor: bool) -> None:
+def _check_fits(snapshot: Snapshot, shards: Iterable[Shard], prefix: str) -> None:
     """Raises UserError if a snapshot holds other weights than an engine.
 
     Args:
         snapshot: its index.
         shards: the engine's.
-        is_anchor: whether they are those of the copied anchor.
+        prefix: what the names of all of them begin with (of the anchor or the optimiser); empty for the weights.
     """
     needed = {shard.name: (tuple(shard.shape), shard.tensor.dtype) for shard in shards if shard.shape.numel()}
-    saved_names = {name for name in snapshot.weights if name.startswith(ANCHOR_PREFIX) == is_anchor}
+    prefixes = [known for known in (ANCHOR_PREFIX, OPTIMIZER_PREFIX) if known != prefix]
+    saved_names = {n for n in snapshot.weights if n.startswith(prefix) and not n.startswith(tuple(prefixes))}
     if other := sorted(needed.keys() ^ saved_names):
         raise UserError(f"{snapshot.folder}: of another model: {', '.join(other[:3])} is only in one of the two")
     for name, (shape, dtype) in needed.items():

@@ -3,11 +3,15 @@
     {"format":"mezo_dist/trajectory/3","seed":0, ... ,"check":"9b1f0c3e"}             the header
     {"step":0,"loss":[{"mean":[0.69315,0.69402]}],"add":"1c90a2f4","check":"..."}       a step
     {"step":1,"loss":[{"each":["f:AACAPw...","f:..."]}],"add":"...","check":"..."}      a direction per sample
+    {"step":1,"loss":[{"mean":[0.69],"norm":1.25}],...}                                 a first-order step
     {"step":2,"skipped":"a loss is not finite","check":"..."}
+    {"step":3,"lr":[1e-06],"loss":[{"mean":[0.7,0.6]}],"add":"...","check":"..."}       a rate from a torch scheduler
     {"done":3,"weights":"0123456789abcdef","check":"..."}       fingerprint of the weights after three steps
 
-The lines hold what was measured: the losses. Everything else follows from them and can be computed again: the
-directions from (run seed, step, index), and what was added to the weights from the losses, by the algorithm's planner.
+The lines hold what was measured: the losses (and the norms of gradients, for first-order baselines, whose weights come
+from snapshots alone: the header's ``weights`` says so). Everything else follows from them and can be computed again:
+the directions from (run seed, step, index), and what was added to the weights from the losses, by the algorithm's
+planner.
 ``add`` is a digest of what was added, so that an algorithm that computes anything else is noticed. (A log of seeds and
 coefficients would take 45 bytes a term, and would repeat an anchor's terms in every step that builds on it.)
 
@@ -100,12 +104,16 @@ class Step:
     """`digest` of what was done to the weights; empty if the step was skipped."""
     skipped: str = ""
     """Why the step was skipped; empty if it was not."""
+    lr: tuple[float, ...] = ()
+    """Learning rate of each group of weights, where a scheduler of another framework sets them; else empty, and they
+    follow from the settings."""
 
     def to_json(self) -> JsonObject:
         """The line without its check."""
         if self.skipped:
             return {"step": self.step, "skipped": self.skipped}
-        return {"step": self.step, "loss": [_losses_to_json(r) for r in self.rounds], "add": self.update}
+        rates = {"lr": list(self.lr)} if self.lr else {}
+        return {"step": self.step, **rates, "loss": [_losses_to_json(r) for r in self.rounds], "add": self.update}
 
     @staticmethod
     def from_json(line: JsonObject) -> Step:
@@ -115,7 +123,8 @@ class Step:
             raise ValueError(f"step {number!r} is no number")
         if "skipped" in line:
             return Step(number, (), skipped=str(line["skipped"]))
-        return Step(number, tuple(_losses_from_json(item) for item in line["loss"]), str(line["add"]))
+        rounds = tuple(_losses_from_json(item) for item in line["loss"])
+        return Step(number, rounds, str(line["add"]), lr=_unpack(line.get("lr", [])))
 
 
 @dataclass(frozen=True)
@@ -201,8 +210,14 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def parse(data: bytes, path: Path) -> Log | None:
-    """The same from memory; ``path`` is for messages. None if not even the header is whole."""
+def parse(data: bytes, path: Path, num_steps: int | None = None) -> Log | None:
+    """The same from memory. None if not even the header is whole.
+
+    Args:
+        data: contents of the file.
+        path: of the file, for messages.
+        num_steps: read so many steps at most, as if the file ended with them (and what is known of the weights then).
+    """
     _check_start(data[: len(_START)], path)
     header: Header | None = None
     steps: list[Step] = []
@@ -211,6 +226,8 @@ def parse(data: bytes, path: Path) -> Log | None:
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             content, line_check = _content(line + b"\n", check)
+            if "step" in content and len(steps) == num_steps:
+                break
             if header is None:
                 header = _header(content)
                 check = header.identity
@@ -295,15 +312,20 @@ def _mark(content: JsonObject, done: int) -> Mark:
 
 def _losses_to_json(losses: Losses) -> JsonObject:
     """The means are left out where they follow from the losses of the samples (all of the same weight)."""
-    each = {"each": [_pack(row) for row in losses.each]} if losses.each else {}
-    return each if _bits(_means(losses.each)) == _bits(losses.mean) else {"mean": _pack(losses.mean)} | each
+    each: JsonObject = {"each": [_pack(row) for row in losses.each]} if losses.each else {}
+    mean: JsonObject = {} if _bits(_means(losses.each)) == _bits(losses.mean) else {"mean": _pack(losses.mean)}
+    curvature = {} if losses.curvature is None else {"curvature": losses.curvature}
+    norm = {} if losses.gradient_norm is None else {"norm": losses.gradient_norm}
+    return mean | each | curvature | norm
 
 
 def _losses_from_json(data: object) -> Losses:
     if not isinstance(data, dict):
         raise ValueError(f"damaged: a round must be an object, not {data!r}")
     each = tuple(_unpack(row) for row in data.get("each", ()))
-    return Losses(_unpack(data["mean"]) if "mean" in data else _means(each), each)
+    curvature = _unpack([data["curvature"]])[0] if "curvature" in data else None
+    norm = _unpack([data["norm"]])[0] if "norm" in data else None
+    return Losses(_unpack(data["mean"]) if "mean" in data else _means(each), each, curvature, norm)
 
 
 def _means(each: Sequence[Sequence[float]]) -> tuple[float, ...]:

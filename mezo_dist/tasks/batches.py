@@ -150,3 +150,9 @@ def by_slot(batch: Sequence[MicroBatch], target: str) -> Tensor:
     """[n, ...]: a target that has one entry per sample, for all samples of a batch by their places in it."""
     values = torch.cat([micro_batch.targets[target] for micro_batch in batch])
     return values[torch.tensor([slot for micro_batch in batch for slot in micro_batch.slots]).argsort()]
+
+
+def facts_by_slot(batch: Sequence[MicroBatch]) -> list[Any]:
+    """The facts of all samples of a batch, in its order."""
+    pairs = [pair for item in batch for pair in zip(item.slots, item.facts, strict=True)]
+    return [facts for _, facts in sorted(pairs, key=lambda pair: pair[0])]

@@ -39,7 +39,7 @@ def before_answer(template: str, row: Row) -> str:
         raise UserError("task.prompt: {{ answer }} must occur exactly once")
     before, after = text.split(SLOT)
     if after.strip():
-        raise UserError(f"task.prompt: {{{{ answer }}}} must come last, not before {after!r}")
+        raise UserError(f"task.prompt: {{{{ answer }}}} must come last, not before {after!r:.100}")
     return before
 
 

@@ -9,6 +9,8 @@ from mezo_dist.config.values import ClassIndex
 from mezo_dist.errors import UserError
 
 Row = Mapping[str, Any]
+MOST_SHOWN, LONGEST_SHOWN = 20, 60
+"""Names or values in a message, and characters of each: a data file may have a million columns."""
 
 
 def lookup(row: Row, name: str, setting: str) -> Any:
@@ -31,7 +33,7 @@ def lookup(row: Row, name: str, setting: str) -> Any:
         if not dot or head not in place:
             break
         place = place[head]
-    raise UserError(f"{setting}: there is no field {name!r}, only {field_names(row)}")
+    raise UserError(f"{setting}: there is no field {name!r}, only {listed(field_names(row))}")
 
 
 def replaced(row: Row, name: str, value: Any) -> Row:
@@ -56,7 +58,17 @@ def field_names(row: Row) -> list[str]:
     return sorted(names)
 
 
+def listed(values: Iterable[object]) -> str:
+    """Values for a message, as a list of texts: ``['a', 'b', ... and 7 more]``."""
+    return _bracketed([repr(str(value)[:LONGEST_SHOWN]) for value in values])
+
+
 def shown(values: Iterable[Any]) -> str:
     """Values for a message, classes with their names: ``[0 (negative), 1 (positive)]``."""
     texts = [f"{int(v)} ({v.name})" if isinstance(v, ClassIndex) else repr(v) for v in values]
-    return f"[{', '.join(texts)}]"
+    return _bracketed([text[:LONGEST_SHOWN] for text in texts])
+
+
+def _bracketed(texts: list[str]) -> str:
+    more = len(texts) - MOST_SHOWN
+    return f"[{', '.join(texts[:MOST_SHOWN])}{f', ... and {more:,} more' if more > 0 else ''}]"

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 from mezo_dist.config.values import ClassIndex
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.fields import Row
+from mezo_dist.tasks.fields import Row, listed
 
 log = logging.getLogger(__name__)
 TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -211,7 +212,8 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
         records = _tsv_records(path, text)
     names = records[0][1] if records else []
     if len(set(names)) < len(names):
-        raise ValueError(f"two columns have the same name: {names}")
+        twice = [name for name, times in Counter(names).items() if times > 1]
+        raise ValueError(f"two columns have the same name: {listed(twice)}")
     rows: list[Row] = []
     for line, cells in records[1:]:
         if len(cells) != len(names):

@@ -48,13 +48,20 @@ def read_hub(name: str, subset: str | None, revision: str | None) -> Mapping[str
     except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"task.data: {name!r} is no local file, no demo data set, and the hub did not give it: {error}"
-            f"{_remedy(error, name)}"
+            f"{_remedy(error, name, subset, revision)}"
         ) from error
     return {split: Arrow(name, data) for split, data in loaded.items()}
 
 
-def _remedy(error: Exception, name: str) -> str:
-    """What to do about it, as far as the library's words tell."""
+def _remedy(error: Exception, name: str, subset: str | None, revision: str | None) -> str:
+    """What to do about it, as far as the library's words tell.
+
+    Args:
+        error: of the library.
+        name: see `read_hub`.
+        subset: see `read_hub`.
+        revision: see `read_hub`.
+    """
     text = str(error)
     if "scripts are no longer supported" in text:
         return (
@@ -72,9 +79,10 @@ def _remedy(error: Exception, name: str) -> str:
     if isinstance(error, NotImplementedError) or getattr(error, "errno", None) in (errno.ENOLCK, errno.ENOSYS):
         return "\nThe file system of its cache has no locks: set HF_HOME to a folder that has, such as on a local disk"
     if isinstance(error, ConnectionError) or "Couldn't reach" in text or "offline" in text.lower():
-        load = f"import datasets; datasets.load_dataset({name!r}).save_to_disk('FOLDER')"
+        given = [repr(name), *([repr(subset)] if subset else []), *([f"revision={revision!r}"] if revision else [])]
+        load = f"import datasets; datasets.load_dataset({', '.join(given)}).save_to_disk('FOLDER')"
         return (
-            f'\nWithout the network: where there is one, run `python -c "{load}"` (with the subset as second '
-            "argument), copy the folder and set task.data to it"
+            f'\nWithout the network: where there is one, run `python -c "{load}"`, copy the folder and set task.data '
+            "to it"
         )
     return ""

@@ -14,9 +14,10 @@ from mezo_dist.config.task import Split, TaskSettings
 from mezo_dist.config.values import Where, names_of
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.fields import Row, lookup
+from mezo_dist.tasks.fields import Row, listed, lookup
 from mezo_dist.tasks.files import TYPES, Table, local_files, read_file
 from mezo_dist.tasks.hub import SAVED, read_hub, read_saved
+from mezo_dist.tasks.templates import names_in
 
 log = logging.getLogger(__name__)
 AT_ONCE = 10_000
@@ -49,7 +50,7 @@ def load_rows(task: TaskSettings) -> Rows:
         split: Split = getattr(task.splits, name)
         if split.source not in data:
             raise UserError(
-                f"task.splits.{name}.source: {task.data} has no split {split.source!r}, only {sorted(data)}"
+                f"task.splits.{name}.source: {task.data} has no split {split.source!r}, only {listed(sorted(data))}"
             )
         if split.source not in orders:
             kept = _kept(task, split.source, data[split.source])
@@ -66,7 +67,7 @@ def load_rows(task: TaskSettings) -> Rows:
             )
         taken[split.source] = start + size
         rows[name] = data[split.source].take(order[start : start + size])
-        _tell_nulls(name, rows[name])
+        _tell_nulls(task, name, rows[name])
     return Rows(**rows)
 
 
@@ -162,8 +163,23 @@ def _left_out(row: Row, where: Where) -> str | None:
     return None
 
 
-def _tell_nulls(split: str, rows: list[Row]) -> None:
-    nulls: Counter[Any] = Counter(name for row in rows for name, value in row.items() if value is None)
+def _tell_nulls(task: TaskSettings, split: str, rows: list[Row]) -> None:
+    """Warn of fields that the task reads and that are null in some rows.
+
+    Args:
+        task: reads fields.
+        split: its name.
+        rows: of the split.
+    """
+    read = {name for template in task.templates for name in names_in(template)}
+    read |= {*task.fields, *(task.truncate or ())}
+    nulls: Counter[Any] = Counter(
+        name for row in rows for name, value in row.items() if value is None and _is_read(name, read)
+    )
     if nulls:
         counted = ", ".join(f"{name} in {count}" for name, count in nulls.most_common(10))
         log.warning("fields that are null, of the %d rows of the %s split: %s", len(rows), split, counted)
+
+
+def _is_read(name: str, read: set[str]) -> bool:
+    return name in read or any(path.startswith(f"{name}.") for path in read)

@@ -21,6 +21,7 @@ from jinja2.filters import do_round
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mezo_dist.errors import UserError
+from mezo_dist.tasks.fields import Row, field_names, listed
 
 FILTERS = (
     "abs capitalize default first int float last length lower replace round string striptags title trim truncate upper"
@@ -54,19 +55,21 @@ NODES = (
     nodes.Pos,
 )
 """Elements that a template may consist of."""
+ROW = "row"
+"""The name of the whole row in templates, unless a field is called so."""
 LONGEST = 1_000_000
 """Characters that one `replace` may add."""
 LONGEST_TEMPLATE, MOST_ELEMENTS = 50_000, 2_000
 """Characters and elements of a template: its compiler takes time that grows with their square."""
 
 
-def render(template: str, values: Mapping[str, object], shown: list[str]) -> str:
+def render(template: str, values: Mapping[str, object], row: Row) -> str:
     """``template`` with ``values`` filled in, without space around it.
 
     Args:
         template: in jinja2, see above.
         values: by name.
-        shown: names of fields that a message may offer.
+        row: whose fields a message offers.
 
     Raises:
         UserError: the template is wrong, not allowed, or does not fit the values.
@@ -78,8 +81,41 @@ def render(template: str, values: Mapping[str, object], shown: list[str]) -> str
     except Exception as error:  # a filter may raise whatever it likes, and the template is the user's
         reason = str(error) or type(error).__name__
         raise UserError(
-            f"task template {reprlib.repr(template)}: {reason[:300]} (the fields are {reprlib.repr(shown)})"
+            f"task template {reprlib.repr(template)}: {reason[:300]} (the fields are {listed(field_names(row))})"
         ) from error
+
+
+def names_in(template: str) -> set[str]:
+    """Names of the fields that a template reads, those inside other fields as in ``passage.text``.
+
+    A template that is wrong has none; it is refused when a text is rendered.
+    """
+    try:
+        pending: list[nodes.Node] = [_environment.parse(template[:LONGEST_TEMPLATE])]
+    except (jinja2.TemplateSyntaxError, RecursionError):
+        return set()
+    names = set()
+    while pending:
+        node = pending.pop()
+        path = _path(node)
+        if path:
+            names.add(".".join(path[1:] if path[0] == ROW and len(path) > 1 else path))
+        else:
+            pending.extend(node.iter_child_nodes())
+    return names
+
+
+def _path(node: nodes.Node) -> list[str]:
+    """``passage.text`` in its parts; empty for what is no name of a field."""
+    if isinstance(node, nodes.Name):
+        return [node.name]
+    if isinstance(node, nodes.Getattr):
+        inside, last = _path(node.node), node.attr
+    elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
+        inside, last = _path(node.node), node.arg.value
+    else:
+        return []
+    return [*inside, last] if inside else []
 
 
 def _not_null(value: object) -> object:

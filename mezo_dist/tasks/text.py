@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from mezo_dist.config.task import TruncateSide
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.fields import Row, field_names, lookup, replaced
-from mezo_dist.tasks.templates import render
+from mezo_dist.tasks.fields import Row, field_names, listed, lookup, replaced
+from mezo_dist.tasks.templates import ROW, render
 
 log = logging.getLogger(__name__)
 SILENT_S = 5.0
@@ -25,8 +25,6 @@ LONG_TEXT = 50_000
 """Characters up to which a text is tokenised as a whole, however few of them the window takes."""
 MARGIN_TOKENS = 64
 """Tokens that are cut off beyond the window: those next to the cut may not be those of the whole text."""
-ROW = "row"
-"""The name of the whole row in templates, unless a field is called so."""
 
 S = TypeVar("S", bound=Sized)
 T = TypeVar("T")
@@ -61,7 +59,7 @@ def render_row(template: str, row: Row, **values: Any) -> str:
 
     A field that a value hides, or whose name is none in jinja2, is ``row.answer`` or ``row['a name']``.
     """
-    return render(template, {ROW: row, **row, **values}, field_names(row))
+    return render(template, {ROW: row, **row, **values}, row)
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ class TextEncoder:
             value = lookup(row, name, "task.truncate")
             if isinstance(value, Mapping | list):
                 inside = [field for field in field_names(row) if field.startswith(f"{name}.")]
-                hint = f"; name a text in it: {inside}" if inside else ""
+                hint = f"; name a text in it: {listed(inside)}" if inside else ""
                 raise UserError(f"task.truncate: the field {name!r} is no text but a {type(value).__name__}{hint}")
             if value is not None:
                 texts[name] = str(value)

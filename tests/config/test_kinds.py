@@ -16,6 +16,7 @@ from tests.config.configs import TASK, Write, fault
 COMMON = "name: t\ndata: nowhere\n"
 CHOICE = COMMON + 'kind: choice\nprompt: "{{ text }} {{ answer }}"\n'
 COMPLETION = COMMON + "kind: completion\n"
+GENERATION = COMMON + "kind: generation\nprompt: p\ncompletion: c\n"
 REGRESSION = COMMON + "kind: regression\n"
 HEAD = "model.head=classifier"
 
@@ -54,6 +55,7 @@ REFUSED = [
     (CHOICE + "options: [a, b]\nlabels: [A]\n", [], "task.labels: 1 values for 2 options"),
     (CHOICE + "options: [a, b]\nlabels: [1, '1']\n", [], "task.labels: two of them are the same: ['1', '1']"),
     (CHOICE + "options: [a, b]\nlabels: [1, 2]\nlabels_field: l\n", [], "task.labels: give the values there, or "),
+    (CHOICE + "options: [a, b]\noption: '{{ option }}'\n", [], "task.option: is for the options of task.options_field"),
     (CHOICE + "options_field: ''\n", [], "task.options_field: must not be empty"),
     (CHOICE.replace("{{ answer }}", "") + "options: [a, b]\n", [], "task.prompt: must contain {{ answer }}"),
     (CHOICE + "options: [a, b]\n", [HEAD], "model.head: classifier is not for task.kind: choice; leave it out"),
@@ -64,6 +66,7 @@ REFUSED = [
     (COMPLETION + "prompt: a\nmessages: m\n", [], "task.prompt: the prompts of task.messages are in the conversation"),
     (COMPLETION + "prompt: a\ncompletion: b\nwindow: 9\n", [], "task.window: cuts whole documents"),
     (COMPLETION + "completion: b\nwindow: 1\n", [], "task.window: must be at least 2"),
+    (COMPLETION + "completion: b\nchat: true\n", [], "task.chat: needs task.prompt, the user's turn"),
     (COMPLETION + "messages: ''\n", [], "task.messages: must not be empty"),
     (COMPLETION + "completion: b\n", [HEAD], "model.head: classifier is not for task.kind: completion; leave it out"),
     (
@@ -76,6 +79,7 @@ REFUSED = [
         ["train.objective=metric", "law=lowrank", "algorithm.per_sample=true"],
         "train.objective: metric gives one number per batch where task.metric is token-accuracy",
     ),
+    (GENERATION + 'end: "\\n"\n', [], "task.end: '\\n' does not end what the model writes; put it into task.stop"),
     (REGRESSION, [HEAD], "task.plain: missing; it must be a list of text"),
     (REGRESSION + "plain: []\n", [HEAD], "task.plain: give one template, or two for a pair of texts"),
     (REGRESSION + "plain: [a]\n", [], "model.head: task.kind: regression needs a fresh head: model.head: classifier"),
@@ -83,6 +87,16 @@ REFUSED = [
         TASK,
         ["train.objective=metric", "train.calibrate=true"],
         "train.calibrate: changes the loss, which train.",
+    ),
+    (
+        TASK,
+        ["train.objective=metric", "algorithm.lr=auto"],
+        "algorithm.lr: auto reads curvature off cross-entropies, and train.objective: metric is none; give a number",
+    ),
+    (
+        REGRESSION + "plain: [a]\n",
+        [HEAD, "algorithm.lr=auto"],
+        "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a squared",
     ),
     (TASK, ["train.objective=margin"], "train.objective: must be loss or metric"),
 ]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mezo_dist.algorithms import ALGORITHMS
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config.kinds.classification import ClassificationTask, Label
 from mezo_dist.config.reader import from_dict, load
@@ -44,6 +45,13 @@ def test_the_last_of_several_overrides_counts(write_config: Write) -> None:
 def test_numbers_in_scientific_notation(write_config: Write, number: str) -> None:
     assert load(write_config(CONFIG.replace("5e-5", number))).algorithm.lr == 5e-5
     assert load(write_config(CONFIG.replace("5e-5", "1")), [f"algorithm.lr={number}"]).algorithm.lr == 5e-5
+
+
+def test_a_rate_may_be_auto_in_a_file_and_on_the_command_line(write_config: Write) -> None:
+    in_file = load(write_config(CONFIG.replace("5e-5", "auto, eta: 0.2")))
+    assert (in_file.algorithm.lr, in_file.algorithm.eta) == ("auto", 0.2)  # type: ignore[union-attr]
+    assert load(write_config(), ["algorithm.lr=auto", "algorithm.eta=0.2"]).digest() == in_file.digest()
+    assert "algorithm.eta: is a setting of algorithm.lr: auto" in fault(write_config(), "algorithm.eta=0.2")
 
 
 def test_text_that_looks_like_something_else_stays_text(write_config: Write) -> None:
@@ -79,6 +87,7 @@ def test_numbers_keep_every_bit(lr: float, seed: int) -> None:
 def test_a_section_given_in_part_keeps_the_defaults_that_it_has_there(write_config: Write) -> None:
     """The plateau rule is off in mezo by default, and the validation split has a source of its own."""
     config = load(write_config(), ["algorithm.annealing.threshold=2", "task.splits.validation.size=5"])
+    assert isinstance(config.algorithm, MeZO)
     assert config.algorithm.annealing.divisor == 1
     assert config.task.splits.validation == Split("validation", 5)
 
@@ -125,11 +134,11 @@ def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config:
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ("algorithm: {lr: 1}", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
-        ("", "run.yaml: algorithm.name: missing; choose one of mezo, mezo-svrg"),
-        ("algorithm: {name: mezzo}", "run.yaml: algorithm.name: 'mezzo' does not exist; choose one of mezo, mezo-svrg"),
+        ("algorithm: {lr: 1}", "run.yaml: algorithm.name: missing; choose one of adamw, mezo, mezo-svrg"),
+        ("", "run.yaml: algorithm.name: missing; choose one of adamw, mezo, mezo-svrg"),
+        ("algorithm: {name: mezzo}", "run.yaml: algorithm.name: 'mezzo' does not exist; choose one of adamw, mezo,"),
         ("algorithm: {name: [mezo]}", "run.yaml: algorithm.name: ['mezo'] does not exist"),
-        ("algorithm: mezo", "run.yaml: algorithm: must hold settings (name, lr, eps,"),
+        ("algorithm: mezo", "run.yaml: algorithm: must hold settings (name, lr, eta,"),
     ],
 )
 def test_no_such_algorithm(write_config: Write, section: str, expected: str) -> None:

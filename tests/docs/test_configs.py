@@ -23,13 +23,16 @@ import yaml
 
 from mezo_dist import cli
 from mezo_dist.algorithms.operations import Add
+from mezo_dist.config.kinds import Task
+from mezo_dist.config.kinds.choice import ChoiceTask
 from mezo_dist.config.kinds.classification import ClassificationTask
+from mezo_dist.config.kinds.generation import GenerationTask
 from mezo_dist.config.reader import load
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.config.task import ANSWER
 from mezo_dist.directions.combination import ZERO
 from mezo_dist.storage import trajectory
-from mezo_dist.tasks.text import ROW
+from mezo_dist.tasks.templates import ROW
 from mezo_dist.testing import WORDS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,16 +63,19 @@ def header(path: Path) -> str:
     return re.sub(r"^# ?", "", lines[0], flags=re.MULTILINE) if lines else ""
 
 
-def fields(task: ClassificationTask) -> list[str]:
-    """The fields of a row that the task's templates use."""
+def fields(task: Task) -> list[str]:
+    """The fields of a row that the task's templates use, and those that a reward looks at."""
     environment = jinja2.Environment()
     environment.filters |= dict.fromkeys(("upper_first", "lower_first", "drop_last", "strip_end"), str)
-    trees = [environment.parse(template) for template in (task.prompt, *task.plain)]
+    settings = vars(task)
+    given = (settings.get("prompt", ""), settings.get("completion", ""), *settings.get("plain", ()))
+    trees = [environment.parse(template) for template in (*given, *settings.get("options", ()))]
     used = {field for tree in trees for field in jinja2.meta.find_undeclared_variables(tree)} - {ANSWER, ROW}
+    used |= {"topic"} if isinstance(task, GenerationTask) else set()
     return sorted(used | {node.attr for tree in trees for node in tree.find_all(jinja2.nodes.Getattr)})  # row.answer
 
 
-def write_data(task: ClassificationTask, folder: Path) -> Path:
+def write_data(task: Task, folder: Path) -> Path:
     """A folder with a file of made-up rows for every split that the task draws from."""
     draw = random.Random(0)
     folder.mkdir()
@@ -79,7 +85,11 @@ def write_data(task: ClassificationTask, folder: Path) -> Path:
             row: dict[str, Any] = {
                 field: " ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for field in fields(task)
             }
-            rows.append(row | {task.label: task.labels[number % len(task.labels)].value})
+            if isinstance(task, ClassificationTask):
+                row[task.label] = task.labels[number % len(task.labels)].value
+            elif isinstance(task, ChoiceTask):
+                row[task.label] = task.labels[number % len(task.labels)] if task.labels else number % len(task.options)
+            rows.append(row)
         (folder / f"{source}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -90,7 +100,10 @@ def write_model(config: RunConfig, folder: Path) -> Path:
     usual = "roberta" if config.task.name.endswith("-masked") else "llama-tied"
     tiny_model(known[0] if known else usual).save_pretrained(folder)
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([tokenizers.AddedToken(word, single_word=True) for word in config.task.words])
+    words = config.task.words
+    if isinstance(config.task, ChoiceTask):  # an option is a text of several words
+        words = sorted({word for option in words for word in option.split()})
+    tokenizer.add_tokens([tokenizers.AddedToken(word, single_word=True) for word in words])
     assert len(tokenizer) <= 64, "too many label words for the tiny vocabulary"
     tokenizer.save_pretrained(folder)
     return folder
@@ -116,7 +129,6 @@ def test_the_header_of_a_task_says_what_it_is(path: Path) -> None:
 def test_it_trains(path: Path, task: Path | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [f"--task={task}"] if task else []
     config = load(path, given)
-    assert isinstance(config.task, ClassificationTask)
     small = {
         "model.name": write_model(config, tmp_path / "model"),
         "model.trainable": '["*"]',  # patterns name weights of the config's own model
@@ -139,9 +151,10 @@ def test_it_trains(path: Path, task: Path | None, tmp_path: Path, capsys: pytest
     assert results["skipped_steps"] == 0
     assert config.task.metric in results["validation"]
     steps = trajectory.read(tmp_path / "run" / "trajectory.jsonl").steps
-    assert all(step.update not in ("", trajectory.digest([Add(ZERO)])) for step in steps), (
-        "every step moves the weights"
-    )
+    if config.train.objective == "loss":  # what takes few values changes rarely on a tiny model
+        assert all(step.update not in ("", trajectory.digest([Add(ZERO)])) for step in steps), (
+            "every step moves the weights"
+        )
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert resolved["algorithm"] == config.to_dict()["algorithm"]
 

@@ -69,6 +69,19 @@ def test_learning_curves(tmp_path: Path) -> None:
     assert again["offsets"] != again["plain"]
 
 
+def test_auto_rate(tmp_path: Path) -> None:
+    command = ["examples/studies/auto_rate.py", "--tasks", "tiny", "--kinds", "norms", "--out", str(tmp_path)]
+    table = run(*command)
+    about, *runs = map(json.loads, (tmp_path / "auto_rate.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    auto = [row for row in runs if row["label"] == "norms, tiny, auto"]
+    assert len(auto) == 3 * 4, "three shares, four seeds"
+    assert all(len(row["rates"]) == 3 and min(row["rates"]) > 0 and row["steps"] == 4 for row in auto)
+    assert {row["seed"] for row in runs if row["label"] == "norms, tiny, tuned"} == {0, 1, 2, 3}
+    assert "| norms | tiny |" in table
+    assert table.endswith(run(*command, "--report")), "what is there is summed up"
+
+
 def test_passes_that_fit_offsets_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
     curve_report = importlib.import_module("curve_report")
@@ -101,6 +114,24 @@ def test_quickstart_rate(tmp_path: Path) -> None:
     assert sum(accuracies[float(choice[1])]) == max(map(sum, accuracies.values()))
     chosen = {row["seed"] for row in rows if row["label"] == "quickstart, chosen" and row["lr"] == float(choice[1])}
     assert chosen == {0, 1, 2}
+    assert {row["seed"] for row in rows if row["label"] == "quickstart, auto"} == {0, 1, 2}
+
+
+def test_recipes(tmp_path: Path) -> None:
+    command = ["examples/studies/recipes.py", "tiny", "--out", str(tmp_path), "--set", "train.steps=2"]
+    output = run(*command)
+    about, before, *rows = map(json.loads, (tmp_path / "recipes.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    assert (before["steps"], before["lr"]) == (0, 0.0)
+    tried = {row["lr"]: row["scores"]["validation"] for row in rows if row["label"] == "tiny, to choose"}
+    best = max(tried, key=lambda lr: (tried[lr]["accuracy"], -tried[lr]["loss"]))
+    chosen = [row for row in rows if row["label"] == "tiny, chosen"]
+    assert [(row["lr"], row["seed"]) for row in chosen] == [(best, seed) for seed in (0, 1, 2)]
+    assert all(row["scores"].keys() == {"test"} for row in chosen)
+    assert f"validation chose {best:g}" in output
+    before_again = (tmp_path / "recipes.jsonl").read_bytes()
+    run(*command)
+    assert (tmp_path / "recipes.jsonl").read_bytes() == before_again, "nothing is run twice"
 
 
 @pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["in one process", "in two more"])

@@ -16,9 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
+from mezo_dist import cli
 from mezo_dist.config import reader
+from mezo_dist.testing import tiny_model, tiny_tokenizer
 from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +48,7 @@ HOW = {
     "--output.dir=runs/qwen": SAME_WITHOUT_HUB,
     "mezo-dist init demo:tweets --model=demo:smollm2-135m --to=mine": RUN,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml": RUN,
+    "mezo-dist plan llama-3-70b --hosts 2 --ranks-per-host 8 --memory 80GB --link 100gbit": RUN,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml --layout.name=fsdp "
     "--output.dir=runs/sharded": RUN,
     "mezo-dist evaluate runs/quickstart --split validation": RUN,
@@ -86,7 +90,8 @@ def test_every_command_is_known_to_this_test() -> None:
 
 
 def test_other_pages_have_nothing_to_run() -> None:
-    others = set((ROOT / "docs").glob("*.md")) - set(DOCUMENTS) - {ROOT / "docs" / "api.md"}  # test_api runs those
+    tested_elsewhere = {ROOT / "docs" / name for name in ("api.md", "migrating.md")}  # test_api, test_migrating
+    others = set((ROOT / "docs").glob("*.md")) - set(DOCUMENTS) - tested_elsewhere
     assert others
     assert not [code for language in ("sh", "python", "yaml") for code in blocks(language, sorted(others))]
 
@@ -150,3 +155,25 @@ PRINTED = [r"[0-9a-f]{16}\n", r"tensor\(\[ (0\.9|1\.0)\d+, -(1\.9|2\.0)\d+,  (2\
 @pytest.mark.parametrize(("program", "printed"), list(zip(blocks("python"), PRINTED, strict=True)))
 def test_the_programs_run(program: str, printed: str, tmp_path: Path) -> None:
     assert re.fullmatch(printed, call([sys.executable, "-W", "ignore", "-c", program], tmp_path))
+
+
+def test_the_reward_yaml_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the function in its comment, and with a model, an algorithm and data, which it leaves to the reader."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in blocks("yaml") if "objective: reward" in block]
+    (function,) = re.findall(r"# (def .*)", block)
+    Path("rewards.py").write_text(function + "\n")
+    config = yaml.safe_load(block)
+    data = Path(config["task"]["data"])
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        (data / f"{split}.jsonl").write_text('{"question": "the film"}\n' * 4)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tiny_model("llama").save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    config["train"] |= {"steps": 1, "batch_size": 2}
+    config |= {"model": {"name": "model"}, "algorithm": {"name": "mezo"}, "output": {"dir": "run", "export": False}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["train", "config.yaml"]) == 0
+    assert json.loads(Path("run/results.json").read_text())["after"]["reward"] == 1.0

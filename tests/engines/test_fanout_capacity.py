@@ -23,10 +23,12 @@ from mezo_dist.testing import tiny_model
 
 
 def test_tokens_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    units = find_units(tiny_model("opt"))  # its widest layers have 32 inputs and 48 outputs, or the reverse
+    units = find_units(tiny_model("opt"))  # its residual stream has 32 features, its widest layer 48
     monkeypatch.setattr(capacity, "free_bytes", lambda: 100_000)
-    assert capacity.tokens_at_once(units, torch.float32, 1) == int(25_000 / (4 * 80 * 4))
-    assert capacity.tokens_at_once(units, torch.bfloat16, 2) == int(12_500 / (4 * 80 * 2))
+    assert capacity.tokens_at_once(units, torch.float32, 1) == int(25_000 / ((5 * 32 + 48) * 4))
+    assert capacity.tokens_at_once(units, torch.bfloat16, 2) == int(12_500 / ((5 * 32 + 48) * 2))
+    experts = find_units(tiny_model("mixtral"))  # 32 features, and 2 x 48 of gate and up in one matrix
+    assert capacity.tokens_at_once(experts, torch.float32, 1) == int(25_000 / ((5 * 32 + 96) * 4))
     monkeypatch.setattr(capacity, "free_bytes", lambda: 0)
     assert capacity.tokens_at_once(units, torch.float32, 1) == 1
     monkeypatch.undo()

@@ -91,6 +91,15 @@ def test_a_head_that_owns_its_bias_twice_is_made_by_rows_too(kind: str) -> None:
     assert engine._materialise._scratch.numel() < 4 * 2000 * 32  # not even one variant of the table
 
 
+def test_scratch_that_only_a_trial_needed_is_given_back() -> None:
+    """Whole logits are tried out before a run; its steps read a few rows, and must not keep memory for all of them."""
+    engine = Engine(Lookup(), Law("gaussian"))
+    engine.evaluate([Variant(AROUND)], IDS[:1], lambda m, x: m(x))
+    assert engine._materialise._scratch.numel() >= 4 * VOCABULARY * WIDTH
+    engine.evaluate([Variant(AROUND)], IDS[:1], lambda m, x: m.get_submodule("table")(x))
+    assert engine._materialise._scratch.numel() < 4 * VOCABULARY * WIDTH / 2
+
+
 def test_nothing_is_made_for_the_weights_as_they_are(num_made: dict[str, int]) -> None:
     engine = Engine(Lookup(), Law("gaussian"))
     engine.evaluate([Variant(), Variant()], IDS, lambda m, x: m(x))

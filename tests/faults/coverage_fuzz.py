@@ -43,10 +43,11 @@ def from_file(read: Callable[[Path], object], name: str) -> Callable[[bytes], ob
     return run
 
 
+FIELDS = {"text": "a dull film"}
 READERS: list[Callable[[bytes], object]] = [
     from_file(trajectory.read, "trajectory.jsonl"),
     from_file(safetensors_io.read_header, "model.safetensors"),
-    lambda data: render(data.decode("utf-8", "replace"), {"text": "a dull film"}, ["text"]),
+    lambda data: render(data.decode("utf-8", "replace"), FIELDS, FIELDS),
     from_file(reader.load, "config.yaml"),
 ]
 """The first byte of an input says which."""

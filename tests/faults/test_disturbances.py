@@ -35,6 +35,30 @@ def test_sigterm_finishes_the_step_and_saves(
     assert "rebuilt steps 6 to 6" in finish(root, folder, capsys)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "rank", "place"),
+    [
+        (1, 0, "mezo_dist.runs.build:load_base"),
+        (1, 0, "mezo_dist.runs.evaluation:Evaluator.score"),
+        (2, 1, "mezo_dist.runs.build:load_base"),
+    ],
+)
+def test_sigterm_before_the_first_step_ends_the_run_there(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: int, rank: int, place: str
+) -> None:
+    folder, options = tmp_path / "run", ["--distributed.stop_exit_code=7", "--output.test=true"]
+    codes, output = run(
+        tmp_path, world_size, arguments(root, folder, *options), Fault(place, 1, rank, strike="SIGTERM")
+    )
+    assert codes == [7] * world_size, output
+    assert output.count("stopped before the first step; nothing is lost, start it again") == world_size
+    assert ("SIGTERM: rank 1 is told to stop before the first step; all ranks do when" in output) is (world_size > 1)
+    assert not (folder / trajectory.FILE).exists(), "no evaluation and no step was done"
+    assert not (folder / "results.json").exists()
+    finish(root, folder, capsys)
+    assert len(steps_of(folder)) == STEPS
+
+
 def test_a_rank_that_hangs_is_named_with_the_step(root: Path, tmp_path: Path) -> None:
     """SIGSTOP: alive, its connections open, but silent."""
     options = ["--distributed.timeout_s=6", "--distributed.patience_s=1"]

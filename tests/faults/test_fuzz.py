@@ -141,6 +141,7 @@ def test_whatever_is_done_to_the_data(tiny: Path, data: st.DataObject) -> None:
         assert len(load_rows(task).train) == len(load_rows(config.task).train)
 
 
+FIELDS = {"text": "a dull film"}
 TEMPLATES = {
     "a long text": "{{ 'a' * 10**12 }}",
     "a wide text": "{{ '%999999999d' % 1 }}",
@@ -168,7 +169,7 @@ TEMPLATES = {
 @pytest.mark.timeout(20)
 def test_templates_that_do_more_than_fill_in_fields(name: str) -> None:
     with little_memory(), pytest.raises(UserError, match=r"^task template"):
-        render(TEMPLATES[name], {"text": "a dull film"}, ["text"])
+        render(TEMPLATES[name], FIELDS, FIELDS)
 
 
 @quick
@@ -179,7 +180,7 @@ def test_templates_that_do_more_than_fill_in_fields(name: str) -> None:
 )
 def test_any_template(parts: list[str]) -> None:
     with contextlib.suppress(UserError):
-        assert isinstance(render(" ".join(parts), {"text": "a dull film"}, ["text"]), str)
+        assert isinstance(render(" ".join(parts), FIELDS, FIELDS), str)
 
 
 # What a run folder from somebody else must not do

@@ -51,6 +51,13 @@ def test_a_resumed_run_shows_its_first_step(clock: Clock) -> None:
     assert shown(console) == "step 8/12  loss 0.5000  proj.grad +5.0e-01\n"
 
 
+def test_a_rate_that_is_found_stands_in_place_of_the_projected_gradient(clock: Clock) -> None:
+    console = plain()
+    with Monitor.open(None, is_main=True, num_steps=2, console=console, clock=clock) as monitor:
+        monitor.step(1, scalars(0.5) | {"rate/lr": 0.0123}, samples=1)
+    assert shown(console) == "step 1/2  loss 0.5000  lr 1.2e-02\n"
+
+
 def test_samples_per_s_leave_out_the_first_step_and_evaluations(clock: Clock) -> None:
     console = plain()
     with Monitor.open(None, is_main=True, num_steps=12, console=console, clock=clock) as monitor:

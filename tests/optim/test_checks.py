@@ -135,7 +135,7 @@ def test_processes_with_other_weights_are_told() -> None:
         (lambda: MeZOSVRG(anchor="store"), "algorithm.anchor: must be replay or stored or auto, not 'store'"),  # type: ignore[arg-type]
         (lambda: MeZO(directions=2.5), "algorithm.directions: must be a whole number, not 2.5"),  # type: ignore[arg-type]
         (lambda: MeZO(one_sided="no"), "algorithm.one_sided: must be true or false, not 'no'"),  # type: ignore[arg-type]
-        (lambda: MeZO(lr="1e-3"), "algorithm.lr: must be a number, not '1e-3'"),  # type: ignore[arg-type]
+        (lambda: MeZO(lr="1e-3"), "algorithm.lr: must be a number or auto, not '1e-3'"),  # type: ignore[arg-type]
         (lambda: MeZO(momentum=0.9), "algorithm.momentum: must be a Momentum, not 0.9"),  # type: ignore[arg-type]
         (lambda: Schedule("exp"), "kind: must be constant or linear or cosine, not 'exp'"),  # type: ignore[arg-type]
         (lambda: Momentum(window=True), "window: must be a whole number, not True"),

@@ -124,6 +124,11 @@ def test_small_updates_of_bf16_weights_are_not_lost() -> None:
     [
         ({"x": torch.zeros(2, dtype=torch.float64)}, {}, "start: 'x' is torch.float64; use float32"),
         (START, {"per_sample": True}, "algorithm.per_sample: a function has no samples"),
+        (
+            START,
+            {"lr": "auto"},
+            "algorithm.lr: auto reads curvature off the losses of samples, and a function has none",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_said(start: Params, more: dict[str, Any], message: str) -> None:

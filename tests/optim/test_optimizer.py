@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist import LostRankError, MeZO, MeZOSVRG, Optimizer, OutOfStepError, UserError, replay, shard
+from mezo_dist.algorithms import auto_rate
 from mezo_dist.algorithms.svrg import SVRGState
 from mezo_dist.config import reader
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.optim.losses import loss_and_weight
 from mezo_dist.runs import training
 from mezo_dist.runs.build import build_run
 from mezo_dist.storage import trajectory
@@ -28,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "mezo": MeZO(lr=1e-3, directions=2),
     "svrg": MeZOSVRG(lr=1e-3, anchor_lr=1e-2, q=2),
     "stored": MeZOSVRG(lr=1e-3, anchor_lr=3e-3, q=3, anchor="stored", weight_decay=0.05),
+    "auto": MeZOSVRG(lr="auto", anchor_lr="auto", q=3),
 }
 
 
@@ -61,7 +64,7 @@ def make(name: str, **options: Any) -> Optimizer[Batch]:
     return Optimizer(model, SETTINGS[name], full_batch=options.pop("full_batch", BATCHES), **options)
 
 
-def steps(opt: Optimizer[Batch], count: int, loss: Callable[..., Any] = mean_loss) -> list[float]:
+def steps(opt: Optimizer[Batch], count: int, loss: Callable[..., Any] = loss_per_sample) -> list[float]:
     return [opt.step(loss, BATCHES[(opt.num_steps_done) % 4]) for _ in range(count)]
 
 
@@ -73,6 +76,7 @@ def test_it_makes_the_steps_of_a_run(tmp_path: Path) -> None:
     folder = training.train(config, Communicator(), quiet=True)
     run = build_run(config, Communicator())
     objective = run.evaluator.forward
+    assert isinstance(config.algorithm, MeZO)
     opt: Optimizer[Any] = Optimizer(
         run.pretrained.model, config.algorithm, num_steps=5, trajectory=tmp_path / "own.jsonl"
     )
@@ -250,6 +254,11 @@ def test_a_trajectory_of_something_else_is_refused(tmp_path: Path) -> None:
         replay(tiny_model("llama-tied"), folder / "trajectory.jsonl")
 
 
+def test_losses_of_samples_may_say_how_many_tokens_they_are_means_of() -> None:
+    losses, weights = loss_and_weight((torch.tensor([1.0, 2.0]), torch.tensor([3, 1])))
+    assert (losses.tolist(), weights.tolist()) == ([3.0, 2.0], [3, 1])
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [
@@ -259,6 +268,7 @@ def test_a_trajectory_of_something_else_is_refused(tmp_path: Path) -> None:
         (torch.tensor([1, 2]), r"returned a tensor \(2,\) of int64"),
         (torch.zeros(0), r"returned a tensor \(0,\)"),
         ((torch.zeros(2), 3), "of a pair the first must be a scalar"),
+        ((torch.zeros(2), torch.tensor([1, 0])), "of a pair the first must be a scalar"),
         ((torch.tensor(1.0), 0), "the whole number of samples or tokens"),
         ((1.0, 2.0, 3.0), "returned a tuple of"),
     ],
@@ -301,6 +311,7 @@ def test_an_error_of_ones_own_surfaces_and_changes_nothing() -> None:
     [
         (lambda: make("svrg", full_batch=None), "full_batch: mezo-svrg evaluates the full batch"),
         (lambda: Optimizer(tiny_model("llama"), MeZO(per_sample=True)), "needs law=.lowrank. and batch_size"),
+        (lambda: make("auto").step(mean_loss, BATCHES[0]), "lr: auto: the loss function returned 1 losses for 4"),
         (lambda: make("mezo").step(mean_loss), "give a batch, or micro_batches"),
         (lambda: make("mezo").step(mean_loss, BATCHES[0], micro_batches=BATCHES), "and not both"),
         (lambda: shard(tiny_model("llama"), "fdsp"), "layout: 'fdsp' is not one of replicated, fsdp, zero"),  # type: ignore[arg-type]
@@ -318,6 +329,31 @@ def test_ten_lines_without_a_hugging_face_model() -> None:
     opt: Optimizer[Tensor] = Optimizer(model, MeZO(lr=0.02, directions=8))
     losses = [opt.step(lambda m, x: (m(x) - x.sum(1, keepdim=True)).square().mean(), x) for _ in range(60)]
     assert losses[-1] < losses[0] / 2
+
+
+def test_a_model_that_grows_sure_does_not_send_its_rate_to_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of samples that a line divides, losses and their curvature go to zero; the rate follows at a limited pace."""
+
+    def train(num_steps: int) -> tuple[list[float], float]:
+        generator = torch.Generator().manual_seed(0)
+        model, x = nn.Linear(5, 2), torch.randn(32, 5, generator=generator)
+        model.load_state_dict({"weight": torch.zeros(2, 5), "bias": torch.zeros(2)})
+        y = (x[:, 0] > 0).long()
+        x[:, 0] += 2 * (2 * y - 1)
+        opt: Optimizer[tuple[Tensor, Tensor]] = Optimizer(model, MeZO(lr="auto", eta=0.1, directions=4), probe=False)
+        losses = []
+        for step in range(num_steps):
+            some = slice(step % 4 * 8, step % 4 * 8 + 8)
+            losses.append(
+                opt.step(lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1], reduction="none"), (x[some], y[some]))
+            )
+        return losses, opt.metrics["rate/lr"]
+
+    losses, rate = train(100)
+    assert losses[-1] < 0.01
+    assert max(losses[30:]) < 0.1
+    monkeypatch.setattr(auto_rate, "RELEASE", 0.0)
+    assert train(100)[1] > 100 * rate  # what it is held back from
 
 
 def test_malloc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,14 +27,17 @@ LAYERS = {
     "storage": "errors json_types directions algorithms config distributed engines",
     "models": "errors json_types directions config distributed engines assets storage",
     "tasks": "errors directions config engines assets models",
-    "objectives": "errors config distributed tasks",
+    "objectives": "errors algorithms config distributed tasks",
     "monitoring": "errors json_types storage",
+    "baselines": "errors algorithms distributed engines",
     "testing": "errors distributed",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",
+    "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim",
     "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
-    "monitoring",
-    "cli": "errors config distributed engines objectives monitoring runs",
+    "monitoring baselines",
+    "planning": "errors json_types directions algorithms config engines assets storage",
+    "cli": "errors config distributed engines objectives monitoring runs planning",
     "__main__": "cli",
 }
 
@@ -44,6 +47,8 @@ NO_TORCH = [
     "mezo_dist.config.reader",
     "mezo_dist.algorithms",
     "mezo_dist.directions.combination",
+    "mezo_dist.engines.waiting",
+    "mezo_dist.planning.command",
 ]
 
 

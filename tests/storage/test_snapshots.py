@@ -27,6 +27,8 @@ from mezo_dist.testing import spawn, tiny_model
 class Cut:
     """Only what checkpoints need of an engine: every parameter cut at any element into ``num_shards`` pieces."""
 
+    optimizer = None
+
     def __init__(self, place: int, num_shards: int, dtype: torch.dtype = torch.float32) -> None:
         self.whole = {name: p.detach().to(dtype) for name, p in tiny_model("llama-tied").named_parameters()}
         self.bounds: dict[str, tuple[int, int]] = {}
@@ -45,6 +47,10 @@ class Cut:
 
     def anchor_shards(self) -> Iterator[Shard]:
         """No copy was kept."""
+        return iter(())
+
+    def optimizer_shards(self) -> Iterator[Shard]:
+        """No optimiser is attached."""
         return iter(())
 
     def is_right(self) -> bool:

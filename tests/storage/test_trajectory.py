@@ -57,6 +57,16 @@ def test_means_that_follow_from_the_samples_are_not_written() -> None:
     assert Step.from_json(weighted.to_json()) == weighted
 
 
+def test_learning_rates_from_outside_stand_beside_the_losses() -> None:
+    rounds = (Losses((0.5, 0.25)),)
+    given = Step(3, rounds, "ab", lr=(1e-6, 0.0))
+    assert given.to_json()["lr"] == [1e-6, 0.0]
+    assert Step.from_json(given.to_json()) == given
+    assert "lr" not in Step(3, rounds, "ab").to_json()
+    with pytest.raises(ValueError, match="damaged"):
+        Step.from_json({**given.to_json(), "lr": ["1e-6"]})
+
+
 # Sizes, with losses as runs have them: sums of fp32 losses of so many samples, all digits
 
 

@@ -17,6 +17,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.classification.prompts import Encoder, Sample
 from mezo_dist.testing import tiny_tokenizer
 
+MASK = "<mask>"
 LABELS = (Label(0, "terrible"), Label(1, "great"))
 
 
@@ -71,6 +72,16 @@ def metaspace() -> Any:
 
 TOKENIZERS = {"byte-level": byte_level(), "metaspace": metaspace(), "word-level": tiny_tokenizer()}
 SPACE = {"byte-level": "\u0120", "metaspace": "\u2581", "word-level": ""}
+
+
+def tokenizer_for(*texts: str) -> Any:
+    """A token for each word, with the space before it, and for each other character."""
+    pattern = tokenizers.Regex(r" ?[A-Za-z0-9]+|\s|[^A-Za-z0-9\s]")
+    split = pre_tokenizers.Split(pattern, "isolated")
+    pieces = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(text)} - {MASK})
+    core = tokenizers.Tokenizer(models.WordLevel({p: i for i, p in enumerate(["<unk>", MASK, *pieces])}, "<unk>"))
+    core.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", mask_token=MASK)
 
 
 def encoder(kind: ModelKind = "causal", tokenizer: str = "word-level", window: int = 64, **changes: Any) -> Encoder:

@@ -125,6 +125,39 @@ def test_labels_may_have_other_names() -> None:
     assert [s.label for s in encode([{**ROWS[0], "label": 0}], **fixed)] == [0]
 
 
+CLOZE: dict[str, Any] = {
+    "prompt": "{{ text }} . {{ answer }}",
+    "option": "{{ query | replace('@placeholder', option) }}",
+    "labels_field": "options",
+    "label": "answers",
+}
+GAP: dict[str, Any] = {
+    "text": "the film",
+    "query": "@placeholder was great",
+    "options": ["film", "1", "plot", "acting"],
+    "answers": ["plot", "1", "music"],
+}
+
+
+def test_options_may_be_put_into_a_template_and_several_may_be_right() -> None:
+    task, tokenizer = kind(**CLOZE), TOKENIZERS["word-level"]
+    (sample,) = task.encode([GAP], "train")
+    assert tokenizer.decode(sample.options[2]) == "the film . plot was great"
+    assert (sample.label, sample.right) == (2, (2, 1)), "by what the list holds, not by its number; the first counts"
+    (batch,) = cut([sample], 1, 0, task.collate)
+    for best, is_right in ((1, 1.0), (2, 1.0), (3, 0.0), (0, 0.0)):
+        payload = torch.full((1, 4), -2.0)
+        payload[0, best] = -1.0
+        assert task.merits(payload, [batch]).tolist() == [is_right]
+        assert task.summarise(0.0, payload, [batch]) == {"accuracy": is_right}
+
+
+def test_a_list_of_labels_none_of_which_is_an_option() -> None:
+    assert "task.label: the label is 'music', which names none of them: ['film', '1'" in fault(
+        {**GAP, "answers": ["music"]}, **CLOZE
+    )
+
+
 @pytest.mark.parametrize(
     ("row", "changes", "expected"),
     [

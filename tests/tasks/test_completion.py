@@ -17,7 +17,7 @@ from mezo_dist.tasks.batches import cut
 from mezo_dist.tasks.completion.kind import Completion, Sample
 from mezo_dist.tasks.kind import Bench, TextModel
 from mezo_dist.testing import tiny_model, tiny_tokenizer
-from tests.tasks.encoders import TOKENIZERS
+from tests.tasks.encoders import TOKENIZERS, byte_level
 
 TASK = CompletionTask(name="t", data="nowhere", prompt="{{ text }} It", completion=" was {{ answer }}")
 DOCUMENT = dataclasses.replace(TASK, prompt="", completion="{{ text }}")
@@ -152,6 +152,53 @@ def test_the_assistants_turns_are_learnt(template: str) -> None:
     )
     assert targets(sample, tokenizer) == "It was great <eos> dull <eos>"
     assert len(sample.spans) == 2
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+END_TWICE = CHATML.replace("<|im_end|>", "<|im_end|><s>")
+NO_END = CHATML.replace("<|im_end|>", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [
+        (CHATML, "It was great<|im_end|>dull<|im_end|>"),
+        (END_TWICE, "It was great<|im_end|><s>dull<|im_end|><s>"),
+        (NO_END, "It was great\ndull\n"),
+    ],
+)
+def test_the_new_line_after_the_end_of_a_turn_is_not_learnt(template: str, learnt: str) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    (sample,) = kind(CONVERSATION, tokenizer, 200).encode([{"turns": TURNS}], "train")
+    assert tokenizer.decode([sample.ids[place] for place in sample.targets]) == learnt
+
+
+CHAT = CompletionTask(name="t", data="nowhere", prompt=" {{ text }} ", completion="{{ answer }}", chat=True)
+
+
+def test_templates_may_be_turns_of_a_conversation() -> None:
+    tokenizer = talking(PLAIN)
+    samples = kind(CHAT, tokenizer, 11).encode([ROWS[0], {**ROWS[0], "text": "the film " * 9}], "train")
+    assert tokenizer.decode(samples[0].ids) == "user : the film <eos> assistant : great <eos>"
+    assert targets(samples[0], tokenizer) == targets(samples[1], tokenizer) == "great <eos>"
+    assert len(samples[1].ids) == 11, "prompts are shortened here, too"
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "expected"),
+    [
+        (None, {}, "task.chat: the tokenizer of this model has no chat template"),
+        (PLAIN, {"answer": " "}, "task.completion: the text is empty; leave the row out"),
+        (PLAIN, {"text": ""}, "task.prompt: the text is empty; leave the row out"),
+    ],
+)
+def test_turns_that_are_refused(template: str | None, fields: dict[str, Any], expected: str) -> None:
+    assert expected in fault(CHAT, talking(template), **fields)
 
 
 @pytest.mark.parametrize(

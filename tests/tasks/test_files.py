@@ -93,7 +93,7 @@ def test_cells_of_several_lines_are_told(tmp_path: Path, caplog: pytest.LogCaptu
         ("a.csv", 'a,b\nx,1\n"x"y,1\n', "the record that starts in line 3: "),
         ("a.csv", "a,b\nx,1\ny\n", "line 3 has 1 cells, but the first line names 2 columns"),
         ("a.tsv", "a\tb\nx\t1\ty\n", "line 2 has 3 cells, but the first line names 2 columns"),
-        ("a.csv", "a,a\nx,1\n", "two columns have the same name: ['a', 'a']"),
+        ("a.csv", "a,a\nx,1\n", "two columns have the same name: ['a']"),
         ("a.csv", b"a,b\nx,1\n\xe9,2\n", "line 3 is not UTF-8 (byte 0xe9): convert it, for instance with `iconv -f l"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\x80"}\n', "line 2 is not UTF-8 (byte 0x80)"),
         ("a.tsv", "a\tb\nx\t1\n".encode("utf-16"), "it is UTF-16, not UTF-8: convert it"),

@@ -66,3 +66,12 @@ def test_subset_and_revision_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     tables = read_hub("a/b", "sub", "main")
     assert tables["train"].take([0]) == [{"text": "x"}]
     assert asked == [(("a/b", "sub"), {"revision": "main"})]
+
+
+def test_the_command_that_fetches_it_elsewhere_names_subset_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"load_dataset\('a/b', 'copa', revision='refs/x'\)\.save_to_disk\('FOLDER'\)"):
+        read_hub("a/b", "copa", "refs/x")

@@ -332,7 +332,30 @@ def test_nulls_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     splits = Splits(Split("train", 10), Split("train", 1), Split("train", 1))
     train = load_rows(task(data=str(tmp_path / "a.jsonl"), splits=splits)).train
     count = sum(row["text"] is None for row in train)
-    assert f"fields that are null, of the 10 rows of the train split: note in 10, text in {count}" in caplog.text
+    assert f"fields that are null, of the 10 rows of the train split: text in {count}\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        {"prompt": "{{ text }} {{ note }} {{ answer }}"},
+        {"prompt": "{{ text }} {{ row.note }} {{ answer }}"},
+        {"prompt": "{{ text }} {{ note.inside['deep'] }} {{ answer }}"},
+        {"prompt": "{{ text }} {% if row['note'] %}{{ text }}{% endif %} {{ answer }}"},
+        {"plain": ("{{ text }}", "{{ note | default('') }}")},
+        {"label": "note"},
+        {"truncate": ("note.inside",)},
+    ],
+)
+def test_only_fields_that_the_task_reads_are_counted(
+    used: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": 0, "note": None, "other": None}] * 3)
+    splits = Splits(Split("train", 1), Split("train", 1), Split("train", 1))
+    load_rows(task(data=str(tmp_path / "a.jsonl"), splits=splits))
+    assert "null" not in caplog.text
+    load_rows(task(data=str(tmp_path / "a.jsonl"), splits=splits, **used))
+    assert "of the 1 rows of the train split: note in 1\n" in caplog.text
 
 
 @pytest.mark.parametrize(

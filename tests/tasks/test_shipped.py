@@ -1,4 +1,4 @@
-"""Every shipped task: one example of its data's schema, as a causal and as a masked model read it.
+"""Every classification that ships: one example of its data's schema, as a causal and as a masked model read it.
 
 No hub is needed: the rows are made up, in the fields that the data sets have. The tokenizer keeps every character, and
 knows each word with the space before it.
@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from mezo_dist.config.kinds.classification import ClassificationTask
 from mezo_dist.config.reader import load
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.values import ClassIndex
 from mezo_dist.tasks.classification.prompts import Encoder
+from tests.tasks.encoders import MASK, tokenizer_for
 
 ROOT = Path(__file__).resolve().parents[2]
-MASK = "<mask>"
 
 
 class Example(NamedTuple):
@@ -52,6 +49,28 @@ FRED = {"text": "Fred saw Bill as he left.", "span1_text": "Fred", "span2_text":
 
 EXAMPLES = {
     "movie-sentences": Example({"text": "A film.", "label": 1}, "A film. It was", SIDES, 1, ["A film."]),
+    "tweets": Example({"text": "Yay!", "rating": 2.1, "label": 1}, "Yay! It was", SIDES, 1, ["Yay!"]),
+    "bbc-news": Example(
+        {"text": "Sales rose.", "label": "business"},
+        "Sales rose.\nTopic:",
+        [" business", " entertainment", " politics", " sports", " tech"],
+        0,
+        ["Sales rose."],
+    ),
+    "r8": Example(
+        {"text": "wheat fell", "label": "money-fx"},
+        "wheat fell\nTopic:",
+        [" acquisition", " oil", " earnings", " grain", " interest", " currency", " shipping", " trade"],
+        5,
+        ["wheat fell"],
+    ),
+    "boolq-demo": Example(
+        {"passage": "All cats purr.", "question": "do lions purr", "label": 0},
+        "All cats purr. Do lions purr?\n",
+        YES_NO,
+        1,
+        ["All cats purr.", "do lions purr"],
+    ),
     "sst2": Example(
         {"sentence": "hide new secretions ", "label": 0},
         "hide new secretions It was",
@@ -128,26 +147,12 @@ EXAMPLES = {
 }
 
 
-def tokenizer_for(*texts: str) -> Any:
-    """A token for each word, with the space before it, and for each other character."""
-    pattern = tokenizers.Regex(r" ?[A-Za-z0-9]+|\s|[^A-Za-z0-9\s]")
-    split = pre_tokenizers.Split(pattern, "isolated")
-    pieces = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(text)} - {MASK})
-    core = tokenizers.Tokenizer(models.WordLevel({p: i for i, p in enumerate(["<unk>", MASK, *pieces])}, "<unk>"))
-    core.pre_tokenizer = split
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", mask_token=MASK)
-
-
 def encoder(name: str, kind: ModelKind) -> Encoder:
     example = EXAMPLES[name]
     task = load(ROOT / "configs" / "quickstart.yaml", [f"--task={ROOT / 'configs' / 'tasks' / name}.yaml"]).task
     assert isinstance(task, ClassificationTask)
     texts = [example.prompt, *example.plain, *example.words]
     return Encoder(task, tokenizer_for(*texts), kind, 128)
-
-
-def test_there_is_an_example_of_each() -> None:
-    assert set(EXAMPLES) == {path.stem for path in (ROOT / "configs" / "tasks").glob("*.yaml")}
 
 
 READ = [(name, "masked") for name in EXAMPLES] + [(name, "causal") for name in EXAMPLES if "-masked" not in name]

@@ -33,13 +33,17 @@ class ChoiceTask(TaskSettings):
     options_field: str | None = None
     """Name of a field that holds the options of a sample as a list, in place of ``options``. Samples may have
     different numbers of them."""
+    option: str = ""
+    """With ``options_field``: jinja2 template of one option, over the fields of the sample and ``{{ option }}``, what
+    the list holds. Empty: that itself."""
     label: str = "label"
     """Name of the data's field that says which option is right: by its number (the first is 0), by its text, or by
-    one of ``labels``."""
+    one of ``labels``. A list names several: the loss is that of the first, and a prediction may be any of them."""
     labels: tuple[bool | int | str, ...] = ()
     """Values of the label field that stand for the options, in their order, such as ``[A, B, C, D]``."""
     labels_field: str | None = None
-    """Name of a field that holds such values as a list, in place of ``labels``."""
+    """Name of a field that holds such values as a list, in place of ``labels``. It may be ``options_field``: then an
+    option goes by what the list holds, and not by its number."""
     normalise: Literal["mean", "sum", "bytes"] = "mean"
     """What an option's log-probabilities become: their ``mean`` over its tokens, their ``sum``, or that divided by the
     ``bytes`` of its text, which does not depend on the tokenizer."""
@@ -56,6 +60,8 @@ class ChoiceTask(TaskSettings):
             raise ValueError("task.prompt: must contain {{ answer }} where the option goes")
         if bool(self.options) == (self.options_field is not None):
             raise ValueError("task.options: give the options there, or task.options_field; one of the two")
+        if self.option and self.options_field is None:
+            raise ValueError("task.option: is for the options of task.options_field; leave it out")
         if self.options and len(self.options) < 2:
             raise ValueError("task.options: a choice needs at least two options")
         if self.labels and self.labels_field is not None:
@@ -68,6 +74,16 @@ class ChoiceTask(TaskSettings):
         ):
             if len(set(names)) < len(names):
                 raise ValueError(f"task.{what}: two of them are the same: {names}")
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.prompt, *self.options, self.option)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return tuple(name for name in (self.label, self.options_field, self.labels_field) if name is not None)
 
     @property
     def words(self) -> list[str]:

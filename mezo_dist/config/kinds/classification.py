@@ -64,6 +64,16 @@ class ClassificationTask(TaskSettings):
             raise ValueError(f"task.metric: f1 is for two classes, this task has {len(self.labels)}; use macro-f1")
 
     @property
+    def templates(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.prompt, *self.plain)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.label,)
+
+    @property
     def words(self) -> list[str]:
         """Label words, in class order."""
         return [label.word for label in self.labels]

@@ -28,6 +28,8 @@ class CompletionTask(TaskSettings):
     whole text (language modelling)."""
     completion: str = ""
     """jinja2 template: what it is to write next. A space between the two stands at its start."""
+    chat: bool = False
+    """The two templates are a turn of the user's and one of the assistant's, put into the tokenizer's chat template."""
     messages: str | None = None
     """Name of a field that holds a conversation, in place of the two templates: a list of ``{role, content}``. The
     tokenizer's chat template makes a text of it, and the loss is that of the assistant's turns."""
@@ -48,8 +50,20 @@ class CompletionTask(TaskSettings):
             raise ValueError("task.completion: give the template there, or task.messages; one of the two")
         if self.messages is not None and self.prompt:
             raise ValueError("task.prompt: the prompts of task.messages are in the conversation; leave it out")
+        if self.chat and not self.prompt:
+            raise ValueError("task.chat: needs task.prompt, the user's turn (in task.messages the turns are said)")
         if self.window is not None and (self.prompt or self.messages is not None):
             raise ValueError("task.window: cuts whole documents, which have no task.prompt and no task.messages")
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.prompt, self.completion)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return () if self.messages is None else (self.messages,)
 
     @property
     def rows_are_samples(self) -> bool:

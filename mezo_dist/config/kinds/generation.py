@@ -37,6 +37,9 @@ class GenerationTask(TaskSettings):
     completion: str = ""
     """jinja2 template: the text that ``train.objective: loss`` trains on. A space between the two stands at its
     start."""
+    end: str = ""
+    """What the model learns to write after a completion, such as ``"\\n"``, which then belongs into ``stop``, too.
+    Empty: its end-of-text token."""
     references: str | None = None
     """Name of the field that holds the right texts: one, or a list of which any will do. Null: the completion."""
     stop: tuple[str, ...] = ()
@@ -61,6 +64,8 @@ class GenerationTask(TaskSettings):
             raise ValueError("task.prompt: is empty; the model needs something to go on")
         if "" in self.stop:
             raise ValueError("task.stop: an empty text ends everything; leave it out")
+        if self.end and not any(stop in self.end for stop in self.stop):
+            raise ValueError(f"task.end: {self.end!r} does not end what the model writes; put it into task.stop")
         if self.top_k and not self.temperature:
             raise ValueError("task.top_k: nothing is drawn at task.temperature 0; set a temperature, or leave it out")
         if not self.completion and self.references is None and self.metric != "reward":
@@ -68,6 +73,16 @@ class GenerationTask(TaskSettings):
                 f"task.metric: {self.metric} compares with right texts: give task.references or task.completion, or "
                 "choose task.metric: reward"
             )
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.prompt, self.completion)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return () if self.references is None else (self.references,)
 
     @property
     def metric_is_mean(self) -> bool:

@@ -33,6 +33,16 @@ class RegressionTask(TaskSettings):
         if not 1 <= len(self.plain) <= TEMPLATE_PARTS:
             raise ValueError("task.plain: give one template, or two for a pair of texts")
 
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return self.plain
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """See `TaskSettings`."""
+        return (self.label,)
+
     def check_head(self, head: str) -> None:
         """See `TaskSettings`."""
         if head != "classifier":

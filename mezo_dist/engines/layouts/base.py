@@ -7,6 +7,7 @@ where those weights are: a copy in every process (`replicated`), FSDP2's shards 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +80,15 @@ class Layout(Protocol):
 
     def release(self, unit: Unit) -> None:
         """Free the gathered weights; the shards stay."""
+
+    def back_propagating(self) -> AbstractContextManager[None]:
+        """Within, the model is called and back-propagated through by itself, without `start`, `finish` and `release`:
+        gradients of shards (DTensors) are means over the ranks when a backward pass ends, those of whole weights are
+        this rank's. All ranks run equally many passes.
+
+        Raises:
+            UserError: the layout has no gradients.
+        """
 
     def shards(self) -> Iterator[Shard]:
         """What this rank owns of every parameter, frozen ones too, in the order of the model's parameters."""

@@ -7,6 +7,7 @@ so units are gathered and freed by its explicit `unshard` and `reshard`, and its
 from __future__ import annotations
 
 import collections
+import contextlib
 import graphlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,9 +81,11 @@ class Fsdp:
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
             "ignored_params": {weight.tensor for weight in self._weights.values() if weight.name in self._copied},
         }
+        self._options = options
+        self._hooks: list[_Hook] = []
         for unit in _inside_out(self.units):
             fully_shard(list(unit.modules), **options)
-            _without_hooks(unit)
+            self._hooks += _take_hooks_off(unit.modules[0], unit.modules)
         home = torch.device("cpu" if offload else device)
         if any(p.is_meta for p in model.parameters()):
             model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
@@ -110,6 +113,20 @@ class Fsdp:
     def release(self, unit: Unit) -> None:
         """See `Layout.release`."""
         _fsdp(unit).reshard()
+
+    @contextlib.contextmanager
+    def back_propagating(self) -> Iterator[None]:
+        """See `Layout.back_propagating`: FSDP2 as usual, with its own hooks, and a root around all units."""
+        if not isinstance(self._model, FSDPModule):
+            fully_shard(self._model, **self._options)
+            self._hooks += _take_hooks_off(self._model, [self._model])
+        for registry, key, hook in self._hooks:
+            registry[key] = hook
+        try:
+            yield
+        finally:
+            for registry, key, _ in self._hooks:
+                del registry[key]
 
     @torch.no_grad()
     def shards(self) -> Iterator[Shard]:
@@ -151,12 +168,34 @@ def _fsdp(unit: Unit) -> FSDPModule:
     return module
 
 
-def _without_hooks(unit: Unit) -> None:
+_Hook = tuple[dict[int, Any], int, Any]
+"""Where torch keeps a hook of a module, its key there, and what is kept."""
+
+
+def _take_hooks_off(unit_module: nn.Module, modules: Sequence[nn.Module]) -> list[_Hook]:
     """Take FSDP2's own forward hooks off: they would gather for every forward pass alone. FSDP2 has no public way to do
-    so."""
-    state = _fsdp(unit)._get_fsdp_state()
+    so.
+
+    Args:
+        unit_module: the module by which FSDP2 knows the unit.
+        modules: those that have its hooks.
+
+    Returns:
+        What was taken off, to be put back.
+    """
+    kinds = ("forward_pre_hooks", "forward_pre_hooks_with_kwargs", "forward_hooks", "forward_hooks_always_called")
+    registries = [getattr(module, f"_{kind}") for module in modules for kind in kinds]
+    before = [dict(registry) for registry in registries]
+    assert isinstance(unit_module, FSDPModule)
+    state = unit_module._get_fsdp_state()
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
+    return [
+        (registry, key, hook)
+        for registry, hooks in zip(registries, before, strict=True)
+        for key, hook in hooks.items()
+        if key not in registry
+    ]
 
 
 def _inside_out(units: Sequence[Unit]) -> list[Unit]:

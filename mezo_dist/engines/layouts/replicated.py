@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.engines.hooked import Weight
 from mezo_dist.engines.layouts.base import Shard
+from mezo_dist.engines.payload import parameter_parts
 from mezo_dist.engines.units import Unit, find_units
 
 
@@ -41,10 +43,15 @@ class Replicated:
     def release(self, unit: Unit) -> None:
         """Nothing is gathered."""
 
+    def back_propagating(self) -> AbstractContextManager[None]:
+        """See `Layout.back_propagating`."""
+        return nullcontext()
+
     def shards(self) -> Iterator[Shard]:
-        """See `Layout.shards`: every parameter, whole."""
-        for name, tensor in self.named_weights():
-            yield Shard(name, param_id(name), tensor.shape, 0, tensor)
+        """See `Layout.shards`: every parameter, whole; of a quantised one the plain tensors that it is made of."""
+        for parameter_name, parameter in self._model.named_parameters():
+            for name, tensor in parameter_parts(parameter_name, parameter):
+                yield Shard(name, param_id(name), tensor.shape, 0, tensor)
 
     def exchange(self, others: dict[str, Tensor]) -> None:
         """See `Layout.exchange`: nothing is copied."""

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, final
 
@@ -184,6 +185,10 @@ class Zero:
         """See `Layout.release`."""
         if parameters := _parameters(unit):
             parameters[0].partition(parameters)
+
+    def back_propagating(self) -> AbstractContextManager[None]:
+        """See `Layout.back_propagating`."""
+        raise UserError("layout.name: zero has no gradients; use layout.name: fsdp")
 
     @torch.no_grad()
     def shards(self) -> Iterator[Shard]:

@@ -29,7 +29,9 @@ class Layer(enum.IntEnum):
     (`mezo_dist.engines.lockstep.fanout`). Directions per sample are part of how it is computed."""
     HEAD_POSITIONS = 3
     """An output head gets hidden states of some positions. They are picked inside the pass, before it waits."""
-    FROZEN_CACHE = 4
+    RECOMPUTED = 4
+    """A block keeps its inputs alone for a backward pass (`mezo_dist.baselines.backward`)."""
+    FROZEN_CACHE = 5
     """A frozen module gives what it gave before (`mezo_dist.models.frozen_cache`). A call that is answered from
     memory neither waits nor needs weights."""
 

@@ -64,6 +64,7 @@ class Materialiser:
         # sharded layouts, whose gathered weights are released when the passes have gone on.
         self._keep_sources = not layout.is_sharded
         self._scratch = torch.empty(0)
+        self._most = 0
 
     def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
         """The weights of a module under every variant among its calls.
@@ -183,12 +184,21 @@ class Materialiser:
             )
         return {v: outputs.get(shift, source) for v, shift in shifts.items()}
 
+    def end(self) -> None:
+        """The passes are over. The scratch stays for the next ones, unless these needed less than half of it: then
+        others before them (those that tried out whole logits, say) were the last to need it all."""
+        if 2 * self._most < self._scratch.numel():
+            self._scratch = torch.empty(0)
+        self._most = 0
+
     def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[..., Tensor]:
         """An allocator that hands out pieces of one buffer. The buffer is kept from one hooked module to the next,
         because fresh memory costs page faults."""
         sizes = (source.numel() * (self._compute_dtype or source.dtype).itemsize for source in sources)
         need = sum(map(_padded, sizes)) * copies
+        self._most = max(self._most, need)
         if self._scratch.numel() < need or self._scratch.device != sources[0].device:
+            self._scratch = torch.empty(0)  # the old buffer goes before the new one comes
             self._scratch = torch.empty(need, dtype=torch.uint8, device=sources[0].device)
         used = 0
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.objectives.rewards.judge import Judge
-from mezo_dist.tasks.batches import MicroBatch
-from mezo_dist.tasks.generation.kind import Generation, facts_by_slot
+from mezo_dist.tasks.batches import MicroBatch, facts_by_slot
+from mezo_dist.tasks.generation.kind import Generation
 from mezo_dist.tasks.kind import TaskKind
 
 

@@ -51,7 +51,8 @@ class Service:
             if not (token.isascii() and token.isprintable()):  # said without its value
                 raise UserError(f"reward.http_token: {config.http_token} holds more than printable ASCII characters")
             self._headers["Authorization"] = f"Bearer {token}"
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        proxies = urllib.request.ProxyHandler(None if config.http_proxy else {})
+        self._opener = urllib.request.build_opener(_NoRedirects, proxies)
 
     def ask(self, row: Mapping[str, Any], text: str) -> float:
         """The service's number for a text.

@@ -129,7 +129,8 @@ def judging(config: RunConfig, comm: Communicator) -> Iterator[Judge | None]:
     if config.train.objective != "reward":
         yield None
         return
-    settings = config.reward if comm.rank == 0 else replace(config.reward, function=None, command=(), http=None)
+    nobody = replace(config.reward, function=None, command=(), http=None, http_token=None, http_proxy=False)
+    settings = config.reward if comm.rank == 0 else nobody
     with ExitStack() as stack:
         judges: list[Judge] = []
         comm.collect(lambda: judges.append(stack.enter_context(Judge(settings))))

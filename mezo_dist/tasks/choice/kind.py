@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezo_dist.config.kinds.choice import ChoiceTask
-from mezo_dist.tasks.batches import MicroBatch, by_slot, model_inputs
-from mezo_dist.tasks.choice.options import EncodedOptions, Sample, encode_options, label_of, options_of
+from mezo_dist.tasks.batches import MicroBatch, by_slot, facts_by_slot, model_inputs
+from mezo_dist.tasks.choice.options import EncodedOptions, Sample, encode_options, options_of, right_options
 from mezo_dist.tasks.continuation import check_causal
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
@@ -33,8 +33,8 @@ class Choice:
     """Template."""
     options_of: Callable[[Row], list[str]]
     """The options of a row, in the order of the columns of the payload."""
-    label_of: Callable[[Row, list[str]], int]
-    """Which of them is right."""
+    right_options: Callable[[Row, list[str]], tuple[int, ...]]
+    """Which of them are right."""
     measure: Measure
     normalise: Literal["mean", "sum", "bytes"] = "mean"
     loss: Literal["choice", "lm"] = "choice"
@@ -52,10 +52,10 @@ class Choice:
         def options(row: Row) -> list[str]:
             return options_of(task, row)
 
-        def label(row: Row, options: list[str]) -> int:
-            return label_of(task, row, options)
+        def right(row: Row, options: list[str]) -> tuple[int, ...]:
+            return right_options(task, row, options)
 
-        return Choice(text_encoder(task, model), task.prompt, options, label, accuracy, task.normalise, task.loss)
+        return Choice(text_encoder(task, model), task.prompt, options, right, accuracy, task.normalise, task.loss)
 
     def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
         """See `TaskKind`."""
@@ -75,7 +75,8 @@ class Choice:
             "num_tokens": torch.tensor([len(s.options[s.label]) - s.starts[s.label] for s in samples]),
             **token_targets(rows, [range(start, len(ids)) for ids, start in zip(rows, starts, strict=True)]),
         }
-        return MicroBatch(slots, model_inputs(rows, pad_id), targets, columns, tuple(counts))
+        right = tuple(sample.right for sample in samples)
+        return MicroBatch(slots, model_inputs(rows, pad_id), targets, columns, tuple(counts), facts=right)
 
     def forward(self, bench: Bench) -> Forward:
         """See `TaskKind`."""
@@ -96,16 +97,18 @@ class Choice:
 
     def summarise(self, loss: float, payload: Tensor, batch: Sequence[MicroBatch]) -> Mapping[str, float]:
         """See `TaskKind`."""
-        return self.measure(_best(payload, by_slot(batch, "num_options")), by_slot(batch, "label"))
+        best = _best(payload, by_slot(batch, "num_options"))
+        return self.measure(best, _wanted(best, batch))
 
     def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
         """See `TaskKind`."""
-        return (_best(payload, by_slot(batch, "num_options")) == by_slot(batch, "label")).double()
+        best = _best(payload, by_slot(batch, "num_options"))
+        return (best == _wanted(best, batch)).double()
 
     def _sample(self, row: Row) -> Sample:
-        label = self.label_of(row, self.options_of(row))
+        right = self.right_options(row, self.options_of(row))
         encoded, _ = self.texts.fit(row, self._encoded)
-        return Sample(encoded.options, encoded.starts, encoded.sizes, label)
+        return Sample(encoded.options, encoded.starts, encoded.sizes, right[0], right)
 
     def _encoded(self, row: Row) -> EncodedOptions:
         return encode_options(self.texts, self.prompt, self.options_of(row), row)
@@ -139,3 +142,14 @@ def _best(payload: Tensor, num_options: Tensor) -> Tensor:
     """int64 [n]: the option with the best score."""
     is_option = torch.arange(payload.shape[1]) < num_options.unsqueeze(1)
     return payload.masked_fill(~is_option, -torch.inf).argmax(dim=-1)
+
+
+def _wanted(best: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
+    """int64 [n]: the right option; of several, the predicted one, if it is among them.
+
+    Args:
+        best: int64 [n], the predicted options.
+        batch: the micro-batches.
+    """
+    pairs = zip(best.tolist(), facts_by_slot(batch), strict=True)
+    return torch.tensor([option if option in right else right[0] for option, right in pairs])

@@ -9,7 +9,7 @@ from mezo_dist.config.kinds.choice import ChoiceTask
 from mezo_dist.config.values import names_of
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.continuation import before_answer, continued
-from mezo_dist.tasks.fields import Row, lookup, shown
+from mezo_dist.tasks.fields import Row, listed, lookup, shown
 from mezo_dist.tasks.text import TextEncoder, render_row
 
 
@@ -24,7 +24,9 @@ class Sample:
     sizes: tuple[int, ...]
     """Bytes of each option's text."""
     label: int
-    """Which option is right."""
+    """The option whose loss counts."""
+    right: tuple[int, ...]
+    """The options that are right, the label among them."""
 
     @property
     def num_tokens(self) -> int:
@@ -52,11 +54,18 @@ def options_of(task: ChoiceTask, row: Row) -> list[str]:
     """
     if task.options_field is None:
         return [render_row(option, row) for option in task.options]
-    return [str(option) for option in _list_in(row, task.options_field, "task.options_field")]
+    values = _list_in(row, task.options_field, "task.options_field")
+    return [render_row(task.option, row, option=option) if task.option else str(option) for option in values]
 
 
-def label_of(task: ChoiceTask, row: Row, options: Sequence[str]) -> int:
-    """Which option is right: the row's label is its number, its text, or the value that stands for it.
+def right_options(task: ChoiceTask, row: Row, options: Sequence[str]) -> tuple[int, ...]:
+    """Which options are right: the row's label is the number of one, its text, the value that stands for it, or a list
+    of these, of which some may name no option.
+
+    Args:
+        task: the settings.
+        row: by field.
+        options: texts.
 
     Raises:
         UserError: it is none of them.
@@ -68,14 +77,23 @@ def label_of(task: ChoiceTask, row: Row, options: Sequence[str]) -> int:
         known = [names_of(name) for name in task.labels]
     else:
         known = [(str(number), text) for number, text in enumerate(options)]
-    chosen = {place for name in names_of(value) for place, names in enumerate(known[: len(options)]) if name in names}
-    if len(chosen) != 1:
-        reason = "stands for several of them" if chosen else "names none of them"
-        raise UserError(
-            f"task.label: the label is {shown([value])[1:-1]}, which {reason}: {[names[0] for names in known]} "
-            f"(options {list(options)}); set task.labels, or leave such rows out with task.where"
+    wanted = value if isinstance(value, list) else [value]
+    right = list(
+        dict.fromkeys(
+            place
+            for one in wanted
+            for name in names_of(one)
+            for place, names in enumerate(known[: len(options)])
+            if name in names
         )
-    return chosen.pop()
+    )
+    if not right or (len(right) > 1 and not isinstance(value, list)):
+        reason = "stands for several of them" if right else "names none of them"
+        raise UserError(
+            f"task.label: the label is {shown(wanted)[1:-1]}, which {reason}: {listed(names[0] for names in known)} "
+            f"(options {listed(options)}); set task.labels, or leave such rows out with task.where"
+        )
+    return tuple(right)
 
 
 def encode_options(texts: TextEncoder, prompt: str, options: Sequence[str], row: Row) -> EncodedOptions:
@@ -96,7 +114,7 @@ def encode_options(texts: TextEncoder, prompt: str, options: Sequence[str], row:
         if not sequence.start:
             raise UserError("task.prompt: no token stands before {{ answer }}, so that nothing predicts the options")
         if sequence.start == len(sequence):
-            raise UserError(f"task.options: the option {option!r} has no tokens after this prompt")
+            raise UserError(f"task.options: the option {option!r:.100} has no tokens after this prompt")
     sizes = tuple(len(option.encode()) for option in options)
     return EncodedOptions(tuple(e.ids for e in encoded), tuple(e.start for e in encoded), sizes)
 

@@ -40,7 +40,7 @@ def classification(task: ClassificationTask, model: TextModel, first_row: Row) -
             return {task.metric: measure(task.metric, prediction, label, len(task.labels))}
 
         texts = text_encoder(task, model)
-        return Choice(texts, task.prompt, lambda _: task.words, lambda row, _: encoder.label(row), measure_options)
+        return Choice(texts, task.prompt, lambda _: task.words, lambda row, _: (encoder.label(row),), measure_options)
     return Classification(task, encoder)
 
 

@@ -126,10 +126,11 @@ class Encoder:
             for index, names in enumerate(known):
                 if name in names:
                     return index
+        dropped = value.name if isinstance(value, ClassIndex) else value
         raise UserError(
             f"task.labels: the label is {shown([value])[1:-1]}, the task knows "
             f"{[str(label.value) for label in self.task.labels]}; add it, or leave such rows out with task.where: "
-            f"{{drop: {{{self.task.label}: [{value.name if isinstance(value, ClassIndex) else value}]}}}}"
+            f"{{drop: {{{self.task.label}: [{dropped!s:.100}]}}}}"
         )
 
     # Prompts
@@ -146,7 +147,9 @@ class Encoder:
             raise UserError("task.prompt: {{ answer }} must occur exactly once")
         before, after = text.split(_SLOT)
         if self.kind == "causal" and after.strip():
-            raise UserError(f"task.prompt: {{{{ answer }}}} must come last for a causal model, not before {after!r}")
+            raise UserError(
+                f"task.prompt: {{{{ answer }}}} must come last for a causal model, not before {after!r:.100}"
+            )
         # One space before a word belongs to its token in many vocabularies, and more are tokens of their own.
         space = before.endswith(" ") or (self.kind == "masked" and not before)
         return before.rstrip(" ") + " " * space, after

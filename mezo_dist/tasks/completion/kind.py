@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mezo_dist.config.kinds.completion import CompletionTask
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import MicroBatch, model_inputs
-from mezo_dist.tasks.completion.conversation import check_template, encode_conversation
+from mezo_dist.tasks.completion.conversation import ASSISTANT, check_template, encode_conversation
 from mezo_dist.tasks.continuation import SLOT, check_causal, continued
 from mezo_dist.tasks.fields import Row, lookup
 from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
@@ -69,8 +69,8 @@ class Completion:
                 chat template or an end-of-text token that the task needs.
         """
         check_causal(model, task.kind)
-        if task.messages is not None:
-            check_template(model.tokenizer)
+        if task.messages is not None or task.chat:
+            check_template(model.tokenizer, "task.messages" if task.messages is not None else "task.chat")
         elif task.end and model.tokenizer.eos_token_id is None:
             raise UserError("task.end: the tokenizer has no end-of-text token; set it to false")
         if task.window is not None and task.window > model.max_tokens:
@@ -92,7 +92,8 @@ class Completion:
                 raise UserError(f"task.completion: the {split} split has no text of two tokens or more")
             log.info("%s split: %d documents are %d windows of text", split, len(rows), len(samples))
         else:
-            samples = encode_rows(rows, split, lambda row: self.texts.fit(row, self._continuation)[0])
+            encode = self._turns if self.task.chat else self._continuation
+            samples = encode_rows(rows, split, lambda row: self.texts.fit(row, encode)[0])
         return samples
 
     def collate(self, samples: Sequence[Sample], slots: tuple[int, ...], pad_id: int) -> MicroBatch:
@@ -147,7 +148,7 @@ class Completion:
         return before, after
 
     def _warn_if_joined(self, row: Row) -> None:
-        if not self.task.prompt:
+        if not self.task.prompt or self.task.chat:
             return
         try:
             before, after = self._texts_of(row)
@@ -173,19 +174,37 @@ class Completion:
         sequence = continued(self.texts, "", render_row(self.task.completion, row))
         return (*sequence.ids, *([self.model.tokenizer.eos_token_id] if self.task.end else []))
 
+    def _turns(self, row: Row) -> Sample:
+        """Prompt and completion as turns of a conversation."""
+        prompt, answer = self._texts_of(row)
+        for name, text in (("prompt", prompt), ("completion", answer)):
+            if not text.strip():
+                raise UserError(f"task.{name}: the text is empty; leave the row out (task.where)")
+        turns = [{"role": "user", "content": prompt.strip()}, {"role": ASSISTANT, "content": answer.strip()}]
+        return self._encoded(turns, "task.chat")
+
     def _conversation(self, row: Row) -> Sample:
         assert self.task.messages is not None
-        messages = lookup(row, self.task.messages, "task.messages")
-        ids, targets = encode_conversation(self.model.tokenizer, messages)
-        self.texts.check_known(ids)
-        if len(ids) > self.model.max_tokens:
+        sample = self._encoded(lookup(row, self.task.messages, "task.messages"), "task.messages")
+        if len(sample) > self.model.max_tokens:
             raise UserError(
-                f"task.messages: the conversation has {len(ids)} tokens, but train.max_tokens, or else the model's "
+                f"task.messages: the conversation has {len(sample)} tokens, but train.max_tokens, or else the model's "
                 f"window, is {self.model.max_tokens}; leave such rows out"
             )
+        return sample
+
+    def _encoded(self, messages: Any, setting: str) -> Sample:
+        """A conversation.
+
+        Args:
+            messages: its turns.
+            setting: that asks for it, for messages.
+        """
+        ids, targets = encode_conversation(self.model.tokenizer, messages, setting)
+        self.texts.check_known(ids)
         spans = _runs([place for place in targets if place > 0])
         if not spans:
-            raise UserError("task.messages: the assistant's turns have no tokens; leave the row out")
+            raise UserError(f"{setting}: the assistant's turns have no tokens; leave the row out")
         return Sample(tuple(ids), spans)
 
 

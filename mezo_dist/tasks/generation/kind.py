@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mezo_dist.config.kinds.generation import GenerationTask
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.batches import MicroBatch, model_inputs
+from mezo_dist.tasks.batches import MicroBatch, facts_by_slot, model_inputs
 from mezo_dist.tasks.chat import apply_chat_template
 from mezo_dist.tasks.continuation import SLOT, check_causal, continued
 from mezo_dist.tasks.fields import Row, lookup
@@ -171,8 +171,9 @@ class Generation:
         if not before.strip():
             raise UserError("task.prompt: the text is empty; leave the row out (task.where)")
         prompt, ids, start = self._chat(before, after) if self.task.chat else self._plain(before, after)
-        if after.strip() and start < len(ids) and self.model.tokenizer.eos_token_id is not None:
-            ids = (*ids, self.model.tokenizer.eos_token_id)
+        end = self.model.tokenizer.eos_token_id
+        if after.strip() and not self.task.end and start < len(ids) and end is not None:
+            ids = (*ids, end)
         return Sample(
             prompt,
             ids,
@@ -186,7 +187,7 @@ class Generation:
         prompt = continued(self.encoder, before.rstrip(" "), "").ids
         if not after.strip():
             return prompt, self._with_target(prompt), 1
-        both = continued(self.encoder, before, after)
+        both = continued(self.encoder, before, after + self.task.end)
         return prompt, both.ids, max(1, both.start)
 
     def _with_target(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
@@ -204,7 +205,7 @@ class Generation:
         self.encoder.check_known(prompt)
         if not after.strip():
             return prompt, self._with_target(prompt), 1
-        completion = tokenizer(after.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+        completion = tokenizer(after.strip() + self.task.end, add_special_tokens=False, verbose=False)["input_ids"]
         self.encoder.check_known(completion)
         return prompt, (*prompt, *completion), len(prompt)
 
@@ -216,12 +217,6 @@ class Generation:
         if not texts:
             raise UserError(f"task.references: the field {self.task.references!r} holds no text (task.where)")
         return texts
-
-
-def facts_by_slot(batch: Sequence[MicroBatch]) -> list[Any]:
-    """The facts of all samples of a batch, in its order."""
-    pairs = [pair for item in batch for pair in zip(item.slots, item.facts, strict=True)]
-    return [facts for _, facts in sorted(pairs, key=lambda pair: pair[0])]
 
 
 def _generation_ends(model: nn.Module) -> list[int]:

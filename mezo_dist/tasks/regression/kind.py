@@ -95,7 +95,7 @@ class Regression:
             number = math.nan
         if not math.isfinite(number) or isinstance(value, bool):
             raise UserError(
-                f"task.label: {value!r} is no finite number; leave such rows out with task.where: "
+                f"task.label: {value!r:.100} is no finite number; leave such rows out with task.where: "
                 f"{{drop: {{{self.task.label}: [{'null' if value is None else value}]}}}}"
             )
         return number

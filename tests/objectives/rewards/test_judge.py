@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import subprocess
@@ -225,6 +226,18 @@ def test_a_service_is_asked_with_a_token_from_the_environment(address: str, monk
     assert Handler.seen == [("Bearer secret", {"row": {"a": 1}, "text": "four"})]
 
 
+def test_a_proxy_is_used_when_asked_for_and_only_then(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token must not reach a machine that the config does not name."""
+    proxy, elsewhere = address.removesuffix("/judge"), "http://judge.invalid/judge"
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("JUDGE_TOKEN", "sesame")
+    config = RewardConfig(http=elsewhere, http_token="JUDGE_TOKEN", retries=0)
+    assert rewards(config, "four") == [None]
+    assert rewards(dataclasses.replace(config, http_proxy=True), "four") == [4.0]
+
+
 def test_a_service_that_fails_at_times(address: str, caplog: pytest.LogCaptureFixture) -> None:
     Handler.failures = 2
     assert rewards(RewardConfig(http=address, retries=2), "four") == [4.0]
@@ -272,6 +285,8 @@ def test_a_token_that_is_not_set(address: str, monkeypatch: pytest.MonkeyPatch) 
         ({"http": "http://?"}, r"reward\.http: .* is not an http"),
         ({"http": "https://me:word@a/b"}, r"reward\.http: holds a password"),
         ({"http_token": "sk-123"}, r"reward\.http_token: names an environment variable"),
+        ({"http_token": "TOKEN"}, r"reward\.http_token: is for an address"),
+        ({"http_proxy": True}, r"reward\.http_proxy: is for an address"),
         ({"timeout_s": 0.0}, r"reward\.timeout_s"),
         ({"workers": 0}, r"reward\.workers"),
     ],

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from mezo_dist import cli
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.config import reader
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.runs import api, training
+from mezo_dist.tasks.generation.kind import Generation
 from mezo_dist.testing import spawn, write_tiny_data, write_tiny_model
 from tests.one_thread import one_thread  # noqa: F401
 from tests.parts import Parts, run_parts
@@ -73,10 +75,20 @@ def options(root: Path, name: str, folder: Path) -> list[str]:
     return [*CASES[name], *more, f"output.dir={folder}"]
 
 
-def train(comm: Communicator, root: Path, name: str, layout: str) -> None:
+def train(comm: Communicator, root: Path, name: str, layout: str) -> int:
+    """A run; how often this rank compared the texts of a split with references."""
     folder = root / f"{name} under {layout} on {comm.world_size}"
     settings = [*options(root, name, folder), f"layout.name={layout}"]
-    training.train(reader.load(root / "config.yaml", settings), comm, quiet=True)
+    calls, summarise = [0], Generation.summarise
+
+    def counted(kind: Generation, *arguments: Any) -> Any:
+        calls[0] += 1
+        return summarise(kind, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generation, "summarise", counted)
+        training.train(reader.load(root / "config.yaml", settings), comm, quiet=True)
+    return calls[0]
 
 
 def everything(comm: Communicator, root: Path) -> Parts:
@@ -155,6 +167,24 @@ def test_what_a_foreign_run_names_is_not_run(root: Path) -> None:
         (root / "gone.py").rename(root / "rewards.py")
 
 
+def test_evaluate_says_that_it_asks_nobody_for_rewards_unless_told_to(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = root / "reward under replicated on 1"
+    evaluate = ["evaluate", str(folder), "--split", "validation"]
+    assert cli.main(evaluate) == 0
+    said = capsys.readouterr().out
+    assert "reward " not in said.splitlines()[0]
+    assert "This run optimises a reward, which is not shown here: the loss is that of the texts in" in said
+    assert cli.main([*evaluate, "--rewards"]) == 0
+    said = capsys.readouterr().out
+    _, results = trained(root, "reward")
+    assert f"reward {results['validation']['reward']:.4f}" in said
+    assert "not shown" not in said
+    assert cli.main(["evaluate", str(root / "loss under replicated on 1"), "--rewards"]) == 2
+    assert "error: --rewards: this run was not trained on rewards" in capsys.readouterr().err
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("layout", "world"), WORLDS)
@@ -162,6 +192,12 @@ def test_a_run_is_the_same_on_every_layout(root: Path, worlds: list[Parts], layo
     for rank in worlds:
         rank[f"{name} under {layout}"]
     assert _without_time(trained(root, name, layout, world)) == _without_time(trained(root, name))
+
+
+@pytest.mark.distributed
+def test_texts_are_compared_by_one_rank(worlds: list[Parts]) -> None:
+    """It takes minutes where there are thousands: all others would do the same."""
+    assert [rank["loss under replicated"] for rank in worlds] == [3, 0]
 
 
 def _without_time(run: tuple[list[Any], dict[str, Any]]) -> tuple[list[Any], dict[str, Any]]:

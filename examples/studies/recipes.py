@@ -1,0 +1,132 @@
+"""Which learning rate should the recipes in configs/ have, and what do they give? Validation says, then test.
+
+    python examples/studies/recipes.py accuracy choice completion reward
+
+Runs of configs/NAME.yaml as it stands, with other rates. Every rate of a recipe's grid runs once, from the seed
+`TUNING_SEED`, and is scored on the validation split. The rate with the best figure there (and among equals the lowest
+loss) runs from the seeds `SEEDS`; each of these runs is scored on the test split, and so is the model before training.
+Nothing is chosen on the test split. All runs of a recipe share one process, and with it what is remembered of frozen
+blocks: ``cpu_s`` of a run is its processor time without that.
+
+Writes one line per finished run to recipes.jsonl, headed by a line about machine and versions. What is there is not run
+again, so the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from curve_contenders import rounded
+from estimator_quality import ROOT, put, trainable
+from learning_curves import Record, Results, provenance
+from quickstart_rate import Study
+
+from mezo_dist.config import reader
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.objectives.rewards.judge import judging
+from mezo_dist.runs.build import build_run
+from mezo_dist.testing import write_tiny_config
+
+TUNING_SEED, SEEDS = 3, (0, 1, 2)
+GRIDS = {
+    "accuracy": (0.01, 0.03, 0.1),
+    "choice": (0.03, 0.1, 0.3),
+    "completion": (0.03, 0.1, 0.3),
+    "reward": (0.15, 0.3, 0.6),
+    "tiny": (0.001, 0.01),
+}
+"""Recipe -> its rates. ``tiny`` is a tiny job, to try this script."""
+
+
+def scores(study: Study, split: str) -> dict[str, float]:
+    """Loss and main figure of the current weights."""
+    run = study.run
+    result = run.evaluator.score(run.split(split), run.kind.summarise, lambda _: None)
+    return {name: round(result[name], 4) for name in ("loss", run.config.task.metric)}
+
+
+def record(study: Study, results: Results, label: str, lr: float, seed: int, split: str) -> Record:
+    """One run with its scores, from the file if it is there; ``lr`` 0: the model before training.
+
+    Args:
+        study: model and data.
+        results: the file.
+        label: of the runs.
+        lr: learning rate.
+        seed: of the run.
+        split: what is scored.
+    """
+    if (done := results.find(label, lr, seed)) is not None:
+        return done
+    started = time.process_time()
+    if lr:
+        steps = study.train(lr, seed)
+    else:
+        steps = 0
+        put(study.run, study.start)
+    seconds = round(time.process_time() - started, 1)
+    row = {"kind": "run", "label": label, "lr": rounded(lr), "seed": seed, "steps": steps, "cpu_s": seconds}
+    row |= {"diverged": bool(lr) and steps < study.run.config.train.steps, "scores": {split: scores(study, split)}}
+    results.add(row)
+    print({name: row[name] for name in ("label", "lr", "seed", "cpu_s", "scores")}, flush=True)
+    return row
+
+
+def value(study: Study, row: Record) -> tuple[float, float]:
+    """What rates are chosen by: figure of merit and loss on validation; a run that diverged comes last."""
+    figures, metric = row["scores"]["validation"], study.run.config.task.metric
+    sign = -1.0 if metric == "perplexity" else 1.0
+    return (-float("inf") if row["diverged"] else sign * figures[metric], -figures["loss"])
+
+
+def learn(name: str, results: Results, overrides: list[str], rates: tuple[float, ...]) -> None:
+    """All runs of a recipe.
+
+    Args:
+        name: of the recipe.
+        results: the file.
+        overrides: settings other than the config's.
+        rates: the grid.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = name == "tiny"
+        path = write_tiny_config(Path(folder), algorithm="mezo") if tiny else ROOT / "configs" / f"{name}.yaml"
+        config = reader.load(path, [f"output.dir={folder}/run", *overrides])
+        comm = Communicator()
+        with judging(config, comm) as judge:
+            run = build_run(config, comm, judge=judge)
+            study = Study(run, {name: p.detach().clone() for name, p in trainable(run)})
+            record(study, results, f"{name}, before", 0.0, 0, "test")
+            tried = [record(study, results, f"{name}, to choose", lr, TUNING_SEED, "validation") for lr in rates]
+            best = max(tried, key=lambda row: value(study, row))["lr"]
+            print(f"{name}: validation chose {best:g}", flush=True)
+            rows = [record(study, results, f"{name}, chosen", best, seed, "test") for seed in SEEDS]
+            metric = run.config.task.metric
+    for figure in dict.fromkeys(("loss", metric)):
+        values = [row["scores"]["test"][figure] for row in rows]
+        print(f"{name}: test {figure} {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", choices=GRIDS, help="names of configs")
+    parser.add_argument("--rates", nargs="+", type=float, help="in place of the recipe's grid")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings other than the config's")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = provenance(f"a process with {options.threads} thread(s)", f"{TUNING_SEED} to choose the rate, then {SEEDS}")
+    results = Results(options.out / "recipes.jsonl", {**about, "scores": "loss and main figure of a split"})
+    for name in options.recipes:
+        learn(name, results, options.set, tuple(options.rates or GRIDS[name]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""``lr: auto``: a learning rate that is found from the curvature of the loss along the directions of each step.
+
+A step along the mean of p_k z_k over K directions, at the rate lr, changes the loss by about
+
+    - lr |g|^2  +  lr^2 / (2 K)  |g|^2 tr(H) (1 + r / B)
+
+with gradient g, Hessian H, and r the variance of single samples' gradients over |g|^2, in batches of B. tr(H) is the
+mean curvature h = z' H z along directions, so without the noise of samples the best rate is K / h. What is taken is
+
+    lr = eta K / H,     H = max(mean of h over recent steps, RELEASE * H of the step before)
+
+where eta is the share of that step which is left once the noise of samples counts. Noise averages out over a run, the
+better the smaller its steps are, and against that stands that a run must get far enough: so the best share falls with
+the square root of the number of steps, and is `SHARE` / sqrt(steps) if none is set. The curvature needs no forward pass
+beyond those of the step: it is read off what the passes at both ends of a direction say of each sample
+(`mezo_dist.objectives.curvature`, `mezo_dist.engines.loss_table`), and stands in the trajectory beside the losses.
+
+The first `WARM_UP` steps are shorter where no schedule warms up: a few directions may miss what is curved most, and
+adapters that begin at zero are flat there and nowhere else. H is bounded below by a decayed maximum, for as a model
+grows sure of its answers, the curvature of its losses goes to zero, and the rate with it to infinity, much faster than
+the weights get away from where they are curved.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mezo_dist.algorithms.schedules import Schedule
+
+RECENT = 0.9
+"""Weight of the mean of past curvatures against that of a step."""
+RELEASE = 0.99
+"""What the curvature that counts may fall to within a step, as a part of what it was."""
+WARM_UP = 8
+"""Steps over which the rate rises to what was found, along a line, unless a schedule has steps for that."""
+SHARE = 0.8
+"""Times the square root of a run's number of steps, the default share of the best step. Chosen on validation data:
+examples/studies/README.md."""
+MOST = 0.1
+"""The largest default share, that of 64 steps; also where the number of steps is not known."""
+
+
+@dataclass(frozen=True)
+class AutoRate:
+    """State of ``lr: auto``."""
+
+    mean: float = 0.0
+    """Decaying sum of the curvatures of steps."""
+    weight: float = 0.0
+    """Sum of their weights: ``mean / weight`` is their mean, from the first step on."""
+    curvature: float = 0.0
+    """The H above."""
+    steps: int = 0
+    """Steps so far, up to `WARM_UP`."""
+
+    def after(self, curvature: float | None) -> AutoRate:
+        """The state after a step with this mean ``curvature`` along its directions.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if curvature is None:
+            raise ValueError("lr: auto: losses without a curvature")
+        mean = RECENT * self.mean + (1 - RECENT) * curvature
+        weight = RECENT * self.weight + (1 - RECENT)
+        return AutoRate(mean, weight, max(mean / weight, RELEASE * self.curvature), min(self.steps + 1, WARM_UP))
+
+    def rate(self, eta: float, directions: float) -> float:
+        """The learning rate; 0 while no loss has changed along any direction.
+
+        Args:
+            eta: share of the best step that is taken.
+            directions: number of directions that the estimate is the mean of.
+        """
+        return eta * directions / self.curvature if self.curvature > 0 else 0.0
+
+    def warm_up(self, schedule: Schedule) -> float:
+        """The factor on the rate in the first steps; 1 if the rate is not found here, or ``schedule`` warms up."""
+        return self.steps / WARM_UP if self.steps and not schedule.warmup_steps else 1.0
+
+    def metrics(self, rate: float) -> dict[str, float]:
+        """What to draw curves of, given the learning ``rate`` before schedules; nothing, if it is not found here."""
+        return {"rate/lr": rate, "rate/curvature": self.curvature} if self.steps else {}
+
+
+def share(eta: float | None, num_steps: int) -> float:
+    """The share of the best step that is taken: the setting ``eta``, or that for a run of ``num_steps`` (1: not known).
+
+    >>> share(None, 256), share(None, 1), share(0.2, 256)
+    (0.05, 0.1, 0.2)
+    """
+    if eta is not None:
+        return eta
+    return min(MOST, SHARE / math.sqrt(num_steps)) if num_steps > 1 else MOST
+
+
+def settle(
+    lr: float | Literal["auto"], state: AutoRate, curvature: float | None, eta: float, directions: float
+) -> tuple[float, AutoRate]:
+    """The learning rate of a step, before schedules, and the state after it.
+
+    Args:
+        lr: the setting; a number stays what it is.
+        state: before the step.
+        curvature: the mean along the directions of the step.
+        eta: see `AutoRate.rate`.
+        directions: see `AutoRate.rate`.
+    """
+    if lr != "auto":
+        return lr, state
+    after = state.after(curvature)
+    return after.rate(eta, directions), after
+
+
+def check_auto_rate(settings: object, *rates: str) -> None:
+    """Check ``lr: auto`` against the other settings of an algorithm.
+
+    Args:
+        settings: the algorithm's.
+        rates: names of its learning rates.
+
+    Raises:
+        ValueError: they contradict each other; the message names what to write instead.
+    """
+    values = [getattr(settings, name) for name in rates]
+    if "auto" not in values:
+        if settings.eta is not None:  # type: ignore[attr-defined]
+            raise ValueError(f"algorithm.eta: is a setting of algorithm.{rates[0]}: auto")
+        return
+    if any(value != "auto" for value in values):
+        raise ValueError(f"algorithm.{rates[0]}: {' and '.join(rates)} are auto together, or both are numbers")
+    for name, (allowed, reason) in _CONFLICTS.items():
+        if getattr(settings, name, allowed) != allowed:
+            raise ValueError(
+                f"algorithm.{rates[0]}: auto does not go together with algorithm.{name}, {reason}; give a number"
+            )
+
+
+_CONFLICTS: dict[str, tuple[object, str]] = {
+    "scaling": ("plain", "where the learning rate is the length of a step, whatever the curvature"),
+    "weight_decay": (0.0, "which takes off a share of the weights that is known with the learning rate alone"),
+    "pull": (0.0, "which takes off a share of the way from the base that is known with the learning rate alone"),
+    "per_sample": (
+        False,
+        "where the best rate depends on how far the gradients of single samples differ, which no pass of a step tells",
+    ),
+}
+"""Setting -> its only value with ``lr: auto``, and why."""

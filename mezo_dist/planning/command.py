@@ -1,0 +1,233 @@
+"""``mezo-dist plan``: options and config files to settings and machines, and these to an answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mezo_dist.algorithms import FirstOrder, Settings
+from mezo_dist.algorithms.mezo import MeZO
+from mezo_dist.algorithms.svrg import MeZOSVRG
+from mezo_dist.config import reader
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.errors import UserError
+from mezo_dist.planning import report
+from mezo_dist.planning.calibration import measure, remember, remembered, with_rates
+from mezo_dist.planning.choice import find, layouts, plan
+from mezo_dist.planning.first_order import first_order
+from mezo_dist.planning.lookup import find_shape
+from mezo_dist.planning.machine import Machine, parse_bytes, parse_flops, parse_rate
+from mezo_dist.planning.named import NAMED
+from mezo_dist.planning.setting import Setting
+from mezo_dist.planning.shapes import ModelShape
+
+RANDOM = "random:"
+POSITIVE = ("hosts", "ranks_per_host", "directions", "batch", "full", "micro_batch", "width", "tokens", "targets")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, all of it checked."""
+
+    shape: ModelShape | None
+    settings: list[Setting]
+    machine: Machine
+    notes: list[str]
+    """What people must know about the answer."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Answer on standard output.
+
+    Raises:
+        UserError: an option or file that is wrong, or contradicts another.
+    """
+    if arguments.calibrate:
+        measured = measure()
+        remember(measured)
+        if arguments.model is None and arguments.find is None:
+            print(json.dumps(measured, indent=1) if arguments.json else report.of_rates(measured))
+            return
+    question = question_of(arguments)
+    shape, machine = question.shape, question.machine
+    if arguments.find:
+        what, best = find(arguments.find, shape, question.settings, machine)
+        answer = report.answer_to_find(arguments.find, what, best, question.notes)
+    else:
+        assert shape is not None
+        plans = [plan(shape, setting, machine) for setting in question.settings]
+        others = first_order(shape, question.settings[0], machine)
+        answer = report.answer(shape, plans, others, question.notes)
+    print(json.dumps(answer.data) if arguments.json else report.text(answer))
+
+
+def question_of(arguments: argparse.Namespace) -> Question:
+    """The question that the command line asks.
+
+    Raises:
+        UserError: see `run`.
+    """
+    for name in POSITIVE:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {value}")
+    if arguments.model is None and arguments.find != "model":
+        raise UserError(f"MODEL: name a model, a config, or one of the shapes {', '.join(NAMED)}")
+    config = None
+    name = arguments.model
+    if name is not None and Path(name).suffix in (".yaml", ".yml"):
+        config = reader.load(name)
+        name = config.located().model.name.removeprefix(RANDOM)
+    notes: list[str] = []
+    shape = None if arguments.find == "model" else find_shape(name, notes)
+    settings = _settings(arguments, config, notes)
+    if shape is not None:
+        trainable = tuple(arguments.trainable or (config.model.trainable if config else ("*",)))
+        shape = shape.trained(trainable, config.model.freeze if config else ())
+        _check_model(arguments, shape, trainable, settings)
+        if config is not None and config.model.head == "classifier":
+            notes.append("the fresh classification head is not counted")
+    machine = _machine(arguments, settings[0])
+    if shape is not None and shape.block_kind == "unknown":
+        notes.append("what passes hold is an upper estimate for this architecture")
+    return Question(shape, _on_layouts(arguments, settings, machine), machine, notes)
+
+
+def _check_model(
+    arguments: argparse.Namespace, shape: ModelShape, trainable: Sequence[str], settings: Sequence[Setting]
+) -> None:
+    """Raise UserError if the run asks for what the model does not have.
+
+    Args:
+        arguments: the options.
+        shape: the model.
+        trainable: patterns of the weights that are trained.
+        settings: how it is to run.
+    """
+    if not shape.num_trainable:
+        raise UserError(f"--trainable: {' '.join(trainable)} leaves no weight to train; names look like "
+                        f"{shape.weights[0].name}")  # fmt: skip
+    length = settings[0].tokens + (settings[0].targets if settings[0].reads == "texts" else 0)
+    if arguments.find != "context" and length > shape.window:
+        raise UserError(f"--tokens: {length} tokens are more than the window of {shape.name}, which is {shape.window}")
+
+
+def _on_layouts(arguments: argparse.Namespace, settings: Sequence[Setting], machine: Machine) -> list[Setting]:
+    names = arguments.layout or ["replicated", "fsdp", "zero"]
+    return [option for setting in settings for option in layouts(setting, machine.ranks, names)]
+
+
+def _machine(arguments: argparse.Namespace, setting: Setting) -> Machine:
+    machine = Machine(arguments.hosts, arguments.ranks_per_host, parse_bytes(arguments.memory, "--memory"))
+    if arguments.link and arguments.hosts == 1:
+        raise UserError("--link: is the link between hosts, of which there is one; give --hosts, or --host-link")
+    if arguments.host_link and arguments.ranks_per_host == 1:
+        raise UserError(
+            "--host-link: links the ranks of a host, of which there is one; give --ranks-per-host, or --link"
+        )
+    data = None if arguments.rates == "h100" else remembered()
+    if data is None and arguments.rates == "here":
+        raise UserError("--rates: nothing was measured on this machine yet; add --calibrate")
+    if data is not None:
+        machine = with_rates(machine, data, setting.compute or setting.weights)
+    parsers = {"link": parse_rate, "host_link": parse_rate, "flops": parse_flops, "bandwidth": parse_rate}
+    given: dict[str, Any] = {name: parse(getattr(arguments, name), f"--{name.replace('_', '-')}")
+             for name, parse in parsers.items() if getattr(arguments, name)}  # fmt: skip
+    machine = replace(machine, **given)
+    if machine.memory <= machine.runtime:
+        raise UserError(f"--memory: {arguments.memory} is not even enough for Python, torch and the device's context")
+    return machine
+
+
+def _settings(arguments: argparse.Namespace, config: RunConfig | None, notes: list[str]) -> list[Setting]:
+    """A setting for each algorithm that is considered.
+
+    Args:
+        arguments: the options.
+        config: the run's, if one was named.
+        notes: gets what people must know.
+    """
+    base = Setting(targets=128) if config is None else _of_config(config, notes)
+    names = {"batch": "batch_size", "full": "full_size", "micro_batch": "micro_batch", "width": "width",
+             "tokens": "tokens", "reads": "reads", "targets": "targets", "dtype": "weights", "compute": "compute",
+             "gather": "gather", "prefetch": "prefetch", "offload": "offload"}  # fmt: skip
+    given = {setting: value for option, setting in names.items() if (value := getattr(arguments, option)) is not None}
+    base = replace(base, **given)
+    if base.reads == "labels":
+        base = replace(base, targets=1)
+    elif base.reads == "tokens":
+        base = replace(base, targets=min(base.targets, base.tokens))
+    if base.full_size < base.batch_size:
+        if arguments.full is not None:
+            raise UserError(f"--full: {base.full_size} samples are fewer than a minibatch has ({base.batch_size})")
+        base = replace(base, full_size=base.batch_size)
+    if base.micro_batch > base.batch_size:
+        if arguments.micro_batch is not None:
+            raise UserError(f"--micro-batch: {base.micro_batch} samples are more than --batch has ({base.batch_size})")
+        base = replace(base, micro_batch=base.batch_size)
+    if arguments.per_sample:
+        base = replace(base, law="lowrank")
+    return [replace(base, algorithm=algorithm) for algorithm in _algorithms(arguments, base, config)]
+
+
+def _algorithms(arguments: argparse.Namespace, base: Setting, config: RunConfig | None) -> list[Settings]:
+    options: dict[str, Any] = {"directions": arguments.directions, "one_sided": arguments.one_sided}
+    options = {name: value for name, value in (options | {"per_sample": arguments.per_sample}).items() if value}
+    if config is not None and arguments.algorithm is None:
+        chosen: list[Any] = [base.algorithm]
+    else:
+        kinds = {"mezo": MeZO(), "mezo-svrg": MeZOSVRG()}
+        chosen = [kinds[name] for name in arguments.algorithm or kinds]
+    if arguments.anchor is not None and not any(isinstance(item, MeZOSVRG) for item in chosen):
+        raise UserError("--anchor: is an option of --algorithm mezo-svrg")
+    anchor = {} if arguments.anchor is None else {"anchor": arguments.anchor}
+    try:
+        return [replace(item, **options, **(anchor if isinstance(item, MeZOSVRG) else {})) for item in chosen]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"plan: the options of the algorithm contradict one another: {error}") from error
+
+
+def _of_config(config: RunConfig, notes: list[str]) -> Setting:
+    """What a run's config says, and assumptions about what only its data tell."""
+    train, model, layout = config.train, config.model, config.layout
+    reads, targets = "labels", 1
+    if config.task.kind in ("choice", "completion"):
+        reads, targets = "tokens", 128
+    elif config.task.kind == "generation":
+        targets = int(getattr(config.task, "max_new_tokens", 128))
+        reads = "tokens" if train.objective == "loss" else "texts"
+    if train.max_tokens is None:
+        notes.append("train.max_tokens is not set: samples of 512 tokens are assumed (--tokens)")
+    if model.peft.method is not None:
+        notes.append("model.peft is not planned: figures are those of training the model's own weights")
+    if isinstance(config.algorithm, FirstOrder):
+        raise UserError(
+            f"algorithm.name: a plan for {config.algorithm.name} stands in the table of first-order methods that every "
+            "plan ends with; name a config of mezo or mezo-svrg"
+        )
+    num_train = config.task.splits.train.size
+    return Setting(
+        layout.name,
+        layout.replicate,
+        model.weights,
+        model.compute,
+        layout.gather,
+        layout.prefetch,
+        layout.offload,
+        config.algorithm,
+        config.law,
+        config.direction_rank,
+        train.batch_size,
+        train.full_size or num_train or 512,
+        train.micro_batch,
+        train.width,
+        train.max_tokens or 512,
+        reads=reads,  # type: ignore[arg-type]
+        targets=targets,
+        frozen_cache=round(train.frozen_cache_gib * 2**30),
+        num_train=num_train,
+    )

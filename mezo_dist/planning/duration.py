@@ -1,0 +1,81 @@
+"""Seconds of a step, part by part.
+
+    step = passes + calls + directions + gathers + scalars
+
+* passes: operations over the rate of matrix products, but no less than reading the weights once for every pass takes;
+* calls: a constant for each call of a module by a pass (switching passes, Python, launches);
+* directions: elements made and written, at the rates of the fused kernel;
+* gathers: bytes over the slower of the links that they cross, and a latency for each hop and collective; with
+  ``layout.prefetch`` what is longer than passes and directions;
+* scalars: 2 (n - 1) hops of a ring for each all-reduce.
+
+Assumptions: nothing else uses the machine; ranks do not wait for one another; data are ready. Ranks that share a
+processor are not slower for it than the rates say.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mezo_dist.planning.machine import Machine
+from mezo_dist.planning.rounds import Round
+from mezo_dist.planning.setting import Setting
+from mezo_dist.planning.shapes import ModelShape
+from mezo_dist.planning.traffic import Traffic
+from mezo_dist.planning.work import Work
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds of one step."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+def duration_of(
+    shape: ModelShape, setting: Setting, machine: Machine, step: Round, work: Work, traffic: Traffic
+) -> Duration:
+    """How long one step takes.
+
+    Args:
+        shape: the model.
+        setting: how the run goes.
+        machine: what it runs on.
+        step: its round.
+        work: its arithmetic.
+        traffic: its bytes.
+    """
+    reading = step.passes * setting.calls * shape.active_size * setting.pass_bytes / machine.bandwidth
+    computing = {
+        "passes": max(work.flops / machine.flops, reading),
+        "calls": work.calls * machine.call,
+        "directions": work.generated * machine.generate + work.written * machine.write,
+    }
+    gathers = _gather_seconds(setting, machine, traffic)
+    if setting.prefetch:
+        gathers = max(0.0, gathers - sum(computing.values()))
+    return Duration({**computing, "gathers": gathers, "scalars": _scalar_seconds(machine, traffic)})
+
+
+def _gather_seconds(setting: Setting, machine: Machine, traffic: Traffic) -> float:
+    over = setting.shard_ranks(machine.ranks)
+    if over == 1:
+        return 0.0
+    crossing = traffic.gathered * (over - 1) / over
+    spans_hosts = over > machine.ranks_per_host
+    rate = min(machine.link, machine.host_link) if spans_hosts else machine.host_link
+    return crossing / rate + traffic.gathers * (over - 1) * machine.latency
+
+
+def _scalar_seconds(machine: Machine, traffic: Traffic) -> float:
+    if machine.ranks == 1:
+        return 0.0
+    hops = 2 * math.ceil(math.log2(machine.ranks))
+    slowest = machine.link if machine.hosts > 1 else machine.host_link
+    return traffic.reduces * hops * machine.latency + 2 * traffic.scalars / slowest

@@ -1,0 +1,144 @@
+"""The forward passes of a step: the algorithm's own planner says them, with made-up losses, and they are dealt to ranks
+as a run deals them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mezo_dist import algorithms
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Variant
+from mezo_dist.algorithms.operations import CopyAnchor
+from mezo_dist.errors import UserError
+from mezo_dist.planning.setting import Setting
+
+MOST_STEPS = 12
+"""Steps of a cycle that are planned one by one; those after are taken to be like the last one."""
+
+
+@dataclass(frozen=True)
+class BasePasses:
+    """The variants of one base (`Variant.base`), which go through the model together."""
+
+    variants: int
+    """Those that one rank evaluates."""
+    copies: int
+    """Those among them with weights of their own; they are made in scratch."""
+    directions: int
+    """Directions that are generated for these, for every element of a weight."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """The forward passes of one step on one rank."""
+
+    what: str
+    """``step``, ``anchor step`` or ``inner step``."""
+    bases: tuple[BasePasses, ...]
+    samples: int
+    """Of its batch, over all ranks."""
+    micro_batches: int
+    """That the busiest rank has."""
+    update_directions: int
+    """Directions that the update adds."""
+    copies_anchor: bool
+    """The anchor of this algorithm is a copy."""
+    numbers: int
+    """64-bit numbers in the round's all-reduce."""
+    steps: int = 1
+    """Steps of a cycle that are like this one."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the busiest rank."""
+        return self.micro_batches * sum(base.variants for base in self.bases)
+
+
+def rounds_of(setting: Setting, ranks: int) -> list[Round]:
+    """The rounds of one cycle of the algorithm: one for MeZO, an anchor step and inner steps for MeZO-SVRG.
+
+    Args:
+        setting: how the run goes.
+        ranks: all ranks.
+    """
+    settings = setting.algorithm
+    problem = Problem(0, 1000, setting.batch_size, setting.full_size, setting.weights != "float32", setting.num_train,
+                      eps=1e-3)  # fmt: skip
+    planner = algorithms.build(settings.name, settings, problem)
+    cycle = getattr(settings, "q", 1)
+    state, rounds, has_copy = planner.init(), list[Round](), False
+    for step in range(min(cycle, MOST_STEPS)):
+        request = planner.plan(state, step)
+        samples = setting.full_size if request.batch == "full" else setting.batch_size
+        fake = tuple(1.0 + 0.01 * i for i in range(len(request.variants)))
+        each = tuple((value,) * samples for value in fake) if request.each_sample else ()
+        update = planner.update(state, step, [Losses(fake, each)])
+        if isinstance(update, Evaluation):
+            raise UserError(f"plan: {settings.name} asks for further rounds, which are not planned")
+        has_copy = has_copy or any(isinstance(operation, CopyAnchor) for operation in update.operations)
+        groups, micro_batches = _split(setting, ranks, request.variants, samples)
+        what = "step" if not hasattr(settings, "q") else "anchor step" if request.batch == "full" else "inner step"
+        rounds.append(
+            Round(
+                what,
+                tuple(_of_base(some, groups) for some in _by_base(request.variants)),
+                samples,
+                micro_batches,
+                len(update.combination.terms),
+                has_copy,
+                _numbers(len(request.variants), samples if request.each_sample else 0),
+                1 + max(0, cycle - MOST_STEPS) * (step == MOST_STEPS - 1),
+            )
+        )
+        state = update.state
+    return rounds
+
+
+def _by_base(variants: Sequence[Variant]) -> list[list[Variant]]:
+    bases = dict.fromkeys(variant.base for variant in variants)
+    return [[variant for variant in variants if variant.base == base] for base in bases]
+
+
+def _of_base(variants: Sequence[Variant], groups: int) -> BasePasses:
+    """The variants of one group of ranks: the first, for groups have as many within one.
+
+    Args:
+        variants: of one base.
+        groups: that share them out.
+    """
+    some = list(variants[: math.ceil(len(variants) / groups)])
+    seeds = {seed for variant in some for seed, _ in variant.shift.terms}
+    return BasePasses(len(some), sum(bool(variant.shift) for variant in some), len(seeds))
+
+
+def _split(setting: Setting, ranks: int, variants: Sequence[Variant], samples: int) -> tuple[int, int]:
+    """Groups of ranks that evaluate different variants, and micro-batches of the busiest rank: the rule of
+    `mezo_dist.runs.work_split.WorkSplit` for micro-batches that cost the same.
+
+    Args:
+        setting: how the run goes.
+        ranks: all ranks.
+        variants: of the round.
+        samples: of its batch.
+    """
+    items = math.ceil(samples / setting.micro_batch)
+    sets = [len(some) for some in _by_base(variants)] if setting.is_sharded else [len(variants)]
+    copies = setting.copies(ranks)
+    allowed = [n for n in range(1, min(*sets, copies, copies) + 1) if copies % n == 0]
+
+    def load(groups: int) -> int:
+        return sum(math.ceil(n / groups) for n in sets) * math.ceil(items / (ranks // groups))
+
+    groups = min(allowed, key=load)
+    return groups, math.ceil(items / (ranks // groups))
+
+
+def _numbers(variants: int, each: int) -> int:
+    """64-bit numbers of a round's message: the losses and weights of every variant, or of every sample.
+
+    Args:
+        variants: of the round.
+        each: samples whose losses come one by one; 0: sums alone.
+    """
+    return 2 * variants * max(1, each)

@@ -1,0 +1,75 @@
+"""Bytes that cross between ranks in a step: the scalars of a round, and gathered weights.
+
+Assumptions: collectives go round a ring, so that of what they bring to a rank the part (n - 1) / n has crossed a link
+(Thakur et al. 2005); ranks of a host are neighbours, so that one rank's stream crosses each link between hosts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mezo_dist.planning.machine import Machine
+from mezo_dist.planning.rounds import Round
+from mezo_dist.planning.setting import Setting
+from mezo_dist.planning.shapes import ModelShape
+from mezo_dist.planning.weights import unit_bytes
+
+WORD = 8
+ROUND_WORDS = 32
+"""Words of the shortest round (`mezo_dist.distributed.communicator.PAYLOAD_WORDS`, which imports torch)."""
+MARKS = 4
+"""Words of a round beside its losses: fingerprint, wish to stop, whether all are finite, whether a rank failed."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one step and one rank."""
+
+    gathers: int
+    """Collectives that gather weights."""
+    gathered: int
+    """Bytes that they bring to the rank, its own share among them (`gathers/bytes_per_step` in a run's log)."""
+    scalars: int
+    """Bytes that the rank puts into all-reduces: losses, and before each gather which unit it is for."""
+    reduces: int
+    """Number of these all-reduces."""
+    between_hosts: int
+    """Bytes that cross the link of a host, in each direction."""
+    within_host: int
+    """Bytes that a rank gets from a neighbour on its host."""
+
+
+def traffic_of(shape: ModelShape, setting: Setting, machine: Machine, step: Round, width: int) -> Traffic:
+    """What crosses in one step.
+
+    A step gathers every unit once for each base of its variants (a kept anchor is one), and once more for each further
+    group of micro-batches, if they do not all go through the model together. Texts gather
+    everything for every token.
+
+    Args:
+        shape: the model.
+        setting: how the run goes.
+        machine: its hosts and ranks.
+        step: the round.
+        width: micro-batches in lock step.
+    """
+    ranks, over = machine.ranks, setting.shard_ranks(machine.ranks)
+    groups = math.ceil(step.micro_batches / width)
+    turns = groups * len(step.bases) * setting.calls if setting.is_sharded else 0
+    gathered = turns * sum(unit_bytes(unit, setting, ranks) for unit in shape.units)
+    gathers = turns * len(shape.units)
+    words = max(ROUND_WORDS, step.numbers + MARKS)
+    scalars = WORD * (words + gathers * ROUND_WORDS) if ranks > 1 else 0
+    reduces = (1 + (words > ROUND_WORDS) + gathers) if ranks > 1 else 0
+    reduced = 2 * scalars * (ranks - 1) // ranks
+    crossing = gathered * (over - 1) // over
+    spans_hosts = over > machine.ranks_per_host
+    return Traffic(
+        gathers,
+        gathered,
+        scalars,
+        reduces,
+        between_hosts=(crossing if spans_hosts else 0) + (reduced if machine.hosts > 1 else 0),
+        within_host=(crossing + reduced) if machine.ranks_per_host > 1 else 0,
+    )

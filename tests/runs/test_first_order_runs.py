@@ -1,0 +1,233 @@
+"""Runs of the first-order baselines: from the command line, gone on with from their snapshots, and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mezo_dist import MeZO, Optimizer, cli
+from mezo_dist.algorithms.first_order import SGD, AdamW
+from mezo_dist.config import reader
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.errors import UserError
+from mezo_dist.monitoring.console import Monitor
+from mezo_dist.runs import training
+from mezo_dist.storage import trajectory
+from mezo_dist.testing import spawn, tiny_model, write_tiny_config
+from tests.run_folders import results
+
+STEPS = 5
+KINDS = {
+    "adamw": ["algorithm.name=adamw", "algorithm.lr=3e-3", "algorithm.weight_decay=0.1"],
+    "sgd": ["algorithm.name=sgd", "algorithm.lr=0.05", "algorithm.momentum=0.9", "algorithm.schedule.kind=linear"],
+}
+EVERY = pytest.mark.parametrize("kind", KINDS)
+SNAPSHOTS = "output.snapshot_every=2"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of every kind, in KIND/run, with snapshots after steps 2, 4 and 5."""
+    root = tmp_path_factory.mktemp("first_order")
+    for kind in KINDS:
+        write_tiny_config(root / kind, "llama-tied", "mezo", steps=STEPS, batch_size=5, micro_batch=3)
+        train(root, kind, root / kind / "run")
+    return root
+
+
+def options(kind: str, folder: Path, *more: str) -> list[str]:
+    return [*KINDS[kind], SNAPSHOTS, "output.snapshots_kept=9", f"output.dir={folder}", *more]
+
+
+def train(root: Path, kind: str, folder: Path, *more: str, comm: Communicator | None = None) -> Path:
+    config = reader.load(root / kind / "config.yaml", options(kind, folder, *more))
+    return training.train(config, comm or Communicator(), quiet=True)
+
+
+def killed(root: Path, kind: str, to: Path, num_steps: int, snapshots: Sequence[int]) -> Path:
+    """A copy of the run as it would be if it had died after ``num_steps`` steps with these snapshots."""
+    shutil.copytree(root / kind / "run", to)
+    lines = (to / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
+    stop = next(i for i, line in enumerate(lines) if line.startswith(b'{"step":%d,' % num_steps))
+    (to / "trajectory.jsonl").write_bytes(b"".join(lines[:stop]) + b'{"step":')
+    for path in (to / "snapshots").iterdir():
+        if int(path.name.removeprefix("step-")) not in snapshots:
+            shutil.rmtree(path)
+    shutil.rmtree(to / "model")
+    return to
+
+
+@EVERY
+@pytest.mark.parametrize(("num_steps", "snapshots"), [(3, [2]), (4, [2, 4]), (4, [2]), (3, [])])
+def test_a_run_goes_on_from_its_last_snapshot_with_the_same_bits(
+    root: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    num_steps: int,
+    snapshots: Sequence[int],
+) -> None:
+    folder = killed(root, kind, tmp_path / "run", num_steps, snapshots)
+    train(root, kind, folder, "output.if_exists=resume")
+    lost = num_steps - max(snapshots, default=0)
+    assert (f"the {lost} step(s) after it are taken again" in caplog.text) == bool(lost)
+    assert ("there is no snapshot, only the base model" in caplog.text) == (not snapshots)
+    whole = root / kind / "run"
+    assert results(folder) == results(whole)
+    assert (folder / "trajectory.jsonl").read_bytes() == (whole / "trajectory.jsonl").read_bytes()
+    for file in ("model/model.safetensors", "snapshots/step-00000005/rank-00000.safetensors"):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def go_on_with_shards(comm: Communicator, root: Path, folder: Path) -> None:
+    train(root, "adamw", folder, "output.if_exists=resume", "layout.name=fsdp", comm=comm)
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_with_shards_on_two_processes(root: Path, tmp_path: Path) -> None:
+    """Sums of gradients are added in another order there, so that the last bits of losses may differ."""
+    folder = killed(root, "adamw", tmp_path / "run", 3, [2])
+    spawn(go_on_with_shards, 2, root, folder)
+    whole, resumed = (trajectory.read(path / "trajectory.jsonl").steps for path in (root / "adamw" / "run", folder))
+    assert resumed[:2] == whole[:2]
+    assert [s.rounds[0].mean[0] for s in resumed] == pytest.approx([s.rounds[0].mean[0] for s in whole], rel=1e-4)
+    after = results(folder)["after"]["loss"]
+    assert after == pytest.approx(results(root / "adamw" / "run")["after"]["loss"], rel=1e-4)
+    assert after != results(root / "adamw" / "run")["before"]["loss"]
+
+
+def test_a_damaged_optimiser_state_is_passed_over(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = killed(root, "adamw", tmp_path / "run", 4, [2, 4])
+    index = folder / "snapshots/step-00000004/snapshot.json"
+    content = json.loads(index.read_text())
+    del content["weights"]["optimizer:exp_avg:model.norm.weight"]
+    index.write_text(json.dumps(content))
+    train(root, "adamw", folder, "output.if_exists=resume")
+    assert "optimizer:exp_avg:model.norm.weight is only in one of the two" in caplog.text
+    assert results(folder) == results(root / "adamw" / "run")
+
+
+# The command line
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, folder = root / "adamw" / "config.yaml", tmp_path / "run"
+    given = [f"--{option}" for option in options("adamw", folder, "train.gradient_checkpointing=true")]
+    status, text = run_cli(capsys, "train", config, *given)
+    assert status == 0, text
+    assert "by back-propagation, in 5 steps" in text
+    assert "exact gradients, by back-propagation, with blocks computed again" in text
+    assert results(folder)["weights"] == results(root / "adamw" / "run")["weights"], "it only takes longer"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["scalars"] for line in lines if "loss/train" in line["scalars"]]
+    assert len(steps) == STEPS
+    assert all(step["gradient_norm"] > 0 and step["lr"] == 3e-3 for step in steps)
+    header = trajectory.read(folder / "trajectory.jsonl").header
+    assert header.weights == "float32, by adamw of torch, from snapshots alone"
+
+    status, text = run_cli(capsys, "evaluate", folder)
+    assert status == 0, text
+    assert f"{results(folder)['after']['loss']:.4f}"[:5] in text
+    status, text = run_cli(capsys, "export", folder, tmp_path / "exported")
+    assert status == 0, text
+    exported, model = (path / "model.safetensors" for path in (tmp_path / "exported", folder / "model"))
+    assert exported.read_bytes() == model.read_bytes()
+    status, text = run_cli(capsys, "export", folder, tmp_path / "base", "--step", 0)
+    assert status == 0, text
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() != model.read_bytes()
+    status, text = run_cli(capsys, "evaluate", folder, "--step", 3)
+    assert status == 2
+    assert "there is none of step 3 that can be used (there: step-00000002, step-00000004, step-00000005)" in text
+    status, text = run_cli(capsys, "replay", folder)
+    assert status == 2
+    assert "cannot be rebuilt from its losses" in text
+    assert run_cli(capsys, "report", folder)[0] == 0
+
+
+def test_without_snapshots_the_last_weights_are_saved_all_the_same(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(root, "sgd", tmp_path / "run", "output.snapshot_every=0", "output.export=false")
+    assert [path.name for path in (folder / "snapshots").iterdir()] == ["step-00000005"]
+    shutil.rmtree(folder / "snapshots")
+    status, text = run_cli(capsys, "evaluate", folder)
+    assert status == 2
+    assert "there is none of the last step that can be used (there: none)" in text
+
+
+def test_passes_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A backward pass as two, and computing blocks again as one."""
+    counted: list[int] = []
+    step = Monitor.step
+
+    def counting(monitor: Monitor, number: int, scalars: dict[str, float], *, samples: int) -> None:
+        counted.append(samples)
+        step(monitor, number, scalars, samples=samples)
+
+    monkeypatch.setattr(Monitor, "step", counting)
+    train(root, "sgd", tmp_path / "run", "train.steps=1")
+    train(root, "sgd", tmp_path / "other", "train.steps=1", "train.gradient_checkpointing=true")
+    assert counted == [3 * 5, 4 * 5]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.objective=metric"], "train.objective: metric has no gradient, which algorithm.name: adamw needs"),
+        (["law=lowrank"], "law: is about random directions, of which algorithm.name: adamw has none"),
+        (["layout.name=zero"], "layout.name: zero owns weights here and nothing else"),
+        (["layout.name=fsdp", "layout.gather=bfloat16"], "layout.gather: must be left out for algorithm.name: adamw"),
+        (["algorithm.eps=1e-3"], "algorithm.eps is a setting of mezo and mezo-svrg and mezo-svrg-released, not of"),
+        (["algorithm.directions=2"], "algorithm.directions is a setting of mezo and mezo-svrg, not of adamw"),
+        (["algorithm.momentum=0.9"], "algorithm.momentum is a setting of mezo"),
+        (
+            ["algorithm.name=mezo", "train.gradient_checkpointing=true"],
+            "train.gradient_checkpointing: is for algorithm.name: sgd and adamw",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(root: Path, changes: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        reader.load(root / "adamw" / "config.yaml", ["algorithm.name=adamw", *changes])
+    assert message in str(error.value)
+
+
+def test_rewards_have_no_gradient(tmp_path: Path) -> None:
+    path = write_tiny_config(tmp_path, "llama", "adamw")
+    config: dict[str, Any] = yaml.safe_load(path.read_text())
+    config["task"] |= {"kind": "generation", "completion": "{{ text }}", "prompt": "It was", "metric": "reward"}
+    for name in ("labels", "plain"):
+        del config["task"][name]
+    config |= {"reward": {"function": "rewards.py:any"}, "train": {"objective": "reward"}}
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"train\.objective: reward has no gradient, which algorithm\.name: adamw"):
+        reader.load(path)
+
+
+def test_a_model_without_blocks_cannot_be_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mezo_dist.engines.units.find_blocks", lambda *_: [])
+    write_tiny_config(tmp_path / "sgd", "llama", "mezo", steps=1)
+    with pytest.raises(UserError, match=r"train\.gradient_checkpointing: the model has no blocks"):
+        train(tmp_path, "sgd", tmp_path / "run", "train.gradient_checkpointing=true")
+
+
+@pytest.mark.parametrize("settings", [SGD(), AdamW()])
+def test_loops_of_ones_own_use_torch(settings: Any) -> None:
+    with pytest.raises(UserError, match=r"algorithm: use torch\.optim for a gradient; give settings such as MeZO"):
+        Optimizer(tiny_model("llama"), settings)
+    Optimizer(tiny_model("llama"), MeZO()).close()

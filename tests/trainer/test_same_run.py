@@ -1,0 +1,91 @@
+"""The same run, whoever drives it: `mezo-dist train`, `MeZOTrainer`, and this on several processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mezo_dist import MeZO, MeZOSVRG, MeZOTrainer, join
+from mezo_dist.config import reader
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.runs import training
+from mezo_dist.runs.build import build_run
+from mezo_dist.storage import trajectory
+from mezo_dist.testing import spawn, write_tiny_config
+from tests.trainer.trainers import arguments, fingerprint, trainer
+
+SETTINGS: dict[str, MeZO | MeZOSVRG] = {
+    "mezo": MeZO(directions=2),
+    "mezo-svrg": MeZOSVRG(anchor_lr=1e-2, q=3),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_makes_the_steps_of_a_run(name: str, tmp_path: Path) -> None:
+    """With the data in the run's order and the losses of its task: the same losses, updates and weights."""
+    path = write_tiny_config(tmp_path, "llama-tied", name, steps=5, batch_size=4, micro_batch=4)
+    options = ["algorithm.lr=1e-3", "train.frozen_cache_gib=0"]
+    options += ["algorithm.directions=2"] if name == "mezo" else ["algorithm.anchor_lr=1e-2", "algorithm.q=3"]
+    config = reader.load(path, options)
+    folder = training.train(config, Communicator(), quiet=True)
+    run = build_run(config, Communicator())
+
+    class InOrder(MeZOTrainer):
+        def _get_train_sampler(self, *_: Any) -> list[int]:
+            return [i for step in range(5) for i in run.order.batch(step)]
+
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+            (item,) = run.cut(inputs["samples"])
+            loss: torch.Tensor = run.evaluator.forward(model, item).loss
+            return loss
+
+    def collate(samples: Sequence[Any]) -> dict[str, Any]:
+        return {"samples": samples, "input_ids": torch.zeros(len(samples), 1)}
+
+    args = arguments(
+        tmp_path / "trainer",
+        max_steps=5,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        lr_scheduler_type="constant",
+        seed=config.seed,
+        remove_unused_columns=False,
+    )
+    done = InOrder(run.pretrained.model, args, collate, run.splits["train"], algorithm=SETTINGS[name])
+    done.train()
+    theirs, ours = (trajectory.read(f / "trajectory.jsonl") for f in (folder, tmp_path / "trainer"))
+    if name == "mezo":
+        assert [(step.rounds, step.update) for step in ours.steps] == [(s.rounds, s.update) for s in theirs.steps]
+        assert ours.marks[5] == theirs.marks[5]
+    for one, other in zip(ours.steps, theirs.steps, strict=True):  # full batches are cut in another order
+        assert one.rounds[0].mean == pytest.approx(other.rounds[0].mean, abs=1e-6)
+
+
+def on_two(comm: Communicator, folder: str) -> list[Any]:
+    """What a rank has after training on its part of every batch; and whether it can go on from its checkpoint."""
+    torchrun_has = {"LOCAL_RANK": str(comm.rank), "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    os.environ.update(torchrun_has)  # accelerate wants to see them, though the processes have met already
+    assert join().world_size == 2, "over the process group that is there"
+    done, again = (trainer(Path(folder), SETTINGS["mezo-svrg"], gradient_accumulation_steps=1) for _ in range(2))
+    done.train()
+    assert done.model_wrapped is done.model, "nothing is wrapped around it"
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    return [done.args.world_size, fingerprint(done), fingerprint(again), done.evaluate()["eval_loss"]]
+
+
+@pytest.mark.distributed
+def test_two_processes_make_one_update(tmp_path: Path) -> None:
+    """Each evaluates every other micro-batch, and all apply the same bits: those of one process that has them all."""
+    alone = trainer(tmp_path / "one", SETTINGS["mezo-svrg"], save_strategy="no")
+    alone.train()
+    ranks = spawn(on_two, 2, str(tmp_path / "two"))
+    assert ranks[0] == ranks[1]
+    assert ranks[0][:3] == [2, fingerprint(alone), fingerprint(alone)]
+    one, two = (trajectory.read(tmp_path / folder / "trajectory.jsonl") for folder in ("one", "two"))
+    assert one.steps == two.steps
