@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mezo_dist.assets.registry import is_demo
 from mezo_dist.config.schema import ModelConfig
 from mezo_dist.errors import UserError
 from mezo_dist.models.load import load_tokenizer
@@ -57,7 +56,7 @@ def write_starter(
     if not rows:
         raise UserError(f"{data}: its split {train!r} has no rows")
     looks_like = guess(rows)
-    here = data if is_demo(data) or not Path(data).expanduser().exists() else os.path.relpath(data, folder)
+    here = os.path.relpath(Path(data).expanduser(), folder) if Path(data).expanduser().exists() else data
     tokenizer = load_tokenizer(ModelConfig(model))
 
     def length(text: str) -> int:

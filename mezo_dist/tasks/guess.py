@@ -98,6 +98,6 @@ def _are_classes(values: Sequence[Any]) -> bool:
 
 def _classification(name: str, values: Sequence[Any], texts: tuple[str, ...]) -> Guess:
     known = {value for value in values if value is not None}
-    names = {int(value): value.name for value in known if isinstance(value, ClassIndex)}
+    names: dict[bool | int | str, str] = {int(value): value.name for value in known if isinstance(value, ClassIndex)}
     classes = sorted({int(v) if isinstance(v, ClassIndex) else v for v in known}, key=lambda v: (str(type(v)), v))
     return Guess("classification", texts, name, classes=tuple(classes), names=names)
