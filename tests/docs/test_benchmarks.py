@@ -36,6 +36,22 @@ def test_a_case_that_fails_is_told_and_left_out() -> None:
     assert figures["rows"][0]["sgd_gib"] is None
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' peak counters")
+def test_equal_memory(tmp_path: Path) -> None:
+    """What is known already is not run again; what takes too much, or fails, does not learn."""
+    script, labels = "examples/benchmarks/equal_memory.py", ["AdamW, last 1 of 2 blocks", "AdamW, last 2 of 2 blocks"]
+    given = ["--fast", "--json", "--seconds", "0.01", "--out", str(tmp_path / "results.jsonl"), "--only", *labels]
+    figures = run(script, *given, "--room", "2")
+    assert set(figures["peaks_gib"]) == {"MeZO-SVRG, all weights", *labels}
+    assert min(figures["peaks_gib"].values()) > 0
+    assert set(figures["learnt"]) == {"MeZO-SVRG, all weights", labels[1]}, "the larger of what fits"
+    assert figures["learnt"][labels[1]]["passes"] == 12 * figures["learnt"][labels[1]]["steps"]
+    rows = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(rows) >= 3 + 2 * 3
+    assert run(script, *given, "--room", "0.01")["learnt"] == {}
+    assert (tmp_path / "results.jsonl").read_text().splitlines() == rows
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ["fsdp", "zero"])
 def test_seven_billion(engine: str) -> None:
