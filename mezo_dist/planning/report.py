@@ -107,7 +107,7 @@ def of_rates(data: JsonObject) -> str:
     lines += [f"  matrix products, {dtype}: {value / 1e9:,.1f} GFLOPS" for dtype, value in flops.items()]
     lines += [
         f"  memory: {rates['bandwidth'] / 1e9:,.1f} GB/s",
-        f"  directions: {rates['generate'] * 1e9:.2f} ns an element to generate one, "
+        f"  directions: {rates['generate'] * 1e9:.2f} ns an element to generate one, and "
         f"{rates['write'] * 1e9:.2f} to write a variant",
         f"  a module of a pass: {rates['call'] * 1e6:.0f} us beside its arithmetic",
         f"  between processes of this host (gloo): {rates['latency'] * 1e6:.0f} us a hop, "
