@@ -176,7 +176,7 @@ def _first_order_table(others: Sequence[FirstOrder]) -> Table:
     for name in dict.fromkeys(option.name for option in others):
         cells = [option for option in others if option.name == name]
         table.add_row(name, *(_cell(option) for option in cells))
-    table.caption = "x does not fit   r with recomputed activations"
+    table.caption = "x does not fit   r recomputes activations"
     return table
 
 
