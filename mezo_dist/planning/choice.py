@@ -171,7 +171,7 @@ def reason(plans: Sequence[Plan]) -> str:
 
 
 _HELP = {
-    "weights": "More ranks to cut them over, or --dtype bfloat16, make it less.",
+    "weights": "More ranks to cut them over make it less; so does --dtype bfloat16, if it is not set yet.",
     "anchor": "--anchor replay keeps no copy; more ranks make it less.",
     "frozen cache": "train.frozen_cache_gib limits it.",
     "scratch": "Fewer directions, or law lowrank with per-sample directions, make it less.",

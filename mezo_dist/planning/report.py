@@ -107,7 +107,7 @@ def of_rates(data: JsonObject) -> str:
     lines += [f"  matrix products, {dtype}: {value / 1e9:,.1f} GFLOPS" for dtype, value in flops.items()]
     lines += [
         f"  memory: {rates['bandwidth'] / 1e9:,.1f} GB/s",
-        f"  directions: {rates['generate'] * 1e9:.2f} ns an element to generate one, "
+        f"  directions: {rates['generate'] * 1e9:.2f} ns an element to generate one, and "
         f"{rates['write'] * 1e9:.2f} to write a variant",
         f"  a module of a pass: {rates['call'] * 1e6:.0f} us beside its arithmetic",
         f"  between processes of this host (gloo): {rates['latency'] * 1e6:.0f} us a hop, "
@@ -176,7 +176,7 @@ def _first_order_table(others: Sequence[FirstOrder]) -> Table:
     for name in dict.fromkeys(option.name for option in others):
         cells = [option for option in others if option.name == name]
         table.add_row(name, *(_cell(option) for option in cells))
-    table.caption = "x does not fit   r with recomputed activations"
+    table.caption = "x does not fit   r recomputes activations"
     return table
 
 
