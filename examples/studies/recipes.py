@@ -2,11 +2,11 @@
 
     python examples/studies/recipes.py accuracy choice completion reward
 
-Runs of configs/NAME.yaml as it stands, with other rates. Every rate of a recipe's grid runs once, from the seed
-`TUNING_SEED`, and is scored on the validation split. The rate with the best figure there (and among equals the lowest
-loss) runs from the seeds `SEEDS`; each of these runs is scored on the test split, and so is the model before training.
-Nothing is chosen on the test split. All runs of a recipe share one process, and with it what is remembered of frozen
-blocks: ``cpu_s`` of a run is its processor time without that.
+Runs of configs/NAME.yaml as it stands, with other rates. Every rate of a recipe's grid runs from its tuning seeds
+(`--tuning-seeds`), and is scored on the validation split. The rate with the best mean figure there (and among equals
+the lowest mean loss) runs from the seeds `SEEDS`; each of these runs is scored on the test split, and so is the model
+before training. Nothing is chosen on the test split. All runs of a recipe share one process, and with it what is
+remembered of frozen blocks: ``cpu_s``, the processor time of a run, holds the computing of that in the first run alone.
 
 Writes one line per finished run to recipes.jsonl, headed by a line about machine and versions. What is there is not run
 again, so the same command goes on where it was stopped.
@@ -32,7 +32,7 @@ from mezo_dist.objectives.rewards.judge import judging
 from mezo_dist.runs.build import build_run
 from mezo_dist.testing import write_tiny_config
 
-TUNING_SEED, SEEDS = 3, (0, 1, 2)
+SEEDS = (0, 1, 2)
 GRIDS = {
     "accuracy": (0.003, 0.01, 0.03, 0.1),
     "choice": (0.03, 0.1, 0.3),
@@ -77,14 +77,16 @@ def record(study: Study, results: Results, label: str, lr: float, seed: int, spl
     return row
 
 
-def value(study: Study, row: Record) -> tuple[float, float]:
-    """What rates are chosen by: figure of merit and loss on validation; a run that diverged comes last."""
-    figures, metric = row["scores"]["validation"], study.run.config.task.metric
-    sign = -1.0 if metric == "perplexity" else 1.0
-    return (-float("inf") if row["diverged"] else sign * figures[metric], -figures["loss"])
+def value(study: Study, rows: list[Record]) -> tuple[float, float]:
+    """What a rate is chosen by: mean figure of merit and loss on validation; one that diverged comes last."""
+    if any(row["diverged"] for row in rows):
+        return (-float("inf"), 0.0)
+    figures = [row["scores"]["validation"] for row in rows]
+    merits, losses = ([one[name] for one in figures] for name in (study.run.config.task.metric, "loss"))
+    return (statistics.mean(merits), -statistics.mean(losses))
 
 
-def learn(name: str, results: Results, overrides: list[str], rates: tuple[float, ...]) -> None:
+def learn(name: str, results: Results, overrides: list[str], rates: list[float], seeds: list[int]) -> None:
     """All runs of a recipe.
 
     Args:
@@ -92,6 +94,7 @@ def learn(name: str, results: Results, overrides: list[str], rates: tuple[float,
         results: the file.
         overrides: settings other than the config's.
         rates: the grid.
+        seeds: to choose the rate.
     """
     with tempfile.TemporaryDirectory() as folder:
         tiny = name == "tiny"
@@ -102,8 +105,9 @@ def learn(name: str, results: Results, overrides: list[str], rates: tuple[float,
             run = build_run(config, comm, judge=judge)
             study = Study(run, {name: p.detach().clone() for name, p in trainable(run)})
             record(study, results, f"{name}, before", 0.0, 0, "test")
-            tried = [record(study, results, f"{name}, to choose", lr, TUNING_SEED, "validation") for lr in rates]
-            best = max(tried, key=lambda row: value(study, row))["lr"]
+            label = f"{name}, to choose"
+            tried = {lr: [record(study, results, label, lr, seed, "validation") for seed in seeds] for lr in rates}
+            best = max(tried, key=lambda lr: value(study, tried[lr]))
             print(f"{name}: validation chose {best:g}", flush=True)
             rows = [record(study, results, f"{name}, chosen", best, seed, "test") for seed in SEEDS]
             metric = run.config.task.metric
@@ -116,16 +120,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", choices=GRIDS, help="names of configs")
     parser.add_argument("--rates", nargs="+", type=float, help="in place of the recipe's grid")
+    parser.add_argument("--tuning-seeds", nargs="+", type=int, default=[3], help="seeds to choose the rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings other than the config's")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    about = provenance(f"a process with {options.threads} thread(s)", f"{TUNING_SEED} to choose the rate, then {SEEDS}")
+    seeds = options.tuning_seeds
+    about = provenance(f"a process with {options.threads} thread(s)", f"{seeds} to choose the rate, then {SEEDS}")
     results = Results(options.out / "recipes.jsonl", {**about, "scores": "loss and main figure of a split"})
     for name in options.recipes:
-        learn(name, results, options.set, tuple(options.rates or GRIDS[name]))
+        learn(name, results, options.set, options.rates or list(GRIDS[name]), seeds)
 
 
 if __name__ == "__main__":
