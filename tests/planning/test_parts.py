@@ -62,7 +62,7 @@ def test_what_is_no_quantity(text: str) -> None:
 )  # fmt: skip
 def test_work_is_dealt_as_a_run_deals_it(ranks: int, settings: MeZO | MeZOSVRG, layout: str, replicate: int) -> None:
     """Passes of the busiest rank, by the planner's own variants and the run's own work split."""
-    setting = Setting(layout, replicate, algorithm=settings, batch_size=20, full_size=44, micro_batch=4)  # type: ignore[arg-type]
+    setting = Setting(layout, replicate, algorithm=settings, batch_size=20, full_size=44, micro_batch=4)
     planner = algorithms.build(settings.name, settings, Problem(0, 1000, 20, 44, True, eps=1e-3))
     variants = planner.plan(planner.init(), 0).variants
     first = rounds_of(setting, ranks)[0]
@@ -80,6 +80,12 @@ def test_a_cycle_of_svrg() -> None:
     assert steps[0].samples == 512
     assert steps[1].copies_anchor  # 16-bit weights
     assert [base.copies for base in steps[1].bases] == [2, 2]
+
+
+def test_a_rate_that_finds_itself_takes_the_losses_of_all_samples() -> None:
+    plain, auto = (rounds_of(Setting(algorithm=MeZO(one_sided=True, lr=lr)), 1)[0] for lr in (1e-6, "auto"))
+    assert auto.numbers > plain.numbers
+    assert auto.passes >= plain.passes
 
 
 def test_the_shortest_round() -> None:
