@@ -62,7 +62,7 @@ def test_what_is_no_quantity(text: str) -> None:
 )  # fmt: skip
 def test_work_is_dealt_as_a_run_deals_it(ranks: int, settings: MeZO | MeZOSVRG, layout: str, replicate: int) -> None:
     """Passes of the busiest rank, by the planner's own variants and the run's own work split."""
-    setting = Setting(layout, replicate, algorithm=settings, batch_size=20, full_size=44, micro_batch=4)
+    setting = Setting(layout, replicate, algorithm=settings, batch_size=20, full_size=44, micro_batch=4)  # type: ignore[arg-type]
     planner = algorithms.build(settings.name, settings, Problem(0, 1000, 20, 44, True, eps=1e-3))
     variants = planner.plan(planner.init(), 0).variants
     first = rounds_of(setting, ranks)[0]
