@@ -203,7 +203,8 @@ def _of_config(config: RunConfig, notes: list[str]) -> Setting:
     if train.max_tokens is None:
         notes.append("train.max_tokens is not set: samples of 512 tokens are assumed (--tokens)")
     if model.peft.method is not None:
-        notes.append("model.peft is not planned: figures are those of training the model's own weights")
+        what = "model.peft is" if model.quantise is None else "model.peft and model.quantise are"
+        notes.append(f"{what} not planned: figures are those of training the model's own weights")
     if isinstance(config.algorithm, FirstOrder):
         raise UserError(
             f"algorithm.name: a plan for {config.algorithm.name} stands in the table of first-order methods that every "

@@ -73,7 +73,8 @@ def rounds_of(setting: Setting, ranks: int) -> list[Round]:
         samples = setting.full_size if request.batch == "full" else setting.batch_size
         fake = tuple(1.0 + 0.01 * i for i in range(len(request.variants)))
         each = tuple((value,) * samples for value in fake) if request.each_sample else ()
-        update = planner.update(state, step, [Losses(fake, each)])
+        curvature = 1.0 if request.pairs else None
+        update = planner.update(state, step, [Losses(fake, each, curvature)])
         if isinstance(update, Evaluation):
             raise UserError(f"plan: {settings.name} asks for further rounds, which are not planned")
         has_copy = has_copy or any(isinstance(operation, CopyAnchor) for operation in update.operations)
@@ -87,7 +88,7 @@ def rounds_of(setting: Setting, ranks: int) -> list[Round]:
                 micro_batches,
                 len(update.combination.terms),
                 has_copy,
-                _numbers(len(request.variants), samples if request.each_sample else 0),
+                _numbers(len(request.variants), samples if request.tells_samples_apart else 0),
                 1 + max(0, cycle - MOST_STEPS) * (step == MOST_STEPS - 1),
             )
         )

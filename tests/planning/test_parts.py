@@ -82,6 +82,12 @@ def test_a_cycle_of_svrg() -> None:
     assert [base.copies for base in steps[1].bases] == [2, 2]
 
 
+def test_a_rate_that_finds_itself_takes_the_losses_of_all_samples() -> None:
+    plain, auto = (rounds_of(Setting(algorithm=MeZO(one_sided=True, lr=lr)), 1)[0] for lr in (1e-6, "auto"))
+    assert auto.numbers > plain.numbers
+    assert auto.passes >= plain.passes
+
+
 def test_the_shortest_round() -> None:
     assert ROUND_WORDS == PAYLOAD_WORDS
 
