@@ -34,9 +34,9 @@ from mezo_dist.testing import write_tiny_config
 
 SEEDS = (0, 1, 2)
 GRIDS = {
-    "accuracy": (0.003, 0.01, 0.03, 0.1),
+    "accuracy": (0.01, 0.03, 0.1),
     "choice": (0.03, 0.1, 0.3),
-    "completion": (0.01, 0.03, 0.1),
+    "completion": (0.03, 0.1, 0.3),
     "reward": (0.15, 0.3, 0.6),
     "tiny": (0.001, 0.01),
 }
