@@ -113,6 +113,13 @@ def _last_blocks(k: int, num_blocks: int) -> str:
 # In a process of its own
 
 
+def prepare() -> None:
+    """Set a process up as the command line does, with one thread."""
+    torch.set_num_threads(1)
+    ask_for_huge_pages()
+    tune_malloc(is_sharded=False)
+
+
 def run_case(settings: Sequence[str], *, fast: bool, is_scored: bool) -> Figures:
     """Load model and data, see all training samples once, take the steps, and measure.
 
@@ -121,9 +128,6 @@ def run_case(settings: Sequence[str], *, fast: bool, is_scored: bool) -> Figures
         fast: a tiny model.
         is_scored: look at validation and test samples afterwards.
     """
-    torch.set_num_threads(1)
-    ask_for_huge_pages()  # as the command line does
-    tune_malloc(is_sharded=False)
     with tempfile.TemporaryDirectory() as folder:
         return _measured(settings, Path(folder), fast=fast, is_scored=is_scored)
 
@@ -191,7 +195,7 @@ class Cases:
         case = json.dumps({"settings": list(settings), "fast": self._fast, "is_scored": is_scored})
         if case not in self._known:
             try:  # a process for each case, off one that has imported what takes long and done nothing else
-                with ProcessPoolExecutor(1, self._context) as pool:
+                with ProcessPoolExecutor(1, self._context, initializer=prepare) as pool:
                     work = pool.submit(run_case, list(settings), fast=self._fast, is_scored=is_scored)
                     self._known[case] = work.result()
             except Exception as error:  # noqa: BLE001 (whatever it is, and if the process died, the others go on)

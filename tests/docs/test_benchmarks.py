@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -37,19 +38,54 @@ def test_a_case_that_fails_is_told_and_left_out() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' peak counters")
-def test_equal_memory(tmp_path: Path) -> None:
-    """What is known already is not run again; what takes too much, or fails, does not learn."""
-    script, labels = "examples/benchmarks/equal_memory.py", ["AdamW, last 1 of 2 blocks", "AdamW, last 2 of 2 blocks"]
-    given = ["--fast", "--json", "--seconds", "0.01", "--out", str(tmp_path / "results.jsonl"), "--only", *labels]
-    figures = run(script, *given, "--room", "2")
-    assert set(figures["peaks_gib"]) == {"MeZO-SVRG, all weights", *labels}
-    assert min(figures["peaks_gib"].values()) > 0
-    assert set(figures["learnt"]) == {"MeZO-SVRG, all weights", labels[1]}, "the larger of what fits"
-    assert figures["learnt"][labels[1]]["passes"] == 12 * figures["learnt"][labels[1]]["steps"]
-    rows = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert len(rows) >= 3 + 2 * 3
-    assert run(script, *given, "--room", "0.01")["learnt"] == {}
-    assert (tmp_path / "results.jsonl").read_text().splitlines() == rows
+def test_equal_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases in this process, as imports take longer than all that they do."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    equal_memory = importlib.import_module("equal_memory")
+    every = {choice.label: choice for choice in equal_memory.choices(2)}
+    taken = {}
+    for label in (equal_memory.LIMIT, "AdamW, last 1 of 2 blocks", "AdamW, LoRA, checkpointing"):
+        settings = every[label].settings(every[label].rate, 2, seed=0)
+        taken[label] = equal_memory.run_case(settings, fast=True, is_scored=True)
+        assert taken[label]["peak_gib"] > taken[label]["weights_gib"] > 0
+        assert taken[label]["steps"] == 2
+        assert all(
+            0 < loss < 10 and 0 <= accuracy <= 1 for loss, accuracy in map(taken[label].get, ("validation", "test"))
+        )
+    assert [figures["passes"] for figures in taken.values()] == [2 * 8 + 4 * 4, 2 * 3 * 4, 2 * 4 * 4]
+
+
+def test_equal_memory_takes_the_largest_that_fits_at_its_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    equal_memory = importlib.import_module("equal_memory")
+    peaks = {equal_memory.LIMIT: 1.0, "AdamW, all weights": 3.5, "AdamW, last 1 of 30 blocks": 0.8}
+    peaks |= {"AdamW, last 2 of 30 blocks": 0.9, "AdamW, last 4 of 30 blocks": 1.01}
+    rows = [(c, {"peak_gib": peaks[c.label]} if c.label in peaks else None) for c in equal_memory.choices(30)]
+    assert [c.label for c in equal_memory.fitting(rows, 1.0)] == [equal_memory.LIMIT, "AdamW, last 2 of 30 blocks"]
+    assert [c.label for c in equal_memory.fitting(rows, 1.1)] == [equal_memory.LIMIT, "AdamW, last 4 of 30 blocks"]
+
+    tried: list[float] = []
+
+    class Cases:
+        def run(self, settings: list[str], *, is_scored: bool) -> dict[str, Any] | None:
+            rate = next(float(item.partition("=")[2]) for item in settings if item.startswith("algorithm.lr="))
+            tried.append(rate)
+            figures = {"steps": 5, "passes": 60, "seconds": 1.0, "peak_gib": 0.9}
+            scores = {"validation": [0.5, min(rate, 1.0) / 2], "test": [0.4, 0.75]}
+            return None if rate > 2 else figures | scores
+
+    (choice,) = (c for c in equal_memory.choices(30) if c.label == "AdamW, LoRA, checkpointing")
+    best = equal_memory.learn(Cases(), choice, 5, [0, 1])
+    assert tried == [0.00032, 0.001, 0.0032, 0.01, 0.032, 0.032, 0.032], "the grid grows twice at most"
+    assert best == {
+        "rate": 0.032,
+        "steps": 5,
+        "passes": 60,
+        "seconds": 1.0,
+        "peak_gib": 0.9,
+        "loss": 0.4,
+        "accuracy": 0.75,
+    }
 
 
 @pytest.mark.distributed

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from mezo_dist import cli
+from mezo_dist import MeZO, cli
 from mezo_dist.config import reader
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.runs import training
@@ -23,7 +23,8 @@ from mezo_dist.testing import spawn, write_tiny_config
 
 def stub() -> Run:
     """As much of a run as `summary` reads."""
-    config = SimpleNamespace(task=SimpleNamespace(metric="accuracy"), output=SimpleNamespace(export=True))
+    task, output = SimpleNamespace(metric="accuracy"), SimpleNamespace(export=True)
+    config = SimpleNamespace(task=task, output=output, algorithm=MeZO())
     pretrained = SimpleNamespace(loader=("json", "JSONDecoder"))
     return cast("Run", SimpleNamespace(config=config, splits={"test": [0] * 7}, pretrained=pretrained))
 
