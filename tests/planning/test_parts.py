@@ -47,7 +47,7 @@ def test_rates_in_bits_and_bytes() -> None:
 
 
 def test_a_rate_that_finds_itself_sends_the_losses_of_all_samples() -> None:
-    plain, auto = (rounds_of(Setting(algorithm=MeZO(lr=lr)), 1)[0] for lr in (1e-6, "auto"))  # type: ignore[arg-type]
+    plain, auto = (rounds_of(Setting(algorithm=MeZO(lr=lr)), 1)[0] for lr in (1e-6, "auto"))
     assert auto.passes == plain.passes
     assert auto.numbers - plain.numbers == 2 * 2 * (Setting().batch_size - 1)  # a loss and a weight, of two variants
 
