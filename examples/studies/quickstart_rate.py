@@ -10,8 +10,8 @@ grid grows there by one, and once more if need be.
 Then the best rate runs from the seeds `SEEDS`, and the last `HELD_OUT` sentences of the data's permutation are scored,
 once per seed. They are in none of the quickstart's splits (its test split of 1,000 is the part of the permutation that
 the studies took their 512 test samples from) and no choice of this repository was ever held against them. The model
-before training is scored on them as well, without and with offsets of the classes. So is, last, ``lr: auto``, which is
-what the quickstart has now: it is chosen by nothing here (examples/studies/auto_rate.py).
+before training is scored on them as well, without and with offsets of the classes. So is, last, ``lr: auto``, for which
+nothing here is chosen.
 
 Writes one line per finished run to quickstart_rate.jsonl, headed by a line about machine and versions. What is there is
 not run again, so the same command goes on where it was stopped.

@@ -46,6 +46,12 @@ def test_rates_in_bits_and_bytes() -> None:
     assert parse_flops("2pflops", "--flops") == 2e15
 
 
+def test_a_rate_that_finds_itself_sends_the_losses_of_all_samples() -> None:
+    plain, auto = (rounds_of(Setting(algorithm=MeZO(lr=lr)), 1)[0] for lr in (1e-6, "auto"))
+    assert auto.passes == plain.passes
+    assert auto.numbers - plain.numbers == 2 * 2 * (Setting().batch_size - 1)  # a loss and a weight, of two variants
+
+
 @pytest.mark.parametrize("text", ["80", "80 QB", "-3GB", "0GB", "GB", "1e400GB", ""])
 def test_what_is_no_quantity(text: str) -> None:
     with pytest.raises(UserError, match="--link"):
