@@ -52,7 +52,7 @@ def test_own_loop_under_accelerate_launch(tmp_path: Path) -> None:
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
     launch += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [sys.executable, "-m", *launch, "examples/own_loop.py", str(tmp_path / "steps.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = dict(re.findall(r"rank (\d) of 2: weights (\w{16})", done.stdout))
     assert ranks.keys() == {"0", "1"}
