@@ -23,8 +23,12 @@ class LostRankError(Exception):
     """A temporary failure (sysexits.h): starting again, with output.if_exists=resume, goes on where the run was."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop and did, with everything on disk. The command line exits with ``status``."""
+class Stopped(BaseException):
+    """The run was asked to stop and did, with everything on disk. The command line exits with ``status``.
+
+    Like `KeyboardInterrupt`, it can come while any code runs, and no ``except Exception`` may take it for that code's
+    fault.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)

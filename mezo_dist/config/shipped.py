@@ -32,7 +32,7 @@ def task_file(name: str, folder: Path) -> Path:
     path = folder / name
     with contextlib.suppress(RuntimeError):  # no home folder
         path = folder / Path(name).expanduser()
-    if not re.fullmatch(r"[\w-]{1,100}", name) or path.exists():
+    if not re.fullmatch(r"[\w-]{1,100}", name) or (path.exists() and not path.is_dir()):
         return path
     known = shipped_tasks()
     if name not in known:

@@ -61,9 +61,11 @@ def load_rows(task: TaskSettings) -> Rows:
         size = left if split.size is None else split.size
         if left == 0 or size > left:
             leaves = " that task.where leaves" if len(order) < len(data[split.source]) else ""
+            remedy = f", as in --task.splits.{name}.size={left}" if left else ""
+            taken_before = f", of which {start} are taken by the splits before" if start else ""
             raise UserError(
                 f"task.splits.{name}.size: {size or 'some'} samples wanted, but {task.data} split {split.source!r} has "
-                f"{len(order)}{leaves}, of which {start} are taken by the splits before; make a split smaller"
+                f"{len(order)}{leaves}{taken_before}; make a split smaller{remedy}"
             )
         taken[split.source] = start + size
         rows[name] = data[split.source].take(order[start : start + size])

@@ -63,3 +63,8 @@ def test_a_model_with_a_hostile_name(tmp_path: Path, capfd: pytest.CaptureFixtur
         assert "\nmezo-dist: all is well" not in output
         assert SEEN in output or command[0] == "report"
     assert SEEN in (Path(run) / "report.html").read_text()
+
+
+def test_a_stop_is_nobodys_fault() -> None:
+    """It is raised wherever SIGTERM comes, such as in a library that explains whatever exceptions it gets."""
+    assert not issubclass(Stopped, Exception)

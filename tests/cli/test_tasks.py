@@ -31,6 +31,12 @@ def test_a_config_may_name_a_task_that_ships(tmp_path: Path) -> None:
     assert Path(shipped_tasks()["sst2"]).parent.name == "tasks"
 
 
+def test_a_folder_of_data_does_not_hide_the_task_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sst2").mkdir()
+    assert load(write_tiny_config(tmp_path), ["task=sst2"]).task.name == "sst2"
+
+
 def test_a_task_that_does_not_ship(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tasks", "show", "sst3", "--model", str(tmp_path)]) != 0
     error = capsys.readouterr().err

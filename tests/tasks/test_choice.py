@@ -164,6 +164,11 @@ def test_a_list_of_labels_none_of_which_is_an_option() -> None:
         ({"label": 2}, {}, "task.label: the label is 2, which names none of them: ['0', '1']"),
         ({"label": "C"}, {"labels": ("A", "B", "C")}, "task.label: the label is 'C', which names none of them"),
         ({"label": "1", "options": ["1", "0"]}, {}, "task.label: the label is '1', which stands for several of them"),
+        (
+            {"label": [1], "options": ["2", "3", "1"]},
+            {},
+            "task.label: the label is 1, which stands for several of them",
+        ),
         ({"options": "great"}, {}, "task.options_field: the field 'options' must be a list of at least two texts"),
         ({"options": ["great"]}, {}, "task.options_field: the field 'options' must be a list of at least two texts"),
         ({"options": ["great", ""]}, {}, "task.options: the option '' has no tokens after this prompt"),

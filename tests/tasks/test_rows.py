@@ -200,6 +200,10 @@ def test_splits_of_one_source_are_cut_one_after_another_from_one_permutation(dat
     [
         ((Split("train", 5), Split("train", 3), Split("train", 5)), "task.splits.test.size: 5 samples wanted, but "),
         ((Split("train", 13), Split("train", 3), Split("train", 4)), "task.splits.train.size: 13 samples wanted, but "),
+        (
+            (Split("train", 13), Split("train", 3), Split("train", 4)),
+            "has 12; make a split smaller, as in --task.splits",
+        ),
         ((Split("train"), Split("train", 1), Split("train", 1)), "which 12 are taken by the splits before; make a"),
         ((Split("train", 5), Split("train", 7), Split("train")), "task.splits.test.size: some samples wanted, but "),
         ((Split("train", 5), Split("dev"), Split("test")), "task.splits.validation.source: "),

@@ -78,22 +78,23 @@ def right_options(task: ChoiceTask, row: Row, options: Sequence[str]) -> tuple[i
     else:
         known = [(str(number), text) for number, text in enumerate(options)]
     wanted = value if isinstance(value, list) else [value]
-    right = list(
-        dict.fromkeys(
-            place
-            for one in wanted
-            for name in names_of(one)
-            for place, names in enumerate(known[: len(options)])
-            if name in names
-        )
-    )
-    if not right or (len(right) > 1 and not isinstance(value, list)):
+    named = [_named(one, known[: len(options)]) for one in wanted]
+    right = list(dict.fromkeys(place for places in named for place in places))
+    # In a list, texts may be there twice; what is the number of one option and the text of another is still in doubt.
+    in_doubt = any(len({options[place] for place in places}) > 1 for places in named)
+    if not right or in_doubt or (len(right) > 1 and not isinstance(value, list)):
         reason = "stands for several of them" if right else "names none of them"
         raise UserError(
             f"task.label: the label is {shown(wanted)[1:-1]}, which {reason}: {listed(names[0] for names in known)} "
             f"(options {listed(options)}); set task.labels, or leave such rows out with task.where"
         )
     return tuple(right)
+
+
+def _named(value: object, known: Sequence[Sequence[str]]) -> list[int]:
+    """Places of the options that a label names: those with one of its names among theirs."""
+    names = names_of(value)
+    return [place for place, others in enumerate(known) if any(name in others for name in names)]
 
 
 def encode_options(texts: TextEncoder, prompt: str, options: Sequence[str], row: Row) -> EncodedOptions:
