@@ -130,6 +130,7 @@ def write_tiny_config(folder: Path, kind: str = "llama-tied", algorithm: str = "
     """
     import yaml
 
+    folder = folder.resolve()  # relative paths in a config start at its folder
     folder.mkdir(parents=True, exist_ok=True)
     task = {
         "name": "tiny",

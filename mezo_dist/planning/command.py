@@ -22,10 +22,12 @@ from mezo_dist.planning.first_order import first_order
 from mezo_dist.planning.lookup import find_shape
 from mezo_dist.planning.machine import Machine, parse_bytes, parse_flops, parse_rate
 from mezo_dist.planning.named import NAMED
+from mezo_dist.planning.rounds import rounds_of
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.shapes import ModelShape
 
 RANDOM = "random:"
+MOST_RANKS = 100_000
 POSITIVE = ("hosts", "ranks_per_host", "directions", "batch", "full", "micro_batch", "width", "tokens", "targets")
 
 
@@ -92,6 +94,12 @@ def question_of(arguments: argparse.Namespace) -> Question:
         if config is not None and config.model.head == "classifier":
             notes.append("the fresh classification head is not counted")
     machine = _machine(arguments, settings[0])
+    fewest = min(one.passes for setting in settings for one in rounds_of(setting, 1))
+    if machine.ranks > fewest:
+        notes.append(
+            f"{machine.ranks - fewest:,} of the {machine.ranks:,} ranks only gather and wait in a step of {fewest} "
+            "forward passes (micro-batches x variants); a smaller --micro-batch, a larger --batch or more --directions use them"
+        )
     if shape is not None and shape.block_kind == "unknown":
         notes.append("what passes hold is an upper estimate for this architecture")
     return Question(shape, _on_layouts(arguments, settings, machine), machine, notes)
@@ -123,6 +131,8 @@ def _on_layouts(arguments: argparse.Namespace, settings: Sequence[Setting], mach
 
 def _machine(arguments: argparse.Namespace, setting: Setting) -> Machine:
     machine = Machine(arguments.hosts, arguments.ranks_per_host, parse_bytes(arguments.memory, "--memory"))
+    if machine.ranks > MOST_RANKS:
+        raise UserError(f"--hosts: {machine.ranks:,} ranks in all; a plan is made for at most {MOST_RANKS:,}")
     if arguments.link and arguments.hosts == 1:
         raise UserError("--link: is the link between hosts, of which there is one; give --hosts, or --host-link")
     if arguments.host_link and arguments.ranks_per_host == 1:

@@ -55,6 +55,13 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) <= 118
 
 
+def test_ranks_without_work_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "12 of the 16 ranks only gather" in " ".join(
+        answered(capsys, "opt-125m", "--ranks-per-host", "16", "--algorithm", "mezo")["notes"]
+    )
+    assert not answered(capsys, "opt-125m", "--ranks-per-host", "4", "--algorithm", "mezo")["notes"]
+
+
 def test_when_nothing_fits_the_answer_says_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
     data = answered(capsys, "opt-175b", "--algorithm", "mezo")
     assert data["recommended"] == {"mezo": None}
@@ -101,6 +108,7 @@ def test_find(capsys: pytest.CaptureFixture[str]) -> None:
         (["opt-13b", "--memory", "3q"], ["--memory", "3q"]),
         (["opt-13b", "--memory", "1MB"], ["--memory"]),
         (["opt-13b", "--hosts", "0"], ["--hosts"]),
+        (["opt-13b", "--hosts", "1000000000"], ["--hosts", "at most 100,000"]),
         (["opt-13b", "--link", "10gbit"], ["--link", "--hosts"]),
         (["opt-13b", "--hosts", "2", "--host-link", "10gbit"], ["--host-link", "--ranks-per-host"]),
         (["opt-13b", "--tokens", "4096"], ["--tokens", "2048"]),
