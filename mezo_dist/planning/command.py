@@ -98,7 +98,8 @@ def question_of(arguments: argparse.Namespace) -> Question:
     if machine.ranks > fewest:
         notes.append(
             f"{machine.ranks - fewest:,} of the {machine.ranks:,} ranks only gather and wait in a step of {fewest} "
-            "forward passes (micro-batches x variants); a smaller --micro-batch, a larger --batch or more --directions use them"
+            "forward passes (micro-batches x variants); a smaller --micro-batch, a larger --batch or more --directions "
+            "use them"
         )
     if shape is not None and shape.block_kind == "unknown":
         notes.append("what passes hold is an upper estimate for this architecture")
