@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mezo_dist.config.schema import ModelConfig
+from mezo_dist.config.task import ANSWER
 from mezo_dist.errors import UserError
 from mezo_dist.models.load import load_tokenizer
 from mezo_dist.tasks.fields import Row, lookup
 from mezo_dist.tasks.guess import Guess, guess
 from mezo_dist.tasks.rows import load_tables
+from mezo_dist.tasks.templates import ROW
 
 LOOKED_AT = 2000
 """Training rows that are looked at, at most."""
@@ -24,6 +26,8 @@ MOST_TRAIN, MOST_VALIDATION, MOST_TEST = 10_000, 256, 1000
 """Samples of splits that have to be cut from one source, at most."""
 ROUND_TO = 16
 """Lengths in tokens are rounded up to a multiple of this."""
+JINJA_WORDS = ("and", "else", "false", "if", "in", "is", "none", "not", "or", "true", "False", "None", "True")
+"""What is no field in a template."""
 VALIDATION_NAMES = ("validation", "valid", "dev", "val")
 
 
@@ -122,6 +126,14 @@ def _words(looks_like: Guess) -> dict[bool | int | str, str]:
     }
 
 
+def _slot(name: str) -> str:
+    """Where a template prints a field: ``{{ text }}``, or ``{{ row["Review Text"] }}`` where the name is no word."""
+    parts = name.split(".")
+    if parts[0] not in (ANSWER, ROW) and all(part.isidentifier() and part not in JINJA_WORDS for part in parts):
+        return f"{{{{ {name} }}}}"
+    return f"{{{{ {ROW}{''.join(f'[{_quoted(part)}]' for part in parts)} }}}}"
+
+
 def _fields(looks_like: Guess, long_words: Sequence[str]) -> list[str]:
     """What the task file says of fields.
 
@@ -129,7 +141,8 @@ def _fields(looks_like: Guess, long_words: Sequence[str]) -> list[str]:
         looks_like: kind and fields.
         long_words: label words that are several tokens.
     """
-    texts = "\n".join(f"{{{{ {name} }}}}" for name in looks_like.texts)
+    texts = "\n".join(map(_slot, looks_like.texts))
+    answer = _slot(looks_like.answer) if looks_like.answer else ""
     shortened = f"truncate: {_quoted(list(looks_like.texts))}  # fields that are shortened where a text is too long"
     if looks_like.kind == "classification":
         words = _words(looks_like)
@@ -138,19 +151,23 @@ def _fields(looks_like: Guess, long_words: Sequence[str]) -> list[str]:
             about += f"; {', '.join(map(_quoted, long_words[:5]))} are several tokens, single ones are faster"
         if all(word.lstrip("-").isdigit() for word in words.values()):
             about += "; numbers tell it little, write what they mean"
+        gaps = [f"where: {{drop: {{{_quoted(looks_like.answer)}: [null]}}}}"] if looks_like.has_gaps else []
         question = (looks_like.answer or "").rpartition(".")[2]
         return ["kind: classification", f"prompt: {_quoted(f'{texts}{chr(10)}{question}: {{{{ answer }}}}')}",
-                f"label: {_quoted(looks_like.answer)}", about + ".", "labels:",
+                f"label: {_quoted(looks_like.answer)}", *gaps, about + ".", "labels:",
                 *(f"  - {{value: {_quoted(value)}, word: {_quoted(word)}}}" for value, word in words.items()),
                 shortened, "metric: accuracy"]  # fmt: skip
     if looks_like.conversation:
-        return ["kind: completion", f"messages: {looks_like.conversation}  # the loss is that of the assistant's turns"]
+        return [
+            "kind: completion",
+            f"messages: {_quoted(looks_like.conversation)}  # the loss is that of the assistant's turns",
+        ]
     if not looks_like.texts:
         return ["kind: completion", "# No prompt: the loss is that of the whole text.",
-                f"completion: {_quoted(f'{{{{ {looks_like.answer} }}}}')}",
+                f"completion: {_quoted(answer)}",
                 "window: 256  # documents are cut into windows of so many tokens"]  # fmt: skip
     return ["kind: completion", f"prompt: {_quoted(f'{texts}{chr(10)}')}",
-            f"completion: {_quoted(f'{{{{ {looks_like.answer} }}}}')}", shortened]  # fmt: skip
+            f"completion: {_quoted(answer)}", shortened]  # fmt: skip
 
 
 def _config(name: str, model: str, looks_like: Guess, file: Path, tokens: Sequence[int]) -> list[str]:

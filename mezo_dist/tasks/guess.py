@@ -37,6 +37,8 @@ class Guess:
     """Values of ``answer``, sorted."""
     names: Mapping[bool | int | str, str] = field(default_factory=dict)
     """Names that the data give to classes."""
+    has_gaps: bool = False
+    """Some rows have no class."""
 
 
 def guess(rows: Sequence[Row]) -> Guess:
@@ -100,4 +102,4 @@ def _classification(name: str, values: Sequence[Any], texts: tuple[str, ...]) ->
     known = {value for value in values if value is not None}
     names: dict[bool | int | str, str] = {int(value): value.name for value in known if isinstance(value, ClassIndex)}
     classes = sorted({int(v) if isinstance(v, ClassIndex) else v for v in known}, key=lambda v: (str(type(v)), v))
-    return Guess("classification", texts, name, classes=tuple(classes), names=names)
+    return Guess("classification", texts, name, classes=tuple(classes), names=names, has_gaps=None in values)

@@ -34,6 +34,7 @@ def write(path: Path, **fields: list[object]) -> None:
 TEXTS: list[object] = [sentence(i) for i in range(MANY)]
 SHAPES: dict[str, dict[str, list[object]]] = {
     "classes": {"review": TEXTS, "verdict": ["great", "terrible"] * (MANY // 2)},
+    "odd names": {"Review Text": TEXTS, "the verdict": ["great", "terrible", None] * (MANY // 3), "if": TEXTS},
     "completions": {"prompt": TEXTS, "completion": TEXTS[::-1]},
     "documents": {"text": TEXTS},
 }

@@ -54,7 +54,7 @@ def rows(**columns: list[Any]) -> list[dict[str, Any]]:
         ),
         (
             {"text": TEXTS, "label": [0, 1, None] * 4},
-            Guess("classification", ("text",), "label", classes=(0, 1)),
+            Guess("classification", ("text",), "label", classes=(0, 1), has_gaps=True),
         ),
     ],
 )
