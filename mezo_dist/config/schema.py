@@ -17,12 +17,12 @@ from typing import Annotated, Literal
 from pydantic import Discriminator
 
 from mezo_dist.algorithms import FirstOrder, Settings
-from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.ranges import MANY, check_ranges
+from mezo_dist.config.contradictions import check_contradictions
 from mezo_dist.config.kinds import Task
 from mezo_dist.config.lines import check_lines
 from mezo_dist.config.paths import located
-from mezo_dist.config.reward import RewardConfig, check_reward
+from mezo_dist.config.reward import RewardConfig
 from mezo_dist.json_types import JsonObject
 
 NO_RESULTS = ("layout", "output", "distributed", "origin")
@@ -310,78 +310,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, direction_rank=(1, 10_000), seed=(-MAX_SEED, MAX_SEED))
-        if getattr(self.algorithm, "per_sample", False) and self.law != "lowrank":
-            raise ValueError(f"algorithm.per_sample: a direction per sample needs law: lowrank, not {self.law}")
-        if getattr(self.algorithm, "per_sample", False) and self.train.calibrate:
-            raise ValueError(
-                "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false"
-            )
-        if self.model.quantise is not None and self.layout.name != "replicated":
-            raise ValueError(
-                f"layout.name: {self.layout.name} cannot cut quantised weights (model.quantise); set it to replicated"
-            )
-        if isinstance(self.algorithm, MeZO):
-            self.algorithm.check_members(self.train.batch_size)
-        self.task.check_head(self.model.head)
-        if self.train.calibrate:
-            self.task.check_calibration()
-        self._check_first_order()
-        if self.train.objective == "metric":
-            self._check_metric_objective()
-        check_reward(self.task, self.train.objective, self.reward)
-        if self.algorithm.lr == "auto":
-            self._check_auto_rate()
-
-    def _check_auto_rate(self) -> None:
-        if self.train.objective != "loss":
-            raise ValueError(
-                "algorithm.lr: auto reads curvature off cross-entropies, and train.objective: "
-                f"{self.train.objective} is none; give a number"
-            )
-        if self.task.kind == "regression":
-            raise ValueError(
-                "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a "
-                "squared error; give a number"
-            )
-
-    def _check_first_order(self) -> None:
-        name = self.algorithm.name
-        if not isinstance(self.algorithm, FirstOrder):
-            if self.train.gradient_checkpointing:
-                raise ValueError(
-                    f"train.gradient_checkpointing: is for algorithm.name: sgd and adamw; {name} keeps nothing for a "
-                    "backward pass"
-                )
-            return
-        if self.train.objective != "loss":
-            raise ValueError(
-                f"train.objective: {self.train.objective} has no gradient, which algorithm.name: {name} needs; choose "
-                "loss, or an algorithm that needs forward passes only, such as mezo"
-            )
-        if self.law != "gaussian" or self.direction_rank != 1:
-            raise ValueError(f"law: is about random directions, of which algorithm.name: {name} has none; leave it out")
-        if self.layout.name == "zero":
-            raise ValueError(
-                f"layout.name: zero owns weights here and nothing else, so algorithm.name: {name} cannot train there; "
-                "use layout.name: fsdp, which shards weights, gradients and the optimiser's state as ZeRO-3 does"
-            )
-        if self.layout.gather not in (None, self.model.compute or self.model.weights):
-            raise ValueError(
-                f"layout.gather: must be left out for algorithm.name: {name}, whose weights are not perturbed and are "
-                "gathered in the dtype of the passes (model.compute)"
-            )
-
-    def _check_metric_objective(self) -> None:
-        if self.train.calibrate:
-            raise ValueError(
-                "train.calibrate: changes the loss, which train.objective: metric does not look at; leave one out"
-            )
-        self.task.check_objective()
-        if getattr(self.algorithm, "per_sample", False) and not self.task.metric_is_mean:
-            raise ValueError(
-                f"train.objective: metric gives one number per batch where task.metric is {self.task.metric}, and "
-                "algorithm.per_sample needs one per sample; set it to false, or choose a metric that is a mean"
-            )
+        check_contradictions(self)
 
     def located(self) -> RunConfig:
         """The same settings with paths that work from anywhere, for those who open the files.

@@ -1,0 +1,95 @@
+"""What sections of a config say against each other (torch-free). Each section checks itself; see `schema`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mezo_dist.algorithms import FirstOrder
+from mezo_dist.algorithms.mezo import MeZO
+from mezo_dist.config.reward import check_reward
+
+if TYPE_CHECKING:
+    from mezo_dist.config.schema import RunConfig
+
+
+def check_contradictions(config: RunConfig) -> None:
+    """Check that the sections of a config go together.
+
+    Raises:
+        ValueError: two settings contradict each other; the message names them and what to change.
+    """
+    if getattr(config.algorithm, "per_sample", False) and config.law != "lowrank":
+        raise ValueError(f"algorithm.per_sample: a direction per sample needs law: lowrank, not {config.law}")
+    if getattr(config.algorithm, "per_sample", False) and config.train.calibrate:
+        raise ValueError(
+            "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false"
+        )
+    if config.model.quantise is not None and config.layout.name != "replicated":
+        raise ValueError(
+            f"layout.name: {config.layout.name} cannot cut quantised weights (model.quantise); set it to replicated"
+        )
+    if isinstance(config.algorithm, MeZO):
+        config.algorithm.check_members(config.train.batch_size)
+    config.task.check_head(config.model.head)
+    if config.train.calibrate:
+        config.task.check_calibration()
+    _check_first_order(config)
+    if config.train.objective == "metric":
+        _check_metric_objective(config)
+    check_reward(config.task, config.train.objective, config.reward)
+    if config.algorithm.lr == "auto":
+        _check_auto_rate(config)
+
+
+def _check_auto_rate(config: RunConfig) -> None:
+    if config.train.objective != "loss":
+        raise ValueError(
+            "algorithm.lr: auto reads curvature off cross-entropies, and train.objective: "
+            f"{config.train.objective} is none; give a number"
+        )
+    if config.task.kind == "regression":
+        raise ValueError(
+            "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a "
+            "squared error; give a number"
+        )
+
+
+def _check_first_order(config: RunConfig) -> None:
+    name = config.algorithm.name
+    if not isinstance(config.algorithm, FirstOrder):
+        if config.train.gradient_checkpointing:
+            raise ValueError(
+                f"train.gradient_checkpointing: is for algorithm.name: sgd and adamw; {name} keeps nothing for a "
+                "backward pass"
+            )
+        return
+    if config.train.objective != "loss":
+        raise ValueError(
+            f"train.objective: {config.train.objective} has no gradient, which algorithm.name: {name} needs; choose "
+            "loss, or an algorithm that needs forward passes only, such as mezo"
+        )
+    if config.law != "gaussian" or config.direction_rank != 1:
+        raise ValueError(f"law: is about random directions, of which algorithm.name: {name} has none; leave it out")
+    if config.layout.name == "zero":
+        raise ValueError(
+            f"layout.name: zero owns weights here and nothing else, so algorithm.name: {name} cannot train there; "
+            "use layout.name: fsdp, which shards weights, gradients and the optimiser's state as ZeRO-3 does"
+        )
+    if config.layout.gather not in (None, config.model.compute or config.model.weights):
+        raise ValueError(
+            f"layout.gather: must be left out for algorithm.name: {name}, whose weights are not perturbed and are "
+            "gathered in the dtype of the passes (model.compute)"
+        )
+
+
+def _check_metric_objective(config: RunConfig) -> None:
+    if config.train.calibrate:
+        raise ValueError(
+            "train.calibrate: changes the loss, which train.objective: metric does not look at; leave one out"
+        )
+    config.task.check_objective()
+    if getattr(config.algorithm, "per_sample", False) and not config.task.metric_is_mean:
+        raise ValueError(
+            f"train.objective: metric gives one number per batch where task.metric is {config.task.metric}, and "
+            "algorithm.per_sample needs one per sample; set it to false, or choose a metric that is a mean"
+        )
