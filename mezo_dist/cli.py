@@ -87,13 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    init = commands.add_parser("init", help="write a config and a task file for a model and a data set")
-    init.add_argument("data", metavar="DATA", help="a file, a folder of files named after splits, or a hub name")
-    init.add_argument("--model", required=True, help="a model folder, hub name or demo model")
-    init.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="where to write; here by default")
-    init.add_argument("--name", help="of the task; that of the data by default")
-    init.add_argument("--subset", help="configuration of a hub data set")
-    init.set_defaults(command=_init)
+    _add_init(commands.add_parser("init", help="write a config and a task file for a model and a data set"))
 
     # No arguments are declared: `_train` gets them as they are, since settings may stand there in several forms.
     train = commands.add_parser("train", help="fine-tune as a config file says", add_help=False)
@@ -120,13 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(replay, _replay)
     replay.add_argument("--export", type=Path, metavar="FOLDER", help="where to write the model; must not exist")
 
-    doctor = commands.add_parser("doctor", help="say why a job does not start; start it the same way as the job")
-    doctor.add_argument("files", type=Path, nargs="*", metavar="FILE", help="files that must be the same on all ranks")
-    doctor.add_argument(
-        "--folder", type=Path, default=Path(), help="folder that all ranks must see; this one by default"
-    )
-    doctor.add_argument("--timeout", type=_seconds, default=30.0, help="seconds to wait for ranks that do not answer")
-    doctor.set_defaults(command=_doctor)
+    _add_doctor(commands.add_parser("doctor", help="say why a job does not start; start it the same way as the job"))
 
     plan = commands.add_parser("plan", help="memory, traffic and time of a run, before anything is loaded or rented")
     add_plan(plan)
@@ -158,6 +146,24 @@ def _add_run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namesp
         help="run the model's own code, if the run did (model.trust_remote_code)",
     )
     parser.set_defaults(command=command)
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="a file, a folder of files named after splits, or a hub name")
+    parser.add_argument("--model", required=True, help="a model folder, hub name or demo model")
+    parser.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="where to write; here by default")
+    parser.add_argument("--name", help="of the task; that of the data by default")
+    parser.add_argument("--subset", help="configuration of a hub data set")
+    parser.set_defaults(command=_init)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="files that must be the same on all ranks")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="folder that all ranks must see; this one by default"
+    )
+    parser.add_argument("--timeout", type=_seconds, default=30.0, help="seconds to wait for ranks that do not answer")
+    parser.set_defaults(command=_doctor)
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
