@@ -44,6 +44,24 @@ def check_arguments(
     _check_weights(model)
 
 
+def check_without_samples(algorithm: object) -> None:
+    """Check settings of an algorithm for `mezo_dist.minimize`, whose functions have no samples and no gradients.
+
+    Raises:
+        UserError: they need one or the other.
+    """
+    if isinstance(algorithm, FirstOrder):
+        raise UserError(
+            f"algorithm: {algorithm.name} needs gradients, which a function does not give; choose MeZO(...)"
+        )
+    if getattr(algorithm, "per_sample", False):
+        raise UserError("algorithm.per_sample: a function has no samples that could be told apart; leave it out")
+    if getattr(algorithm, "lr", None) == "auto":
+        raise UserError(
+            "algorithm.lr: auto reads curvature off the losses of samples, and a function has none; give a number"
+        )
+
+
 @final
 class KnownWeights:
     """What an `Optimizer` knows of a model's parameters since it was made; it would not notice another one."""

@@ -29,6 +29,7 @@ from mezo_dist.directions.seeds import param_ids
 from mezo_dist.engines import survival
 from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
+from mezo_dist.optim.checks import check_without_samples
 
 Params = dict[str, Tensor]
 """Named tensors."""
@@ -103,12 +104,7 @@ def minimize(
     (True, 1000)
     """
     params = _copies(start)
-    if getattr(algorithm, "per_sample", False):
-        raise UserError("algorithm.per_sample: a function has no samples that could be told apart; leave it out")
-    if getattr(algorithm, "lr", None) == "auto":
-        raise UserError(
-            "algorithm.lr: auto reads curvature off the losses of samples, and a function has none; give a number"
-        )
+    check_without_samples(algorithm)
     weights = _Weights(params, Law(law, direction_rank), param_ids(params))
     check_something_decays(algorithm, [(name, tensor.dim()) for name, tensor in params.items()])
     planner = algorithms.build(algorithm.name, algorithm, weights.problem(algorithm, seed, steps))

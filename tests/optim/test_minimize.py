@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mezo_dist.algorithms.base import Problem, Variant
+from mezo_dist.algorithms.first_order import SGD
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased
@@ -134,3 +135,8 @@ def test_small_updates_of_bf16_weights_are_not_lost() -> None:
 def test_what_cannot_be_used_is_said(start: Params, more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         minimize(cost, start, MeZO(**more), steps=1)
+
+
+def test_algorithms_that_need_gradients_are_refused() -> None:
+    with pytest.raises(UserError, match=r"algorithm: sgd needs gradients, which a function does not give"):
+        minimize(cost, START, SGD(lr=0.1), steps=1)  # type: ignore[arg-type]
