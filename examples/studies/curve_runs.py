@@ -64,7 +64,7 @@ class Bench:
         overrides += [f"task.splits.{name}.size={size}" for name, size in preset.sizes.items()]
         overrides += [f"train.max_tokens={preset.max_tokens[task]}"] if task in preset.max_tokens else []
         if preset.tasks[task] == "tiny":
-            config = reader.load(write_tiny_config(folder), [*overrides, "task.splits.train.size=48"])
+            config = reader.load(write_tiny_config(folder), ["task.splits.train.size=48", *overrides])
         else:
             source = f"task={ROOT / preset.tasks[task]}"
             config = reader.load(ROOT / "configs/quickstart.yaml", [source, *overrides])
