@@ -218,7 +218,9 @@ def plot(cells: list[Cell], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=[*PRESET.tasks, *TINY.tasks], default=["movie-sentences", "tweets"])
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[*PRESET.tasks, *TINY.tasks], default=["movie-sentences", "tweets"]
+    )
     parser.add_argument("--samples", nargs="+", type=int, default=list(SAMPLES), help="numbers of training samples")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="sum up what is there and run nothing")
