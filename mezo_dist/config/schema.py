@@ -25,7 +25,7 @@ from mezo_dist.config.paths import located
 from mezo_dist.config.reward import RewardConfig
 from mezo_dist.json_types import JsonObject
 
-NO_RESULTS = ("layout", "output", "distributed", "origin")
+NO_RESULTS = ("layout", "output", "monitor", "distributed", "origin")
 """Sections that do not change what is computed: a run may go on with others."""
 ModelKind = Literal["causal", "masked", "classifier"]
 """What answers: the language-model head of a causal or a masked model, or a classification head."""
@@ -303,6 +303,11 @@ class RunConfig:
     """What judges the texts that a model writes, for ``train.objective: reward``."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """The run folder, and what is written into it."""
+    monitor: tuple[Literal["tensorboard", "wandb", "mlflow", "csv"], ...] = ("tensorboard",)
+    """Where the curves go beside ``metrics.jsonl``, each through its package (``pip install wandb``), from rank 0.
+    ``tensorboard``: event files in the run folder; ``csv``: ``metrics.csv`` there, a table for spreadsheets; ``wandb``
+    and ``mlflow``: a run there, set up by their variables (``WANDB_PROJECT``, ``WANDB_MODE=offline``,
+    ``MLFLOW_TRACKING_URI``, ...), which goes on when this one does. One that fails is left out with a warning."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of a run communicate."""
     origin: OriginConfig = field(default_factory=OriginConfig)

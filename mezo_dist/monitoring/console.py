@@ -1,4 +1,4 @@
-"""The output of a run: console, TensorBoard, and a JSON line per measurement. Only rank 0 shows and writes.
+"""The output of a run: console, a JSON line per measurement, and monitors. Only rank 0 shows and writes.
 
 A step number here is always the number of steps done: a training step is reported under its own count (1 is
 the first, ``num_steps`` the last), an evaluation under the steps that came before it (0: before the first).
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from mezo_dist.errors import printable
+from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.scalars import Curves, train_loss_tag
 
 Clock = Callable[[], float]
@@ -48,7 +49,7 @@ class Monitor:
 
     Args:
         console: where to show.
-        files: metrics.jsonl and TensorBoard's files; None for the console alone.
+        files: metrics.jsonl and what else gets its scalars; None for the console alone.
         num_steps: steps of the whole run.
         first_step: steps done before.
         clock: times the run.
@@ -70,17 +71,19 @@ class Monitor:
         is_main: bool,
         num_steps: int,
         first_step: int = 0,
+        monitors: Sequence[str] = ("tensorboard",),
         console: Console | None = None,
         clock: Clock = time.monotonic,
     ) -> Iterator[Monitor]:
         """Context manager; leaving it, by an error or Ctrl-C too, ends the bars and closes the files.
 
         Args:
-            folder: gets ``metrics.jsonl`` and, in ``tensorboard/``, event files; None: console only.
+            folder: gets ``metrics.jsonl`` and the files of monitors; None: console only.
             is_main: True on rank 0. Elsewhere every method does nothing.
             num_steps: steps of the whole run.
             first_step: steps done before, if this run resumes one. Then ``metrics.jsonl`` is appended to, and
-                TensorBoard drops what it has of later steps. If 0, an older ``metrics.jsonl`` is replaced.
+                monitors go on with the same run. If 0, an older ``metrics.jsonl`` is replaced.
+            monitors: what else gets the scalars, as ``monitor`` in a config names it.
             console: where to show; None: standard output. Bars need a terminal; anything else gets lines.
             clock: times the run.
 
@@ -92,7 +95,7 @@ class Monitor:
                 folder, console = None, Console(quiet=True)
             elif console is None:  # rich alone would believe FORCE_COLOR and draw bars into a log file
                 console = Console(force_terminal=sys.stdout.isatty())
-            files = stack.enter_context(Curves.open(folder, first_step)) if folder is not None else None
+            files = stack.enter_context(Curves.open(folder, first_step, monitors)) if folder is not None else None
             monitor = Monitor(console, files, num_steps, first_step, clock)
             stack.callback(monitor._bars.stop)
             yield monitor
@@ -109,10 +112,10 @@ class Monitor:
         for name, value in shown:
             self._print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", value))
 
-    def text(self, tag: str, markdown: str) -> None:
-        """Put a text, such as the resolved config, under ``tag`` in TensorBoard."""
+    def settings(self, settings: JsonObject) -> None:
+        """Give monitors the resolved config, as `RunConfig.to_dict` has it."""
         if self._files is not None:
-            self._files.text(tag, markdown, self._first_step)
+            self._files.settings(settings)
 
     def step(self, step: int, scalars: Mapping[str, float], *, samples: int) -> None:
         """Report a training step.

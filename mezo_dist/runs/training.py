@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import resource
 import time
@@ -21,6 +20,7 @@ from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import Stopped, UserError
 from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.console import Monitor
+from mezo_dist.monitoring.curve_writers import check_installed
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.objectives.rewards.judge import judging
@@ -53,6 +53,7 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
         Stopped: SIGTERM came; the run can go on later.
     """
     comm.place = LOADING
+    comm.collect(lambda: check_installed(config.monitor) if comm.rank == 0 else None)
     with stop_on_sigterm(config, comm), judging(config, comm) as judge, claim_folder(config, comm) as claim:
         if claim.log is not None:
             check_config(config, claim.log.header)
@@ -71,6 +72,7 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
                 is_main=is_main,
                 num_steps=config.train.steps,
                 first_step=progress.step,
+                monitors=config.monitor,
                 console=Console(quiet=True) if quiet else None,
             ) as monitor,
         ):
@@ -89,7 +91,7 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
     """
     config, is_main = run.config, run.comm.rank == 0
     monitor.table("run", facts(run, claim.folder))
-    monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
+    monitor.settings(config.to_dict())
     before: Mapping[str, float | None]
     if claim.log is not None:
         before = read_scores(claim.folder, "before", ["loss", config.task.metric]) if is_main else {}

@@ -3,6 +3,7 @@
 trajectory.jsonl   all that the fine-tuned model is, beside its base     config.yaml    every setting
 snapshots/         weights, to go on from                                events.jsonl   starts, stops and faults
 metrics.jsonl, tensorboard/   curves                                     results.json, model/   what came out
+metrics.csv, wandb/   curves, for other monitors                         monitors.json  what services call the run
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ from mezo_dist.storage.files import (
 
 log = logging.getLogger(__name__)
 CONFIG, EVENTS, RESULTS, SNAPSHOTS, LOCK = "config.yaml", "events.jsonl", "results.json", "snapshots", ".lock"
+MONITORS = "monitors.json"
 MOST_RESULTS_BYTES = 1 << 20
 """Size up to which results.json is read."""
-_FILES = (CONFIG, EVENTS, RESULTS, "metrics.jsonl")
-_FOLDERS = (SNAPSHOTS, "tensorboard", "model")
-_UNFINISHED = (*(f".{name}.part" for name in (trajectory.FILE, CONFIG, RESULTS, "model")),)
+_FILES = (CONFIG, EVENTS, RESULTS, MONITORS, "metrics.jsonl", "metrics.csv")
+_FOLDERS = (SNAPSHOTS, "tensorboard", "wandb", "model")
+_WRITTEN_WHOLE = (trajectory.FILE, CONFIG, RESULTS, MONITORS, "metrics.csv", "model")
+_UNFINISHED = tuple(f".{name}.part" for name in _WRITTEN_WHOLE)
 
 
 @dataclass(frozen=True)
