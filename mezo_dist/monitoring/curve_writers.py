@@ -123,7 +123,7 @@ class _Guarded:
     def _attempt(self, what: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever a service, its client or a disk may think of
+        except Exception as error:  # noqa: BLE001 - whatever a service, its client or a disk may think of
             reason = printable(f"{type(error).__name__}: {error}"[:500])
             log.warning(
                 "monitor: %s %s (%s); the run goes on without it, and metrics.jsonl has its curves",
@@ -183,7 +183,7 @@ class _InBackground:
         except queue.Full:
             self._is_lost = True
             log.warning(
-                "monitor: %s has not answered for %d calls; the run goes on without it, and metrics.jsonl has its curves",
+                "monitor: %s left %d calls unanswered; the run goes on without it, and metrics.jsonl has its curves",
                 self._name,
                 MOST_WAITING,
             )
