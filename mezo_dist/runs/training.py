@@ -7,10 +7,11 @@ import errno
 import logging
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from mezo_dist.algorithms.base import Evaluation, Losses
 from mezo_dist.algorithms.operations import apply_updates
@@ -24,8 +25,10 @@ from mezo_dist.monitoring.curve_writers import check_installed
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.objectives.rewards.judge import judging
+from mezo_dist.runs.answers import ask, confusion, samples_after, samples_before, write_answers
 from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.export import export_model
+from mezo_dist.runs.looks import evaluation_interval
 from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, go_back_to_snapshot, replay_from_newest
 from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
@@ -35,6 +38,8 @@ from mezo_dist.storage.files import DISK_FAULTS
 from mezo_dist.storage.replay import logged_step
 from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_scores, save_config, write_results
 from mezo_dist.storage.trajectory import Log
+from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.tasks.kind import Answer
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +101,7 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
     if claim.log is not None:
         before = read_scores(claim.folder, "before", ["loss", config.task.metric]) if is_main else {}
     else:
-        before = score(run, "test", monitor, 0, calibrate(run, monitor)) if config.output.test else {}
-        if is_main:
-            save_config(config, claim.folder)
-            write_results(claim.folder, {"before": before})
+        before = _look_before(run, claim.folder, monitor)
     if run.comm.stopping:
         raise stopped_loading(config)
     run.comm.place = f"step {progress.step + 1}"
@@ -114,6 +116,33 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
     finally:
         recorder.close()
     _finish(run, claim.folder, progress, before, time.perf_counter() - started, monitor)
+
+
+def _look_before(run: Run, folder: Path, monitor: Monitor) -> dict[str, float]:
+    """Evaluate the base model, and write down what it says. Collective.
+
+    Args:
+        run: data, model and planner.
+        folder: the run folder.
+        monitor: shows what happens.
+
+    Returns:
+        Its scores on the test split; empty without ``output.test``.
+    """
+    config, is_main = run.config, run.comm.rank == 0
+    looks = evaluation_interval(run) > 0
+    calibration = calibrate(run, monitor) if config.output.test or looks else None
+    before = score(run, "test", monitor, 0, calibration) if config.output.test else {}
+    if looks:
+        score(run, "validation", monitor, 0, calibration)
+    asks = config.output.answers and (config.output.test or looks)
+    answers = ask(run, calibration) if asks else []
+    if is_main:
+        save_config(config, folder)
+        write_results(folder, {"before": before})
+        if asks:
+            write_answers(folder, samples=samples_before(run, answers))
+    return before
 
 
 def _resume(run: Run, claim: Claim, recorded: Log) -> tuple[Claim, Progress[object]]:
@@ -168,6 +197,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         monitor: shows what happens.
     """
     config, comm, engine = run.config.train, run.comm, run.engine
+    look_every = evaluation_interval(run)
     while progress.step < config.steps:
         if comm.stopping:
             _stop(run, progress, recorder)
@@ -196,6 +226,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
             "memory/peak_rss_GiB": peak_rss_gib(),
             "trajectory/bytes": float(recorder.bytes),
             "skipped_steps": float(progress.skipped),
+            "forward_passes_per_step": float(num_forwards),
         }
         if run.gradients is None:  # FSDP2's own gathers, for a gradient, are not counted
             scalars |= {
@@ -206,7 +237,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         every = run.config.output.snapshot_every
         if every and progress.step % every == 0 and progress.step < config.steps:
             recorder.snapshot(progress.step)
-        if config.evaluate_every and progress.step % config.evaluate_every == 0 and progress.step < config.steps:
+        if look_every and progress.step % look_every == 0 and progress.step < config.steps:
             score(run, "validation", monitor, progress.step, calibrate(run, monitor))
 
 
@@ -288,7 +319,12 @@ def calibrate(run: Run, monitor: Monitor) -> Calibration | None:
 
 
 def score(
-    run: Run, split: str, monitor: Monitor, step: int, calibration: Calibration | None = None
+    run: Run,
+    split: str,
+    monitor: Monitor,
+    step: int,
+    calibration: Calibration | None = None,
+    answers: list[Answer] | None = None,
 ) -> dict[str, float]:
     """Loss and metric of the current weights on a split, shown and logged. Collective.
 
@@ -298,10 +334,17 @@ def score(
         monitor: shows progress and result.
         step: steps that the weights have seen.
         calibration: offsets that predictions take, if losses are calibrated.
+        answers: gets what is answered to each sample, on rank 0.
     """
     adjust = calibration.adjusted if calibration else None
+
+    def summarise(loss: float, payload: Tensor, batch: Sequence[MicroBatch]) -> Mapping[str, float]:
+        if answers is not None and run.comm.rank == 0:
+            answers.extend(run.kind.answers(payload, batch))
+        return run.kind.summarise(loss, payload, batch)
+
     with monitor.evaluation(split, len(run.splits[split])) as advance:
-        result = run.evaluator.score(run.split(split), run.kind.summarise, advance, adjust)
+        result = run.evaluator.score(run.split(split), summarise, advance, adjust)
     monitor.result(split, step, result)
     return result
 
@@ -324,19 +367,28 @@ def _finish(
         seconds: time that training took.
         monitor: shows what happens.
     """
-    is_main = run.comm.rank == 0
+    is_main, output = run.comm.rank == 0, run.config.output
     results: JsonObject = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
     calibration = calibrate(run, monitor)
-    results["validation"] = score(run, "validation", monitor, progress.step, calibration)
-    if run.config.output.test:
-        results["after"] = score(run, "test", monitor, progress.step, calibration)
+    said: list[Answer] = []
+    listen = said if output.answers and run.config.task.words else None
+    results["validation"] = score(
+        run, "validation", monitor, progress.step, calibration, None if output.test else listen
+    )
+    if output.test:
+        results["after"] = score(run, "test", monitor, progress.step, calibration, listen)
+    results["samples"] = {name: len(samples) for name, samples in run.splits.items()}
+    answers = ask(run, calibration) if output.answers else []
     if calibration:
         results["offsets"] = calibration.by_word()
     results |= {"training_s": round(seconds, 1), "weights": run.engine.fingerprint()}
     if is_main:
         write_results(folder, results)
+        if output.answers:
+            table = confusion(run, "test" if output.test else "validation", said)
+            write_answers(folder, samples=samples_after(run, folder, answers), confusion=table)
         note(folder, "finished", progress.step)
-    if run.config.output.export:
+    if output.export:
         export_model(run.engine, run.pretrained.tokenizer, folder / "model", run.comm, calibration=calibration)
     what = "its updates were noise" if run.gradients is None else "it has no gradient"
     for name in run.engine.never_used():

@@ -3,7 +3,8 @@
 trajectory.jsonl   all that the fine-tuned model is, beside its base     config.yaml    every setting
 snapshots/         weights, to go on from                                events.jsonl   starts, stops and faults
 metrics.jsonl, tensorboard/   curves                                     results.json, model/   what came out
-metrics.csv, wandb/   curves, for other monitors                         monitors.json  what services call the run
+metrics.csv, wandb/   curves, for other monitors                         answers.json         what the model says
+monitors.json   what services call the run
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from mezo_dist.storage.files import (
 
 log = logging.getLogger(__name__)
 CONFIG, EVENTS, RESULTS, SNAPSHOTS, LOCK = "config.yaml", "events.jsonl", "results.json", "snapshots", ".lock"
-MONITORS = "monitors.json"
+MONITORS, ANSWERS = "monitors.json", "answers.json"
 MOST_RESULTS_BYTES = 1 << 20
 """Size up to which results.json is read."""
-_FILES = (CONFIG, EVENTS, RESULTS, MONITORS, "metrics.jsonl", "metrics.csv")
+_FILES = (CONFIG, EVENTS, RESULTS, MONITORS, ANSWERS, "metrics.jsonl", "metrics.csv")
 _FOLDERS = (SNAPSHOTS, "tensorboard", "wandb", "model")
-_WRITTEN_WHOLE = (trajectory.FILE, CONFIG, RESULTS, MONITORS, "metrics.csv", "model")
+_WRITTEN_WHOLE = (trajectory.FILE, CONFIG, RESULTS, MONITORS, ANSWERS, "metrics.csv", "model")
 _UNFINISHED = tuple(f".{name}.part" for name in _WRITTEN_WHOLE)
 
 

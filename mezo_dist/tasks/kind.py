@@ -70,6 +70,18 @@ class Bench:
     """Runs a forward pass of the probe, also where weights are sharded."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model says about a sample, in words."""
+
+    right: str
+    """The right answer; empty where there is none."""
+    said: str
+    """The model's."""
+    classes: tuple[int, int] | None = None
+    """Number of the right class and of the model's, where all samples have the same classes (`TaskSettings.words`)."""
+
+
 class TaskKind(Protocol):
     """One kind of task, for given settings and a given model's tokenizer."""
 
@@ -115,5 +127,13 @@ class TaskKind(Protocol):
     def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
         """fp64 [n]: numbers whose mean is the task's metric; only called if the settings say `metric_is_mean`."""
 
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """What the model says about each sample, by slot, for people.
 
-__all__ = ["Bench", "Forward", "Sample", "Scores", "TaskKind", "TextModel"]
+        Args:
+            payload: fp32 [n, columns], by slot.
+            batch: its micro-batches.
+        """
+
+
+__all__ = ["Answer", "Bench", "Forward", "Sample", "Scores", "TaskKind", "TextModel"]

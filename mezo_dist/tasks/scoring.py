@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,17 @@ def token_targets(rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
         "token": padded([[ids[place] for place in some] for ids, some in zip(rows, places, strict=True)], 0),
         "is_target": padded([[1] * len(some) for some in places], 0),
     }
+
+
+def target_texts(batch: Sequence[MicroBatch], tokenizer: Any) -> list[list[str]]:
+    """The target tokens of every row of every sample, by slot, as texts."""
+    texts: dict[int, list[str]] = {}
+    for item in batch:
+        rows = zip(item.row_slots, item.targets["token"], item.targets["is_target"], strict=True)
+        for slot, tokens, is_target in rows:
+            text = str(tokenizer.decode(tokens[is_target.bool()].tolist(), skip_special_tokens=True)).strip()
+            texts.setdefault(slot, []).append(text)
+    return [texts[slot] for slot in sorted(texts)]
 
 
 @final

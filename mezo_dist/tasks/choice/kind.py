@@ -15,8 +15,8 @@ from mezo_dist.tasks.batches import MicroBatch, by_slot, facts_by_slot, model_in
 from mezo_dist.tasks.choice.options import EncodedOptions, Sample, encode_options, options_of, right_options
 from mezo_dist.tasks.continuation import check_causal
 from mezo_dist.tasks.fields import Row
-from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
-from mezo_dist.tasks.scoring import TokenScores, token_targets
+from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.scoring import TokenScores, target_texts, token_targets
 from mezo_dist.tasks.text import TextEncoder, encode_rows
 
 Measure = Callable[[Tensor, Tensor], Mapping[str, float]]
@@ -104,6 +104,15 @@ class Choice:
         """See `TaskKind`."""
         best = _best(payload, by_slot(batch, "num_options"))
         return (best == _wanted(best, batch)).double()
+
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`."""
+        best = _best(payload, by_slot(batch, "num_options"))
+        pairs = zip(_wanted(best, batch).tolist(), best.tolist(), strict=True)
+        options = target_texts(batch, self.texts.tokenizer)
+        return [
+            Answer(options[slot][right], options[slot][said], (right, said)) for slot, (right, said) in enumerate(pairs)
+        ]
 
     def _sample(self, row: Row) -> Sample:
         right = self.right_options(row, self.options_of(row))

@@ -22,7 +22,7 @@ from mezo_dist.tasks.classification.metrics import measure
 from mezo_dist.tasks.classification.prompts import Encoder, Sample
 from mezo_dist.tasks.continuation import before_answer
 from mezo_dist.tasks.fields import Row
-from mezo_dist.tasks.kind import Bench, Forward, TaskKind, TextModel, text_encoder
+from mezo_dist.tasks.kind import Answer, Bench, Forward, TaskKind, TextModel, text_encoder
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,12 @@ class Classification:
     def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
         """See `TaskKind`."""
         return (payload.argmax(dim=-1) == by_slot(batch, "label")).double()
+
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`."""
+        words = self.task.words
+        pairs = zip(by_slot(batch, "label").tolist(), payload.argmax(dim=-1).tolist(), strict=True)
+        return [Answer(words[right], words[said], (right, said)) for right, said in pairs]
 
     def _group(self, batch: MicroBatch) -> Group:
         return batch.inputs, None if self.encoder.kind == "classifier" else batch.targets["position"]

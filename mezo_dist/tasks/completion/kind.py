@@ -18,8 +18,8 @@ from mezo_dist.tasks.batches import MicroBatch, model_inputs
 from mezo_dist.tasks.completion.conversation import ASSISTANT, check_template, encode_conversation
 from mezo_dist.tasks.continuation import SLOT, check_causal, continued
 from mezo_dist.tasks.fields import Row, lookup
-from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
-from mezo_dist.tasks.scoring import TokenScores, token_targets
+from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.scoring import TokenScores, target_texts, token_targets
 from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,14 @@ class Completion:
     def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
         """See `TaskKind`."""
         raise NotImplementedError("long completions count more than short ones, so the metric is no mean over samples")
+
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`. The model writes nothing; it is asked for each token of the right text."""
+        right = [texts[0] for texts in target_texts(batch, self.model.tokenizer)]
+        counts = payload.long().tolist()
+        return [
+            Answer(text, f"{hit} of {total} tokens right") for text, (hit, total) in zip(right, counts, strict=True)
+        ]
 
     def _continuation(self, row: Row) -> Sample:
         """A prompt with its completion, or a whole document."""

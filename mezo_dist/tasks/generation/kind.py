@@ -19,7 +19,7 @@ from mezo_dist.tasks.continuation import SLOT, check_causal, continued
 from mezo_dist.tasks.fields import Row, lookup
 from mezo_dist.tasks.generation.decode import Decoding, decode
 from mezo_dist.tasks.generation.figures import MEANS, bleu, of_text
-from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
 from mezo_dist.tasks.scoring import TokenScores, device_of, token_targets
 from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
 
@@ -148,6 +148,11 @@ class Generation:
         """See `TaskKind`."""
         pairs = zip(self.texts(payload), facts_by_slot(batch), strict=True)
         return torch.tensor([of_text(self.task.metric, text, facts[0]) for text, facts in pairs], dtype=torch.float64)
+
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`."""
+        pairs = zip(self.texts(payload), facts_by_slot(batch), strict=True)
+        return [Answer(facts[0][0] if facts[0] else "", text) for text, facts in pairs]
 
     def _text(self, tokens: Sequence[int]) -> str:
         text = self._decoded(tokens)

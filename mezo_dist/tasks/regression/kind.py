@@ -16,7 +16,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import RunModel
 from mezo_dist.tasks.batches import MicroBatch, by_slot, model_inputs
 from mezo_dist.tasks.fields import Row, lookup
-from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
 from mezo_dist.tasks.regression.metrics import pearson, spearman
 from mezo_dist.tasks.scoring import on_device
 from mezo_dist.tasks.text import encode_rows
@@ -82,6 +82,11 @@ class Regression:
     def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
         """See `TaskKind`."""
         raise NotImplementedError("a correlation is no mean over samples")
+
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`."""
+        pairs = zip(by_slot(batch, "value").tolist(), payload[:, 0].tolist(), strict=True)
+        return [Answer(f"{right:.4g}", f"{said:.4g}") for right, said in pairs]
 
     def _sample(self, row: Row) -> Sample:
         ids, types = text_encoder(self.task, self.text_model).plain(self.task.plain, row)
