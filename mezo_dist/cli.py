@@ -123,9 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     tasks = commands.add_parser("tasks", help="list the tasks that ship, or show what one looks like to a model")
     _add_tasks(tasks)
 
-    report = commands.add_parser("report", help="one HTML page about a run, from its files")
-    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    report.add_argument("--to", type=Path, metavar="FILE", help="where to write; RUN/report.html by default")
+    report = commands.add_parser("report", help="one HTML page about a run, or several, from their files")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several are compared")
+    report.add_argument(
+        "--to",
+        type=Path,
+        metavar="FILE",
+        help="where to write; RUN/report.html by default, and report.html here for several runs",
+    )
     report.set_defaults(command=_report)
     return parser
 
@@ -313,8 +318,9 @@ def _replay(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from mezo_dist.monitoring import html_report
 
-    path = arguments.to or arguments.run / "report.html"
-    html_report.write(arguments.run, path)
+    folder = arguments.runs[0] if len(arguments.runs) == 1 else Path()
+    path = arguments.to or folder / "report.html"
+    html_report.write(arguments.runs, path)
     print(f"wrote {path}")
 
 
