@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mezo-dist{_rank_in_words()}: error: {_indented(str(error))}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("mezo-dist: stopped; go on with --output.if_exists=resume", file=sys.stderr)
+        print(f"mezo-dist: stopped{getattr(known, 'advice', '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -144,7 +144,9 @@ def _seconds(text: str) -> float:
 
 def _add_run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--step", type=int, help="number of steps to apply (0: the base model); all by default")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="number of steps to apply (0: the base model); all by default"
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -165,9 +167,15 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="files that must be the same on all ranks")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="folder that all ranks must see; this one by default"
+        "--folder",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="folder that all ranks must see; this one by default",
     )
-    parser.add_argument("--timeout", type=_seconds, default=30.0, help="seconds to wait for ranks that do not answer")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=30.0, metavar="S", help="seconds to wait for ranks that do not answer"
+    )
     parser.set_defaults(command=_doctor)
 
 
@@ -181,7 +189,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument("task", metavar="TASK", help="a task that ships, or a task file")
     show.add_argument("--model", required=True, help="a model folder, hub name or demo model")
-    show.add_argument("--rows", type=int, default=2, help="training samples to show; 2 by default")
+    show.add_argument("--rows", type=int, default=2, metavar="N", help="training samples to show; 2 by default")
     show.set_defaults(command=_show_task)
 
 
@@ -233,7 +241,9 @@ def _train(arguments: argparse.Namespace) -> None:
     given = ["--output.if_exists=replace" if item == "--force-new" else item for item in arguments.arguments]
     if "-h" in given or "--help" in given:
         names = [item.partition("=")[2] for item in given if item.removeprefix("--").startswith("algorithm.name=")]
-        print(help_text(*names[-1:]))
+        after = given[given.index("-h" if "-h" in given else "--help") + 1 :]
+        section = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else None
+        print(help_text(names[-1] if names else "mezo-svrg", section))
         return
     if not given or given[0].startswith("-"):
         raise UserError("name a config file first, as in `mezo-dist train configs/quickstart.yaml --seed=1`")
@@ -245,6 +255,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
         training.train(config, comm)
 
+    arguments.advice = "; go on with --output.if_exists=resume"  # where Ctrl-C stops it
     _with_communicator(config.distributed.timeout_s, work, config.distributed.patience_s)
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mezo_dist.algorithms import FirstOrder, Settings
 from mezo_dist.algorithms.mezo import MeZO
@@ -103,7 +103,30 @@ def question_of(arguments: argparse.Namespace) -> Question:
         )
     if shape is not None and shape.block_kind == "unknown":
         notes.append("what passes hold is an upper estimate for this architecture")
-    return Question(shape, _on_layouts(arguments, settings, machine), machine, notes)
+    settings = _on_layouts(arguments, settings, machine)
+    _check_used(arguments, settings, notes)
+    return Question(shape, settings, machine, notes)
+
+
+def _check_used(arguments: argparse.Namespace, settings: Sequence[Setting], notes: list[str]) -> None:
+    """Raise UserError for an option of sharded layouts where no layout that is considered has it.
+
+    Args:
+        arguments: the options.
+        settings: ways to run.
+        notes: gets a sentence where only some layouts have it.
+    """
+    owners = {"offload": "fsdp", "gather": "fsdp", "prefetch": "fsdp and zero"}
+    for name, owner in owners.items():
+        value = getattr(arguments, name)
+        others = [setting.layout for setting in settings if getattr(setting, name) != value]
+        if value is not None and len(others) == len(settings):
+            raise UserError(
+                f"--{name}: is an option of layout {owner}, and only {', '.join(dict.fromkeys(others))} is considered "
+                "(--layout; with one rank there is nothing to cut); leave it out, or give --ranks-per-host, --hosts"
+            )
+        if value is not None and others:
+            notes.append(f"--{name} goes with {owner}, not with {' and '.join(dict.fromkeys(others))}")
 
 
 def _check_model(
@@ -222,6 +245,7 @@ def _of_config(config: RunConfig, notes: list[str]) -> Setting:
             "plan ends with; name a config of mezo or mezo-svrg"
         )
     num_train = config.task.splits.train.size
+    joint, columns = _joint(config)
     return Setting(
         layout.name,
         layout.replicate,
@@ -240,6 +264,22 @@ def _of_config(config: RunConfig, notes: list[str]) -> Setting:
         train.max_tokens or 512,
         reads=reads,  # type: ignore[arg-type]
         targets=targets,
+        joint=joint,
+        columns=columns,
         frozen_cache=round(train.frozen_cache_gib * 2**30),
         num_train=num_train,
     )
+
+
+def _joint(config: RunConfig) -> tuple[Literal["batch", "samples"] | None, int]:
+    """`Setting.joint` and `Setting.columns` of a run; where only the data tell the options of a choice, four."""
+    train, task = config.train, config.task
+    if not (train.calibrate or train.objective != "loss"):
+        return None, 1
+    columns = {
+        "classification": len(getattr(task, "labels", ())),
+        "choice": len(getattr(task, "options", ())) or 4,
+        "generation": int(getattr(task, "max_new_tokens", 1)) + ("loss" in config.reward.sources),
+    }.get(task.kind, 1)
+    is_batch = train.calibrate or (train.objective == "metric" and not task.metric_is_mean)
+    return "batch" if is_batch else "samples", columns

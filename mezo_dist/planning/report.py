@@ -83,7 +83,7 @@ def answer_to_find(what: str, size: str, best: Plan | None, notes: Sequence[str]
     """The answer to ``--find``.
 
     Args:
-        what: ``model``, ``batch`` or ``context``.
+        what: ``model``, ``micro-batch`` or ``context``.
         size: the largest; empty if there is none.
         best: its plan.
         notes: what people must know.
@@ -94,7 +94,7 @@ def answer_to_find(what: str, size: str, best: Plan | None, notes: Sequence[str]
     samples, tokens = best.setting.micro_batch, best.setting.tokens
     words = {
         "model": f"The largest model that ships and fits: {size}",
-        "batch": f"The largest micro-batch that fits: {size} samples of {tokens} tokens",
+        "micro-batch": f"The largest micro-batch that fits: {size} samples of {tokens} tokens",
         "context": f"The longest samples that fit: {size} tokens, {samples} in each pass",
     }
     return Answer(data, [f"{words[what]} ({best.name}).", *_details(best), *(f"Note: {note}." for note in notes)])
