@@ -56,6 +56,9 @@ HOW = {
     "mezo-dist export runs/quickstart my-model": RUN,
     "mezo-dist replay runs/quickstart": RUN,
     "mezo-dist report runs/quickstart": RUN,
+    "mezo-dist report runs/quickstart runs/sharded --to compared.html": RUN,
+    "mezo-dist train configs/quickstart.yaml --model.name=Qwen/Qwen3-0.6B '--monitor=[tensorboard, wandb]' "
+    "--output.dir=runs/watched": SAME_WITHOUT_HUB,
     "tensorboard --logdir runs/quickstart": "tensorboard --inspect --logdir runs/quickstart",
     "mezo-dist train configs/quickstart.yaml --output.if_exists=resume": RUN,
 }
