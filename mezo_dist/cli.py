@@ -263,7 +263,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     def work(comm: Communicator) -> None:
         from mezo_dist.monitoring.console import Monitor
         from mezo_dist.objectives.rewards.judge import judging
-        from mezo_dist.runs import load, training
+        from mezo_dist.runs import load, looks
 
         opened = _opened(arguments, comm)
         is_rewarded = opened.config.train.objective == "reward"
@@ -272,8 +272,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         with judging(opened.config, comm) if arguments.rewards else contextlib.nullcontext() as judge:
             run = load.load_run(opened, comm, judge)
             with Monitor.open(None, is_main=comm.rank == 0, num_steps=run.step) as monitor:
-                calibration = training.calibrate(run, monitor)
-                training.score(run, arguments.split, monitor, run.step, calibration)
+                calibration = looks.calibrate(run, monitor)
+                looks.score(run, arguments.split, monitor, run.step, calibration)
                 if is_rewarded and judge is None:
                     monitor.say(
                         "This run optimises a reward, which is not shown here: the loss is that of the texts in "

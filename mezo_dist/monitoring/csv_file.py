@@ -27,7 +27,7 @@ class CsvFile:
 
     A row holds all that is known after so many steps, so it is written when the next step begins, or at the end. A tag
     that was not seen before is a new column, for which the file is written anew. The file of a run that goes on is made
-    again of metrics.jsonl, up to where it goes on: no step stands there twice, or is missing.
+    again of metrics.jsonl (of as much as `read_scalars` reads), up to where it goes on: no step stands there twice.
 
     Args:
         folder: of the run.

@@ -47,7 +47,7 @@ def write(folders: Sequence[Path], path: Path) -> None:
     runs = [read_run(folder) for folder in folders]
     for data in runs:
         for problem in data.problems:
-            log.warning("%s: %s", data.folder, problem) if len(runs) > 1 else log.warning("%s", problem)
+            log.warning("%s: %s", data.folder, problem)
     text = render(runs[0]) if len(runs) == 1 else render_comparison(runs)
     try:
         replace_file(path, text.encode())

@@ -7,11 +7,10 @@ import errno
 import logging
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
-from torch import Tensor
 
 from mezo_dist.algorithms.base import Evaluation, Losses
 from mezo_dist.algorithms.operations import apply_updates
@@ -23,12 +22,11 @@ from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.console import Monitor
 from mezo_dist.monitoring.curve_writers import check_installed
 from mezo_dist.monitoring.scalars import train_loss_tag
-from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.objectives.rewards.judge import judging
-from mezo_dist.runs.answers import ask, confusion, samples_after, samples_before, write_answers
+from mezo_dist.runs.answers import ask, confusion, samples_after, write_answers
 from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.export import export_model
-from mezo_dist.runs.looks import evaluation_interval
+from mezo_dist.runs.looks import calibrate, evaluation_interval, look_before, score
 from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, go_back_to_snapshot, replay_from_newest
 from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
@@ -36,9 +34,8 @@ from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import DISK_FAULTS
 from mezo_dist.storage.replay import logged_step
-from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_scores, save_config, write_results
+from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_scores, write_results
 from mezo_dist.storage.trajectory import Log
-from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.tasks.kind import Answer
 
 log = logging.getLogger(__name__)
@@ -101,7 +98,7 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
     if claim.log is not None:
         before = read_scores(claim.folder, "before", ["loss", config.task.metric]) if is_main else {}
     else:
-        before = _look_before(run, claim.folder, monitor)
+        before = look_before(run, claim.folder, monitor)
     if run.comm.stopping:
         raise stopped_loading(config)
     run.comm.place = f"step {progress.step + 1}"
@@ -116,33 +113,6 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
     finally:
         recorder.close()
     _finish(run, claim.folder, progress, before, time.perf_counter() - started, monitor)
-
-
-def _look_before(run: Run, folder: Path, monitor: Monitor) -> dict[str, float]:
-    """Evaluate the base model, and write down what it says. Collective.
-
-    Args:
-        run: data, model and planner.
-        folder: the run folder.
-        monitor: shows what happens.
-
-    Returns:
-        Its scores on the test split; empty without ``output.test``.
-    """
-    config, is_main = run.config, run.comm.rank == 0
-    looks = evaluation_interval(run) > 0
-    calibration = calibrate(run, monitor) if config.output.test or looks else None
-    before = score(run, "test", monitor, 0, calibration) if config.output.test else {}
-    if looks:
-        score(run, "validation", monitor, 0, calibration)
-    asks = config.output.answers and (config.output.test or looks)
-    answers = ask(run, calibration) if asks else []
-    if is_main:
-        save_config(config, folder)
-        write_results(folder, {"before": before})
-        if asks:
-            write_answers(folder, samples=samples_before(run, answers))
-    return before
 
 
 def _resume(run: Run, claim: Claim, recorded: Log) -> tuple[Claim, Progress[object]]:
@@ -308,45 +278,6 @@ def _check_skips(progress: Progress[object], result: StepResult[object], config:
             f"{progress.step}; the learning rate or eps is probably too large, or the model needs another dtype "
             "(model.compute)"
         )
-
-
-def calibrate(run: Run, monitor: Monitor) -> Calibration | None:
-    """`Run.calibration` of the current weights, shown as it goes on."""
-    if not run.config.train.calibrate:
-        return None
-    with monitor.evaluation("train", min(len(run.splits["train"]), MOST_SAMPLES)) as advance:
-        return run.calibration(advance)
-
-
-def score(
-    run: Run,
-    split: str,
-    monitor: Monitor,
-    step: int,
-    calibration: Calibration | None = None,
-    answers: list[Answer] | None = None,
-) -> dict[str, float]:
-    """Loss and metric of the current weights on a split, shown and logged. Collective.
-
-    Args:
-        run: data, model and engine.
-        split: ``train``, ``validation`` or ``test``.
-        monitor: shows progress and result.
-        step: steps that the weights have seen.
-        calibration: offsets that predictions take, if losses are calibrated.
-        answers: gets what is answered to each sample, on rank 0.
-    """
-    adjust = calibration.adjusted if calibration else None
-
-    def summarise(loss: float, payload: Tensor, batch: Sequence[MicroBatch]) -> Mapping[str, float]:
-        if answers is not None and run.comm.rank == 0:
-            answers.extend(run.kind.answers(payload, batch))
-        return run.kind.summarise(loss, payload, batch)
-
-    with monitor.evaluation(split, len(run.splits[split])) as advance:
-        result = run.evaluator.score(run.split(split), summarise, advance, adjust)
-    monitor.result(split, step, result)
-    return result
 
 
 def _finish(

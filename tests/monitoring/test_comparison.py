@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from mezo_dist import cli
+from mezo_dist.monitoring import comparison
 from mezo_dist.monitoring.plots import MOST_SERIES
 from tests.monitoring.report_runs import write_run
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Titles in place of plots: drawing takes longer than all the rest."""
+    monkeypatch.setattr(comparison, "draw", lambda panel: f"<svg><text>{panel.title}</text></svg>")
 
 
 def page(*runs: Path, to: Path) -> str:
@@ -64,6 +71,7 @@ def test_curves_figures_and_settings_that_differ(tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="(?!#)', text.replace("xlink:href", "href")), "nothing is loaded from elsewhere"
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_runs_of_one_name_and_one_that_is_named_twice(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name / "run") for name in ("a", "b")]
     text = page(*runs, runs[0], to=tmp_path / "report.html")
@@ -71,6 +79,7 @@ def test_runs_of_one_name_and_one_that_is_named_twice(tmp_path: Path) -> None:
     assert "None: these runs have the same settings." in text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_calibrated_losses_have_a_plot_of_their_own(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two", train={"steps": 4, "calibrate": True})
@@ -82,6 +91,7 @@ def test_calibrated_losses_have_a_plot_of_their_own(tmp_path: Path) -> None:
     assert "is biased low" in text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_where_several_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
