@@ -29,6 +29,7 @@ from mezo_dist.planning.lookup import find_shape
 from mezo_dist.planning.machine import GIB, Machine
 from mezo_dist.planning.memory import memory_of
 from mezo_dist.runs.build import Run, build_run, with_gradients
+from mezo_dist.runs.looks import evaluation_interval
 from mezo_dist.runs.replay import check_config, check_header
 from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
 from mezo_dist.runs.summary import facts
@@ -228,20 +229,17 @@ def _evaluating(run: Run, measured: Measured, done: int) -> tuple[float, str]:
         measured: what they are predicted from.
         done: steps that the run folder holds.
     """
-    every, steps = run.config.train.evaluate_every, run.config.train.steps
-    times = {"validation": 1 + (len([s for s in range(done + 1, steps) if s % every == 0]) if every else 0)}
-    if run.config.output.test:
-        times["test"] = 1 if done else 2
+    every, steps, before = evaluation_interval(run), run.config.train.steps, 0 if done else 1
+    along = len([step for step in range(done + 1, steps) if step % every == 0]) + before if every else 0
+    times = {"validation": along + 1, **({"test": before + 1} if run.config.output.test else {})}
     seconds = sum(
         len(run.splits[name]) * (measured.splits[name].first + (count - 1) * measured.splits[name].later)
         for name, count in times.items()
     )
     listed = [f"{name} {count} x {len(run.splits[name]):,} samples" for name, count in times.items()]
     if measured.offsets is not None:
-        count, size = (
-            times["validation"] + max(0, times.get("test", 0) - 1),
-            min(MOST_SAMPLES, len(run.splits["train"])),
-        )
+        size = min(MOST_SAMPLES, len(run.splits["train"]))
+        count = along + 1 + (before if run.config.output.test and not every else 0)
         seconds += size * (measured.offsets.first + (count - 1) * measured.offsets.later)
         listed.append(f"offsets {count} x {size:,}")
     return seconds, ", ".join(listed)

@@ -120,7 +120,10 @@ def test_answers_and_classes_are_shown(run: Path) -> None:
     text = page(run)
     assert "Of 1,334 test samples" in text
     assert "<tr><th>&lt;bad&gt;</th><td style=" in text
-    assert [int(n.replace(",", "")) for n in re.findall(r"<td style=[^>]*>([\d,]+)</td>", text)] == [*counts[0], *counts[1]]
+    assert [int(n.replace(",", "")) for n in re.findall(r"<td style=[^>]*>([\d,]+)</td>", text)] == [
+        *counts[0],
+        *counts[1],
+    ]
     assert "<tr><td>a &lt;film&gt;\nIt was</td><td>good</td><td>bad</td><td>good</td></tr>" in text
     assert "<tr><td>-</td><td>-</td><td>-</td><td>-</td></tr>" in text
 

@@ -37,7 +37,7 @@ def test_what_it_says_and_what_it_leaves(
     assert "step 3/3" in output
     assert re.search(r"anchor step +\d.* s.*; 50 to take", output)
     assert re.search(r"inner step +\d.* s.*; 50 to take", output)
-    assert "(validation 5 x 20 samples, test 2 x 20 samples)" in output
+    assert "(validation 6 x 20 samples, test 2 x 20 samples)" in output
     assert re.search(r"all +about \d", output)
     assert re.search(r"measured +\d+\.\d\d GiB", output)
     assert re.search(r"planned +\d+\.\d\d GiB when ", output)
@@ -105,14 +105,14 @@ def test_the_folder_that_would_be_used(tmp_path: Path) -> None:
 
 
 def test_times_are_added_up(tmp_path: Path) -> None:
-    """10 s to start, 2 s more for the first step; a first epoch of 5 steps of 3 s, 15 of 1 s; 2 validations and 2
+    """10 s to start, 2 s more for the first step; a first epoch of 5 steps of 3 s, 15 of 1 s; 3 validations and 2
     tests, each 20 s at first and 10 s later."""
     config = reader.load(write_tiny_config(tmp_path, algorithm="mezo"), ["train.steps=20", "train.evaluate_every=10"])
     run = build_run(config, Communicator())
     paces = {name: Pace(1.0, 0.5) for name in ("validation", "test")}
     measured = Measured(10.0, {"minibatch": Pace(3.0, 1.0)}, 2.0, paces)
-    assert _evaluating(run, measured, 0)[0] == 60.0
+    assert _evaluating(run, measured, 0)[0] == 70.0
     rows = dict(_whole(run, measured, 0))
     assert rows["steps"] == "32s"
-    assert rows["all"].startswith("about 1m42s on these 1 process(es)")
+    assert rows["all"].startswith("about 1m52s on these 1 process(es)")
     assert dict(_whole(run, measured, 12))["steps"] == "10s"
