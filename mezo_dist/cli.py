@@ -123,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     tasks = commands.add_parser("tasks", help="list the tasks that ship, or show what one looks like to a model")
     _add_tasks(tasks)
 
+    completion = commands.add_parser("completion", help="the script by which a shell completes commands and settings")
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"], help="as in: source <(mezo-dist completion bash)")
+    completion.set_defaults(command=_completion)
+
     report = commands.add_parser("report", help="one HTML page about a run, or several, from their files")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several are compared")
     report.add_argument(
@@ -247,15 +251,17 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     if not given or given[0].startswith("-"):
         raise UserError("name a config file first, as in `mezo-dist train configs/quickstart.yaml --seed=1`")
+    is_dry, given = "--dry-run" in given, [item for item in given if item != "--dry-run"]
     config = reader.load(given[0], given[1:])
     tune_malloc(is_sharded=config.layout.name != "replicated")
 
     def work(comm: Communicator) -> None:
-        from mezo_dist.runs import training
+        from mezo_dist.runs import dry_run, training
 
-        training.train(config, comm)
+        (dry_run.try_out if is_dry else training.train)(config, comm)
 
-    arguments.advice = "; go on with --output.if_exists=resume"  # where Ctrl-C stops it
+    if not is_dry:
+        arguments.advice = "; go on with --output.if_exists=resume"  # where Ctrl-C stops it
     _with_communicator(config.distributed.timeout_s, work, config.distributed.patience_s)
 
 
@@ -324,6 +330,12 @@ def _replay(arguments: argparse.Namespace) -> None:
             _write_model(loaded, arguments.export, comm)
 
     _with_communicator(600.0, work)
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    from mezo_dist.config.completion import script
+
+    print(script(arguments.shell, _parser()), end="")
 
 
 def _report(arguments: argparse.Namespace) -> None:

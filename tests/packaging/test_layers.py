@@ -31,12 +31,12 @@ LAYERS = {
     "monitoring": "errors json_types storage",
     "baselines": "errors algorithms distributed engines",
     "testing": "errors distributed",
+    "planning": "errors json_types directions algorithms config engines assets storage",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",
     "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim",
     "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
-    "monitoring baselines",
-    "planning": "errors json_types directions algorithms config engines assets storage",
+    "monitoring baselines planning",
     "cli": "errors config distributed engines objectives monitoring runs planning",
     "__main__": "cli",
 }

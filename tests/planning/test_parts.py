@@ -17,9 +17,9 @@ from mezo_dist.config import reader
 from mezo_dist.distributed.communicator import PAYLOAD_WORDS, Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.planning.choice import find, largest, layouts, plan, recommended
-from mezo_dist.planning.command import _of_config
 from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.first_order import first_order
+from mezo_dist.planning.from_config import setting_of
 from mezo_dist.planning.machine import GIB, Machine, parse_bytes, parse_flops, parse_rate
 from mezo_dist.planning.memory import expected_rows, memory_of
 from mezo_dist.planning.named import NAMED
@@ -205,4 +205,4 @@ def test_messages_are_those_that_a_run_sends(tmp_path: Path, monkeypatch: pytest
         run = build_run(config, Communicator())
         sent.clear()
         evaluate_step(run, run.algorithm.init(), 0)
-        assert tuple(sent) == rounds_of(_of_config(config, []), 1)[0].messages, name
+        assert tuple(sent) == rounds_of(setting_of(config, []), 1)[0].messages, name
