@@ -118,7 +118,10 @@ def implementation(device_type: str) -> ModuleType:
     try:
         return importlib.import_module(f"mezo_dist.directions.kernels.{name}")
     except ImportError as error:
-        log.warning("fused %s kernels are off (%s): the (slow) torch reference generates directions", name, error)
+        install = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        log.warning(
+            "fused %s kernels are off (%s): the (slow) torch reference generates directions%s", name, error, install
+        )
         return reference
 
 

@@ -16,13 +16,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import final
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.text import Text
-
-from mezo_dist.errors import printable
+from mezo_dist.errors import needs, printable
 from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.scalars import Curves, train_loss_tag
+
+with needs("rich", "rich, which draws the console"):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+    from rich.text import Text
 
 Clock = Callable[[], float]
 """Seconds from any origin."""

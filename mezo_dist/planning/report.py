@@ -6,16 +6,17 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from mezo_dist.errors import printable
+from mezo_dist.errors import needs, printable
 from mezo_dist.json_types import JsonObject
 from mezo_dist.planning.choice import Plan, StepPlan, by_algorithm, layout_name, reason, recommended
 from mezo_dist.planning.first_order import FirstOrder
 from mezo_dist.planning.machine import GIB, Machine
 from mezo_dist.planning.shapes import ModelShape
+
+with needs("rich", "rich, which draws the tables"):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
 
 WIDTH = 118
 NONE = "-"

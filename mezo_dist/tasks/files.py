@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mezo_dist.config.values import ClassIndex
-from mezo_dist.errors import UserError
+from mezo_dist.errors import UserError, needs
 from mezo_dist.tasks.fields import Row, listed
 
 log = logging.getLogger(__name__)
@@ -273,7 +273,8 @@ def _is_doubled(cell: str) -> bool:
 
 
 def _read_arrow(path: Path, kind: str) -> Table:
-    import datasets
+    with needs("datasets", f"task.data: datasets, which reads {path.name}"):
+        import datasets
 
     datasets.disable_progress_bars()
     try:

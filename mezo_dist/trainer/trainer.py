@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -18,13 +17,16 @@ from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.directions.law import Law, LawName
 from mezo_dist.distributed.join import join
-from mezo_dist.errors import UserError
+from mezo_dist.errors import UserError, needs
 from mezo_dist.optim.checks import check_arguments as check_model
 from mezo_dist.optim.losses import Loss, LossFunction, num_samples_of
 from mezo_dist.storage.trajectory import FILE
 from mezo_dist.trainer.batches import FullBatches, Inputs, Share
 from mezo_dist.trainer.checks import check_arguments, settled
 from mezo_dist.trainer.optimizer import StagedOptimizer
+
+with needs("mezo_dist[trainer]", "accelerate, on which Trainer stands"):
+    from accelerate.utils import AutocastKwargs
 
 
 class MeZOTrainer(Trainer):
