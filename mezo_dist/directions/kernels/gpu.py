@@ -51,7 +51,7 @@ MOST_OUTPUTS = 8
 """Outputs of each tensor in one launch: their sums are in registers."""
 MOST_TERMS = 64
 """Low-rank directions of one launch: their factors are in memory."""
-TILE_ROWS, TILE_COLUMNS = 8, 128
+TILE_ROWS, TILE_COLUMNS = 4, 128
 """Tile of a low-rank direction."""
 AFTER_ALL = 2**62
 """First tile of table rows that are no tensors."""

@@ -143,18 +143,22 @@ def _noise_at(seed, element, param_id):
 def _pointer(address, CODE: tl.constexpr):
     """A pointer to elements of the dtype with this code."""
     if CODE == 0:
-        return address.to(tl.pointer_type(tl.float32))
-    if CODE == 1:
-        return address.to(tl.pointer_type(tl.int16))
-    return address.to(tl.pointer_type(tl.float16))
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif CODE == 1:
+        pointer = address.to(tl.pointer_type(tl.int16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    return pointer
 
 
 @triton.jit
 def _to_fp32(x, CODE: tl.constexpr):
     """The fp32 values of loaded elements."""
     if CODE == 1:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+        value = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = x.to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -168,14 +172,32 @@ def _cast(x, noise, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
         STOCHASTIC: round stochastically.
     """
     if CODE == 0:
-        return x
-    if CODE == 2:
-        return x.to(tl.float16)
-    bits = x.to(tl.uint32, bitcast=True)
-    if not STOCHASTIC:
-        noise = 0x7FFF + ((bits >> 16) & 1)
-    rounded = tl.where(x == x, bits + noise, 0x7FC00000)  # the sum could make anything of a NaN
-    return (rounded >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+        value = x
+    elif CODE == 2:
+        value = x.to(tl.float16)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        if not STOCHASTIC:
+            noise = 0x7FFF + ((bits >> 16) & 1)
+        rounded = tl.where(x == x, bits + noise, 0x7FC00000)  # the sum could make anything of a NaN
+        value = (rounded >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+    return value
+
+
+@triton.jit
+def _store(address, place, inside, value, noise, CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Write a tile in the dtype of a code.
+
+    Args:
+        address: of the tensor.
+        place: index of each element in it.
+        inside: which elements are there.
+        value: fp32.
+        noise: see `_cast`.
+        CODE: of the dtype.
+        STOCHASTIC: round stochastically.
+    """
+    tl.store(_pointer(address, CODE) + place, _cast(value, noise, CODE, STOCHASTIC), inside)
 
 
 @triton.jit
@@ -187,10 +209,11 @@ def _row_of(table, WIDTH: tl.constexpr, GROUP: tl.constexpr):
         WIDTH: columns.
         GROUP: rows, a power of two.
     """
-    if GROUP == 1:
-        return table
-    first_tiles = tl.load(table + tl.arange(0, GROUP) * WIDTH + FIRST_TILE)
-    return table + (tl.sum((first_tiles <= tl.program_id(0)).to(tl.int32), 0) - 1) * WIDTH
+    index = 0
+    if GROUP > 1:
+        first_tiles = tl.load(table + tl.arange(0, GROUP) * WIDTH + FIRST_TILE)
+        index = tl.sum((first_tiles <= tl.program_id(0)).to(tl.int32), 0) - 1
+    return table + index * WIDTH
 
 
 @triton.jit
@@ -321,9 +344,8 @@ def add_kernel(
         if STOCHASTIC:
             noise = _noise(rounding_seed, chunk, param_id, CHUNKS)
         for v in tl.static_range(NUM_OUTPUTS):
-            CODE: tl.constexpr = (TARGETS >> (2 * v)) & 3
-            output = _pointer(tl.load(entry + OUTPUTS + v), CODE)
-            tl.store(output + place, _cast(totals[v], noise, CODE, STOCHASTIC), inside)
+            address = tl.load(entry + OUTPUTS + v)
+            _store(address, place, inside, totals[v], noise, (TARGETS >> (2 * v)) & 3, STOCHASTIC)
 
 
 @triton.jit
@@ -441,6 +463,5 @@ def lowrank_kernel(
         if STOCHASTIC:
             noise = _noise_at(rounding_seed, element, param_id)
         for n in tl.static_range(NUM_OUTPUTS):
-            CODE: tl.constexpr = (TARGETS >> (2 * n)) & 3
-            output = _pointer(tl.load(entry + LOWRANK_OUTPUTS + n), CODE)
-            tl.store(output + place, _cast(totals[n], noise, CODE, STOCHASTIC), inside)
+            address = tl.load(entry + LOWRANK_OUTPUTS + n)
+            _store(address, place, inside, totals[n], noise, (TARGETS >> (2 * n)) & 3, STOCHASTIC)
