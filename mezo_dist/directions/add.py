@@ -32,7 +32,7 @@ def add(
     *,
     param_id: int,
     bits: BitLayout,
-    offsets: Sequence[int] = (0,),
+    offsets: Sequence[int] | Tensor = (0,),
     rounding_seed: int | None = None,
 ) -> None:
     """Write ``cast(weight + combinations[v])`` to ``outputs[v]`` for every v, generating each direction once.
@@ -48,7 +48,8 @@ def add(
             itself (update in place, then it must be the only one that overlaps it).
         param_id: see `seeds.param_id`.
         bits: bit layout of the directions.
-        offsets: index of each piece's first element in the flattened full parameter.
+        offsets: index of each piece's first element in the flattened full parameter: numbers, or int64 [k], on the
+            device of ``weight`` where nothing is to wait for it.
         rounding_seed: with a seed, bf16 outputs are rounded stochastically with the bits of stream 1 of that seed;
             without, to nearest even.
 
@@ -57,12 +58,15 @@ def add(
     """
     if len(combinations) != len(outputs):
         raise ValueError(f"{len(combinations)} combinations for {len(outputs)} outputs")
-    if not offsets or weight.numel() % len(offsets):
+    if not len(offsets) or weight.numel() % len(offsets):
         raise ValueError(f"{weight.numel()} elements do not make {len(offsets)} equal pieces")
-    _check(weight, outputs, is_stochastic=rounding_seed is not None)
+    check(weight, outputs, is_stochastic=rounding_seed is not None)
     if weight.numel() == 0:
         return
-    implementation(weight.device.type).add(
+    kernels = implementation(weight.device.type)
+    if isinstance(offsets, Tensor) and not handles_parts(kernels):
+        offsets = offsets.tolist()
+    kernels.add(
         weight,
         combinations,
         outputs,
@@ -100,7 +104,7 @@ def advance(
     num_stochastic = sum(seed is not None for _, seed in updates)
     if num_stochastic not in (0, len(updates)):
         raise ValueError("either all updates are rounded stochastically or none")
-    _check(weight, [weight], is_stochastic=num_stochastic > 0)
+    check(weight, [weight], is_stochastic=num_stochastic > 0)
     if weight.numel() and updates:
         implementation(weight.device.type).advance(weight, updates, param_id=param_id, bits=bits, offset=offset)
 
@@ -125,7 +129,12 @@ def implementation(device_type: str) -> ModuleType:
         return reference
 
 
-def _check(weight: Tensor, outputs: Sequence[Tensor], *, is_stochastic: bool) -> None:
+def handles_parts(kernels: ModuleType) -> bool:
+    """Whether kernels work on many tensors at once, and on tables on the device: those of GPUs do."""
+    return hasattr(kernels, "add_parts")
+
+
+def check(weight: Tensor, outputs: Sequence[Tensor], *, is_stochastic: bool) -> None:
     """Raise ValueError for tensors that no implementation takes.
 
     Args:
