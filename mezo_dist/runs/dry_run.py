@@ -21,6 +21,7 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.monitoring.console import Monitor, format_duration
+from mezo_dist.monitoring.curve_writers import check_installed
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES
 from mezo_dist.objectives.rewards.judge import judging
@@ -82,6 +83,7 @@ def try_out(config: RunConfig, comm: Communicator) -> None:
         UserError: the run would fail, too. Stopped: SIGTERM came.
     """
     comm.place = LOADING
+    comm.collect(lambda: check_installed(config.monitor) if comm.rank == 0 else None)
     began = time.perf_counter()
     with stop_on_sigterm(config, comm), judging(config, comm) as judge:
         claim = look_at_folder(config, comm)

@@ -15,11 +15,12 @@ from unittest import mock
 import pytest
 
 from mezo_dist.config import reader
+from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.monitoring import curve_writers
 from mezo_dist.monitoring.console import Monitor
-from mezo_dist.runs import training
+from mezo_dist.runs import dry_run, training
 from mezo_dist.testing import write_tiny_config
 from tests.monitoring.consoles import plain
 
@@ -209,15 +210,19 @@ def test_ids_that_are_none_make_a_new_run(tmp_path: Path, fake: Callable[..., No
     assert json.loads((tmp_path / "monitors.json").read_text()) == {"wandb": calls[0][1]["id"]}
 
 
-def test_a_package_that_is_missing_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("work", [training.train, dry_run.try_out])
+def test_a_package_that_is_missing_is_said_before_the_model_is_loaded(
+    tmp_path: Path, work: Callable[[RunConfig, Communicator], object]
+) -> None:
     config = reader.load(write_tiny_config(tmp_path), ["monitor=[csv, wandb]"])
     real = importlib.util.find_spec
     with (
         mock.patch.object(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name)),
         mock.patch.object(training, "build_run", side_effect=AssertionError("loaded")),
+        mock.patch.object(dry_run, "build_run", side_effect=AssertionError("loaded")),
         pytest.raises(UserError, match=r"monitor: wandb is not installed: pip install wandb"),
     ):
-        training.train(config, Communicator())
+        work(config, Communicator())
 
 
 def test_a_run_writes_what_it_is_told_to(tmp_path: Path) -> None:
