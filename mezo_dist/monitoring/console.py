@@ -19,6 +19,7 @@ from typing import final
 from mezo_dist.errors import needs, printable
 from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.scalars import Curves, train_loss_tag
+from mezo_dist.patience import show_with
 
 with needs("rich", "rich, which draws the console"):
     from rich.console import Console
@@ -139,18 +140,19 @@ class Monitor:
         self._show_step(step, "  ".join(shown))
 
     @contextmanager
-    def evaluation(self, split: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Context manager around an evaluation of ``total`` samples of a split, with a bar of its own.
+    def evaluation(self, split: str, total: int, doing: str = "evaluate") -> Iterator[Callable[[int], None]]:
+        """Context manager around an evaluation of ``total`` samples of a split, with a bar that says what is being
+        done.
 
         It gives ``advance(n)``, to be called after every ``n`` samples. Its time does not count in samples/s.
         """
         began_s, done, split = self._clock(), 0, printable(split)
-        bar = self._add_bar(f"evaluate {split} 0/{total}", total)
+        bar = self._add_bar(f"{doing} {split} 0/{total}", total)
 
         def advance(num_samples: int) -> None:
             nonlocal done
             done += num_samples
-            line = f"evaluate {split} {done}/{total}"
+            line = f"{doing} {split} {done}/{total}"
             self._bars.update(bar, completed=done, description=line)
             if self._line_is_due():
                 self._say_progress(line)
@@ -239,6 +241,8 @@ def configure_logging(rank: int, is_terminal: bool) -> None:
     logger = logging.getLogger("mezo_dist")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    is_shown = is_terminal and rank == 0
+    show_with((lambda what: Console(stderr=True).status(Text(f"{printable(what)} ..."))) if is_shown else None)
 
 
 class _PrintableFormatter(logging.Formatter):

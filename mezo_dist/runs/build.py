@@ -34,6 +34,7 @@ from mezo_dist.models.load import Pretrained
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration, best_offsets
 from mezo_dist.objectives.joint import exact_logits, joint_objective
 from mezo_dist.objectives.rewards.judge import Judge
+from mezo_dist.patience import patience
 from mezo_dist.runs.evaluation import Evaluator, Writer
 from mezo_dist.runs.gradients import Gradients
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
@@ -141,7 +142,8 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
     """
     task = config.located().task
-    rows = rank_zero_first(comm, lambda: load_rows(task)) if uses_cache(task) else load_rows(task)
+    with patience(f"reading the data, {task.data}"):
+        rows = rank_zero_first(comm, lambda: load_rows(task)) if uses_cache(task) else load_rows(task)
     if task.rows_are_samples:
         _orders(config, len(rows.train))  # sizes that do not fit are refused before the model is loaded
     loaded = load_base(config, comm)
@@ -157,8 +159,12 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     # The kind of task calls the model, to see what shortcuts it allows.
     with failures_explained(loaded.engine), prefix_failures_explained(model):
         bench = _bench(loaded, kind, rows.train[0], splits)
-        forward = kind.forward(bench)
-    with prefix_failures_explained(model):
+        with patience("trying out the model: how it reads answers, which blocks are frozen"):
+            forward = kind.forward(bench)
+    with (
+        prefix_failures_explained(model),
+        patience("holding the model's losses against those of really changed weights"),
+    ):
         _probe(loaded, kind, forward, splits["train"], comm)
     evaluator = Evaluator(
         loaded.engine,
@@ -170,7 +176,8 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         joint_objective(config, kind, judge),
         _writer(loaded, kind, bench, forward, comm),
     )
-    eps = recorded.eps if recorded is not None else _settled_eps(loaded, comm)
+    with patience("measuring what rounding leaves of a perturbation"):
+        eps = recorded.eps if recorded is not None else _settled_eps(loaded, comm)
     problem = problem_of(config, full_order.batch_size, num_train, eps)
     algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
     tokens = kind.class_tokens(rows.train[0])

@@ -77,7 +77,7 @@ def calibrate(run: Run, monitor: Monitor) -> Calibration | None:
     """`Run.calibration` of the current weights, shown as it goes on."""
     if not run.config.train.calibrate:
         return None
-    with monitor.evaluation("train", min(len(run.splits["train"]), MOST_SAMPLES)) as advance:
+    with monitor.evaluation("train", min(len(run.splits["train"]), MOST_SAMPLES), "fit offsets to") as advance:
         return run.calibration(advance)
 
 
