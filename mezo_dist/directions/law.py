@@ -190,9 +190,7 @@ class Law:
             offset: index of a shard's first element in the flattened parameter.
             rounding_seed: for a bf16 weight that is to be rounded stochastically.
         """
-        self.scale_parts(
-            [Part(weight, (weight,), param_id, weight.shape, offset)], factor, rounding_seed=rounding_seed
-        )
+        self.scale_parts([Part(weight, (weight,), param_id, weight.shape, offset)], factor, rounding_seed=rounding_seed)
 
     def scale_parts(self, parts: Sequence[Part], factor: float, *, rounding_seed: int | None = None) -> None:
         """`scale` for many tensors, each of which is its own output.

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from mezo_dist.directions import devices
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
 
@@ -115,6 +116,27 @@ def cut(
     groups = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
     micro_batches = (collate([samples[slot] for slot in group], tuple(group), pad_id) for group in groups)
     return [replace(item, seed=seed) for item in micro_batches]
+
+
+def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """The same with their tensors on ``device``, by one copy; they stay as they are where it is the host.
+
+    Args:
+        micro_batches: in host memory.
+        device: where the model is.
+    """
+    if device.type == "cpu":
+        return list(micro_batches)
+    tensors = (tensor for item in micro_batches for part in (item.inputs, item.targets) for tensor in part.values())
+    there = iter(devices.upload([*tensors], device))
+    return [
+        replace(
+            item,
+            inputs={name: next(there) for name in item.inputs},
+            targets={name: next(there) for name in item.targets},
+        )
+        for item in micro_batches
+    ]
 
 
 def deal(micro_batches: Sequence[MicroBatch], world_size: int) -> list[list[MicroBatch]]:

@@ -23,14 +23,15 @@ from mezo_dist.tasks.text import TextEncoder
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What one forward pass says about each of the n samples of a micro-batch."""
+    """What one forward pass says about each of the n samples of a micro-batch: tensors where the model is, which nobody
+    has waited for (`mezo_dist.directions.devices.read`)."""
 
     loss: Tensor
     """fp32 [n]: sum of losses over the things that ``weight`` counts."""
     weight: Tensor
     """int64 [n]: what the loss is averaged over, 1 per sample or its number of target tokens."""
     payload: Tensor
-    """fp32 [n, columns], on the CPU: what a figure of merit or a joint batch loss needs (logits of the classes, scores
+    """fp32 [n, columns]: what a figure of merit or a joint batch loss needs (logits of the classes, scores
     of the options, numbers of right tokens). It crosses between ranks bit for bit."""
 
 

@@ -159,7 +159,10 @@ def run_group(group: Group, device: str) -> str:
     law, shape = group.law, torch.Size((3000, COLUMNS))
     draw = torch.Generator().manual_seed(2)
     updates = [
-        (Combination.of([(2**63 * (k % 2) + 17 * k, 0.3 - k), (5, 0.01 * (k + 1))]), 77 + k if group.is_stochastic else None)
+        (
+            Combination.of([(2**63 * (k % 2) + 17 * k, 0.3 - k), (5, 0.01 * (k + 1))]),
+            77 + k if group.is_stochastic else None,
+        )
         for k in range(group.updates)
     ]
     sums = [updates[0][0] * (v % 3 + 1) for v in range(len(group.outputs))]
@@ -197,8 +200,11 @@ def run_group(group: Group, device: str) -> str:
         for part in expected:
             for combination, seed in updates:
                 plain_add(law, part, [combination], seed)
-    pairs = [(a, b) for part, other in zip(parts, expected, strict=True)
-             for a, b in zip(part.outputs, other.outputs, strict=True)]
+    pairs = [
+        (a, b)
+        for part, other in zip(parts, expected, strict=True)
+        for a, b in zip(part.outputs, other.outputs, strict=True)
+    ]
     wrong = [v for v, (a, b) in enumerate(pairs) if not same_bits(a.cpu(), b)]
     return f"outputs {wrong} differ" if wrong else ""
 
@@ -221,11 +227,11 @@ def run_factors(law: Law, device: str) -> str:
 
     seeds, where = [3, 2**63 + 5, 9], torch.device(device)
     if not law.is_lowrank:
-        got = (gpu.fill(law._bits, seeds, PARAM_ID, 2500, where),)
-        expected = (lowrank.fill(law._bits, seeds, PARAM_ID, 0, 2500),)
+        got = [gpu.fill(law._bits, seeds, PARAM_ID, 2500, where)]
+        expected = [lowrank.fill(law._bits, seeds, PARAM_ID, 0, 2500)]
     else:
-        got = gpu.factors(law.rank, seeds, PARAM_ID, torch.Size((700, 30, 3)), where)
-        expected = lowrank.factors(law.rank, seeds, PARAM_ID, torch.Size((700, 30, 3)))
+        got = [*gpu.factors(law.rank, seeds, PARAM_ID, torch.Size((700, 30, 3)), where)]
+        expected = [*lowrank.factors(law.rank, seeds, PARAM_ID, torch.Size((700, 30, 3)))]
     right = all(same_bits(a.cpu(), b) for a, b in zip(got, expected, strict=True))
     return "" if right else "differ"
 
@@ -357,7 +363,7 @@ def test_registers_and_shared_memory(
     usage = []
     for name, kernel in kernels:
         text = resources(kernel.asm["cubin"])
-        registers, stack, shared = (int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "SHARED"))
+        registers, stack, shared = (int(re.findall(rf"{what}:(\d+)", text)[0]) for what in ("REG", "STACK", "SHARED"))
         usage.append((name, registers, stack, max(shared, kernel.metadata.shared)))
         assert not re.search(FUSED, kernel.asm["ptx"]), name
     with capsys.disabled():

@@ -34,8 +34,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.bits import CHUNK, FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, TABLE_SIZE, BitLayout
-from mezo_dist.directions.bits import gaussian_table
+from mezo_dist.directions import devices
+from mezo_dist.directions.bits import (
+    CHUNK,
+    FACTOR_U,
+    FACTOR_V,
+    GAUSSIAN,
+    RADEMACHER,
+    TABLE_SIZE,
+    BitLayout,
+    gaussian_table,
+)
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import gpu_kernels
 from mezo_dist.directions.parts import Part
@@ -72,7 +81,7 @@ def add(
         part = Part(weight, tuple(outputs), param_id, weight.shape, offsets[0])
     else:
         where = offsets if isinstance(offsets, Tensor) else torch.tensor(offsets, dtype=torch.int64)
-        part = Part(weight, tuple(outputs), param_id, weight.shape, starts=upload(where, weight.device))
+        part = Part(weight, tuple(outputs), param_id, weight.shape, starts=_upload(where, weight.device))
     add_parts([part], combinations, bits=bits, rounding_seed=rounding_seed)
 
 
@@ -184,30 +193,13 @@ def advance_lowrank(parts: Sequence[Part], updates: Sequence[Update], *, rank: i
             _launch_lowrank(some, group, rank, many=True)
 
 
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` that does not wait for the kernels queued there: hence the pinned memory."""
-    if device.type == "cpu" or tensor.device == device:
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
     """Every launch of a kernel goes through here."""
     kernel[grid](*arguments, **constants, **OPTIONS)
 
 
-def address(tensor: Tensor) -> int:
-    """Where a tensor's elements lie."""
-    return tensor.data_ptr()
-
-
-def stream_of(device: torch.device) -> int:
-    """The current stream: memory that outlives a call is reused only on the stream that it was allocated on."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
 def _place(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, stream_of(tensor.device)
+    return tensor.device, devices.stream_of(tensor.device)
 
 
 def _check_known(bits: BitLayout) -> None:
@@ -245,7 +237,12 @@ def _launches(
     for same in by_dtypes.values():
         for first in range(0, len(same), MOST_PARTS):
             some = same[first : first + MOST_PARTS]
-            in_place = {v for part in some for v, out in enumerate(part.outputs) if address(out) == address(part.weight)}
+            in_place = {
+                v
+                for part in some
+                for v, output in enumerate(part.outputs)
+                if devices.address(output) == devices.address(part.weight)
+            }
             places = sorted(range(len(combinations)), key=lambda v: (v in in_place, v))
             for start in range(0, len(places), MOST_OUTPUTS):
                 chosen = places[start : start + MOST_OUTPUTS]
@@ -276,7 +273,7 @@ def _launch_add(
     chunks = 2 if wide else 1
     rows, first = [], 0
     for part in parts:
-        rows.append((first, *_flat_row(part, chunks), *map(address, part.outputs)))
+        rows.append((first, *_flat_row(part, chunks), *map(devices.address, part.outputs)))
         first += part.num_rows * _tiles(part.weight.numel() // part.num_rows, chunks)
     with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
         place = _place(weight)
@@ -327,8 +324,9 @@ def _launch_lowrank(
             first_row = part.offset // columns if part.starts is None else 0
             tiles = -(-columns // TILE_COLUMNS)
             rows.append((
-                first, address(part.weight), 0, part.offset, part.weight.numel(), tiles, part.param_id,
-                address(u), address(v), first_row, num_rows, columns, *map(address, part.outputs),
+                first, devices.address(part.weight), 0, part.offset, part.weight.numel(), tiles, part.param_id,
+                devices.address(u), devices.address(v), first_row, num_rows, columns,
+                *map(devices.address, part.outputs),
             ))  # fmt: skip
             first += -(-num_rows // TILE_ROWS) * tiles
         launch(
@@ -400,18 +398,16 @@ def _fill_row(
     num_rows = 1 if starts is None else len(starts)
     length = math.prod(values.shape[1:]) // num_rows
     tiles = _tiles(length, 1)
-    where = 0 if starts is None else address(starts)
+    where = 0 if starts is None else devices.address(starts)
     code = int(torch.tensor(divisor, dtype=torch.float32).view(torch.int32))
     return (
         num_rows * tiles,
-        (address(values), where, offset, length, tiles, param_id, bits.stream, code, num_rows),
+        (devices.address(values), where, offset, length, tiles, param_id, bits.stream, code, num_rows),
         starts,
     )
 
 
-def _launch_fill(
-    rows: Sequence[tuple[int, tuple[int, ...], Tensor | None]], seeds: Tensor, bits: BitLayout
-) -> None:
+def _launch_fill(rows: Sequence[tuple[int, tuple[int, ...], Tensor | None]], seeds: Tensor, bits: BitLayout) -> None:
     """Launch `gpu_kernels.fill_kernel`.
 
     Args:
@@ -435,12 +431,10 @@ def _launch_fill(
         )
 
 
-
-
 def _flat_row(part: Part, chunks: int) -> tuple[int, ...]:
     length = part.weight.numel() // part.num_rows
-    starts = 0 if part.starts is None else address(part.starts)
-    return address(part.weight), starts, part.offset, length, _tiles(length, chunks), part.param_id
+    starts = 0 if part.starts is None else devices.address(part.starts)
+    return devices.address(part.weight), starts, part.offset, length, _tiles(length, chunks), part.param_id
 
 
 def _tiles(length: int, chunks: int) -> int:
@@ -456,8 +450,14 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _key(updates: Sequence[tuple[Sequence[Combination], int | None]]) -> tuple[tuple[tuple[Combination, ...], Any], ...]:
+def _key(
+    updates: Sequence[tuple[Sequence[Combination], int | None]],
+) -> tuple[tuple[tuple[Combination, ...], Any], ...]:
     return tuple((tuple(combinations), seed) for combinations, seed in updates)
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return devices.upload([tensor], device)[0]
 
 
 def _signed(number: int) -> int:
@@ -470,7 +470,7 @@ def _half_table(device: torch.device, stream: int) -> Tensor:
 
     128 KiB instead of 256 can stay in the L1 cache of a big GPU, where the look-ups, all over the table, are cheapest.
     """
-    return upload(torch.from_numpy(gaussian_table()[TABLE_SIZE // 2 :].copy()), device)
+    return _upload(torch.from_numpy(gaussian_table()[TABLE_SIZE // 2 :].copy()), device)
 
 
 @functools.lru_cache(maxsize=16384)
@@ -480,10 +480,10 @@ def _table(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int)
     Args:
         rows: see the columns in `gpu_kernels`.
         device: where the table is needed.
-        stream: see `stream_of`.
+        stream: see `devices.stream_of`.
     """
     none = (AFTER_ALL, *[0] * (len(rows[0]) - 1))
-    return upload(torch.tensor([*rows, *[none] * (_power_of_two(len(rows)) - len(rows))], dtype=torch.int64), device)
+    return _upload(torch.tensor([*rows, *[none] * (_power_of_two(len(rows)) - len(rows))], dtype=torch.int64), device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -493,9 +493,9 @@ def _seeds(seeds: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     Args:
         seeds: in any order.
         device: where they are needed.
-        stream: see `stream_of`.
+        stream: see `devices.stream_of`.
     """
-    return upload(torch.tensor([*map(_signed, seeds)], dtype=torch.int64), device)
+    return _upload(torch.tensor([*map(_signed, seeds)], dtype=torch.int64), device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -510,7 +510,7 @@ def _terms(
     Args:
         updates: (one combination per output, seed of stochastic rounding or None) for each update.
         device: where the tables are needed.
-        stream: see `stream_of`.
+        stream: see `devices.stream_of`.
 
     Returns:
         Seeds, int64 [k] (bits of uint64); coefficients, fp32 [k, outputs]; and int64 [k, 2]: whether an update ends
@@ -528,6 +528,6 @@ def _terms(
     k, width = len(seeds), len(updates[0][0])
     words = [torch.tensor(seeds, dtype=torch.int64), torch.tensor(rounding, dtype=torch.int64).view(-1)]
     numbers = torch.tensor(coefficients, dtype=torch.float32).view(-1)
-    table = upload(torch.cat([*(t.view(torch.uint8) for t in words), numbers.view(torch.uint8)]), device)
+    table = _upload(torch.cat([*(t.view(torch.uint8) for t in words), numbers.view(torch.uint8)]), device)
     first, second, third = table.split([8 * k, 16 * k, 4 * k * width])
     return first.view(torch.int64), third.view(torch.float32).view(k, width), second.view(torch.int64).view(k, 2)

@@ -14,6 +14,7 @@ from mezo_dist.directions import philox
 from mezo_dist.directions.bits import CHUNK, GAUSSIAN, RADEMACHER, TABLE_SIZE
 
 # mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: SIM102, SIM108 - Triton compiles these forms otherwise
 
 M0, M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
 K0, K1 = (tl.constexpr(k) for k in philox.KEY_INCREMENTS)
@@ -444,9 +445,7 @@ def lowrank_kernel(
                 if tl.load(rounding + 2 * k) != 0:
                     noise = 0
                     if STOCHASTIC:
-                        noise = _noise_at(
-                            tl.load(rounding + 2 * k + 1).to(tl.uint64, bitcast=True), element, param_id
-                        )
+                        noise = _noise_at(tl.load(rounding + 2 * k + 1).to(tl.uint64, bitcast=True), element, param_id)
                     total = _to_fp32(_cast(total, noise, SOURCE, STOCHASTIC), SOURCE)
         tl.store(weight + place, _cast(total, 0, SOURCE, False), inside)
     else:

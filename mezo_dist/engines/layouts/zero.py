@@ -206,7 +206,7 @@ class Zero:
                 parameter.nvme_swapper.swap_in([parameter], async_op=False)
             unpadded = piece.narrow(0, 0, min(piece.ds_numel, total - offset))
             try:
-                yield Shard(name, weight.param_id, weight.shape, offset, unpadded)
+                yield Shard(name, weight.param_id, weight.shape, offset, unpadded, stays=not is_away)
             finally:
                 if is_away:
                     parameter.nvme_swapper.swap_out_and_release([parameter])

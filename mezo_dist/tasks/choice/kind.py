@@ -132,12 +132,14 @@ class Choice:
 
     def _scores(self, log_probability: Tensor, batch: MicroBatch) -> Scores:
         """Scores of the options, whose log-probabilities are fp32 [rows]."""
-        label, num_options, units = (batch.targets[name] for name in ("label", "num_options", "units"))
-        is_option = torch.arange(batch.columns) < num_options.unsqueeze(1)
-        sums = torch.zeros(is_option.shape).masked_scatter(is_option, log_probability)
+        device = log_probability.device
+        names = ("label", "num_options", "units", "num_tokens")
+        label, num_options, units, num_tokens = (batch.targets[name].to(device) for name in names)
+        is_option = torch.arange(batch.columns, device=device) < num_options.unsqueeze(1)
+        sums = torch.zeros(is_option.shape, device=device).masked_scatter(is_option, log_probability)
         payload = sums / units
         if self.loss == "lm":
-            return Scores(-sums.gather(1, label.unsqueeze(1)).squeeze(1), batch.targets["num_tokens"], payload)
+            return Scores(-sums.gather(1, label.unsqueeze(1)).squeeze(1), num_tokens, payload)
         loss = F.cross_entropy(payload.masked_fill(~is_option, -torch.inf), label, reduction="none")
         return Scores(loss, torch.ones_like(label), payload)
 

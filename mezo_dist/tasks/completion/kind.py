@@ -107,7 +107,7 @@ class Completion:
 
         def score(model: nn.Module, batch: MicroBatch) -> Scores:
             chosen, right = token_scores(model, batch)
-            weight = batch.targets["is_target"].sum(dim=1)
+            weight = batch.targets["is_target"].to(chosen.device).sum(dim=1)
             return Scores(-chosen.sum(dim=1), weight, torch.stack([right.sum(dim=1), weight], dim=1).float())
 
         return score

@@ -94,7 +94,8 @@ class Generation:
 
         def score(model: nn.Module, batch: MicroBatch) -> Scores:
             chosen, _ = token_scores(model, batch)
-            return Scores(-chosen.sum(dim=1), batch.targets["is_target"].sum(dim=1), torch.zeros(len(chosen), 1))
+            weight = batch.targets["is_target"].to(chosen.device).sum(dim=1)
+            return Scores(-chosen.sum(dim=1), weight, torch.zeros(len(chosen), 1, device=chosen.device))
 
         return score
 

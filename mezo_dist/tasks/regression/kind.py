@@ -114,6 +114,7 @@ def squared_error(model: nn.Module, batch: MicroBatch, run: RunModel) -> Scores:
         batch: one micro-batch.
         run: calls the model.
     """
-    value = batch.targets["value"]
-    prediction = run(model, on_device(model, batch), None).float().cpu()
-    return Scores((prediction[:, 0] - value).square(), torch.ones(len(value), dtype=torch.int64), prediction)
+    prediction = run(model, on_device(model, batch), None).float()
+    value = batch.targets["value"].to(prediction.device)
+    weight = torch.ones(len(value), dtype=torch.int64, device=value.device)
+    return Scores((prediction[:, 0] - value).square(), weight, prediction)
