@@ -249,9 +249,9 @@ def _train(arguments: argparse.Namespace) -> None:
         section = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else None
         print(help_text(names[-1] if names else "mezo-svrg", section))
         return
+    is_dry, given = "--dry-run" in given, [item for item in given if item != "--dry-run"]
     if not given or given[0].startswith("-"):
         raise UserError("name a config file first, as in `mezo-dist train configs/quickstart.yaml --seed=1`")
-    is_dry, given = "--dry-run" in given, [item for item in given if item != "--dry-run"]
     config = reader.load(given[0], given[1:])
     tune_malloc(is_sharded=config.layout.name != "replicated")
 
