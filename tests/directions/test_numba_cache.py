@@ -76,6 +76,8 @@ def test_compiled_code_is_kept_and_damage_is_survived(
 def test_without_a_writable_cache_it_still_compiles(
     source: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if not hasattr(numba.config, "CACHE_LOCATOR_CLASSES"):
+        pytest.skip(f"numba {numba.__version__} takes another folder instead, and cannot be kept from it")
     tmp_path.joinpath("file").touch()
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator")
