@@ -17,10 +17,10 @@ endif
 
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oldest check lint format clean
+.PHONY: help quickstart test test-oldest test-oldest-transformers check lint format clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-25s %s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on two processes; takes minutes
 	$(BIN)/python -m mezo_dist.assets demo:smollm2-135m demo:movie-sentences
@@ -31,13 +31,23 @@ test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # PyPI's build of an old torch brings 3 GB of CUDA libraries; it is taken where the CPU build cannot be had.
-# What these versions warn of in their own code (torch.jit) is no fault of ours.
+# What these versions warn of in their own code (torch.jit; peft, of models without a folder) is no fault of ours.
 OLDEST := .venv-oldest/bin
 OLDEST_TESTS ?= tests/algorithms tests/config tests/directions tests/engines tests/models tests/optim tests/storage tests/trainer
 OLDEST_TORCH := $(shell grep '^torch==' constraints-oldest.txt)
+OLDEST_TRANSFORMERS := $(shell grep '^transformers==' constraints-oldest.txt)
+OLDEST_OPTIONS := -W 'ignore:`torch.jit.script' -W 'ignore:Could not find a config file' \
+  -m "not assets and not distributed and not slow"
 test-oldest: .venv-oldest/installed ## unit and engine tests with the oldest versions that setup.cfg allows
 	$(OLDEST)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -p no:cacheprovider \
-	  -W 'ignore:`torch.jit.script' -m "not assets and not distributed and not slow" $(OLDEST_TESTS) $(ARGS)
+	  $(OLDEST_OPTIONS) $(OLDEST_TESTS) $(ARGS)
+
+# The cheap part of that, for every CI run: .venv, with the oldest transformers and its hub client before the newest.
+test-oldest-transformers: .venv/installed-dev ## what stands closest on transformers, with the oldest that setup.cfg allows
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/oldest-transformers $(OLDEST_TRANSFORMERS) \
+	  huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	PYTHONPATH=.venv/oldest-transformers $(BIN)/python -m pytest -p no:cacheprovider $(OLDEST_OPTIONS) \
+	  tests/trainer/test_hooks.py tests/trainer/test_same_run.py tests/models/test_load.py
 
 check: lint ## lint and the quick unit tests: for before a commit
 	$(BIN)/python -m pytest -m "not assets and not distributed and not slow" $(ARGS)
