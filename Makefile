@@ -71,13 +71,12 @@ clean: ## remove .venv, and what was built or cached; runs/ stays
 	$(BIN)/pip install --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-$(BIN)/pip:
+$(BIN)/pip $(OLDEST)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'mezo_dist needs Python 3.10 or newer, and $(PYTHON) is none: name one, as in "make test PYTHON=python3.11".'; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/pip=)
 
-.venv-oldest/installed: setup.cfg constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
+.venv-oldest/installed: setup.cfg constraints-oldest.txt | $(OLDEST)/pip
 	$(OLDEST)/pip install --no-deps --retries 2 $(TORCH_INDEX:%=--extra-index-url %) \
 	  $(OLDEST_TORCH)$(if $(TORCH_INDEX),+cpu) || $(OLDEST)/pip install $(OLDEST_TORCH)
 	$(OLDEST)/pip install --constraint constraints-oldest.txt --editable '.[trainer,peft]' \
