@@ -155,7 +155,11 @@ def test_the_oldest_set_is_the_lower_bounds(wheel: Path) -> None:
     """Of what everybody needs, and of the extras that the oldest set is tested with."""
     pinned = pins("constraints-oldest.txt")
     extras = ("", "trainer", "peft", "gpu")
-    wanted = [r for r in requirements(wheel) if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras)]
+    wanted = [
+        one
+        for one in requirements(wheel)
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
     assert {canonicalize_name(requirement.name) for requirement in wanted} == pinned.keys()
     for requirement in wanted:
         (lowest,) = (Version(spec.version) for spec in requirement.specifier if spec.operator == ">=")
@@ -168,7 +172,7 @@ def test_builds_of_torch_for_a_device_are_left_alone(wheel: Path, tmp_path: Path
     for there in ("2.11.0+cu130", "2.11.0+cpu", "2.12.1+rocm7.0", "2.13.0+cpu", "2.14.1", "2.15.0+cu132"):
         assert torch.specifier.contains(there), there
     report = tmp_path / "report.json"
-    options = ["--dry-run", "--no-index", "--find-links", wheel.parent, "--report", report, "--quiet"]
+    options = ["--dry-run", "--no-index", "--quiet", "--report", str(report)]
     output(sys.executable, "-m", "pip", "install", *options, f"mezo_dist @ {wheel.as_uri()}")
     names = {one["metadata"]["name"] for one in json.loads(report.read_text())["install"]}
     assert names == {"mezo_dist"}, "pip would install something beside what is there"
