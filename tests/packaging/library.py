@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 NOT_NEEDED = (
-    "datasets tensorboard torchmetrics rich numba llvmlite pandas pyarrow scipy matplotlib peft deepspeed mpi4py triton "
-    "torchao bitsandbytes wandb mlflow"
+    "datasets tensorboard torchmetrics rich numba llvmlite pandas pyarrow scipy matplotlib peft deepspeed mpi4py "
+    "triton torchao bitsandbytes wandb mlflow"
 ).split()
 
 
@@ -70,7 +70,8 @@ def results(folder: Path) -> dict[str, object]:
 
     model, again = tiny_model("llama"), tiny_model("llama")
     ids = torch.arange(24).reshape(2, 12) + 4
-    with Optimizer(model, MeZO(lr=1e-3), trajectory=folder / "steps.jsonl") as optimizer:
+    optimizer: Optimizer[torch.Tensor] = Optimizer(model, MeZO(lr=1e-3), trajectory=folder / "steps.jsonl")
+    with optimizer:
         losses = [optimizer.step(lambda m, batch: m(input_ids=batch, labels=batch).loss, ids) for _ in range(2)]
         weights = optimizer.fingerprint()
     replay(again, folder / "steps.jsonl")
