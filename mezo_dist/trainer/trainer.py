@@ -105,6 +105,10 @@ class MeZOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._mezo_layout = layout if layout is not None and layout.is_sharded else None
+        if self._mezo_layout is not None and kwargs.get("model_init") is not None:
+            raise UserError(
+                "model_init: makes another model than the one that layout=... has cut; give model=... instead"
+            )
         for given in (*args, kwargs.get("args")):
             if isinstance(given, TrainingArguments):
                 check_arguments(given)
@@ -231,7 +235,7 @@ class MeZOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, and the trajectory beside the model.
+        """Trainer's, and the trajectory beside the model. Collective where weights are cut over the processes.
 
         Args:
             output_dir: where to; ``args.output_dir`` if None.

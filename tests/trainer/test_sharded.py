@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,12 @@ def test_what_sharded_weights_cannot_do_is_refused(name: str, tmp_path: Path) ->
     setattr(args, name, True)
     with pytest.raises(UserError, match=f"^{name}: "):
         sharded.prepare(tiny_model("llama-tied"), args)
+
+
+def test_another_model_than_the_one_that_was_cut_is_refused(tmp_path: Path) -> None:
+    layout: Any = SimpleNamespace(is_sharded=True)
+    with pytest.raises(UserError, match=r"^model_init: "):
+        MeZOTrainer(args=arguments(tmp_path), model_init=lambda: tiny_model("llama-tied"), layout=layout)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("fsdp", "fsdp"), ("deepspeed", "zero")])
