@@ -13,6 +13,7 @@ from mezo_dist import cli
 from mezo_dist.config import reader
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
+from mezo_dist.monitoring import curve_writers
 from mezo_dist.runs import dry_run, training
 from mezo_dist.runs.build import build_run
 from mezo_dist.runs.dry_run import Measured, Pace, _evaluating, _whole
@@ -63,7 +64,9 @@ def test_two_processes(tmp_path: Path) -> None:
     assert "offsets 2 x 30" in main
 
 
-def test_it_fails_as_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_fails_as_the_run_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_tiny_config(tmp_path, algorithm="mezo")
     training.train(reader.load(path, ["output.export=false"]), Communicator(), quiet=True)
     before = contents(tmp_path)
@@ -74,6 +77,9 @@ def test_it_fails_as_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture
         faults.append(str(caught.value))
     assert faults[0] == faults[1]
     assert "already holds a run" in faults[0]
+    monkeypatch.setitem(curve_writers.PACKAGES, "wandb", "no_such_package")
+    with pytest.raises(UserError, match=r"monitor: wandb is not installed"):
+        dry_run.try_out(reader.load(path, ["output.if_exists=resume", "monitor=[wandb]"]), Communicator())
     with pytest.raises(UserError, match=r"settings differ from those of the trajectory: seed"):
         dry_run.try_out(reader.load(path, ["output.if_exists=resume", "seed=3"]), Communicator())
     dry_run.try_out(reader.load(path, ["output.if_exists=resume"]), Communicator())
