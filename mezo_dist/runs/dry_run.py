@@ -84,7 +84,6 @@ def try_out(config: RunConfig, comm: Communicator) -> None:
     """
     comm.place = LOADING
     comm.collect(lambda: check_installed(config.monitor) if comm.rank == 0 else None)
-    comm.collect(lambda: check_installed(config.monitor) if comm.rank == 0 else None)
     began = time.perf_counter()
     with stop_on_sigterm(config, comm), judging(config, comm) as judge:
         claim = look_at_folder(config, comm)
