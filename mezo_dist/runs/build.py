@@ -149,7 +149,7 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
     loaded = load_base(config, comm)
     check_something_decays(config.algorithm, ((s.name, len(s.shape)) for s in loaded.engine.trainable_shards()))
     kind = kind_of(config.task, text_model_of(config, loaded.pretrained), rows.train[0])
-    splits = {name: kind.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
+    splits = {name: list(kind.encode(getattr(rows, name), name)) for name in ("train", "validation", "test")}
     if loaded.pretrained.kind == "classifier":
         check_ends(loaded.pretrained.model, loaded.pretrained.pad_id, splits)
     order, full_order = _orders(config, num_train := len(splits["train"]))
