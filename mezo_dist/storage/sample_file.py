@@ -249,7 +249,7 @@ def evict(folder: Path, limit: float) -> None:
 
 
 def _is_unused(path: Path) -> bool:
-    handle = open_in_place(path)
+    handle = open_in_place(path, os.O_RDWR)  # NFS locks what may be written to
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
