@@ -18,6 +18,7 @@ import os
 import secrets
 import sys
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,9 +90,6 @@ class SampleFile(Sequence[SampleT], Generic[SampleT]):
         if not -len(self) <= place < len(self):
             raise IndexError(place)
         return self._sample(place % len(self))
-
-    def __del__(self) -> None:
-        os.close(self._handle)
 
     def _sample(self, place: int) -> SampleT:
         start = self._ends[place - 1] if place else 0
@@ -173,7 +171,9 @@ def read_samples(path: Path, key: str, make: Callable[..., SampleT]) -> SampleFi
     with contextlib.suppress(OSError):  # both are for `evict`; some file systems have no locks
         os.utime(path)
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return SampleFile(path, digest, handle, ends, make)
+    file = SampleFile(path, digest, handle, ends, make)
+    weakref.finalize(file, os.close, handle)
+    return file
 
 
 def _verified(handle: int, key: str) -> tuple[array[int], str]:

@@ -24,7 +24,7 @@ from mezo_dist.tasks.fields import Row
 log = logging.getLogger(__name__)
 SILENT_S = 5.0
 """Encoding that takes longer than that says how far it is."""
-AT_ONCE = 512
+AT_ONCE = 256
 """Rows whose texts are tokenised together, at most."""
 MOST_CHARACTERS = 2_000_000
 """Characters in one call of the tokenizer, which takes a hundred times as many bytes of memory meanwhile."""

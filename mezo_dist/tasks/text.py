@@ -7,6 +7,7 @@ names (and nothing else) until what a kind makes of them fits.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from mezo_dist.tasks.encoding import Texts, ask
 from mezo_dist.tasks.fields import Row, field_names, listed, lookup, replaced
 from mezo_dist.tasks.templates import ROW, render
 
+log = logging.getLogger(__name__)
 LONG_TEXT = 50_000
 """Characters up to which a text is tokenised as a whole, however few of them the window takes."""
 MARGIN_TOKENS = 64
@@ -103,9 +105,11 @@ class TextEncoder:
             UserError: it does not fit even without the text of these fields; or there is no such field, or no text in
                 it, which is said whether anything is too long or not.
         """
-        texts = {name: self.limit(text) for name, text in self._truncatable(row).items()}
+        texts = self._truncatable(row)
         for name, text in texts.items():
-            row = replaced(row, name, text)
+            texts[name] = self.limit(text)
+            if texts[name] is not lookup(row, name, "task.truncate"):
+                row = replaced(row, name, texts[name])
         while True:
             encoded = encode(row)
             excess = len(encoded) - self.max_tokens
@@ -162,7 +166,10 @@ class TextEncoder:
         if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
             return False
         known = {"__call__": PreTrainedTokenizerBase, "_encode_plus": PreTrainedTokenizerFast}
-        return all(getattr(type(self.tokenizer), name) is getattr(of, name) for name, of in known.items())
+        is_plain = all(getattr(type(self.tokenizer), name) is getattr(of, name) for name, of in known.items())
+        if not is_plain:
+            log.info("texts are tokenised one by one: %s has code of its own", type(self.tokenizer).__name__)
+        return is_plain
 
     def _cut(self, texts: Sequence[Texts]) -> list[dict[str, list[int]]]:
         """See `truncated`; of several texts, or of several pairs."""
