@@ -61,7 +61,7 @@ def continued(texts: TextEncoder, before: str, after: str) -> Continuation:
 
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest prefix that both have."""
+    """Length of the longest prefix that both have: two lists, or two tuples."""
     least, most = 0, min(len(one), len(other))
     while least < most:  # slices compare faster than their elements do one by one
         middle = (least + most + 1) // 2

@@ -68,9 +68,9 @@ class TextEncoder:
         return found
 
     @functools.cached_property
-    def of_nothing(self) -> tuple[int, ...]:
+    def of_nothing(self) -> list[int]:
         """Token ids of an empty text: what the tokenizer puts around every text."""
-        return tuple(self.tokenizer("", verbose=False)["input_ids"])
+        return list(self.tokenizer("", verbose=False)["input_ids"])
 
     def check_known(self, ids: Sequence[int]) -> None:
         """Raises UserError for a token that the model does not know."""
