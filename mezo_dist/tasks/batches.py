@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.directions import devices
-from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.directions.seeds import shuffled
 from mezo_dist.errors import UserError
 
 
@@ -85,7 +85,7 @@ class BatchOrder:
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
+def _epoch(num_samples: int, seed: int, epoch: int) -> Sequence[int]:
     """The order of the samples in one epoch.
 
     Args:
@@ -93,7 +93,7 @@ def _epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
         seed: of the order.
         epoch: number of the epoch.
     """
-    return sorted(range(num_samples), key=lambda i: derive_seed(seed, "order", epoch, i))
+    return shuffled(num_samples, seed, "order", epoch)
 
 
 def cut(

@@ -7,7 +7,7 @@ Implementations are plain final classes in a folder of their own each; `mezo_dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -86,11 +86,13 @@ class Answer:
 class TaskKind(Protocol):
     """One kind of task, for given settings and a given model's tokenizer."""
 
+    sample: ClassVar[type[Any]]
+    """The class of its samples: a frozen dataclass of plain numbers, texts and tuples (see `Sample`)."""
     payload_is_smooth: ClassVar[bool]
     """Small changes of weights change the payload a little (logits do, numbers of right tokens do not)."""
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Any]:
-        """The samples of one split: frozen dataclasses of plain numbers, text and tuples (see `Sample`).
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Any]:
+        """The samples of one split, one by one: a million of them need not be in memory.
 
         Raises:
             UserError: a row does not fit the task or the model; says which one of ``split``.

@@ -35,7 +35,7 @@ LAYERS = {
     "planning": "errors json_types directions algorithms config engines assets storage",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",
-    "runs": "errors patience json_types directions algorithms config distributed engines storage tasks models "
+    "runs": "errors patience json_types directions algorithms config distributed engines assets storage tasks models "
     "objectives monitoring baselines planning",
     "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim runs",
     "cli": "errors config distributed engines objectives monitoring runs planning",

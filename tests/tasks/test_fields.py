@@ -10,9 +10,10 @@ import pytest
 
 from mezo_dist.config.task import Split, Splits
 from mezo_dist.errors import UserError
+from mezo_dist.tasks.encoding import encode_rows
 from mezo_dist.tasks.fields import keys_of, listed, lookup, replaced, shown
 from mezo_dist.tasks.rows import load_rows
-from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
+from mezo_dist.tasks.text import TextEncoder, render_row
 from mezo_dist.testing import tiny_tokenizer
 from tests.tasks.encoders import task
 from tests.tasks.test_choice import kind
@@ -26,7 +27,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "a template": lambda: render_row("{{ text }}", WIDE),
     "truncation": lambda: TextEncoder(tiny_tokenizer(), 9, ("inner",)).fit(NESTED, lambda _: ()),
     "options": lambda: kind().right_options({"label": "none"}, MANY),
-    "a sample": lambda: encode_rows([WIDE], "train", lambda row: lookup(row, "text", "task.label")),
+    "a sample": lambda: list(encode_rows([WIDE], "train", lambda row: lookup(row, "text", "task.label"))),
 }
 
 

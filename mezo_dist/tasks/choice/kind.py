@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -14,10 +14,11 @@ from mezo_dist.config.kinds.choice import ChoiceTask
 from mezo_dist.tasks.batches import MicroBatch, by_slot, facts_by_slot, model_inputs
 from mezo_dist.tasks.choice.options import EncodedOptions, Sample, encode_options, options_of, right_options
 from mezo_dist.tasks.continuation import check_causal
+from mezo_dist.tasks.encoding import encode_rows
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
 from mezo_dist.tasks.scoring import TokenScores, target_texts, token_targets
-from mezo_dist.tasks.text import TextEncoder, encode_rows
+from mezo_dist.tasks.text import TextEncoder
 
 Measure = Callable[[Tensor, Tensor], Mapping[str, float]]
 """Figures, by name, of predicted and right options (int64 [n] each)."""
@@ -38,6 +39,7 @@ class Choice:
     measure: Measure
     normalise: Literal["mean", "sum", "bytes"] = "mean"
     loss: Literal["choice", "lm"] = "choice"
+    sample: ClassVar[type[Sample]] = Sample
     payload_is_smooth: ClassVar[bool] = True
 
     @staticmethod
@@ -57,7 +59,7 @@ class Choice:
 
         return Choice(text_encoder(task, model), task.prompt, options, right, accuracy, task.normalise, task.loss)
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
         """See `TaskKind`."""
         return encode_rows(rows, split, self._sample)
 
