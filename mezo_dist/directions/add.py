@@ -32,7 +32,7 @@ def add(
     *,
     param_id: int,
     bits: BitLayout,
-    offsets: Sequence[int] | Tensor = (0,),
+    offsets: Sequence[int] = (0,),
     rounding_seed: int | None = None,
 ) -> None:
     """Write ``cast(weight + combinations[v])`` to ``outputs[v]`` for every v, generating each direction once.
@@ -48,8 +48,7 @@ def add(
             itself (update in place, then it must be the only one that overlaps it).
         param_id: see `seeds.param_id`.
         bits: bit layout of the directions.
-        offsets: index of each piece's first element in the flattened full parameter: numbers, or int64 [k], on the
-            device of ``weight`` where nothing is to wait for it.
+        offsets: index of each piece's first element in the flattened full parameter.
         rounding_seed: with a seed, bf16 outputs are rounded stochastically with the bits of stream 1 of that seed;
             without, to nearest even.
 
@@ -58,15 +57,12 @@ def add(
     """
     if len(combinations) != len(outputs):
         raise ValueError(f"{len(combinations)} combinations for {len(outputs)} outputs")
-    if not len(offsets) or weight.numel() % len(offsets):
+    if not offsets or weight.numel() % len(offsets):
         raise ValueError(f"{weight.numel()} elements do not make {len(offsets)} equal pieces")
     check(weight, outputs, is_stochastic=rounding_seed is not None)
     if weight.numel() == 0:
         return
-    kernels = implementation(weight.device.type)
-    if isinstance(offsets, Tensor) and not handles_parts(kernels):
-        offsets = offsets.tolist()
-    kernels.add(
+    implementation(weight.device.type).add(
         weight,
         combinations,
         outputs,

@@ -11,7 +11,6 @@ direction need not exist as weights: a linear layer can apply it to its input, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -101,9 +100,8 @@ class Law:
             rows: int64 [k], the rows that ``weight`` holds; None: a shard, or all.
             rounding_seed: for bf16 outputs that are to be rounded stochastically.
         """
-        starts = None if rows is None else rows * math.prod(shape[1:])
         self.add_parts(
-            [Part(weight, tuple(outputs), param_id, shape, offset, starts)], combinations, rounding_seed=rounding_seed
+            [Part(weight, tuple(outputs), param_id, shape, offset, rows)], combinations, rounding_seed=rounding_seed
         )
 
     def add_parts(
@@ -128,7 +126,7 @@ class Law:
                     lowrank.add_lowrank(part, combinations, self.rank, rounding_seed)
             else:
                 for part in some:
-                    offsets = [part.offset] if part.starts is None else part.starts
+                    offsets = [part.offset] if part.rows is None else (part.rows * part.columns).tolist()
                     add(part.weight, combinations, part.outputs, param_id=part.param_id, bits=self._bits,
                         offsets=offsets, rounding_seed=rounding_seed)  # fmt: skip
 

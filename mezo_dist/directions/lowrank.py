@@ -114,7 +114,7 @@ def add_lowrank(part: Part, combinations: Sequence[Combination], rank: int, roun
         by_seed = {seed: (u[k], v[k]) for k, seed in enumerate(seeds)}
         reference.add_lowrank(part, combinations, by_seed, rounding_seed)
         return
-    columns = math.prod(shape[1:])
+    columns = part.columns
     source, targets = part.weight.view(-1), [output.view(-1) for output in part.outputs]
     right = _factor(FACTOR_V, rank, seeds, param_id, 0, columns) / math.sqrt(rank)
     rights = [_side_by_side(right, seeds, combination).T.contiguous() for combination in combinations]
@@ -136,9 +136,9 @@ def add_lowrank(part: Part, combinations: Sequence[Combination], rank: int, roun
 
 def _pieces(part: Part, columns: int) -> Iterator[Piece]:
     """The blocks of rows that a part consists of."""
-    if part.starts is None:
+    if part.rows is None:
         return pieces_of_shard(part.offset, part.weight.numel(), part.shape)
-    return pieces_of_rows((part.starts // columns).tolist(), columns)
+    return pieces_of_rows(part.rows.tolist(), columns)
 
 
 def _with_rows_of_u(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,13 +24,18 @@ class Part:
     """The whole parameter's."""
     offset: int = 0
     """Index of a shard's first element in the flattened parameter."""
-    starts: Tensor | None = None
-    """For equally long pieces, one after another (rows): int64 [k], index of each one's first element; else None."""
+    rows: Tensor | None = None
+    """int64 [k]: the rows of the parameter that ``weight`` holds, one after another; None: a shard, or all."""
 
     @property
-    def num_rows(self) -> int:
-        """Number of pieces."""
-        return 1 if self.starts is None else len(self.starts)
+    def columns(self) -> int:
+        """Elements of a row of the parameter: all dimensions after the first."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of the flattened parameter that ``weight`` consists of, all as long: a shard, or rows."""
+        return 1 if self.rows is None else len(self.rows)
 
     def with_outputs(self, places: Sequence[int]) -> Part:
         """The same with some of the outputs; a part without a list of outputs stays as it is."""

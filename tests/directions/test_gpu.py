@@ -166,7 +166,8 @@ def run_group(group: Group, device: str) -> str:
         for k in range(group.updates)
     ]
     sums = [updates[0][0] * (v % 3 + 1) for v in range(len(group.outputs))]
-    starts = torch.tensor(group.rows) * COLUMNS if group.rows else None
+    rows = torch.tensor(group.rows) if group.rows else None
+    rows_there = None if rows is None else rows.to(device)
     expected, parts = [], []
     for number, size in enumerate(group.sizes):
         w = torch.randn(size, generator=draw).to(group.dtype)
@@ -175,9 +176,8 @@ def run_group(group: Group, device: str) -> str:
         outputs = tuple(torch.full_like(w, 9.0, dtype=dtype) for dtype in group.outputs)
         copies = tuple(output.to(device, copy=True) for output in outputs)
         there = w.to(device, copy=True)
-        expected.append(Part(w, outputs or (w,), 4 + number, shape, group.offset, starts))
-        starts_there = None if starts is None else starts.to(device)
-        parts.append(Part(there, copies or (there,), 4 + number, shape, group.offset, starts_there))
+        expected.append(Part(w, outputs or (w,), 4 + number, shape, group.offset, rows))
+        parts.append(Part(there, copies or (there,), 4 + number, shape, group.offset, rows_there))
     rounding_seed = 77 if group.is_stochastic else None
     if group.factor is not None:
         gpu.scale_parts(parts, group.factor, rounding_seed=rounding_seed)
@@ -216,7 +216,7 @@ def plain_add(law: Law, part: Part, sums: list[Combination], seed: int | None) -
         u, v = lowrank.factors(law.rank, seeds, part.param_id, part.shape)
         reference.add_lowrank(part, sums, {seed: (u[k], v[k]) for k, seed in enumerate(seeds)}, seed)
         return
-    offsets = [part.offset] if part.starts is None else part.starts.tolist()
+    offsets = [part.offset] if part.rows is None else (part.rows * part.columns).tolist()
     reference.add(part.weight, sums, part.outputs, param_id=part.param_id, offsets=offsets, bits=law._bits,
                   rounding_seed=seed)  # fmt: skip
 

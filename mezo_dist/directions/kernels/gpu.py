@@ -28,7 +28,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,16 +74,16 @@ def add(
     outputs: Sequence[Tensor],
     *,
     param_id: int,
-    offsets: Sequence[int] | Tensor,
+    offsets: Sequence[int],
     bits: BitLayout,
     rounding_seed: int | None,
 ) -> None:
-    """See `mezo_dist.directions.add.add`; ``offsets`` may be an int64 tensor on the GPU, for which nothing waits."""
-    if not isinstance(offsets, Tensor) and len(offsets) == 1:
+    """See `mezo_dist.directions.add.add`."""
+    if len(offsets) == 1:
         part = Part(weight, tuple(outputs), param_id, weight.shape, offsets[0])
-    else:
-        where = offsets if isinstance(offsets, Tensor) else torch.tensor(offsets, dtype=torch.int64)
-        part = Part(weight, tuple(outputs), param_id, weight.shape, starts=_upload(where, weight.device))
+    else:  # pieces that start anywhere are rows of one element
+        starts = _upload(torch.tensor(offsets, dtype=torch.int64), weight.device)
+        part = Part(weight, tuple(outputs), param_id, torch.Size((1,)), rows=starts)
     add_parts([part], combinations, bits=bits, rounding_seed=rounding_seed)
 
 
@@ -143,7 +145,8 @@ def fill(bits: BitLayout, seeds: Sequence[int], param_id: int, size: int, device
         device: a GPU.
     """
     values = torch.empty(len(seeds), size, device=device)
-    _launch_fill([_fill_row(values, bits, param_id, 0, 1.0)], _seeds(tuple(seeds), *_place(values)), bits)
+    filled = _Filled(0, 1, size, bits, param_id)
+    _launch_fill(values, [filled], _seeds(tuple(seeds), *_place(values)), bits)
     return values
 
 
@@ -159,9 +162,10 @@ def factors(
         shape: the matrix's.
         device: a GPU.
     """
-    whole = Part(torch.empty(0), (), param_id, shape)
-    table = _seeds(tuple(seeds), *_place(torch.empty(0, device=device)))
-    ((u, v),) = _factors([whole], rank, table, device)
+    filled, size = _layout_of_factors([Part(torch.empty(0), (), param_id, shape)], rank, len(seeds))
+    values = torch.empty(size, device=device)
+    _launch_fill(values, filled, _seeds(tuple(seeds), *_place(values)), GAUSSIAN)
+    u, v = (values[f.place : f.place + f.size * len(seeds)].view(len(seeds), -1, rank) for f in filled)
     return u, v
 
 
@@ -222,7 +226,7 @@ def _few_terms(updates: list[tuple[list[Combination], int | None]]) -> Iterator[
 def _launches(
     parts: Sequence[Part], combinations: Sequence[Combination]
 ) -> Iterator[tuple[list[Part], list[Combination]]]:
-    """What one launch each does: some tensors of the same dtypes, and some of their outputs. An output that is the
+    """What one launch each does: some tensors of the same dtypes and rows, and some of their outputs. An output that is the
     weight itself comes last, for the others read what it was.
 
     Args:
@@ -230,11 +234,10 @@ def _launches(
         combinations: one per output.
     """
     parts = [part for part in parts if part.weight.numel()]
-    order = lambda part: (part.weight.dtype, tuple(output.dtype for output in part.outputs))  # noqa: E731
-    by_dtypes: dict[object, list[Part]] = {}
+    alike: dict[object, list[Part]] = {}
     for part in parts:
-        by_dtypes.setdefault(order(part), []).append(part)
-    for same in by_dtypes.values():
+        alike.setdefault((part.weight.dtype, *(out.dtype for out in part.outputs), id(part.rows)), []).append(part)
+    for same in alike.values():
         for first in range(0, len(same), MOST_PARTS):
             some = same[first : first + MOST_PARTS]
             in_place = {
@@ -267,22 +270,31 @@ def _launch_add(
         factor: what weights are multiplied by first, if not None.
     """
     weight, outputs = parts[0].weight, parts[0].outputs
-    longest = max(part.weight.numel() // part.num_rows for part in parts)
+    longest = max(part.weight.numel() // part.num_pieces for part in parts)
     # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
     wide = bits.values is RADEMACHER.values and longest >= 2 * CHUNK and len(outputs) <= 2
     chunks = 2 if wide else 1
+    weights, targets = (
+        _relative([part.weight for part in parts]),
+        _relative([o for part in parts for o in part.outputs]),
+    )
     rows, first = [], 0
-    for part in parts:
-        rows.append((first, *_flat_row(part, chunks), *map(devices.address, part.outputs)))
-        first += part.num_rows * _tiles(part.weight.numel() // part.num_rows, chunks)
+    for part, place in zip(parts, weights, strict=True):
+        length = part.weight.numel() // part.num_pieces
+        tiles, stride = _tiles(length, chunks), 0 if part.rows is None else part.columns
+        rows.append((first, place, stride, part.offset, length, tiles, part.param_id, *_next(targets, len(outputs))))
+        first += part.num_pieces * tiles
     with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
-        place = _place(weight)
-        seeds, coefficients, rounding = _terms(_key(updates), *place)
+        where = _place(weight)
+        seeds, coefficients, rounding = _terms(_key(updates), *where)
         launch(
             gpu_kernels.add_kernel,
             (first,),
-            _table(tuple(rows), *place),
-            _half_table(*place),
+            _table(tuple(rows), *where),
+            devices.address(weight),
+            devices.address(outputs[0]),
+            0 if parts[0].rows is None else devices.address(parts[0].rows),
+            _half_table(*where),
             seeds,
             coefficients,
             rounding,
@@ -315,24 +327,31 @@ def _launch_lowrank(
     """
     weight, outputs = parts[0].weight, parts[0].outputs
     with torch.cuda.device_of(weight):
-        place = _place(weight)
-        seeds, coefficients, rounding = _terms(_key(updates), *place)
-        thin = _factors(parts, rank, seeds, weight.device)
+        where = _place(weight)
+        seeds, coefficients, rounding = _terms(_key(updates), *where)
+        filled, size = _layout_of_factors(parts, rank, len(seeds))
+        thin = _workspace(size, *where)
+        if len(seeds):
+            _launch_fill(thin, filled, seeds, GAUSSIAN, parts[0].rows)
+        weights, targets = _relative([part.weight for part in parts]), _relative([o for p in parts for o in p.outputs])
+        pairs = zip(parts, weights, filled[::2], filled[1::2], strict=True)
         rows, first = [], 0
-        for part, (u, v) in zip(parts, thin, strict=True):
-            num_rows, columns = u.shape[1], v.shape[1]
-            first_row = part.offset // columns if part.starts is None else 0
-            tiles = -(-columns // TILE_COLUMNS)
+        for part, place, u, v in pairs:
+            tiles = -(-part.columns // TILE_COLUMNS)
+            num_rows = u.size // rank
+            first_row = part.offset // part.columns if part.rows is None else 0
             rows.append((
-                first, devices.address(part.weight), 0, part.offset, part.weight.numel(), tiles, part.param_id,
-                devices.address(u), devices.address(v), first_row, num_rows, columns,
-                *map(devices.address, part.outputs),
+                first, place, 0, part.offset, part.weight.numel(), tiles, part.param_id,
+                4 * u.place, 4 * v.place, first_row, num_rows, part.columns, *_next(targets, len(outputs)),
             ))  # fmt: skip
             first += -(-num_rows // TILE_ROWS) * tiles
         launch(
             gpu_kernels.lowrank_kernel,
             (first,),
-            _table(tuple(rows), *place),
+            _table(tuple(rows), *where),
+            devices.address(weight),
+            devices.address(outputs[0]),
+            devices.address(thin),
             coefficients,
             rounding,
             len(seeds),
@@ -349,92 +368,115 @@ def _launch_lowrank(
         )
 
 
-def _factors(parts: Sequence[Part], rank: int, seeds: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """U and V of each matrix, of the rows that it has, by one launch.
+@dataclass(frozen=True)
+class _Filled:
+    """One tensor of values of directions, [directions, pieces * length], in a larger one."""
+
+    place: int
+    """Elements before it."""
+    pieces: int
+    length: int
+    bits: BitLayout
+    param_id: int
+    offset: int = 0
+    """Index of the first value in the flattened parameter, if it is one piece."""
+    stride: int = 0
+    """Else what numbers of rows are multiplied by for it."""
+    divisor: float = 1.0
+    """Values are divided by it."""
+
+    @property
+    def size(self) -> int:
+        """Elements per direction."""
+        return self.pieces * self.length
+
+
+def _layout_of_factors(parts: Sequence[Part], rank: int, num_seeds: int) -> tuple[list[_Filled], int]:
+    """Where U and V of each matrix go, of the rows that it has; and the number of elements of all.
 
     Args:
         parts: whole matrices (their weights are not looked at if empty), shards or rows.
         rank: number of columns of the factors.
-        seeds: int64 [n] on the GPU.
-        device: the GPU.
-
-    Returns:
-        fp32 [n, rows, rank] and [n, columns, rank]; V is divided by the square root of the rank.
+        num_seeds: number of directions.
     """
-    pairs, rows = [], []
+    filled, place = [], 0
     for part in parts:
-        columns = math.prod(part.shape[1:])
-        first, count = 0, part.shape[0]
-        if part.starts is not None:
-            count = len(part.starts)
+        columns = part.columns
+        u = _Filled(place, 1, part.shape[0] * rank, FACTOR_U, part.param_id)
+        if part.rows is not None:
+            u = _Filled(place, len(part.rows), rank, FACTOR_U, part.param_id, stride=rank)
         elif part.weight.numel():
             first = part.offset // columns
             count = -(-(part.offset + part.weight.numel()) // columns) - first
-        u = torch.empty(len(seeds), count, rank, device=device)
-        v = torch.empty(len(seeds), columns, rank, device=device)
-        starts = None if part.starts is None else part.starts // columns * rank
-        rows.append(_fill_row(u, FACTOR_U, part.param_id, first * rank, 1.0, starts))
-        rows.append(_fill_row(v, FACTOR_V, part.param_id, 0, math.sqrt(rank)))
-        pairs.append((u, v))
-    if seeds.numel():
-        for k in range(0, len(rows), MOST_PARTS):
-            _launch_fill(rows[k : k + MOST_PARTS], seeds, GAUSSIAN)
-    return pairs
+            u = _Filled(place, 1, count * rank, FACTOR_U, part.param_id, first * rank)
+        place += u.size * num_seeds
+        v = _Filled(place, 1, columns * rank, FACTOR_V, part.param_id, divisor=math.sqrt(rank))
+        place += v.size * num_seeds
+        filled += [u, v]
+    return filled, place
 
 
-def _fill_row(
-    values: Tensor, bits: BitLayout, param_id: int, offset: int, divisor: float, starts: Tensor | None = None
-) -> tuple[int, tuple[int, ...], Tensor | None]:
-    """Tiles and row of the table of `gpu_kernels.fill_kernel` for one tensor; ``starts`` comes along, to live as long.
-
-    Args:
-        values: fp32 [num_seeds, ...], to be filled.
-        bits: bit layout of the directions.
-        param_id: see `seeds.param_id`.
-        offset: index of the first value in the flattened parameter.
-        divisor: what values are divided by.
-        starts: int64 on the GPU: index of the first value of each row; None: there is one row.
-    """
-    num_rows = 1 if starts is None else len(starts)
-    length = math.prod(values.shape[1:]) // num_rows
-    tiles = _tiles(length, 1)
-    where = 0 if starts is None else devices.address(starts)
-    code = int(torch.tensor(divisor, dtype=torch.float32).view(torch.int32))
-    return (
-        num_rows * tiles,
-        (devices.address(values), where, offset, length, tiles, param_id, bits.stream, code, num_rows),
-        starts,
-    )
-
-
-def _launch_fill(rows: Sequence[tuple[int, tuple[int, ...], Tensor | None]], seeds: Tensor, bits: BitLayout) -> None:
+def _launch_fill(
+    values: Tensor, filled: Sequence[_Filled], seeds: Tensor, bits: BitLayout, rows: Tensor | None = None
+) -> None:
     """Launch `gpu_kernels.fill_kernel`.
 
     Args:
-        rows: see `_fill_row`.
+        values: fp32, that all of ``filled`` lie in.
+        filled: where in it, and what.
         seeds: int64 [n] on the GPU.
-        bits: bit layout of the directions; streams are the rows' own.
+        bits: whose values; streams are those of ``filled``.
+        rows: int64 on the GPU, numbers of the rows that there are.
     """
-    firsts = [0, *itertools.accumulate(tiles for tiles, _, _ in rows)]
     with torch.cuda.device_of(seeds):
-        place = _place(seeds)
-        table = _table(tuple((first, *row) for first, (_, row, _) in zip(firsts, rows, strict=False)), *place)
-        launch(
-            gpu_kernels.fill_kernel,
-            (firsts[-1], len(seeds)),
-            table,
-            _half_table(*place),
-            seeds,
-            GROUP=_power_of_two(len(rows)),
-            GAUSSIAN=bits.values is GAUSSIAN.values,
-            CHUNKS=1,
-        )
+        where = _place(seeds)
+        for start in range(0, len(filled), MOST_PARTS):
+            table, first = [], 0
+            for f in filled[start : start + MOST_PARTS]:
+                tiles, divisor = _tiles(f.length, 1), struct.unpack("<i", struct.pack("<f", f.divisor))[0]
+                table.append((
+                    first, 4 * f.place, f.stride, f.offset, f.length, tiles, f.param_id, f.bits.stream, divisor, f.pieces,
+                ))  # fmt: skip
+                first += f.pieces * tiles
+            launch(
+                gpu_kernels.fill_kernel,
+                (first, len(seeds)),
+                _table(tuple(table), *where),
+                devices.address(values),
+                0 if rows is None else devices.address(rows),
+                _half_table(*where),
+                seeds,
+                GROUP=_power_of_two(len(table)),
+                GAUSSIAN=bits.values is GAUSSIAN.values,
+                CHUNKS=1,
+            )
 
 
-def _flat_row(part: Part, chunks: int) -> tuple[int, ...]:
-    length = part.weight.numel() // part.num_rows
-    starts = 0 if part.starts is None else devices.address(part.starts)
-    return devices.address(part.weight), starts, part.offset, length, _tiles(length, chunks), part.param_id
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _workspace(size: int, device: torch.device, stream: int) -> Tensor:
+    """Memory for the factors of one launch, which the next one overwrites; it grows, and is kept.
+
+    Args:
+        size: fp32 numbers.
+        device: where.
+        stream: see `devices.stream_of`.
+    """
+    kept = _workspaces.get((device, stream))
+    if kept is None or kept.numel() < size:
+        kept = _workspaces[device, stream] = torch.empty(max(size, 1), device=device)
+    return kept
+
+
+def _relative(tensors: Sequence[Tensor]) -> Iterator[int]:
+    """Addresses of tensors, counted from that of the first one."""
+    first = devices.address(tensors[0])
+    return (devices.address(tensor) - first for tensor in tensors)
+
+
+def _next(numbers: Iterator[int], count: int) -> Iterator[int]:
+    return itertools.islice(numbers, count)
 
 
 def _tiles(length: int, chunks: int) -> int:

@@ -1,8 +1,9 @@
 """Triton code of `gpu`: what a program does with its tile. The host side, and what keeps the bits equal, is there.
 
 Each kernel works on many tensors at once: a table, int64, has a row for each of them, and a program looks up which one
-its tile belongs to. Addresses in it are turned into pointers of the dtypes that the launch names by codes: 0 is fp32, 1
-bf16 (as int16), 2 fp16.
+its tile belongs to. Addresses in it count from those that the launch names (of the first tensor, of its first output, of
+the factors), so that a table stays right when memory is allocated anew. They are turned into pointers of the dtypes that
+the launch names by codes: 0 is fp32, 1 bf16 (as int16), 2 fp16.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ RADEMACHER_BLOCKS = tl.constexpr(RADEMACHER.blocks_per_chunk)
 HALF_TABLE = tl.constexpr(TABLE_SIZE // 2)
 
 # Columns of the tables; those of outputs come last, one each.
-FIRST_TILE, WEIGHT, OFFSETS, OFFSET, LENGTH, TILES, PARAM_ID, OUTPUTS = (tl.constexpr(i) for i in range(8))
-STREAM, DIVISOR, ROWS, FILL_COLUMNS = (tl.constexpr(i) for i in range(7, 11))  # after those up to PARAM_ID
+FIRST_TILE, WEIGHT, STRIDE, OFFSET, LENGTH, TILES, PARAM_ID, OUTPUTS = (tl.constexpr(i) for i in range(8))
+STREAM, DIVISOR, PIECES, FILL_COLUMNS = (tl.constexpr(i) for i in range(7, 11))  # after those up to PARAM_ID
 U, V, FIRST_ROW, NUM_ROWS, COLUMNS, LOWRANK_OUTPUTS = (tl.constexpr(i) for i in range(7, 13))
 
 
@@ -218,20 +219,21 @@ def _row_of(table, WIDTH: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _place(entry, tile, CHUNKS: tl.constexpr):
+def _place(entry, tile, rows, CHUNKS: tl.constexpr):
     """Where a tile of `_add` and `_fill` lies: number of its row, its first chunk in the full parameter, index of that
     chunk's start from the start of the row, and which elements of the tile are the row's.
 
     Args:
         entry: the tensor's row of the table.
         tile: number of the tile in the tensor.
+        rows: address of the numbers of rows, int64, if the tensor is rows of a parameter.
         CHUNKS: chunks of a tile.
     """
     length, tiles = tl.load(entry + LENGTH), tl.load(entry + TILES)
     row = tile // tiles
-    offsets = tl.load(entry + OFFSETS)
-    if offsets != 0:
-        offset = tl.load(offsets.to(tl.pointer_type(tl.int64)) + row)
+    stride = tl.load(entry + STRIDE)
+    if stride != 0:
+        offset = tl.load(rows.to(tl.pointer_type(tl.int64)) + row) * stride
     else:
         offset = tl.load(entry + OFFSET)
     chunk = offset // CHUNK_SIZE + (tile % tiles) * CHUNKS
@@ -293,9 +295,11 @@ def _sums(
     return totals
 
 
-@triton.jit(do_not_specialize=["num_terms", "stream", "rounding_seed", "factor"])
+@triton.jit(
+    do_not_specialize=["first_weight", "first_output", "rows", "num_terms", "stream", "rounding_seed", "factor"]
+)
 def add_kernel(
-    table, half_table, seeds, coefficients, rounding,
+    table, first_weight: tl.int64, first_output: tl.int64, rows: tl.int64, half_table, seeds, coefficients, rounding,
     num_terms: tl.int32, stream: tl.uint32, rounding_seed: tl.uint64, factor: tl.float32,
     GROUP: tl.constexpr, SOURCE: tl.constexpr, TARGETS: tl.constexpr, NUM_OUTPUTS: tl.constexpr,
     GAUSSIAN: tl.constexpr, STOCHASTIC: tl.constexpr, MANY: tl.constexpr, SCALED: tl.constexpr, CHUNKS: tl.constexpr,
@@ -304,6 +308,9 @@ def add_kernel(
 
     Args:
         table: int64 [GROUP, 7 + NUM_OUTPUTS], see the columns above.
+        first_weight: address that those of weights count from.
+        first_output: address that those of outputs count from.
+        rows: see `_place`.
         half_table: see `gpu._half_table`.
         seeds: int64 [num_terms], the bits of uint64; ascending within an update.
         coefficients: fp32 [num_terms, NUM_OUTPUTS], zero where an output has no such term.
@@ -324,10 +331,10 @@ def add_kernel(
     """
     entry = _row_of(table, OUTPUTS + NUM_OUTPUTS, GROUP)
     param_id = tl.load(entry + PARAM_ID).to(tl.uint32)
-    row, chunk, before, inside = _place(entry, tl.program_id(0) - tl.load(entry + FIRST_TILE), CHUNKS)
+    row, chunk, before, inside = _place(entry, tl.program_id(0) - tl.load(entry + FIRST_TILE), rows, CHUNKS)
     place = row * tl.load(entry + LENGTH) - before + tl.arange(0, CHUNKS * CHUNK_SIZE)
 
-    weight = _pointer(tl.load(entry + WEIGHT), SOURCE)
+    weight = _pointer(first_weight + tl.load(entry + WEIGHT), SOURCE)
     source = _to_fp32(tl.load(weight + place, inside, other=0, cache_modifier=".cg"), SOURCE)
     if SCALED:
         source = source * factor
@@ -345,16 +352,21 @@ def add_kernel(
         if STOCHASTIC:
             noise = _noise(rounding_seed, chunk, param_id, CHUNKS)
         for v in tl.static_range(NUM_OUTPUTS):
-            address = tl.load(entry + OUTPUTS + v)
+            address = first_output + tl.load(entry + OUTPUTS + v)
             _store(address, place, inside, totals[v], noise, (TARGETS >> (2 * v)) & 3, STOCHASTIC)
 
 
-@triton.jit
-def fill_kernel(table, half_table, seeds, GROUP: tl.constexpr, GAUSSIAN: tl.constexpr, CHUNKS: tl.constexpr):
+@triton.jit(do_not_specialize=["first", "rows"])
+def fill_kernel(
+    table, first: tl.int64, rows: tl.int64, half_table, seeds,
+    GROUP: tl.constexpr, GAUSSIAN: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     """The values of many directions, fp32, of all tensors of a table; program (tile, number of the direction).
 
     Args:
-        table: int64 [GROUP, 10], see the columns above; a tensor is [number of directions, rows, length].
+        table: int64 [GROUP, 10], see the columns above; a tensor is [number of directions, pieces, length].
+        first: address that those in the table count from.
+        rows: see `_place`.
         half_table: see `gpu._half_table`.
         seeds: int64, the bits of uint64.
         GROUP: rows of the table.
@@ -364,15 +376,15 @@ def fill_kernel(table, half_table, seeds, GROUP: tl.constexpr, GAUSSIAN: tl.cons
     entry = _row_of(table, FILL_COLUMNS, GROUP)
     param_id, stream = tl.load(entry + PARAM_ID).to(tl.uint32), tl.load(entry + STREAM).to(tl.uint32)
     divisor = tl.load(entry + DIVISOR).to(tl.int32).to(tl.float32, bitcast=True)
-    row, chunk, before, inside = _place(entry, tl.program_id(0) - tl.load(entry + FIRST_TILE), CHUNKS)
-    row = row + tl.program_id(1) * tl.load(entry + ROWS)
+    row, chunk, before, inside = _place(entry, tl.program_id(0) - tl.load(entry + FIRST_TILE), rows, CHUNKS)
+    row = row + tl.program_id(1) * tl.load(entry + PIECES)
     place = row * tl.load(entry + LENGTH) - before + tl.arange(0, CHUNKS * CHUNK_SIZE)
     seed = tl.load(seeds + tl.program_id(1)).to(tl.uint64, bitcast=True)
     if GAUSSIAN:
         z = _gaussian(seed, chunk, param_id, stream, half_table, CHUNKS)
     else:
         z = _rademacher(seed, chunk, param_id, stream, CHUNKS)
-    tl.store(_pointer(tl.load(entry + WEIGHT), 0) + place, tl.math.div_rn(z, divisor + z * 0), inside)
+    tl.store(_pointer(first + tl.load(entry + WEIGHT), 0) + place, tl.math.div_rn(z, divisor + z * 0), inside)
 
 
 @triton.jit
@@ -398,9 +410,9 @@ def _product(u, v, k, rows, columns, row_inside, column_inside, num_rows, num_co
     return z
 
 
-@triton.jit(do_not_specialize=["num_terms", "rounding_seed"])
+@triton.jit(do_not_specialize=["first_weight", "first_output", "factors", "num_terms", "rounding_seed"])
 def lowrank_kernel(
-    table, coefficients, rounding, num_terms: tl.int32, rounding_seed: tl.uint64,
+    table, first_weight: tl.int64, first_output: tl.int64, factors: tl.int64, coefficients, rounding, num_terms: tl.int32, rounding_seed: tl.uint64,
     GROUP: tl.constexpr, SOURCE: tl.constexpr, TARGETS: tl.constexpr, NUM_OUTPUTS: tl.constexpr, RANK: tl.constexpr,
     STOCHASTIC: tl.constexpr, MANY: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -408,6 +420,9 @@ def lowrank_kernel(
 
     Args:
         table: int64 [GROUP, 12 + NUM_OUTPUTS], see the columns above.
+        first_weight: address that those of weights count from.
+        first_output: address that those of outputs count from.
+        factors: address that those of U and V count from.
         coefficients: fp32 [num_terms, NUM_OUTPUTS], zero where an output has no such term.
         rounding: see `add_kernel`.
         num_terms: number of directions.
@@ -432,9 +447,9 @@ def lowrank_kernel(
     skip = tl.load(entry + OFFSET) - tl.load(entry + FIRST_ROW) * num_columns  # elements of the first row before ours
     place = rows[:, None] * num_columns + columns[None, :] - skip
     inside = (place >= 0) & (place < tl.load(entry + LENGTH)) & column_inside[None, :]
-    u, v = _pointer(tl.load(entry + U), 0), _pointer(tl.load(entry + V), 0)
+    u, v = _pointer(factors + tl.load(entry + U), 0), _pointer(factors + tl.load(entry + V), 0)
 
-    weight = _pointer(tl.load(entry + WEIGHT), SOURCE)
+    weight = _pointer(first_weight + tl.load(entry + WEIGHT), SOURCE)
     total = _to_fp32(tl.load(weight + place, inside, other=0, cache_modifier=".cg"), SOURCE)
     element = place + tl.load(entry + OFFSET)
     if MANY:
@@ -462,5 +477,5 @@ def lowrank_kernel(
         if STOCHASTIC:
             noise = _noise_at(rounding_seed, element, param_id)
         for n in tl.static_range(NUM_OUTPUTS):
-            address = tl.load(entry + LOWRANK_OUTPUTS + n)
+            address = first_output + tl.load(entry + LOWRANK_OUTPUTS + n)
             _store(address, place, inside, totals[n], noise, (TARGETS >> (2 * n)) & 3, STOCHASTIC)

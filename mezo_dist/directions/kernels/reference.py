@@ -6,7 +6,6 @@ cast at the end. Memory: a few hundred KiB of scratch however large the paramete
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -84,9 +83,9 @@ def add_lowrank(
         factors: of each seed, U [rows, rank] and V [columns, rank] of the whole matrix, fp32, on the part's device.
         rounding_seed: for bf16 outputs that are to be rounded stochastically.
     """
-    columns = math.prod(part.shape[1:])
-    elements = torch.arange(part.weight.numel() // part.num_rows)
-    starts = torch.tensor([part.offset]) if part.starts is None else part.starts.cpu()
+    columns = part.columns
+    elements = torch.arange(part.weight.numel() // part.num_pieces)
+    starts = torch.tensor([part.offset]) if part.rows is None else part.rows.cpu() * columns
     elements = (starts.unsqueeze(1) + elements).flatten()
     rows, places = (elements // columns).to(part.weight.device), (elements % columns).to(part.weight.device)
     source = part.weight.detach().reshape(-1).to(torch.float32, copy=True)

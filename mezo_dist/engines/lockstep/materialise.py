@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, final
 
@@ -187,8 +186,8 @@ class Materialiser:
         moved = [shift for shift in dict.fromkeys(shifts.values()) if shift or must_copy]
         outputs = {shift: allocate(source, dtype=dtype) for shift in moved}
         if moved:
-            starts = None if rows is None else rows.indices * math.prod(weight.shape[1:])
-            part = Part(source, tuple(outputs.values()), weight.param_id, weight.shape, starts=starts)
+            indices = None if rows is None else rows.indices
+            part = Part(source, tuple(outputs.values()), weight.param_id, weight.shape, rows=indices)
             todo.setdefault(tuple(moved), []).append(part)
         return {v: outputs.get(shift, source) for v, shift in shifts.items()}
 
