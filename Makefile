@@ -17,10 +17,10 @@ endif
 
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint format clean
+.PHONY: help quickstart test test-oldest test-oldest-transformers check lint format clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-25s %s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on two processes; takes minutes
 	$(BIN)/python -m mezo_dist.assets demo:smollm2-135m demo:movie-sentences
@@ -29,6 +29,25 @@ quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on
 # In the order of the folders, for launches and faults take longest and must not come last.
 test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# PyPI's build of an old torch brings 3 GB of CUDA libraries; it is taken where the CPU build cannot be had.
+# What these versions warn of in their own code (torch.jit; peft, of models without a folder) is no fault of ours.
+OLDEST := .venv-oldest/bin
+OLDEST_TESTS ?= tests/algorithms tests/config tests/directions tests/engines tests/models tests/optim tests/storage tests/trainer
+OLDEST_TORCH := $(shell grep '^torch==' constraints-oldest.txt)
+OLDEST_TRANSFORMERS := $(shell grep '^transformers==' constraints-oldest.txt)
+OLDEST_OPTIONS := -W 'ignore:`torch.jit.script' -W 'ignore:Could not find a config file' \
+  -m "not assets and not distributed and not slow"
+test-oldest: .venv-oldest/installed ## unit and engine tests with the oldest versions that setup.cfg allows
+	$(OLDEST)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -p no:cacheprovider \
+	  $(OLDEST_OPTIONS) $(OLDEST_TESTS) $(ARGS)
+
+# The cheap part of that, for every CI run: .venv, with the oldest transformers and its hub client before the newest.
+test-oldest-transformers: .venv/installed-dev ## what stands closest on transformers, with the oldest that setup.cfg allows
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/oldest-transformers $(OLDEST_TRANSFORMERS) \
+	  huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	PYTHONPATH=.venv/oldest-transformers $(BIN)/python -m pytest -p no:cacheprovider $(OLDEST_OPTIONS) \
+	  tests/trainer/test_hooks.py tests/trainer/test_same_run.py tests/models/test_load.py
 
 check: lint ## lint and the quick unit tests: for before a commit
 	$(BIN)/python -m pytest -m "not assets and not distributed and not slow" $(ARGS)
@@ -43,7 +62,7 @@ format: .venv/installed-dev ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, and what was built or cached; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp per set of extras: older than setup.cfg or constraints.txt, it is made again.
@@ -52,7 +71,14 @@ clean: ## remove .venv, and what was built or cached; runs/ stays
 	$(BIN)/pip install --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-$(BIN)/pip:
+$(BIN)/pip $(OLDEST)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'mezo_dist needs Python 3.10 or newer, and $(PYTHON) is none: name one, as in "make test PYTHON=python3.11".'; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/pip=)
+
+.venv-oldest/installed: setup.cfg constraints-oldest.txt | $(OLDEST)/pip
+	$(OLDEST)/pip install --no-deps --retries 2 $(TORCH_INDEX:%=--extra-index-url %) \
+	  $(OLDEST_TORCH)$(if $(TORCH_INDEX),+cpu) || $(OLDEST)/pip install $(OLDEST_TORCH)
+	$(OLDEST)/pip install --constraint constraints-oldest.txt --editable '.[trainer,peft]' \
+	  'pytest>=9,<10' 'pytest-timeout>=2.4,<3' 'pytest-xdist>=3.8,<4' 'hypothesis>=6.150,<7' 'scipy>=1.15,<2'
+	@touch $@

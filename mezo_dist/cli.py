@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mezo-dist{_rank_in_words()}: error: {_indented(str(error))}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("mezo-dist: stopped; go on with --output.if_exists=resume", file=sys.stderr)
+        print(f"mezo-dist: stopped{getattr(known, 'advice', '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -123,9 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     tasks = commands.add_parser("tasks", help="list the tasks that ship, or show what one looks like to a model")
     _add_tasks(tasks)
 
-    report = commands.add_parser("report", help="one HTML page about a run, from its files")
-    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    report.add_argument("--to", type=Path, metavar="FILE", help="where to write; RUN/report.html by default")
+    completion = commands.add_parser("completion", help="the script by which a shell completes commands and settings")
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"], help="as in: source <(mezo-dist completion bash)")
+    completion.set_defaults(command=_completion)
+
+    report = commands.add_parser("report", help="one HTML page about a run, or several, from their files")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several are compared")
+    report.add_argument(
+        "--to",
+        type=Path,
+        metavar="FILE",
+        help="where to write; RUN/report.html by default, and report.html here for several runs",
+    )
     report.set_defaults(command=_report)
     return parser
 
@@ -139,7 +148,9 @@ def _seconds(text: str) -> float:
 
 def _add_run(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--step", type=int, help="number of steps to apply (0: the base model); all by default")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="number of steps to apply (0: the base model); all by default"
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -160,9 +171,15 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="files that must be the same on all ranks")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="folder that all ranks must see; this one by default"
+        "--folder",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="folder that all ranks must see; this one by default",
     )
-    parser.add_argument("--timeout", type=_seconds, default=30.0, help="seconds to wait for ranks that do not answer")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=30.0, metavar="S", help="seconds to wait for ranks that do not answer"
+    )
     parser.set_defaults(command=_doctor)
 
 
@@ -176,7 +193,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument("task", metavar="TASK", help="a task that ships, or a task file")
     show.add_argument("--model", required=True, help="a model folder, hub name or demo model")
-    show.add_argument("--rows", type=int, default=2, help="training samples to show; 2 by default")
+    show.add_argument("--rows", type=int, default=2, metavar="N", help="training samples to show; 2 by default")
     show.set_defaults(command=_show_task)
 
 
@@ -228,18 +245,23 @@ def _train(arguments: argparse.Namespace) -> None:
     given = ["--output.if_exists=replace" if item == "--force-new" else item for item in arguments.arguments]
     if "-h" in given or "--help" in given:
         names = [item.partition("=")[2] for item in given if item.removeprefix("--").startswith("algorithm.name=")]
-        print(help_text(*names[-1:]))
+        after = given[given.index("-h" if "-h" in given else "--help") + 1 :]
+        section = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else None
+        print(help_text(names[-1] if names else "mezo-svrg", section))
         return
+    is_dry, given = "--dry-run" in given, [item for item in given if item != "--dry-run"]
     if not given or given[0].startswith("-"):
         raise UserError("name a config file first, as in `mezo-dist train configs/quickstart.yaml --seed=1`")
     config = reader.load(given[0], given[1:])
     tune_malloc(is_sharded=config.layout.name != "replicated")
 
     def work(comm: Communicator) -> None:
-        from mezo_dist.runs import training
+        from mezo_dist.runs import dry_run, training
 
-        training.train(config, comm)
+        (dry_run.try_out if is_dry else training.train)(config, comm)
 
+    if not is_dry:
+        arguments.advice = "; go on with --output.if_exists=resume"  # where Ctrl-C stops it
     _with_communicator(config.distributed.timeout_s, work, config.distributed.patience_s)
 
 
@@ -247,7 +269,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     def work(comm: Communicator) -> None:
         from mezo_dist.monitoring.console import Monitor
         from mezo_dist.objectives.rewards.judge import judging
-        from mezo_dist.runs import load, training
+        from mezo_dist.runs import load, looks
 
         opened = _opened(arguments, comm)
         is_rewarded = opened.config.train.objective == "reward"
@@ -256,8 +278,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         with judging(opened.config, comm) if arguments.rewards else contextlib.nullcontext() as judge:
             run = load.load_run(opened, comm, judge)
             with Monitor.open(None, is_main=comm.rank == 0, num_steps=run.step) as monitor:
-                calibration = training.calibrate(run, monitor)
-                training.score(run, arguments.split, monitor, run.step, calibration)
+                calibration = looks.calibrate(run, monitor)
+                looks.score(run, arguments.split, monitor, run.step, calibration)
                 if is_rewarded and judge is None:
                     monitor.say(
                         "This run optimises a reward, which is not shown here: the loss is that of the texts in "
@@ -310,11 +332,18 @@ def _replay(arguments: argparse.Namespace) -> None:
     _with_communicator(600.0, work)
 
 
+def _completion(arguments: argparse.Namespace) -> None:
+    from mezo_dist.config.completion import script
+
+    print(script(arguments.shell, _parser()), end="")
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from mezo_dist.monitoring import html_report
 
-    path = arguments.to or arguments.run / "report.html"
-    html_report.write(arguments.run, path)
+    folder = arguments.runs[0] if len(arguments.runs) == 1 else Path()
+    path = arguments.to or folder / "report.html"
+    html_report.write(arguments.runs, path)
     print(f"wrote {path}")
 
 

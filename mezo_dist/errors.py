@@ -1,5 +1,10 @@
 """Errors meant for the person at the keyboard, as opposed to bugs of ours, and how text from files is shown to them."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Something the user can mend. The message says what is wrong, where (setting or file), and how to fix it.
@@ -33,6 +38,23 @@ class Stopped(BaseException):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+@contextlib.contextmanager
+def needs(package: str, what: str) -> Iterator[None]:
+    """Context manager around the imports of something that may not be installed.
+
+    Args:
+        package: what pip installs, with an extra perhaps: ``mezo_dist[peft]``.
+        what: the setting, or the thing, that cannot do without it.
+
+    Raises:
+        UserError: it cannot be imported; the message has the command that installs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what}: not installed, or broken ({error}): pip install '{package}'") from error
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -10,48 +10,100 @@ import inspect
 import itertools
 import sys
 import typing
+from collections.abc import Sequence
 
 from mezo_dist.algorithms import EVERY
 from mezo_dist.config.kinds import DEFAULT_KIND, KINDS
 from mezo_dist.config.settings import Chosen, Setting, all_settings, choices, choose, describe
 from mezo_dist.config.task import TaskSettings
 from mezo_dist.config.yaml_file import shown
+from mezo_dist.errors import UserError
 
 EPILOG = "Settings of another algorithm: mezo-dist train --help --algorithm.name=NAME\n"
+GENERAL = "general"
+"""Name of the section of the settings that stand in none."""
+USAGE = "mezo-dist train CONFIG [--dry-run] [--SETTING VALUE ...]\n       mezo-dist train --help [SECTION]"
+ABOUT = """\
+CONFIG is a YAML file of the settings below; those on the command line count more. With ``--dry-run`` everything is
+checked, three steps are taken, the time and the memory of the run are predicted, and nothing is left behind.
+``--force-new`` stands for --output.if_exists=replace. Sections: {}."""
 
 
-def help_text(algorithm: str = "mezo-svrg") -> str:
+def help_text(algorithm: str = "mezo-svrg", section: str | None = None) -> str:
     """Every setting with its meaning, type and default, for the terminal.
 
+    Args:
+        algorithm: the one whose settings are shown.
+        section: dotted name of the only section, or setting, to show; all if None.
+
     Raises:
-        UserError: there is no such algorithm.
+        UserError: there is no such algorithm, or no such section.
     """
-    parser = argparse.ArgumentParser(
-        usage="mezo-dist train CONFIG [--SETTING VALUE ...]",
-        description="CONFIG is a YAML file of the settings below; those on the command line count more.",
-        add_help=False,
-    )
-    groups = {"": parser.add_argument_group("general")}
     chosen = {"algorithm": choose("algorithm", algorithm, "command line"), "task": DEFAULT_KIND}
-    for setting in all_settings(chosen).values():
+    settings = all_settings(chosen)
+    sections = [setting.name for setting in settings.values() if setting.is_section]
+    about = _plain(ABOUT.format(", ".join([GENERAL, *sections])))
+    parser = argparse.ArgumentParser(usage=USAGE if section is None else argparse.SUPPRESS, add_help=False,
+                                     description=about if section is None else None)  # fmt: skip
+    held: dict[str, list[Setting]] = {GENERAL: [], **{name: [] for name in sections}}
+    for setting in settings.values():
         if setting.name == "task":
-            setting = dataclasses.replace(setting, kind=TaskSettings)
-        if setting.is_section:
-            groups[setting.name] = parser.add_argument_group(setting.name, _about(setting.kind))
-        if setting.name == "task" or not (setting.is_section or setting.owner in KINDS.values()):
-            _add(groups[setting.name if setting.is_section else setting.name.rpartition(".")[0]], setting)
-    kinds = (_kind_help(kind, {**chosen, "task": kind}) for kind in KINDS)
-    return "\n".join([parser.format_help(), *kinds, EPILOG])
+            held["task"].append(dataclasses.replace(setting, kind=TaskSettings))
+        elif not setting.is_section and setting.owner not in KINDS.values():
+            held[setting.name.rpartition(".")[0] or GENERAL].append(setting)
+    for name, inside in held.items():
+        kind = TaskSettings if name == "task" else None if name == GENERAL else settings[name].kind
+        _add_group(parser, name, kind, inside, section)
+    kinds = [text for kind in KINDS if (text := _kind_help(kind, {**chosen, "task": kind}, section))]
+    texts = [text for text in (parser.format_help(), *kinds) if text]
+    if not texts:
+        raise UserError(
+            f"--help: there is no section or setting {section!r}; sections are {', '.join([GENERAL, *sections])}"
+        )
+    return "\n".join(texts if section is not None else [*texts, EPILOG])
 
 
-def _kind_help(kind: str, chosen: Chosen) -> str:
-    """The settings that tasks of one kind have beside the common ones, by a parser of their own: kinds share names."""
+def _is_within(name: str, section: str | None) -> bool:
+    """Whether a setting is in a section, or is what the section names."""
+    if section == GENERAL:
+        return "." not in name and name != "task"
+    return section is None or name == section or name.startswith(f"{section}.")
+
+
+def _kind_help(kind: str, chosen: Chosen, section: str | None) -> str:
+    """The settings that tasks of one kind have beside the common ones, by a parser of their own: kinds share names.
+
+    Args:
+        kind: of the tasks.
+        chosen: the kind, and an algorithm.
+        section: see `help_text`.
+
+    Returns:
+        Empty if the section holds none of them.
+    """
+    inside = [setting for setting in all_settings(chosen).values() if setting.owner is KINDS[kind]]
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-    group = parser.add_argument_group(f"task, kind: {kind}", _about(KINDS[kind]))
-    for setting in all_settings(chosen).values():
-        if setting.owner is KINDS[kind]:
-            _add(group, setting)
+    _add_group(parser, f"task, kind: {kind}", KINDS[kind], inside, section)
     return parser.format_help()
+
+
+def _add_group(
+    parser: argparse.ArgumentParser, title: str, kind: type | None, inside: Sequence[Setting], section: str | None
+) -> None:
+    """Add the settings of a section, if there are such.
+
+    Args:
+        parser: shows them.
+        title: of the group.
+        kind: the section's dataclass, if it is one.
+        inside: settings that stand in it.
+        section: see `help_text`; other settings are left out.
+    """
+    wanted = [setting for setting in inside if _is_within(setting.name, section)]
+    if wanted:
+        group = parser.add_argument_group(title, None if kind is None else _about(kind))
+        for setting in wanted:
+            _add(group, setting)
 
 
 def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:

@@ -25,7 +25,7 @@ from mezo_dist.config.paths import located
 from mezo_dist.config.reward import RewardConfig
 from mezo_dist.json_types import JsonObject
 
-NO_RESULTS = ("layout", "output", "distributed", "origin")
+NO_RESULTS = ("layout", "output", "monitor", "distributed", "origin")
 """Sections that do not change what is computed: a run may go on with others."""
 ModelKind = Literal["causal", "masked", "classifier"]
 """What answers: the language-model head of a causal or a masked model, or a classification head."""
@@ -173,7 +173,8 @@ class TrainConfig:
     max_tokens: int | None = None
     """Tokens of the longest sequence. Null: the model's window."""
     evaluate_every: int = 0
-    """Steps between evaluations on the validation split. 0: at the end only."""
+    """Steps between evaluations on the validation split, of which the first is before training. 0: as often as
+    ``output.looks`` says."""
     objective: Literal["loss", "metric", "reward"] = "loss"
     """What is optimised: the ``loss`` of the task, or its ``metric`` itself, as it is on a batch (minus the metric is
     then the loss of the batch). A metric such as the accuracy of 16 samples takes few values, so that many differences
@@ -233,10 +234,18 @@ class OutputConfig:
     """Write the fine-tuned model as a Hugging Face folder at the end of the run."""
     test: bool = True
     """Evaluate on the test split before and after training."""
+    looks: int = 8
+    """Evaluations on the validation split before and during training, for the curves; there are fewer, or none, where
+    so many would take more than a tenth of the run's forward passes. 0: at the end only. ``train.evaluate_every``, if
+    given, counts in place of this. Changes no weight."""
+    answers: int = 6
+    """Validation samples whose texts and answers, before and after training, are kept in ``answers.json`` for
+    `mezo-dist report`, beside which classes were taken for which. 0: keep none of these."""
 
     def __post_init__(self) -> None:
         check_lines(self, "output.", "dir")
         check_ranges(self, "output.", sync_s=(0, MAX_TIMEOUT_S), snapshot_every=(0, MANY), snapshots_kept=(1, MANY))
+        check_ranges(self, "output.", answers=(0, 1000), looks=(0, MANY))
 
 
 @dataclass(frozen=True)
@@ -303,6 +312,11 @@ class RunConfig:
     """What judges the texts that a model writes, for ``train.objective: reward``."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """The run folder, and what is written into it."""
+    monitor: tuple[Literal["tensorboard", "wandb", "mlflow", "csv"], ...] = ("tensorboard",)
+    """Where the curves go beside ``metrics.jsonl``, each through its package (``pip install wandb``), from rank 0.
+    ``tensorboard``: event files in the run folder; ``csv``: ``metrics.csv`` there, a table for spreadsheets; ``wandb``
+    and ``mlflow``: a run there, set up by their variables (``WANDB_PROJECT``, ``WANDB_MODE=offline``,
+    ``MLFLOW_TRACKING_URI``, ...), which goes on when this one does. One that fails is left out with a warning."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of a run communicate."""
     origin: OriginConfig = field(default_factory=OriginConfig)

@@ -165,7 +165,7 @@ def describe(kind: object) -> str:
         return " or ".join(arguments)
     if dataclasses.is_dataclass(kind):
         return f"{{{', '.join(f'{name}: {describe(item)}' for name, item in typing.get_type_hints(kind).items())}}}"
-    return " or ".join(describe(argument) for argument in arguments)
+    return " or ".join(describe(item) for item in arguments if item is not int or float not in arguments)
 
 
 def choices(kind: object) -> list[str]:

@@ -59,7 +59,7 @@ def add(
         raise ValueError(f"{len(combinations)} combinations for {len(outputs)} outputs")
     if not offsets or weight.numel() % len(offsets):
         raise ValueError(f"{weight.numel()} elements do not make {len(offsets)} equal pieces")
-    _check(weight, outputs, is_stochastic=rounding_seed is not None)
+    check(weight, outputs, is_stochastic=rounding_seed is not None)
     if weight.numel() == 0:
         return
     implementation(weight.device.type).add(
@@ -100,7 +100,7 @@ def advance(
     num_stochastic = sum(seed is not None for _, seed in updates)
     if num_stochastic not in (0, len(updates)):
         raise ValueError("either all updates are rounded stochastically or none")
-    _check(weight, [weight], is_stochastic=num_stochastic > 0)
+    check(weight, [weight], is_stochastic=num_stochastic > 0)
     if weight.numel() and updates:
         implementation(weight.device.type).advance(weight, updates, param_id=param_id, bits=bits, offset=offset)
 
@@ -118,11 +118,19 @@ def implementation(device_type: str) -> ModuleType:
     try:
         return importlib.import_module(f"mezo_dist.directions.kernels.{name}")
     except ImportError as error:
-        log.warning("fused %s kernels are off (%s): the (slow) torch reference generates directions", name, error)
+        install = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        log.warning(
+            "fused %s kernels are off (%s): the (slow) torch reference generates directions%s", name, error, install
+        )
         return reference
 
 
-def _check(weight: Tensor, outputs: Sequence[Tensor], *, is_stochastic: bool) -> None:
+def handles_parts(kernels: ModuleType) -> bool:
+    """Whether kernels work on many tensors at once, and on tables on the device: those of GPUs do."""
+    return hasattr(kernels, "add_parts")
+
+
+def check(weight: Tensor, outputs: Sequence[Tensor], *, is_stochastic: bool) -> None:
     """Raise ValueError for tensors that no implementation takes.
 
     Args:

@@ -11,19 +11,21 @@ direction need not exist as weights: a linear layer can apply it to its input, a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mezo_dist.directions import lowrank
-from mezo_dist.directions.add import add, advance
+from mezo_dist.directions.add import add, advance, check, handles_parts, implementation
 from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.parts import Part
 
+CPU = torch.device("cpu")
 SCALED_AT_ONCE = 1 << 20
 """Elements that are scaled at a time: 4 MiB of scratch."""
 
@@ -98,23 +100,35 @@ class Law:
             rows: int64 [k], the rows that ``weight`` holds; None: a shard, or all.
             rounding_seed: for bf16 outputs that are to be rounded stochastically.
         """
-        if self.is_lowrank and len(shape) >= 2 and any(combinations):
-            if rows is None:
-                pieces = lowrank.pieces_of_shard(offset, weight.numel(), shape)
-            else:
-                pieces = lowrank.pieces_of_rows(rows, shape)
-            lowrank.add_lowrank(weight, combinations, outputs, self.rank, param_id, shape, pieces, rounding_seed)
-            return
-        offsets = [offset] if rows is None else (rows * math.prod(shape[1:])).tolist()
-        add(
-            weight,
-            combinations,
-            outputs,
-            param_id=param_id,
-            bits=self._bits,
-            offsets=offsets,
-            rounding_seed=rounding_seed,
+        self.add_parts(
+            [Part(weight, tuple(outputs), param_id, shape, offset, rows)], combinations, rounding_seed=rounding_seed
         )
+
+    def add_parts(
+        self, parts: Sequence[Part], combinations: Sequence[Combination], *, rounding_seed: int | None = None
+    ) -> None:
+        """`add` for many tensors; on a GPU by one launch of a kernel for up to 32 of them.
+
+        Args:
+            parts: the tensors, on one device; each has one output per combination.
+            combinations: the same for all of them.
+            rounding_seed: for bf16 outputs that are to be rounded stochastically.
+        """
+        for kernels, thin, some in self._sorted(parts, any(combinations)):
+            for part in some:
+                check(part.weight, part.outputs, is_stochastic=rounding_seed is not None)
+            if thin and handles_parts(kernels):
+                kernels.add_lowrank(some, combinations, rank=self.rank, rounding_seed=rounding_seed)
+            elif handles_parts(kernels):
+                kernels.add_parts(some, combinations, bits=self._bits, rounding_seed=rounding_seed)
+            elif thin:
+                for part in some:
+                    lowrank.add_lowrank(part, combinations, self.rank, rounding_seed)
+            else:
+                for part in some:
+                    offsets = [part.offset] if part.rows is None else (part.rows * part.columns).tolist()
+                    add(part.weight, combinations, part.outputs, param_id=part.param_id, bits=self._bits,
+                        offsets=offsets, rounding_seed=rounding_seed)  # fmt: skip
 
     def advance(
         self,
@@ -134,11 +148,27 @@ class Law:
             shape: the whole parameter's.
             offset: index of a shard's first element in the flattened parameter.
         """
-        if len(updates) > 1 and not (self.is_lowrank and len(shape) >= 2):
-            advance(weight, updates, param_id=param_id, bits=self._bits, offset=offset)
-            return
-        for combination, seed in updates:  # lowrank: an update is matrix products, and the matrix stays in the cache
-            self.add(weight, [combination], [weight], param_id=param_id, shape=shape, offset=offset, rounding_seed=seed)
+        self.advance_parts([Part(weight, (weight,), param_id, shape, offset)], updates)
+
+    def advance_parts(self, parts: Sequence[Part], updates: Sequence[tuple[Combination, int | None]]) -> None:
+        """`advance` for many tensors, each of which is its own output; on a GPU by one launch for up to 32 of them.
+
+        Args:
+            parts: the tensors, on one device.
+            updates: (combination, seed of stochastic rounding or None).
+        """
+        for kernels, thin, some in self._sorted(parts, True):
+            if thin and handles_parts(kernels):
+                kernels.advance_lowrank(some, updates, rank=self.rank)
+            elif handles_parts(kernels):
+                kernels.advance_parts(some, updates, bits=self._bits)
+            elif len(updates) > 1 and not thin:
+                for part in some:
+                    advance(part.weight, updates, param_id=part.param_id, bits=self._bits, offset=part.offset)
+            else:  # lowrank: an update is matrix products, and the matrix stays in the cache
+                for part in some:
+                    for combination, seed in updates:
+                        self.add_parts([part], [combination], rounding_seed=seed)
 
     def scale(
         self,
@@ -158,39 +188,80 @@ class Law:
             offset: index of a shard's first element in the flattened parameter.
             rounding_seed: for a bf16 weight that is to be rounded stochastically.
         """
-        flat = weight.detach().view(-1)
-        for start in range(0, flat.numel(), SCALED_AT_ONCE):
-            piece = flat[start : start + SCALED_AT_ONCE]
-            scaled = piece.float() * factor
-            if rounding_seed is None:
-                piece.copy_(scaled)
-            else:
-                offsets = [offset + start]
-                add(scaled, [ZERO], [piece], param_id=param_id, bits=GAUSSIAN, offsets=offsets,
-                    rounding_seed=rounding_seed)  # fmt: skip
+        self.scale_parts([Part(weight, (weight,), param_id, weight.shape, offset)], factor, rounding_seed=rounding_seed)
 
-    def factors(self, seeds: Sequence[int], param_id: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def scale_parts(self, parts: Sequence[Part], factor: float, *, rounding_seed: int | None = None) -> None:
+        """`scale` for many tensors, each of which is its own output.
+
+        Args:
+            parts: the tensors, on one device.
+            factor: rounded to fp32.
+            rounding_seed: for bf16 weights that are to be rounded stochastically.
+        """
+        kernels = implementation(parts[0].weight.device.type)
+        if handles_parts(kernels):
+            kernels.scale_parts(parts, factor, rounding_seed=rounding_seed)
+            return
+        for part in parts:
+            _scale(part, factor, rounding_seed)
+
+    def _sorted(self, parts: Sequence[Part], moved: bool) -> Iterator[tuple[ModuleType, bool, list[Part]]]:
+        """The kernels of the parts' device, with the parts whose directions are products of thin factors (True), and
+        the others. ``moved``: combinations are not all zero."""
+        thin = [moved and self.is_lowrank and len(part.shape) >= 2 for part in parts]
+        for kind in (True, False):
+            some = [part for part, is_thin in zip(parts, thin, strict=True) if is_thin == kind and part.weight.numel()]
+            if some:
+                yield implementation(some[0].weight.device.type), kind, some
+
+    def factors(
+        self, seeds: Sequence[int], param_id: int, shape: torch.Size, device: torch.device = CPU
+    ) -> tuple[Tensor, Tensor]:
         """The thin factors of a matrix's directions: ``z = U V^T``.
 
         Args:
             seeds: the directions'.
             param_id: see `seeds.param_id`.
             shape: the matrix's; dimensions after the first count as columns.
+            device: where they are wanted; a GPU makes them there.
 
         Returns:
             U [num_seeds, rows, rank] and V [num_seeds, columns, rank], fp32; V carries the 1 / sqrt(rank).
         """
-        return lowrank.factors(self.rank, seeds, param_id, shape)
+        kernels = implementation(device.type)
+        if handles_parts(kernels):
+            u, v = kernels.factors(self.rank, seeds, param_id, shape, device)
+        else:
+            u, v = lowrank.factors(self.rank, seeds, param_id, shape)
+        return u.to(device), v.to(device)
 
-    def vector(self, seeds: Sequence[int], param_id: int, size: int) -> Tensor:
+    def vector(self, seeds: Sequence[int], param_id: int, size: int, device: torch.device = CPU) -> Tensor:
         """The directions of a 1-D parameter.
 
         Args:
             seeds: the directions'.
             param_id: see `seeds.param_id`.
             size: number of elements.
+            device: where they are wanted; a GPU makes them there.
 
         Returns:
             fp32 [num_seeds, size].
         """
-        return lowrank.fill(self._bits, seeds, param_id, 0, size)
+        kernels = implementation(device.type)
+        if handles_parts(kernels):
+            values: Tensor = kernels.fill(self._bits, seeds, param_id, size, device)
+            return values
+        return lowrank.fill(self._bits, seeds, param_id, 0, size).to(device)
+
+
+def _scale(part: Part, factor: float, rounding_seed: int | None) -> None:
+    """See `Law.scale`, in plain torch."""
+    flat = part.weight.detach().view(-1)
+    for start in range(0, flat.numel(), SCALED_AT_ONCE):
+        piece = flat[start : start + SCALED_AT_ONCE]
+        scaled = piece.float() * factor
+        if rounding_seed is None:
+            piece.copy_(scaled)
+        else:
+            add(scaled, [ZERO], [piece], param_id=part.param_id, bits=GAUSSIAN, offsets=[part.offset + start],
+                rounding_seed=rounding_seed)  # fmt: skip

@@ -17,6 +17,8 @@ from torch import Tensor
 from mezo_dist.directions.add import add
 from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.kernels import reference
+from mezo_dist.directions.parts import Part
 
 BLOCK = 64
 """Rows of a low-rank direction that one matrix product computes."""
@@ -56,11 +58,10 @@ def pieces_of_shard(offset: int, length: int, shape: torch.Size) -> Iterator[Pie
         yield Piece(range(row, min(row + BLOCK, shape[0])), first - start, first - offset, stop - first)
 
 
-def pieces_of_rows(rows: Tensor, shape: torch.Size) -> Iterator[Piece]:
-    """Blocks of the rows ``rows`` (int64 [k]), in that order."""
-    columns, numbers = math.prod(shape[1:]), rows.tolist()
-    for k in range(0, len(numbers), BLOCK):
-        some = numbers[k : k + BLOCK]
+def pieces_of_rows(rows: Sequence[int], columns: int) -> Iterator[Piece]:
+    """Blocks of some rows of a matrix, in their order."""
+    for k in range(0, len(rows), BLOCK):
+        some = rows[k : k + BLOCK]
         yield Piece(some, 0, k * columns, len(some) * columns)
 
 
@@ -94,38 +95,31 @@ def _factor(bits: BitLayout, rank: int, seeds: Sequence[int], param_id: int, fir
     return flat.view(len(seeds), num_rows, rank)
 
 
-def add_lowrank(
-    weight: Tensor,
-    combinations: Sequence[Combination],
-    outputs: Sequence[Tensor],
-    rank: int,
-    param_id: int,
-    shape: torch.Size,
-    pieces: Iterable[Piece],
-    rounding_seed: int | None,
-) -> None:
+def add_lowrank(part: Part, combinations: Sequence[Combination], rank: int, rounding_seed: int | None) -> None:
     """``U diag(c) V^T`` over all directions of a combination, `BLOCK` rows at a time: one matrix product each.
 
     A product of another shape may be summed in another order. So all have the same shape, whatever the shard, and
-    a row of a matrix gets the same bits wherever it lies.
+    a row of a matrix gets the same bits wherever it lies. On devices without kernels of their own, as GPUs compute it.
 
     Args:
-        weight: a shard of a matrix, or some of its rows.
+        part: a matrix, a shard or some of its rows, with one output per combination.
         combinations: one per output.
-        outputs: shaped as ``weight``.
         rank: number of columns of the factors.
-        param_id: see `seeds.param_id`.
-        shape: the whole matrix's.
-        pieces: blocks of rows that ``weight`` consists of.
         rounding_seed: for bf16 outputs that are to be rounded stochastically.
     """
-    columns = math.prod(shape[1:])
-    source, targets = weight.view(-1), [output.view(-1) for output in outputs]
+    shape, param_id = part.shape, part.param_id
     seeds = sorted({seed for combination in combinations for seed, _ in combination.terms})
+    if part.weight.device.type != "cpu":
+        u, v = (factor.to(part.weight.device) for factor in factors(rank, seeds, param_id, shape))
+        by_seed = {seed: (u[k], v[k]) for k, seed in enumerate(seeds)}
+        reference.add_lowrank(part, combinations, by_seed, rounding_seed)
+        return
+    columns = part.columns
+    source, targets = part.weight.view(-1), [output.view(-1) for output in part.outputs]
     right = _factor(FACTOR_V, rank, seeds, param_id, 0, columns) / math.sqrt(rank)
     rights = [_side_by_side(right, seeds, combination).T.contiguous() for combination in combinations]
     base = torch.zeros(BLOCK, columns)
-    for piece, left in _with_rows_of_u(pieces, rank, seeds, param_id):
+    for piece, left in _with_rows_of_u(_pieces(part, columns), rank, seeds, param_id):
         here, inside = slice(piece.first, piece.first + piece.length), slice(piece.skip, piece.skip + piece.length)
         base.view(-1)[inside] = source[here]
         for combination, v, target in zip(combinations, rights, targets, strict=True):
@@ -138,6 +132,13 @@ def add_lowrank(
             else:
                 add(total.view(-1)[inside], [ZERO], [target[here]], param_id=param_id, bits=GAUSSIAN,
                     offsets=[piece.rows[0] * columns + piece.skip], rounding_seed=rounding_seed)  # fmt: skip
+
+
+def _pieces(part: Part, columns: int) -> Iterator[Piece]:
+    """The blocks of rows that a part consists of."""
+    if part.rows is None:
+        return pieces_of_shard(part.offset, part.weight.numel(), part.shape)
+    return pieces_of_rows(part.rows.tolist(), columns)
 
 
 def _with_rows_of_u(

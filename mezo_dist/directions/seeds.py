@@ -6,6 +6,7 @@ Invariant: a seed depends on what it is for and on the run's seed, never on the 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable
 
 
@@ -19,9 +20,34 @@ def derive_seed(run_seed: int, *purpose: int | str) -> int:
     >>> derive_seed(0, "step", 1) == derive_seed(0, "step", 1) != derive_seed(0, "step", 2)
     True
     """
+    return int.from_bytes(hashlib.blake2b(_text(run_seed, purpose).encode(), digest_size=8).digest(), "little")
+
+
+def _text(run_seed: int, purpose: Iterable[int | str]) -> str:
     parts = (str(part).replace("\\", "\\\\").replace("/", "\\/") for part in purpose)
-    text = "/".join(["mezo_dist/v1", str(run_seed), *parts])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return "/".join(["mezo_dist/v1", str(run_seed), *parts])
+
+
+def shuffled(size: int, run_seed: int, *purpose: int | str) -> array[int]:
+    """The numbers below ``size`` in the order of ``derive_seed(run_seed, *purpose, number)``.
+
+    By hashing, not by a library's generator, whose streams may change between versions.
+
+    >>> list(shuffled(5, 0, "order", 1)) == sorted(range(5), key=lambda i: derive_seed(0, "order", 1, i))
+    True
+    """
+    import numpy as np  # here, for planners and configs need no numpy
+
+    begun = hashlib.blake2b(f"{_text(run_seed, purpose)}/".encode(), digest_size=8)
+
+    def digest(number: int) -> bytes:
+        state = begun.copy()
+        state.update(b"%d" % number)
+        return state.digest()
+
+    seeds = np.frombuffer(b"".join(map(digest, range(size))), dtype="<u8")
+    order = np.argsort(seeds, kind="stable")  # equal seeds leave the numbers in their order
+    return array("q", order.astype(np.int64).tobytes())
 
 
 def param_id(name: str) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import final
 
+import torch
 from torch import Tensor
 
 from mezo_dist.engines.layouts.base import Layout, Shard
@@ -35,11 +36,17 @@ class Anchor:
 
     def copy(self) -> None:
         """Copy the weights as they are now. Shards on NVMe are copied to host memory."""
+        on_device: list[tuple[Tensor, Tensor]] = []
         for shard in self._copied_shards():
-            if shard.name in self._copies:
-                self._copies[shard.name].copy_(shard.tensor)
-            else:
+            copy = self._copies.get(shard.name)
+            if copy is None:
                 self._copies[shard.name] = shard.tensor.clone()
+            elif shard.stays and copy.device.type != "cpu":
+                on_device.append((copy, shard.tensor))
+            else:
+                copy.copy_(shard.tensor)
+        if on_device:  # few launches
+            torch._foreach_copy_([copy for copy, _ in on_device], [tensor for _, tensor in on_device])
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

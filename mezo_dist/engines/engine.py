@@ -17,6 +17,7 @@ from mezo_dist.algorithms.base import Variant
 from mezo_dist.algorithms.decay import decays
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
+from mezo_dist.directions.parts import Part
 from mezo_dist.engines.anchor import Anchor
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
 from mezo_dist.engines.hooked import HookedModule
@@ -29,6 +30,8 @@ from mezo_dist.engines.lockstep.unshard import UnshardSchedule
 
 OPTIMIZER_PREFIX = "optimizer:"
 """Prefix of the names under which an optimiser's state is saved; no parameter's name has a colon."""
+PARTS_AT_ONCE = 32
+"""Shards on a GPU that are changed together: as many as one launch of a kernel takes."""
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -208,9 +211,17 @@ class Engine:
             if filler is not None:
                 self._run([ForwardPass(0, functools.partial(forward, self.model, filler))])
             return []
+        self._prepare_directions([forward_pass.sample_shifts for forward_pass in passes])
         alone = [[forward_pass] for forward_pass in passes]
         flat = [result for some in (alone if self.one_by_one else [passes]) for result in self._run(some)]
         return [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
+
+    def _prepare_directions(self, sample_shifts: Iterable[tuple[Combination, ...]]) -> None:
+        """Bring what passes with a direction per sample need to their device."""
+        shifts = {some for some in sample_shifts if some}
+        if shifts:
+            first = self.layout.units[0].hooked_modules[0].weights[0]
+            self._materialise.factors.prepare(shifts, self._materialise.describe(first)[1])
 
     @contextlib.contextmanager
     def moving_only(self, names: Iterable[str]) -> Iterator[None]:
@@ -255,16 +266,9 @@ class Engine:
         names = self.trainable if only is None else set(only).intersection(self.trainable)
         if not updates:
             return
-        for shard in self.shards():
-            if shard.name not in names:
-                continue
-            stochastic = self._is_rounded_stochastically(shard)
-            self.law.advance(
-                shard.tensor,
-                [(combination, seed if stochastic else None) for combination, seed in updates],
-                param_id=shard.param_id,
-                shape=shard.shape,
-                offset=shard.offset,
+        for stochastic, parts in self._parts(shard for shard in self.shards() if shard.name in names):
+            self.law.advance_parts(
+                parts, [(combination, seed if stochastic else None) for combination, seed in updates]
             )
 
     @torch.no_grad()
@@ -282,10 +286,26 @@ class Engine:
             only: names of the trainable weights that are changed; all if None.
         """
         names = self.trainable if only is None else set(only).intersection(self.trainable)
-        for shard in self.shards():
-            if shard.name in names and (not exempt_vectors or decays(shard.name, len(shard.shape))):
-                seed = rounding_seed if self._is_rounded_stochastically(shard) else None
-                self.law.scale(shard.tensor, factor, param_id=shard.param_id, offset=shard.offset, rounding_seed=seed)
+        shards = (shard for shard in self.shards() if shard.name in names)
+        if exempt_vectors:
+            shards = (shard for shard in shards if decays(shard.name, len(shard.shape)))
+        for stochastic, parts in self._parts(shards):
+            self.law.scale_parts(parts, factor, rounding_seed=rounding_seed if stochastic else None)
+
+    def _parts(self, shards: Iterable[Shard]) -> Iterator[tuple[bool, list[Part]]]:
+        """What may be changed together, and whether it is rounded stochastically: on a GPU many shards, which one
+        launch of a kernel changes; elsewhere one after another."""
+        groups: dict[bool, list[Part]] = {}
+        for shard in shards:
+            stochastic = self._is_rounded_stochastically(shard)
+            part = Part(shard.tensor, (shard.tensor,), shard.param_id, shard.shape, shard.offset)
+            if not shard.stays or shard.tensor.device.type == "cpu":
+                yield stochastic, [part]
+                continue
+            groups.setdefault(stochastic, []).append(part)
+            if len(groups[stochastic]) == PARTS_AT_ONCE:
+                yield stochastic, groups.pop(stochastic)
+        yield from groups.items()
 
     def _is_rounded_stochastically(self, shard: Shard) -> bool:
         return self.stochastic_rounding and shard.tensor.dtype == torch.bfloat16

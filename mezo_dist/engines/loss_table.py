@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.algorithms.base import Losses, Pair
+from mezo_dist.directions import devices
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.fixed_point import MAX_SUM, ONE, mean, to_fixed
 from mezo_dist.errors import LostRankError, UserError
@@ -36,6 +37,7 @@ class LossTable:
         self._table = torch.zeros(num_variants, max(num_samples, 1), 2, dtype=torch.int64)
         self._largest = MAX_SUM // world_size
         self._is_finite, self._failed = True, False
+        self._on_device: list[tuple[int, tuple[int, ...], Tensor, Tensor]] = []
         self.weight = 0
 
     def add(self, variant: int, slots: tuple[int, ...], loss: Tensor, weight: Tensor) -> None:
@@ -47,11 +49,25 @@ class LossTable:
             loss: fp32 or fp64 [n], sums over what ``weight`` counts.
             weight: int64 [n].
         """
+        if loss.device.type == "cpu":
+            self._add(variant, slots, loss, weight.cpu())
+        else:  # the host does not wait for each of them, but for all in `total`
+            self._on_device.append((variant, slots, loss, weight))
+
+    def _add(self, variant: int, slots: tuple[int, ...], loss: Tensor, weight: Tensor) -> None:
+        """`add` of what is in host memory.
+
+        Args:
+            variant: its number.
+            slots: places of the samples in the batch.
+            loss: fp32 or fp64 [n].
+            weight: int64 [n].
+        """
         fixed, is_finite = to_fixed(loss)
         row = self._table[variant]
         self._is_finite = self._is_finite and bool(is_finite.all()) and self._fits(row, fixed)
         columns = torch.tensor(slots) if self._each_sample else torch.zeros(len(fixed), dtype=torch.int64)
-        row.index_add_(0, columns, torch.stack([fixed, weight.cpu()], dim=1))
+        row.index_add_(0, columns, torch.stack([fixed, weight], dim=1))
 
     def fail(self) -> None:
         """Make `total` raise on the other ranks: this one has run into an error and will not go on."""
@@ -69,6 +85,10 @@ class LossTable:
             LostRankError: another rank called `fail`.
             UserError: no rank added a loss.
         """
+        on_host = iter(devices.read([tensor for *_, loss, weight in self._on_device for tensor in (loss, weight)]))
+        for variant, slots, *_ in self._on_device:
+            self._add(variant, slots, next(on_host), next(on_host))
+        self._on_device.clear()
         message = torch.cat([torch.tensor([not self._is_finite, self._failed]).long(), self._table.flatten()])
         total = comm.round(message, mark)
         if int(total[1]):

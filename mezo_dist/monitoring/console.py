@@ -1,4 +1,4 @@
-"""The output of a run: console, TensorBoard, and a JSON line per measurement. Only rank 0 shows and writes.
+"""The output of a run: console, a JSON line per measurement, and monitors. Only rank 0 shows and writes.
 
 A step number here is always the number of steps done: a training step is reported under its own count (1 is
 the first, ``num_steps`` the last), an evaluation under the steps that came before it (0: before the first).
@@ -16,12 +16,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import final
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.text import Text
-
-from mezo_dist.errors import printable
+from mezo_dist.errors import needs, printable
+from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.scalars import Curves, train_loss_tag
+from mezo_dist.patience import show_with
+
+with needs("rich", "rich, which draws the console"):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+    from rich.text import Text
 
 Clock = Callable[[], float]
 """Seconds from any origin."""
@@ -48,7 +51,7 @@ class Monitor:
 
     Args:
         console: where to show.
-        files: metrics.jsonl and TensorBoard's files; None for the console alone.
+        files: metrics.jsonl and what else gets its scalars; None for the console alone.
         num_steps: steps of the whole run.
         first_step: steps done before.
         clock: times the run.
@@ -70,17 +73,19 @@ class Monitor:
         is_main: bool,
         num_steps: int,
         first_step: int = 0,
+        monitors: Sequence[str] = ("tensorboard",),
         console: Console | None = None,
         clock: Clock = time.monotonic,
     ) -> Iterator[Monitor]:
         """Context manager; leaving it, by an error or Ctrl-C too, ends the bars and closes the files.
 
         Args:
-            folder: gets ``metrics.jsonl`` and, in ``tensorboard/``, event files; None: console only.
+            folder: gets ``metrics.jsonl`` and the files of monitors; None: console only.
             is_main: True on rank 0. Elsewhere every method does nothing.
             num_steps: steps of the whole run.
             first_step: steps done before, if this run resumes one. Then ``metrics.jsonl`` is appended to, and
-                TensorBoard drops what it has of later steps. If 0, an older ``metrics.jsonl`` is replaced.
+                monitors go on with the same run. If 0, an older ``metrics.jsonl`` is replaced.
+            monitors: what else gets the scalars, as ``monitor`` in a config names it.
             console: where to show; None: standard output. Bars need a terminal; anything else gets lines.
             clock: times the run.
 
@@ -92,7 +97,7 @@ class Monitor:
                 folder, console = None, Console(quiet=True)
             elif console is None:  # rich alone would believe FORCE_COLOR and draw bars into a log file
                 console = Console(force_terminal=sys.stdout.isatty())
-            files = stack.enter_context(Curves.open(folder, first_step)) if folder is not None else None
+            files = stack.enter_context(Curves.open(folder, first_step, monitors)) if folder is not None else None
             monitor = Monitor(console, files, num_steps, first_step, clock)
             stack.callback(monitor._bars.stop)
             yield monitor
@@ -109,10 +114,10 @@ class Monitor:
         for name, value in shown:
             self._print(Text.assemble("  ", (name.ljust(width), "cyan"), "  ", value))
 
-    def text(self, tag: str, markdown: str) -> None:
-        """Put a text, such as the resolved config, under ``tag`` in TensorBoard."""
+    def settings(self, settings: JsonObject) -> None:
+        """Give monitors the resolved config, as `RunConfig.to_dict` has it."""
         if self._files is not None:
-            self._files.text(tag, markdown, self._first_step)
+            self._files.settings(settings)
 
     def step(self, step: int, scalars: Mapping[str, float], *, samples: int) -> None:
         """Report a training step.
@@ -135,18 +140,19 @@ class Monitor:
         self._show_step(step, "  ".join(shown))
 
     @contextmanager
-    def evaluation(self, split: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Context manager around an evaluation of ``total`` samples of a split, with a bar of its own.
+    def evaluation(self, split: str, total: int, doing: str = "evaluate") -> Iterator[Callable[[int], None]]:
+        """Context manager around an evaluation of ``total`` samples of a split, with a bar that says what is being
+        done.
 
         It gives ``advance(n)``, to be called after every ``n`` samples. Its time does not count in samples/s.
         """
         began_s, done, split = self._clock(), 0, printable(split)
-        bar = self._add_bar(f"evaluate {split} 0/{total}", total)
+        bar = self._add_bar(f"{doing} {split} 0/{total}", total)
 
         def advance(num_samples: int) -> None:
             nonlocal done
             done += num_samples
-            line = f"evaluate {split} {done}/{total}"
+            line = f"{doing} {split} {done}/{total}"
             self._bars.update(bar, completed=done, description=line)
             if self._line_is_due():
                 self._say_progress(line)
@@ -235,6 +241,8 @@ def configure_logging(rank: int, is_terminal: bool) -> None:
     logger = logging.getLogger("mezo_dist")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    is_shown = is_terminal and rank == 0
+    show_with((lambda what: Console(stderr=True).status(Text(f"{printable(what)} ..."))) if is_shown else None)
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 SMOOTHING = 0.1
 """Weight of the newest value in the smoothed curve of the training loss."""
 MOST_PLOTS = 20
-MOST_SERIES = 8
+FROM_ZERO = ("memory/", "communicator/", "trajectory/", "throughput/", "time/", "forward_passes")
+"""Starts of tags whose axis begins at zero: there a small change would look large otherwise."""
+MOST_SERIES = 10
 """Largest number of series in one plot; more could not be distinguished."""
 LONGEST_WORDS = 48
 """Characters of a title, a unit or a series' name that are shown."""
@@ -31,6 +33,7 @@ SYSTEM = (
     ("gradient_norm", "Norm of the gradient", "loss per unit of the weights"),
     ("objective/zero_differences", "Differences that are exactly zero", "share of a step"),
     ("throughput/samples_per_s", "Throughput", "forward passes of a sample per second"),
+    ("forward_passes_per_step", "Forward passes", "of one sample, per step"),
     ("memory/peak_rss_GiB", "Peak memory of rank 0", "GiB"),
     ("communicator/payload_bytes_per_step", "Sent by each rank", "bytes per step"),
     ("trajectory/bytes", "Trajectory", "bytes"),
@@ -47,6 +50,10 @@ class Panel:
     series: Mapping[str, Series] = field(default_factory=dict)
     smooth: bool = False
     """Draw the values thinly and a smoothed curve over them."""
+    counts: str = "steps done"
+    """What the horizontal axis counts."""
+    from_zero: bool = False
+    """The vertical axis begins at zero."""
 
 
 def panels(data: RunData, *, calibrated: bool) -> tuple[list[Panel], list[str]]:
@@ -112,8 +119,10 @@ def shortened(text: str, longest: int = LONGEST_WORDS) -> str:
 
 def _system_panels(scalars: Mapping[str, Series]) -> Iterator[Panel]:
     for tag, title, unit in SYSTEM:
-        yield Panel(title, unit, {title: scalars[tag]} if tag in scalars else {})
-    yield Panel("Time of a step", "seconds", {name: scalars[tag] for tag, name in _TIMES.items() if tag in scalars})
+        series = {title: scalars[tag]} if tag in scalars else {}
+        yield Panel(title, unit, series, from_zero=tag.startswith(FROM_ZERO))
+    times = {name: scalars[tag] for tag, name in _TIMES.items() if tag in scalars}
+    yield Panel("Time of a step", "seconds", times, from_zero=True)
 
 
 _TIMES = {"time/evaluate_s": "evaluate", "time/update_s": "update"}
@@ -135,19 +144,27 @@ def _logged_losses(log: trajectory.Log) -> Series:
 
 
 def _plot(axes: Axes, panel: Panel) -> None:
+    lines = []
     for series in panel.series.values():
         steps, values = list(series), list(series.values())
         mark = "o" if len(steps) < 20 and not panel.smooth else None
-        alpha = 0.35 if panel.smooth else 1.0
+        alpha = (0.35 if len(panel.series) == 1 else 0.12) if panel.smooth else 1.0
         (line,) = axes.plot(steps, values, marker=mark, markersize=4, linewidth=1.2, alpha=alpha)
         if panel.smooth:
-            axes.plot(steps, list(_smoothed(values)), color=line.get_color(), linewidth=1.8)
-    axes.set(title=shortened(panel.title), xlabel="steps done", ylabel=shortened(panel.unit))
+            (line,) = axes.plot(steps, list(_smoothed(values)), color=line.get_color(), linewidth=1.8)
+        lines.append(line)
+    axes.set(title=shortened(panel.title), xlabel=panel.counts, ylabel=shortened(panel.unit))
+    if panel.from_zero:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if _goes_below_zero(panel) else 0.0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(panel.series) > 1:
         # A space before each name, for matplotlib leaves out those that begin with an underscore.
-        axes.legend(axes.get_lines(), [f" {shortened(name)}" for name in panel.series], frameon=False)
+        axes.legend(lines, [f" {shortened(name)}" for name in panel.series], frameon=False, fontsize="small")
+
+
+def _goes_below_zero(panel: Panel) -> bool:
+    return any(value < 0 for series in panel.series.values() for value in series.values())
 
 
 def _smoothed(values: Sequence[float]) -> Iterator[float]:

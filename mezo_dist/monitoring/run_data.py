@@ -17,7 +17,7 @@ from mezo_dist.errors import printable
 from mezo_dist.json_types import JsonObject
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import open_in_place, read_in_place
-from mezo_dist.storage.run_folder import CONFIG, EVENTS, RESULTS
+from mezo_dist.storage.run_folder import ANSWERS, CONFIG, EVENTS, RESULTS
 
 METRICS = "metrics.jsonl"
 """A JSON object."""
@@ -28,7 +28,7 @@ MOST_LOG_BYTES = 64 << 20
 MOST_LINES = 500_000
 MOST_LINE_BYTES = 2 << 20
 MOST_FILE_BYTES = 1 << 20
-"""Size up to which results.json and config.yaml are read."""
+"""Size up to which results.json, answers.json and config.yaml are read."""
 MOST_TAGS = 1000
 LARGEST = 1e100
 """Numbers beyond are not drawn: no measurement is so large, and the arithmetic of a plot overflows."""
@@ -45,6 +45,8 @@ class RunData:
     """Tag -> series, from metrics.jsonl. Where a step has two values (it was done again) the last one counts."""
     events: list[JsonObject]
     results: JsonObject
+    answers: JsonObject
+    """What answers.json holds."""
     config: str
     """The text of config.yaml."""
     problems: list[str]
@@ -61,9 +63,10 @@ def read_run(folder: Path) -> RunData:
     problems: list[str] = []
     scalars = read_scalars(folder / METRICS, problems)
     events = list(_json_lines(folder / EVENTS, problems))
-    results = _read_results(folder / RESULTS, problems)
+    results = _read_object(folder / RESULTS, problems)
+    answers = _read_object(folder / ANSWERS, problems)
     config = printable(_read_text(folder / CONFIG, problems).replace("\r\n", "\n"), keep="\n\t")
-    return RunData(folder, log, scalars, events, results, config, problems)
+    return RunData(folder, log, scalars, events, results, answers, config, problems)
 
 
 def as_number(value: object) -> float | None:
@@ -164,7 +167,7 @@ def _read_text(path: Path, problems: list[str]) -> str:
     return ""
 
 
-def _read_results(path: Path, problems: list[str]) -> JsonObject:
+def _read_object(path: Path, problems: list[str]) -> JsonObject:
     before = len(problems)
     text = _read_text(path, problems)
     content = _parse(text)

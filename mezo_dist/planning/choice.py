@@ -22,7 +22,7 @@ from mezo_dist.planning.writing import writing_way
 CLOSE = 1.02
 """Ratio of times that are taken to be equal: then the simpler layout is recommended."""
 SIMPLEST: tuple[LayoutName, ...] = ("replicated", "fsdp", "zero")
-MOST_BATCH = 2**16
+MOST_SAMPLES = 2**16
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def find(what: str, shape: ModelShape | None, settings: Sequence[Setting], machi
     """The largest model (of `NAMED`), micro-batch or context that fits on some layout, and its plan.
 
     Args:
-        what: ``model``, ``batch`` or ``context``.
+        what: ``model``, ``micro-batch`` or ``context``.
         shape: the model; None to find one.
         settings: ways to run it.
         machine: what it runs on.
@@ -217,7 +217,7 @@ def find(what: str, shape: ModelShape | None, settings: Sequence[Setting], machi
                 return candidate.name, best
         return "", None
     assert shape is not None
-    limit = MOST_BATCH if what == "batch" else shape.window
+    limit = MOST_SAMPLES if what == "micro-batch" else shape.window
 
     def changed(setting: Setting, n: int) -> Setting:
         if what == "context":

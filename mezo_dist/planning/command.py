@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mezo_dist.algorithms import FirstOrder, Settings
+from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config import reader
@@ -19,6 +19,7 @@ from mezo_dist.planning import report
 from mezo_dist.planning.calibration import measure, remember, remembered, with_rates
 from mezo_dist.planning.choice import find, layouts, plan
 from mezo_dist.planning.first_order import first_order
+from mezo_dist.planning.from_config import setting_of
 from mezo_dist.planning.lookup import find_shape
 from mezo_dist.planning.machine import Machine, parse_bytes, parse_flops, parse_rate
 from mezo_dist.planning.named import NAMED
@@ -103,7 +104,30 @@ def question_of(arguments: argparse.Namespace) -> Question:
         )
     if shape is not None and shape.block_kind == "unknown":
         notes.append("what passes hold is an upper estimate for this architecture")
-    return Question(shape, _on_layouts(arguments, settings, machine), machine, notes)
+    settings = _on_layouts(arguments, settings, machine)
+    _check_used(arguments, settings, notes)
+    return Question(shape, settings, machine, notes)
+
+
+def _check_used(arguments: argparse.Namespace, settings: Sequence[Setting], notes: list[str]) -> None:
+    """Raise UserError for an option of sharded layouts where no layout that is considered has it.
+
+    Args:
+        arguments: the options.
+        settings: ways to run.
+        notes: gets a sentence where only some layouts have it.
+    """
+    owners = {"offload": "fsdp", "gather": "fsdp", "prefetch": "fsdp and zero"}
+    for name, owner in owners.items():
+        value = getattr(arguments, name)
+        others = [setting.layout for setting in settings if getattr(setting, name) != value]
+        if value is not None and len(others) == len(settings):
+            raise UserError(
+                f"--{name}: is an option of layout {owner}, and only {', '.join(dict.fromkeys(others))} is considered "
+                "(--layout; with one rank there is nothing to cut); leave it out, or give --ranks-per-host, --hosts"
+            )
+        if value is not None and others:
+            notes.append(f"--{name} goes with {owner}, not with {' and '.join(dict.fromkeys(others))}")
 
 
 def _check_model(
@@ -162,7 +186,7 @@ def _settings(arguments: argparse.Namespace, config: RunConfig | None, notes: li
         config: the run's, if one was named.
         notes: gets what people must know.
     """
-    base = Setting(targets=128) if config is None else _of_config(config, notes)
+    base = Setting(targets=128) if config is None else setting_of(config, notes)
     names = {"batch": "batch_size", "full": "full_size", "micro_batch": "micro_batch", "width": "width",
              "tokens": "tokens", "reads": "reads", "targets": "targets", "dtype": "weights", "compute": "compute",
              "gather": "gather", "prefetch": "prefetch", "offload": "offload"}  # fmt: skip
@@ -200,46 +224,3 @@ def _algorithms(arguments: argparse.Namespace, base: Setting, config: RunConfig 
         return [replace(item, **options, **(anchor if isinstance(item, MeZOSVRG) else {})) for item in chosen]
     except (TypeError, ValueError) as error:
         raise UserError(f"plan: the options of the algorithm contradict one another: {error}") from error
-
-
-def _of_config(config: RunConfig, notes: list[str]) -> Setting:
-    """What a run's config says, and assumptions about what only its data tell."""
-    train, model, layout = config.train, config.model, config.layout
-    reads, targets = "labels", 1
-    if config.task.kind in ("choice", "completion"):
-        reads, targets = "tokens", 128
-    elif config.task.kind == "generation":
-        targets = int(getattr(config.task, "max_new_tokens", 128))
-        reads = "tokens" if train.objective == "loss" else "texts"
-    if train.max_tokens is None:
-        notes.append("train.max_tokens is not set: samples of 512 tokens are assumed (--tokens)")
-    if model.peft.method is not None:
-        what = "model.peft is" if model.quantise is None else "model.peft and model.quantise are"
-        notes.append(f"{what} not planned: figures are those of training the model's own weights")
-    if isinstance(config.algorithm, FirstOrder):
-        raise UserError(
-            f"algorithm.name: a plan for {config.algorithm.name} stands in the table of first-order methods that every "
-            "plan ends with; name a config of mezo or mezo-svrg"
-        )
-    num_train = config.task.splits.train.size
-    return Setting(
-        layout.name,
-        layout.replicate,
-        model.weights,
-        model.compute,
-        layout.gather,
-        layout.prefetch,
-        layout.offload,
-        config.algorithm,
-        config.law,
-        config.direction_rank,
-        train.batch_size,
-        train.full_size or num_train or 512,
-        train.micro_batch,
-        train.width,
-        train.max_tokens or 512,
-        reads=reads,  # type: ignore[arg-type]
-        targets=targets,
-        frozen_cache=round(train.frozen_cache_gib * 2**30),
-        num_train=num_train,
-    )

@@ -6,16 +6,17 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from mezo_dist.errors import printable
+from mezo_dist.errors import needs, printable
 from mezo_dist.json_types import JsonObject
 from mezo_dist.planning.choice import Plan, StepPlan, by_algorithm, layout_name, reason, recommended
 from mezo_dist.planning.first_order import FirstOrder
 from mezo_dist.planning.machine import GIB, Machine
 from mezo_dist.planning.shapes import ModelShape
+
+with needs("rich", "rich, which draws the tables"):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
 
 WIDTH = 118
 NONE = "-"
@@ -83,7 +84,7 @@ def answer_to_find(what: str, size: str, best: Plan | None, notes: Sequence[str]
     """The answer to ``--find``.
 
     Args:
-        what: ``model``, ``batch`` or ``context``.
+        what: ``model``, ``micro-batch`` or ``context``.
         size: the largest; empty if there is none.
         best: its plan.
         notes: what people must know.
@@ -94,7 +95,7 @@ def answer_to_find(what: str, size: str, best: Plan | None, notes: Sequence[str]
     samples, tokens = best.setting.micro_batch, best.setting.tokens
     words = {
         "model": f"The largest model that ships and fits: {size}",
-        "batch": f"The largest micro-batch that fits: {size} samples of {tokens} tokens",
+        "micro-batch": f"The largest micro-batch that fits: {size} samples of {tokens} tokens",
         "context": f"The longest samples that fit: {size} tokens, {samples} in each pass",
     }
     return Answer(data, [f"{words[what]} ({best.name}).", *_details(best), *(f"Note: {note}." for note in notes)])

@@ -13,6 +13,10 @@ from mezo_dist.algorithms.operations import CopyAnchor
 from mezo_dist.errors import UserError
 from mezo_dist.planning.setting import Setting
 
+MARKS = 2
+"""Words of a message beside its contents: fingerprint, wish to stop."""
+LOSS_MARKS = 2
+"""Words beside losses: whether all are finite, whether a rank failed."""
 MOST_STEPS = 12
 """Steps of a cycle that are planned one by one; those after are taken to be like the last one."""
 
@@ -44,8 +48,8 @@ class Round:
     """Directions that the update adds."""
     copies_anchor: bool
     """The anchor of this algorithm is a copy."""
-    numbers: int
-    """64-bit numbers in the round's all-reduce."""
+    messages: tuple[int, ...]
+    """Words (of 64 bits) of each message between the ranks, marks among them."""
     steps: int = 1
     """Steps of a cycle that are like this one."""
 
@@ -88,7 +92,7 @@ def rounds_of(setting: Setting, ranks: int) -> list[Round]:
                 micro_batches,
                 len(update.combination.terms),
                 has_copy,
-                _numbers(len(request.variants), samples if request.tells_samples_apart else 0),
+                _messages(setting, request, samples),
                 1 + max(0, cycle - MOST_STEPS) * (step == MOST_STEPS - 1),
             )
         )
@@ -135,11 +139,17 @@ def _split(setting: Setting, ranks: int, variants: Sequence[Variant], samples: i
     return groups, math.ceil(items / (ranks // groups))
 
 
-def _numbers(variants: int, each: int) -> int:
-    """64-bit numbers of a round's message: the losses and weights of every variant, or of every sample.
+def _messages(setting: Setting, request: Evaluation, samples: int) -> tuple[int, ...]:
+    """Words of each message of a round: one with the losses and weights of every variant, or of every sample; where the
+    loss is a function of the whole batch, one with what the model says of every sample, and one with rank 0's losses.
 
     Args:
-        variants: of the round.
-        each: samples whose losses come one by one; 0: sums alone.
+        setting: how the run goes.
+        request: what is evaluated.
+        samples: of the batch.
     """
-    return 2 * variants * max(1, each)
+    variants = len(request.variants)
+    if setting.joint is None:
+        return (MARKS + LOSS_MARKS + 2 * variants * (samples if request.tells_samples_apart else 1),)
+    results = (variants + 1) * samples if setting.joint == "samples" else variants + bool(request.pairs)
+    return MARKS + variants * samples * setting.columns, MARKS + 1 + results

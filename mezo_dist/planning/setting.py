@@ -43,6 +43,11 @@ class Setting:
     """``labels``: logits of a few words at one place per sample; ``tokens``: of the whole vocabulary, at ``targets``
     places; ``texts``: the model writes ``targets`` tokens."""
     targets: int = 1
+    joint: Literal["batch", "samples"] | None = None
+    """What rank 0 computes of what the model says of all samples together: a loss of the batch (``train.calibrate``, a
+    metric), or one of each sample (a metric that is a mean, a reward). None: losses of samples are added up."""
+    columns: int = 1
+    """Numbers that the model says of each sample, where losses are joint."""
     frozen_cache: int = 2**30
     """Bytes for the frozen cache, at most."""
     num_train: int | None = None

@@ -18,8 +18,6 @@ from mezo_dist.planning.weights import unit_bytes
 WORD = 8
 ROUND_WORDS = 32
 """Words of the shortest round (`mezo_dist.distributed.communicator.PAYLOAD_WORDS`, which imports torch)."""
-MARKS = 4
-"""Words of a round beside its losses: fingerprint, wish to stop, whether all are finite, whether a rank failed."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Traffic:
     gathered: int
     """Bytes that they bring to the rank, its own share among them (`gathers/bytes_per_step` in a run's log)."""
     scalars: int
-    """Bytes that the rank puts into all-reduces: losses, and before each gather which unit it is for."""
+    """Bytes that the rank puts into all-reduces: losses or what they are computed of, and before each gather which
+    unit it is for."""
     reduces: int
     """Number of these all-reduces."""
     between_hosts: int
@@ -59,9 +58,9 @@ def traffic_of(shape: ModelShape, setting: Setting, machine: Machine, step: Roun
     turns = groups * len(step.bases) * setting.calls if setting.is_sharded else 0
     gathered = turns * sum(unit_bytes(unit, setting, ranks) for unit in shape.units)
     gathers = turns * len(shape.units)
-    words = max(ROUND_WORDS, step.numbers + MARKS)
-    scalars = WORD * (words + gathers * ROUND_WORDS) if ranks > 1 else 0
-    reduces = (1 + (words > ROUND_WORDS) + gathers) if ranks > 1 else 0
+    messages = [max(ROUND_WORDS, words) for words in step.messages]
+    scalars = WORD * (sum(messages) + gathers * ROUND_WORDS) if ranks > 1 else 0
+    reduces = sum(1 + (words > ROUND_WORDS) for words in messages) + gathers if ranks > 1 else 0
     reduced = 2 * scalars * (ranks - 1) // ranks
     crossing = gathered * (over - 1) // over
     spans_hosts = over > machine.ranks_per_host

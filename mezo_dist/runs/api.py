@@ -13,7 +13,7 @@ from mezo_dist.distributed.join import join
 from mezo_dist.errors import UserError
 from mezo_dist.json_types import Json
 from mezo_dist.monitoring.console import Monitor
-from mezo_dist.runs import load, training
+from mezo_dist.runs import load, looks, training
 from mezo_dist.runs.build import Run
 from mezo_dist.runs.export import export_model
 
@@ -119,7 +119,7 @@ def evaluate(
     if split not in loaded.splits:
         raise UserError(f"split: {split!r} is not one of {', '.join(loaded.splits)}")
     with Monitor.open(None, is_main=False, num_steps=loaded.step) as quiet:
-        return training.score(loaded, split, quiet, loaded.step, training.calibrate(loaded, quiet))
+        return looks.score(loaded, split, quiet, loaded.step, looks.calibrate(loaded, quiet))
 
 
 def export(run: Run | str | Path, folder: str | Path, *, comm: Communicator | None = None) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from mezo_dist.baselines.optimizer import WeightOptimizer
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.distributed.communicator import Communicator
-from mezo_dist.distributed.in_turn import rank_zero_first
 from mezo_dist.engines.capacity import tokens_at_once
 from mezo_dist.engines.decoding import choose_way
 from mezo_dist.engines.engine import Engine
@@ -34,6 +32,8 @@ from mezo_dist.models.load import Pretrained
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration, best_offsets
 from mezo_dist.objectives.joint import exact_logits, joint_objective
 from mezo_dist.objectives.rewards.judge import Judge
+from mezo_dist.patience import patience
+from mezo_dist.runs.data import encode_data, open_data
 from mezo_dist.runs.evaluation import Evaluator, Writer
 from mezo_dist.runs.gradients import Gradients
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
@@ -43,7 +43,6 @@ from mezo_dist.tasks.batches import BatchOrder, MicroBatch, by_slot, cut
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.kind import Bench, Forward, Sample, TaskKind, TextModel
 from mezo_dist.tasks.kinds import kind_of
-from mezo_dist.tasks.rows import load_rows, uses_cache
 
 log = logging.getLogger(__name__)
 PROBE_SAMPLES = 4
@@ -59,7 +58,7 @@ class Run:
     loaded: LoadedModel
     kind: TaskKind
     """What kind of task it is."""
-    splits: dict[str, list[Sample]]
+    splits: dict[str, Sequence[Sample]]
     order: BatchOrder
     """Order of the samples in minibatches."""
     full_order: BatchOrder
@@ -141,24 +140,31 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         UserError: something that the user can mend; raised before the model is loaded where that is possible.
     """
     task = config.located().task
-    rows = rank_zero_first(comm, lambda: load_rows(task)) if uses_cache(task) else load_rows(task)
+    with patience(f"reading the data, {task.data}"):
+        rows = open_data(task, comm)
     if task.rows_are_samples:
-        _orders(config, len(rows.train))  # sizes that do not fit are refused before the model is loaded
+        _orders(config, rows.sizes["train"])  # sizes that do not fit are refused before the model is loaded
     loaded = load_base(config, comm)
     check_something_decays(config.algorithm, ((s.name, len(s.shape)) for s in loaded.engine.trainable_shards()))
-    kind = kind_of(config.task, text_model_of(config, loaded.pretrained), rows.train[0])
-    splits = {name: kind.encode(getattr(rows, name), name) for name in ("train", "validation", "test")}
+    text_model = text_model_of(config, loaded.pretrained)
+    kind = kind_of(config.task, text_model, rows.first_row)
+    encoded = encode_data(rows, kind, loaded.pretrained, text_model, comm)
+    splits = {name: some.samples for name, some in encoded.items()}
     if loaded.pretrained.kind == "classifier":
         check_ends(loaded.pretrained.model, loaded.pretrained.pad_id, splits)
     order, full_order = _orders(config, num_train := len(splits["train"]))
-    data = {name: _digest(samples) for name, samples in splits.items()}
+    data = {name: some.digest for name, some in encoded.items()}
     check_agreement(loaded, comm, **{f"data of the {name} split": digest for name, digest in data.items()})
     model = loaded.pretrained.model
     # The kind of task calls the model, to see what shortcuts it allows.
     with failures_explained(loaded.engine), prefix_failures_explained(model):
-        bench = _bench(loaded, kind, rows.train[0], splits)
-        forward = kind.forward(bench)
-    with prefix_failures_explained(model):
+        bench = _bench(loaded, kind, rows.first_row, splits)
+        with patience("trying out the model: how it reads answers, which blocks are frozen"):
+            forward = kind.forward(bench)
+    with (
+        prefix_failures_explained(model),
+        patience("holding the model's losses against those of really changed weights"),
+    ):
         _probe(loaded, kind, forward, splits["train"], comm)
     evaluator = Evaluator(
         loaded.engine,
@@ -170,10 +176,11 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         joint_objective(config, kind, judge),
         _writer(loaded, kind, bench, forward, comm),
     )
-    eps = recorded.eps if recorded is not None else _settled_eps(loaded, comm)
+    with patience("measuring what rounding leaves of a perturbation"):
+        eps = recorded.eps if recorded is not None else _settled_eps(loaded, comm)
     problem = problem_of(config, full_order.batch_size, num_train, eps)
     algorithm = algorithms.build(config.algorithm.name, config.algorithm, problem)
-    tokens = kind.class_tokens(rows.train[0])
+    tokens = kind.class_tokens(rows.first_row)
     return Run(config, comm, loaded, kind, splits, order, full_order, evaluator, problem, algorithm, data, tokens)
 
 
@@ -211,14 +218,6 @@ def _orders(config: RunConfig, num_train: int) -> tuple[BatchOrder, BatchOrder]:
     if full_size > num_train:
         raise UserError(f"train.full_size {full_size} is larger than the training split ({num_train} samples)")
     return order, BatchOrder(num_train, full_size, derive_seed(config.seed, "full"))
-
-
-def _digest(samples: Sequence[Sample]) -> str:
-    """32 hexadecimal digits over encoded samples, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in samples:
-        digest.update(repr(tuple(vars(sample).values())).encode())
-    return digest.hexdigest()
 
 
 def problem_of(config: RunConfig, full_size: int, num_train: int | None, eps: float | None) -> Problem:
@@ -294,7 +293,7 @@ def _writer(loaded: LoadedModel, kind: TaskKind, bench: Bench, forward: Forward,
     return Writer(write, way)
 
 
-def _bench(loaded: LoadedModel, kind: TaskKind, first_row: Row, splits: dict[str, list[Sample]]) -> Bench:
+def _bench(loaded: LoadedModel, kind: TaskKind, first_row: Row, splits: dict[str, Sequence[Sample]]) -> Bench:
     """What a kind of task may try out on the model.
 
     Args:
@@ -318,7 +317,7 @@ def _bench(loaded: LoadedModel, kind: TaskKind, first_row: Row, splits: dict[str
 
 
 def _run_model(
-    loaded: LoadedModel, kind: TaskKind, splits: dict[str, list[Sample]], group: Callable[[MicroBatch], Group]
+    loaded: LoadedModel, kind: TaskKind, splits: dict[str, Sequence[Sample]], group: Callable[[MicroBatch], Group]
 ) -> RunModel:
     settings, pretrained = loaded.config.train, loaded.pretrained
     if not settings.frozen_cache_gib or all(parameter.requires_grad for parameter in pretrained.model.parameters()):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Pair, Variant
+from mezo_dist.directions import devices
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.distributed.fixed_point import ONE, mean, to_fixed
 from mezo_dist.engines.decoding import Way, evaluate_decoding
@@ -19,8 +20,9 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.loss_table import LossTable
 from mezo_dist.objectives.joint import Joint
 from mezo_dist.runs.work_split import WorkSplit
-from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.tasks.batches import MicroBatch, on_device
 from mezo_dist.tasks.kind import Forward, Scores
+from mezo_dist.tasks.scoring import device_of
 
 log = logging.getLogger(__name__)
 
@@ -305,17 +307,28 @@ class Evaluator:
             assert self.writer is not None
             forward = self.writer.forward
             evaluate = functools.partial(evaluate_decoding, self.engine, self.writer.way)
+        *items, filler = on_device([*work.micro_batches, batch[0]], device_of(self.engine.model))
         groups = evaluate(
             [variants[v] for v in work.variants],
-            work.micro_batches,
+            items,
             forward,
             most=work.most_micro_batches,
-            filler=batch[0],
+            filler=filler,
             width=width,
         )
-        rows = (row for group in groups for row in group)
+        if filler is batch[0]:
+            rows: Iterator[list[Scores]] = (row for group in groups for row in group)
+        else:  # on a device: the host waits once, for all
+            rows = iter(_on_host([row for group in groups for row in group]))
         for micro_batch, scores in zip(work.micro_batches, rows, strict=True):
             yield micro_batch, list(zip(work.variants, scores, strict=True))
+
+
+def _on_host(rows: Sequence[Sequence[Scores]]) -> list[list[Scores]]:
+    """Scores in host memory, by one copy."""
+    tensors = (tensor for row in rows for score in row for tensor in (score.loss, score.weight, score.payload))
+    parts = iter(devices.read([*tensors]))
+    return [[Scores(next(parts), next(parts), next(parts)) for _ in row] for row in rows]
 
 
 def _size(batch: Sequence[MicroBatch]) -> tuple[int, int]:

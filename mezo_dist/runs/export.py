@@ -50,7 +50,7 @@ class _Part:
 
 def export_model(
     engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     comm: Communicator,
     *,
@@ -63,7 +63,7 @@ def export_model(
 
     Args:
         engine: whose weights, in the dtype in which they are kept.
-        tokenizer: is saved beside them.
+        tokenizer: is saved beside them, if there is one.
         folder: is replaced if it exists.
         comm: connects the ranks.
         file_bytes: weights are split into files of at most this size.
@@ -94,7 +94,7 @@ def export_model(
 def _write(
     engine: Engine,
     weights: Iterator[tuple[str, Tensor]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     file_bytes: int,
     calibration: Calibration | None,
@@ -121,7 +121,8 @@ def _write(
             _write_adapters(engine.model, weights, part)
         else:
             _write_model(engine, weights, part, file_bytes)
-        tokenizer.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
         remove(folder)
         os.replace(part, folder)
     finally:

@@ -137,7 +137,8 @@ class Gradients:
         values = self.evaluator.on_main(payload, fitted, (1 + columns,), mark)
         offsets = torch.zeros(columns) if values is None else values[1:].float()
         for item, logits, counts in graphs:  # also where there is no loss: sharded layouts wait for each backward pass
-            _backward(F.cross_entropy(logits + offsets, item.targets["label"], reduction="sum"), counts=counts)
+            label = item.targets["label"].to(logits.device)
+            _backward(F.cross_entropy(logits + offsets.to(logits.device), label, reduction="sum"), counts=counts)
         return None if values is None else Losses((float(values[0]),)), num_samples
 
 

@@ -22,6 +22,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.models.identity import model_digest
 from mezo_dist.models.load import Pretrained, fetch, is_on_hub, load_model
 from mezo_dist.models.sliced_checkpoint import WeightSource, WholeModel, fill
+from mezo_dist.patience import patience
 from mezo_dist.storage.trajectory import Header
 
 
@@ -79,7 +80,8 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
     model = config.located().model
     if is_on_hub(model):
         rank_zero_first(comm, lambda: fetch(model))
-    pretrained = _load(config, whole=not is_sharded)
+    with patience(f"loading {model.name}"):
+        pretrained = _load(config, whole=not is_sharded)
     engine = Engine(  # built before a head slice is attached: it is to see the model's modules as they are
         pretrained.model,
         Law(config.law, config.direction_rank),
@@ -89,8 +91,11 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
         prefetch=config.layout.prefetch,
     )
     if pretrained.source is not None:
-        fill(pretrained.source, engine.shards())
-    return LoadedModel(config, pretrained, engine, engine.fingerprint())
+        with patience(f"reading the shards of {model.name}"):
+            fill(pretrained.source, engine.shards())
+    with patience(f"taking the fingerprint of {model.name}"):
+        fingerprint = engine.fingerprint()
+    return LoadedModel(config, pretrained, engine, fingerprint)
 
 
 def reload_base(loaded: LoadedModel) -> None:

@@ -28,9 +28,9 @@ def preview(run: Run, num_samples: int) -> list[str]:
     """
     tokenizer, task = run.pretrained.tokenizer, run.config.task
     lines = [f"{task.name} ({task.kind}): " + ", ".join(f"{len(s)} {name}" for name, s in run.splits.items()), ""]
-    whole = _whole(run)
+    whole = _whole_lengths(run)
     for number, sample in enumerate(run.splits["train"][:num_samples]):
-        lines += _shown(run, number, sample, whole[number].num_tokens)
+        lines += _shown(run, number, sample, whole[number])
     lines += ["", _lengths(run, whole)]
     if run.class_tokens:
         words = zip(task.words, run.class_tokens, tokenizer.convert_ids_to_tokens(run.class_tokens), strict=True)
@@ -74,22 +74,23 @@ def _quoted(text: str) -> list[str]:
     return [f"    | {line}" for line in text.split("\n")]
 
 
-def _whole(run: Run) -> Sequence[Sample]:
-    """The training samples as they were if the model took texts of any length."""
+def _whole_lengths(run: Run) -> list[int]:
+    """Tokens that each training sample had if the model took texts of any length."""
     unlimited = dataclasses.replace(text_model_of(run.config, run.pretrained), max_tokens=NO_LIMIT)
     rows = load_rows(run.config.task).train
-    return kind_of(run.config.task, unlimited, rows[0]).encode(rows, "train")
+    samples = kind_of(run.config.task, unlimited, rows[0]).encode(rows, "train")
+    return [sample.num_tokens for sample in samples]
 
 
-def _lengths(run: Run, whole: Sequence[Sample]) -> str:
+def _lengths(run: Run, whole: Sequence[int]) -> str:
     """How many of the training samples were cut, and where.
 
     Args:
         run: the run.
-        whole: see `_whole`.
+        whole: see `_whole_lengths`.
     """
-    lengths = sorted(sample.num_tokens for sample in whole)
-    cut = sum(a.num_tokens < b.num_tokens for a, b in zip(run.splits["train"], whole, strict=True))
+    lengths = sorted(whole)
+    cut = sum(a.num_tokens < b for a, b in zip(run.splits["train"], whole, strict=True))
     return (
         f"tokens of the training samples: median {lengths[len(lengths) // 2]}, most {lengths[-1]}; the model takes "
         f"{text_model_of(run.config, run.pretrained).max_tokens}, so {cut} of {len(lengths)} are shortened"

@@ -15,7 +15,7 @@ from mezo_dist.config.schema import ModelConfig
 from mezo_dist.config.task import ANSWER
 from mezo_dist.errors import UserError
 from mezo_dist.models.load import load_tokenizer
-from mezo_dist.tasks.fields import Row, lookup
+from mezo_dist.tasks.fields import Row, keys_of, lookup
 from mezo_dist.tasks.guess import Guess, guess
 from mezo_dist.tasks.rows import load_tables
 from mezo_dist.tasks.templates import ROW
@@ -74,7 +74,7 @@ def write_starter(
     task = [f"# Written by mezo-dist init, from {len(rows)} rows of {data}. How the model gets them:",
             f"#   mezo-dist tasks show {files[0]} --model={model}",
             *(f"{key}: {_quoted(value)}" for key, value in source.items()),
-            *split_lines, *_fields(looks_like, long_words)]  # fmt: skip
+            *split_lines, *_fields(looks_like, rows[0], long_words)]  # fmt: skip
     config = _config(name, model, looks_like, files[1], tokens)
     folder.mkdir(parents=True, exist_ok=True)
     for file, lines in zip(files, (task, config), strict=True):
@@ -126,23 +126,29 @@ def _words(looks_like: Guess) -> dict[bool | int | str, str]:
     }
 
 
-def _slot(name: str) -> str:
-    """Where a template prints a field: ``{{ text }}``, or ``{{ row["Review Text"] }}`` where the name is no word."""
-    parts = name.split(".")
-    if parts[0] not in (ANSWER, ROW) and all(part.isidentifier() and part not in JINJA_WORDS for part in parts):
+def _slot(row: Row, name: str) -> str:
+    """Where a template prints a field: ``{{ text }}``, or ``{{ row["Review Text"] }}`` where the name is no word.
+
+    Args:
+        row: of the data.
+        name: of the field.
+    """
+    keys = keys_of(row, name, "the data")
+    if keys[0] not in (ANSWER, ROW) and all(key.isidentifier() and key not in JINJA_WORDS for key in keys):
         return f"{{{{ {name} }}}}"
-    return f"{{{{ {ROW}{''.join(f'[{_quoted(part)}]' for part in parts)} }}}}"
+    return f"{{{{ {ROW}{''.join(f'[{_quoted(key)}]' for key in keys)} }}}}"
 
 
-def _fields(looks_like: Guess, long_words: Sequence[str]) -> list[str]:
+def _fields(looks_like: Guess, row: Row, long_words: Sequence[str]) -> list[str]:
     """What the task file says of fields.
 
     Args:
         looks_like: kind and fields.
+        row: of the data.
         long_words: label words that are several tokens.
     """
-    texts = "\n".join(map(_slot, looks_like.texts))
-    answer = _slot(looks_like.answer) if looks_like.answer else ""
+    texts = "\n".join(_slot(row, name) for name in looks_like.texts)
+    answer = _slot(row, looks_like.answer) if looks_like.answer else ""
     shortened = f"truncate: {_quoted(list(looks_like.texts))}  # fields that are shortened where a text is too long"
     if looks_like.kind == "classification":
         words = _words(looks_like)
@@ -152,7 +158,7 @@ def _fields(looks_like: Guess, long_words: Sequence[str]) -> list[str]:
         if all(word.lstrip("-").isdigit() for word in words.values()):
             about += "; numbers tell it little, write what they mean"
         gaps = [f"where: {{drop: {{{_quoted(looks_like.answer)}: [null]}}}}"] if looks_like.has_gaps else []
-        question = (looks_like.answer or "").rpartition(".")[2]
+        question = keys_of(row, looks_like.answer or "", "the data")[-1]
         return ["kind: classification", f"prompt: {_quoted(f'{texts}{chr(10)}{question}: {{{{ answer }}}}')}",
                 f"label: {_quoted(looks_like.answer)}", *gaps, about + ".", "labels:",
                 *(f"  - {{value: {_quoted(value)}, word: {_quoted(word)}}}" for value, word in words.items()),

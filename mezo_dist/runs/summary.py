@@ -11,6 +11,7 @@ from mezo_dist.algorithms import FirstOrder
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.json_types import JsonObject
 from mezo_dist.runs.build import Run
+from mezo_dist.runs.looks import evaluation_interval
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.run_folder import SNAPSHOTS
 
@@ -31,8 +32,14 @@ def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
         ("losses", _losses(config)),
         ("layout", f"{config.layout.name}, {run.comm.world_size} process(es)"),
         ("steps", f"{config.train.steps} of {config.train.batch_size} samples"),
+        ("looks", _looks(run)),
         ("run folder", str(folder)),
     ]
+
+
+def _looks(run: Run) -> str:
+    interval = evaluation_interval(run)
+    return f"validation before training and every {interval} steps" if interval else "validation at the end"
 
 
 def _directions(config: RunConfig) -> str:
@@ -78,8 +85,10 @@ def summary(run: Run, folder: Path, results: JsonObject) -> list[str]:
         else f"The whole fine-tuning is in {log} ({log.stat().st_size / 1024:.0f} KiB): base model + this file = the "
         "fine-tuned model.",
         "What to try next:",
-        f"  tensorboard --logdir {shlex.quote(str(folder))}",
+        f"  mezo-dist report {shlex.quote(str(folder))}",
     ]
+    if "tensorboard" in run.config.monitor:
+        lines.append(f"  tensorboard --logdir {shlex.quote(str(folder))}")
     if run.config.output.export:
         package, loader = run.pretrained.loader
         code = f"import {package} as t; t.{loader}.from_pretrained({json.dumps(str(folder / 'model'))})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import resource
 import time
@@ -21,11 +20,13 @@ from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import Stopped, UserError
 from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.console import Monitor
+from mezo_dist.monitoring.curve_writers import check_installed
 from mezo_dist.monitoring.scalars import train_loss_tag
-from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.objectives.rewards.judge import judging
+from mezo_dist.runs.answers import ask, confusion, samples_after, write_answers
 from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.export import export_model
+from mezo_dist.runs.looks import calibrate, evaluation_interval, look_before, score
 from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, go_back_to_snapshot, replay_from_newest
 from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
@@ -33,8 +34,9 @@ from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import DISK_FAULTS
 from mezo_dist.storage.replay import logged_step
-from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_scores, save_config, write_results
+from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_scores, write_results
 from mezo_dist.storage.trajectory import Log
+from mezo_dist.tasks.kind import Answer
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
         Stopped: SIGTERM came; the run can go on later.
     """
     comm.place = LOADING
+    comm.collect(lambda: check_installed(config.monitor) if comm.rank == 0 else None)
     with stop_on_sigterm(config, comm), judging(config, comm) as judge, claim_folder(config, comm) as claim:
         if claim.log is not None:
             check_config(config, claim.log.header)
@@ -71,6 +74,7 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
                 is_main=is_main,
                 num_steps=config.train.steps,
                 first_step=progress.step,
+                monitors=config.monitor,
                 console=Console(quiet=True) if quiet else None,
             ) as monitor,
         ):
@@ -89,15 +93,12 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
     """
     config, is_main = run.config, run.comm.rank == 0
     monitor.table("run", facts(run, claim.folder))
-    monitor.text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
+    monitor.settings(config.to_dict())
     before: Mapping[str, float | None]
     if claim.log is not None:
         before = read_scores(claim.folder, "before", ["loss", config.task.metric]) if is_main else {}
     else:
-        before = score(run, "test", monitor, 0, calibrate(run, monitor)) if config.output.test else {}
-        if is_main:
-            save_config(config, claim.folder)
-            write_results(claim.folder, {"before": before})
+        before = look_before(run, claim.folder, monitor)
     if run.comm.stopping:
         raise stopped_loading(config)
     run.comm.place = f"step {progress.step + 1}"
@@ -166,6 +167,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         monitor: shows what happens.
     """
     config, comm, engine = run.config.train, run.comm, run.engine
+    look_every = evaluation_interval(run)
     while progress.step < config.steps:
         if comm.stopping:
             _stop(run, progress, recorder)
@@ -194,6 +196,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
             "memory/peak_rss_GiB": peak_rss_gib(),
             "trajectory/bytes": float(recorder.bytes),
             "skipped_steps": float(progress.skipped),
+            "forward_passes_per_step": float(num_forwards),
         }
         if run.gradients is None:  # FSDP2's own gathers, for a gradient, are not counted
             scalars |= {
@@ -204,7 +207,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         every = run.config.output.snapshot_every
         if every and progress.step % every == 0 and progress.step < config.steps:
             recorder.snapshot(progress.step)
-        if config.evaluate_every and progress.step % config.evaluate_every == 0 and progress.step < config.steps:
+        if look_every and progress.step % look_every == 0 and progress.step < config.steps:
             score(run, "validation", monitor, progress.step, calibrate(run, monitor))
 
 
@@ -277,33 +280,6 @@ def _check_skips(progress: Progress[object], result: StepResult[object], config:
         )
 
 
-def calibrate(run: Run, monitor: Monitor) -> Calibration | None:
-    """`Run.calibration` of the current weights, shown as it goes on."""
-    if not run.config.train.calibrate:
-        return None
-    with monitor.evaluation("train", min(len(run.splits["train"]), MOST_SAMPLES)) as advance:
-        return run.calibration(advance)
-
-
-def score(
-    run: Run, split: str, monitor: Monitor, step: int, calibration: Calibration | None = None
-) -> dict[str, float]:
-    """Loss and metric of the current weights on a split, shown and logged. Collective.
-
-    Args:
-        run: data, model and engine.
-        split: ``train``, ``validation`` or ``test``.
-        monitor: shows progress and result.
-        step: steps that the weights have seen.
-        calibration: offsets that predictions take, if losses are calibrated.
-    """
-    adjust = calibration.adjusted if calibration else None
-    with monitor.evaluation(split, len(run.splits[split])) as advance:
-        result = run.evaluator.score(run.split(split), run.kind.summarise, advance, adjust)
-    monitor.result(split, step, result)
-    return result
-
-
 def _finish(
     run: Run,
     folder: Path,
@@ -322,19 +298,28 @@ def _finish(
         seconds: time that training took.
         monitor: shows what happens.
     """
-    is_main = run.comm.rank == 0
+    is_main, output = run.comm.rank == 0, run.config.output
     results: JsonObject = {"before": before, "steps": progress.step, "skipped_steps": progress.skipped}
     calibration = calibrate(run, monitor)
-    results["validation"] = score(run, "validation", monitor, progress.step, calibration)
-    if run.config.output.test:
-        results["after"] = score(run, "test", monitor, progress.step, calibration)
+    said: list[Answer] = []
+    listen = said if output.answers and run.config.task.words else None
+    results["validation"] = score(
+        run, "validation", monitor, progress.step, calibration, None if output.test else listen
+    )
+    if output.test:
+        results["after"] = score(run, "test", monitor, progress.step, calibration, listen)
+    results["samples"] = {name: len(samples) for name, samples in run.splits.items()}
+    answers = ask(run, calibration) if output.answers else []
     if calibration:
         results["offsets"] = calibration.by_word()
     results |= {"training_s": round(seconds, 1), "weights": run.engine.fingerprint()}
     if is_main:
         write_results(folder, results)
+        if output.answers:
+            table = confusion(run, "test" if output.test else "validation", said)
+            write_answers(folder, samples=samples_after(run, folder, answers), confusion=table)
         note(folder, "finished", progress.step)
-    if run.config.output.export:
+    if output.export:
         export_model(run.engine, run.pretrained.tokenizer, folder / "model", run.comm, calibration=calibration)
     what = "its updates were noise" if run.gradients is None else "it has no gradient"
     for name in run.engine.never_used():

@@ -3,6 +3,8 @@
 trajectory.jsonl   all that the fine-tuned model is, beside its base     config.yaml    every setting
 snapshots/         weights, to go on from                                events.jsonl   starts, stops and faults
 metrics.jsonl, tensorboard/   curves                                     results.json, model/   what came out
+metrics.csv, wandb/   curves, for other monitors                         answers.json         what the model says
+monitors.json   what services call the run
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +42,13 @@ from mezo_dist.storage.files import (
 
 log = logging.getLogger(__name__)
 CONFIG, EVENTS, RESULTS, SNAPSHOTS, LOCK = "config.yaml", "events.jsonl", "results.json", "snapshots", ".lock"
+MONITORS, ANSWERS = "monitors.json", "answers.json"
 MOST_RESULTS_BYTES = 1 << 20
 """Size up to which results.json is read."""
-_FILES = (CONFIG, EVENTS, RESULTS, "metrics.jsonl")
-_FOLDERS = (SNAPSHOTS, "tensorboard", "model")
-_UNFINISHED = (*(f".{name}.part" for name in (trajectory.FILE, CONFIG, RESULTS, "model")),)
+_FILES = (CONFIG, EVENTS, RESULTS, MONITORS, ANSWERS, "metrics.jsonl", "metrics.csv")
+_FOLDERS = (SNAPSHOTS, "tensorboard", "wandb", "model")
+_WRITTEN_WHOLE = (trajectory.FILE, CONFIG, RESULTS, MONITORS, ANSWERS, "metrics.csv", "model")
+_UNFINISHED = tuple(f".{name}.part" for name in _WRITTEN_WHOLE)
 
 
 @dataclass(frozen=True)
@@ -76,25 +80,44 @@ def claim_folder(config: RunConfig, comm: Communicator) -> Iterator[Claim]:
         UserError: on all ranks: the folder holds a run, another job writes to it, it cannot be written to, or its
             trajectory is damaged.
     """
-    folder, data, lock, problem = Path(config.output.dir), b"", None, ""
+    locks: list[int] = []
+
+    def claim() -> Path:
+        folder, lock = _claim(Path(config.output.dir), config.output.if_exists)
+        locks.append(lock)
+        return folder
+
     try:
-        if comm.rank == 0:
-            try:
-                folder, lock = _claim(folder, config.output.if_exists)
-                path = folder / trajectory.FILE
-                data = trajectory.read_bytes(path) if path.exists() else b""
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{folder} cannot be made or written to ({error.strerror}); name another (--output.dir)"
-        problem, name = comm.broadcast_text(f"{problem}\n{folder}").rsplit("\n", 1)
-        if problem:
-            raise UserError(f"output.dir: {problem}")
-        folder, data = Path(name), comm.broadcast_bytes(data)
-        yield Claim(folder, trajectory.parse(data, folder / trajectory.FILE) if data else None)
+        yield known_to_all(config, comm, claim)
     finally:
-        if lock is not None:
+        for lock in locks:
             os.close(lock)  # a process that dies lets go of it too
+
+
+def known_to_all(config: RunConfig, comm: Communicator, choose: Callable[[], Path], *, reads: bool = True) -> Claim:
+    """A run folder and its trajectory, on all ranks.
+
+    Args:
+        config: the run's.
+        comm: the ranks.
+        choose: the folder; rank 0 calls it.
+        reads: False: a trajectory that is there does not count.
+    """
+    folder, data, problem = Path(config.output.dir), b"", ""
+    if comm.rank == 0:
+        try:
+            folder = choose()
+            path = folder / trajectory.FILE
+            data = trajectory.read_bytes(path) if reads and path.exists() else b""
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{folder} cannot be made or written to ({error.strerror}); name another (--output.dir)"
+    problem, name = comm.broadcast_text(f"{problem}\n{folder}").rsplit("\n", 1)
+    if problem:
+        raise UserError(f"output.dir: {problem}")
+    folder, data = Path(name), comm.broadcast_bytes(data)
+    return Claim(folder, trajectory.parse(data, folder / trajectory.FILE) if data else None)
 
 
 def cut_log(claim: Claim, num_steps: int, comm: Communicator) -> Claim:
@@ -163,16 +186,28 @@ def _first_free(wanted: Path) -> tuple[Path, int]:
         folder = wanted.with_name(f"{wanted.name}-{number}")
 
 
-def _claim_named(folder: Path, if_exists: str) -> tuple[Path, int]:
-    holds_run = os.path.lexists(folder / trajectory.FILE)
-    if holds_run and if_exists == "error":
+def holds_run(folder: Path, if_exists: str) -> bool:
+    """Whether a run is there. Raises UserError if none may be."""
+    is_there = os.path.lexists(folder / trajectory.FILE)
+    if is_there and if_exists == "error":
         raise UserError(
             f"{folder} already holds a run; go on with it (--output.if_exists=resume), keep it and use a new folder "
             f"(--output.if_exists=new), or name another one (--output.dir)"
         )
+    return is_there
+
+
+def check_trajectory(folder: Path) -> None:
+    """Raise UserError if a link or a folder stands where the trajectory should be."""
+    if not is_plain_file(folder / trajectory.FILE):
+        raise UserError(f"{folder / trajectory.FILE} is a link or a folder, not a file; put the file itself there")
+
+
+def _claim_named(folder: Path, if_exists: str) -> tuple[Path, int]:
+    replaces = holds_run(folder, if_exists) and if_exists == "replace"
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    if holds_run and if_exists == "replace":
+    if replaces:
         _rename_old(folder)
         os.close(lock)
         folder.mkdir()
@@ -195,8 +230,7 @@ def _tidy(folder: Path) -> None:
     What an interrupted write has left is removed. Links, and folders in the place of files, are moved aside: nothing
     that is written is to end elsewhere, and no damage to a file beside the trajectory is to stop a run.
     """
-    if not is_plain_file(folder / trajectory.FILE):
-        raise UserError(f"{folder / trajectory.FILE} is a link or a folder, not a file; put the file itself there")
+    check_trajectory(folder)
     for name in _FILES:
         if not is_plain_file(folder / name):
             move_aside(folder / name)
@@ -214,6 +248,19 @@ class _InUseError(UserError):
     """Another job has the lock."""
 
 
+def in_use(folder: Path, owner: bytes) -> _InUseError:
+    """The error that says who has the lock.
+
+    Args:
+        folder: the run folder.
+        owner: contents of the lock file.
+    """
+    name = owner[:200].decode(errors="replace").strip() or "unknown"
+    return _InUseError(
+        f"{folder} is in use by another job ({name}); end that one, or name another folder (--output.dir)"
+    )
+
+
 def _lock(folder: Path) -> int:
     """Take the folder's lock. Raises _InUseError, which says who has it."""
     if not is_plain_file(folder / LOCK):
@@ -222,11 +269,9 @@ def _lock(folder: Path) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
+        owner = os.pread(handle, 200, 0)
         os.close(handle)
-        raise _InUseError(
-            f"{folder} is in use by another job ({owner}); end that one, or name another folder (--output.dir)"
-        ) from error
+        raise in_use(folder, owner) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise

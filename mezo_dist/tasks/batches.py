@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.directions import devices
+from mezo_dist.directions.seeds import shuffled
 from mezo_dist.errors import UserError
 
 
@@ -84,7 +85,7 @@ class BatchOrder:
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
+def _epoch(num_samples: int, seed: int, epoch: int) -> Sequence[int]:
     """The order of the samples in one epoch.
 
     Args:
@@ -92,7 +93,7 @@ def _epoch(num_samples: int, seed: int, epoch: int) -> list[int]:
         seed: of the order.
         epoch: number of the epoch.
     """
-    return sorted(range(num_samples), key=lambda i: derive_seed(seed, "order", epoch, i))
+    return shuffled(num_samples, seed, "order", epoch)
 
 
 def cut(
@@ -115,6 +116,27 @@ def cut(
     groups = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
     micro_batches = (collate([samples[slot] for slot in group], tuple(group), pad_id) for group in groups)
     return [replace(item, seed=seed) for item in micro_batches]
+
+
+def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """The same with their tensors on ``device``, by one copy; they stay as they are where it is the host.
+
+    Args:
+        micro_batches: in host memory.
+        device: where the model is.
+    """
+    if device.type == "cpu":
+        return list(micro_batches)
+    tensors = (tensor for item in micro_batches for part in (item.inputs, item.targets) for tensor in part.values())
+    there = iter(devices.upload([*tensors], device))
+    return [
+        replace(
+            item,
+            inputs={name: next(there) for name in item.inputs},
+            targets={name: next(there) for name in item.targets},
+        )
+        for item in micro_batches
+    ]
 
 
 def deal(micro_batches: Sequence[MicroBatch], world_size: int) -> list[list[MicroBatch]]:

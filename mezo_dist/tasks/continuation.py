@@ -54,17 +54,22 @@ def continued(texts: TextEncoder, before: str, after: str) -> Continuation:
         before: the prompt.
         after: what continues it.
     """
-    ends = texts.tokenize("")
-    prompt, ids = texts.tokenize(before.rstrip(" ")), texts.tokenize(before + after)
-    appended = shared(ends[::-1], ids[::-1])
+    prompt, ids = texts.tokenize_all([before.rstrip(" "), before + after])
+    appended = shared(texts.of_nothing[::-1], ids[::-1])
     ids = ids[: len(ids) - appended]
     return Continuation(tuple(ids), shared(prompt, ids))
 
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest prefix that both have."""
-    pairs = zip(one, other, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    """Length of the longest prefix that both have: two lists, or two tuples."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:  # slices compare faster than their elements do one by one
+        middle = (least + most + 1) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def check_causal(model: TextModel, kind: str) -> None:

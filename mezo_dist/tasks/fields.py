@@ -25,15 +25,30 @@ def lookup(row: Row, name: str, setting: str) -> Any:
         UserError: there is no such field.
     """
     place: Any = row
-    rest = name
-    while isinstance(place, Mapping):
-        if rest in place:
-            return place[rest]
-        head, dot, rest = rest.partition(".")
-        if not dot or head not in place:
-            break
-        place = place[head]
-    raise UserError(f"{setting}: there is no field {name!r}, only {listed(field_names(row))}")
+    for key in keys_of(row, name, setting):
+        place = place[key]
+    return place
+
+
+def keys_of(row: Row, name: str, setting: str) -> list[str]:
+    """The keys that lead to a field, one inside another; arguments and errors are those of `lookup`."""
+    keys = _keys(row, name)
+    if keys is None:
+        raise UserError(f"{setting}: there is no field {name!r}, only {listed(field_names(row))}")
+    return keys
+
+
+def _keys(place: object, name: str) -> list[str] | None:
+    """See `keys_of`; None if there is no such field. A key may have dots itself."""
+    if not isinstance(place, Mapping):
+        return None
+    if name in place:
+        return [name]
+    for dot in (i for i, letter in enumerate(name) if letter == "." and name[:i] in place):
+        inner = _keys(place[name[:dot]], name[dot + 1 :])
+        if inner is not None:
+            return [name[:dot], *inner]
+    return None
 
 
 def replaced(row: Row, name: str, value: Any) -> Row:
@@ -44,10 +59,8 @@ def replaced(row: Row, name: str, value: Any) -> Row:
         name: of the field; dots lead into fields that hold others.
         value: the new one.
     """
-    if name in row or "." not in name:
-        return {**row, name: value}
-    head, _, rest = name.partition(".")
-    return {**row, head: replaced(row[head], rest, value)}
+    key, *inner = _keys(row, name) or [name]
+    return {**row, key: replaced(row[key], ".".join(inner), value) if inner else value}
 
 
 def field_names(row: Row) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mezo_dist.config.values import ClassIndex
-from mezo_dist.errors import UserError
+from mezo_dist.errors import UserError, needs
 from mezo_dist.tasks.fields import Row, listed
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Endings of files that can be read."""
 LONGEST_CELL = 1 << 30
 """Characters; the csv module wants a limit."""
+AT_ONCE = 10_000
+"""Rows of a table that are digested together."""
 MOST_CELLS, SPARSEST = 1_000_000, 50
 """Cells of JSON rows, fields that a row lacks included: so many, and so many times those that are there."""
 
@@ -42,6 +44,10 @@ class Table(Protocol):
         """The rows at ``indices``, in that order."""
         ...
 
+    def digest(self) -> str:
+        """Hexadecimal digits over all rows."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Records:
@@ -55,6 +61,10 @@ class Records:
     def take(self, indices: Sequence[int]) -> list[Row]:
         """See `Table`."""
         return [self.rows[index] for index in indices]
+
+    def digest(self) -> str:
+        """See `Table`."""
+        return hashlib.blake2b(repr(self.rows).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +84,7 @@ class Arrow:
 
         try:
             rows: list[dict[str, Any]] = self.dataset.with_format("arrow")[
-                indices
+                list(indices)
             ].to_pylist()  # pictures stay undecoded
         except UnicodeDecodeError as error:  # pyarrow does not look into short strings when it reads a file
             raise UserError(f"task.data: {self.name} is not UTF-8 ({error}): convert it") from error
@@ -86,6 +96,18 @@ class Arrow:
                 if row[field] is not None and 0 <= row[field] < len(names):  # -1 stands for no class
                     row[field] = ClassIndex(row[field], names[row[field]])
         return list[Row](rows)
+
+    def digest(self) -> str:
+        """See `Table`."""
+        import pyarrow as pa
+
+        digest = hashlib.blake2b(repr(self.dataset.features).encode(), digest_size=16)
+        for table in self.dataset.with_format("arrow").iter(AT_ONCE):
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            digest.update(sink.getvalue())
+        return digest.hexdigest()
 
 
 def local_files(path: Path) -> dict[str, Path]:
@@ -273,7 +295,8 @@ def _is_doubled(cell: str) -> bool:
 
 
 def _read_arrow(path: Path, kind: str) -> Table:
-    import datasets
+    with needs("datasets", f"task.data: datasets, which reads {path.name}"):
+        import datasets
 
     datasets.disable_progress_bars()
     try:
@@ -282,7 +305,7 @@ def _read_arrow(path: Path, kind: str) -> Table:
             data_files=[glob.escape(str(path))],
             split="train",
             # Its cache knows a file by size and time of change, which a file with other rows may share.
-            cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "mezo_dist" / _content_digest(path)),
+            cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "mezo_dist" / content_digest(path)),
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = str(error.__cause__ or error)
@@ -291,7 +314,8 @@ def _read_arrow(path: Path, kind: str) -> Table:
     return Arrow(str(path), data)
 
 
-def _content_digest(path: Path) -> str:
+def content_digest(path: Path) -> str:
+    """32 hexadecimal digits over the bytes of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Mapping
 from pathlib import Path
 
-from mezo_dist.errors import UserError
+from mezo_dist.errors import UserError, needs
 from mezo_dist.tasks.files import Arrow, Table
 
 SAVED = ("dataset_dict.json", "state.json")
@@ -19,7 +19,8 @@ def read_saved(folder: Path) -> Mapping[str, Table]:
     Raises:
         UserError: it cannot be read.
     """
-    import datasets
+    with needs("datasets", f"task.data: datasets, which reads {folder}"):
+        import datasets
 
     try:
         loaded = datasets.load_from_disk(str(folder))
@@ -40,7 +41,8 @@ def read_hub(name: str, subset: str | None, revision: str | None) -> Mapping[str
     Raises:
         UserError: it does not load; the message says what to do.
     """
-    import datasets
+    with needs("datasets", f"task.data: datasets, which fetches {name!r}"):
+        import datasets
 
     datasets.disable_progress_bars()
     try:

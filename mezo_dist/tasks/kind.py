@@ -7,7 +7,7 @@ Implementations are plain final classes in a folder of their own each; `mezo_dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -23,14 +23,15 @@ from mezo_dist.tasks.text import TextEncoder
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What one forward pass says about each of the n samples of a micro-batch."""
+    """What one forward pass says about each of the n samples of a micro-batch: tensors where the model is, which nobody
+    has waited for (`mezo_dist.directions.devices.read`)."""
 
     loss: Tensor
     """fp32 [n]: sum of losses over the things that ``weight`` counts."""
     weight: Tensor
     """int64 [n]: what the loss is averaged over, 1 per sample or its number of target tokens."""
     payload: Tensor
-    """fp32 [n, columns], on the CPU: what a figure of merit or a joint batch loss needs (logits of the classes, scores
+    """fp32 [n, columns]: what a figure of merit or a joint batch loss needs (logits of the classes, scores
     of the options, numbers of right tokens). It crosses between ranks bit for bit."""
 
 
@@ -70,14 +71,28 @@ class Bench:
     """Runs a forward pass of the probe, also where weights are sharded."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model says about a sample, in words."""
+
+    right: str
+    """The right answer; empty where there is none."""
+    said: str
+    """The model's."""
+    classes: tuple[int, int] | None = None
+    """Number of the right class and of the model's, where all samples have the same classes (`TaskSettings.words`)."""
+
+
 class TaskKind(Protocol):
     """One kind of task, for given settings and a given model's tokenizer."""
 
+    sample: ClassVar[type[Any]]
+    """The class of its samples: a frozen dataclass of plain numbers, texts and tuples (see `Sample`)."""
     payload_is_smooth: ClassVar[bool]
     """Small changes of weights change the payload a little (logits do, numbers of right tokens do not)."""
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Any]:
-        """The samples of one split: frozen dataclasses of plain numbers, text and tuples (see `Sample`).
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Any]:
+        """The samples of one split, one by one: a million of them need not be in memory.
 
         Raises:
             UserError: a row does not fit the task or the model; says which one of ``split``.
@@ -115,5 +130,13 @@ class TaskKind(Protocol):
     def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
         """fp64 [n]: numbers whose mean is the task's metric; only called if the settings say `metric_is_mean`."""
 
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """What the model says about each sample, by slot, for people.
 
-__all__ = ["Bench", "Forward", "Sample", "Scores", "TaskKind", "TextModel"]
+        Args:
+            payload: fp32 [n, columns], by slot.
+            batch: its micro-batches.
+        """
+
+
+__all__ = ["Answer", "Bench", "Forward", "Sample", "Scores", "TaskKind", "TextModel"]

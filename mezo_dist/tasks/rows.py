@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from mezo_dist.assets.registry import is_demo, resolve_data
 from mezo_dist.config.task import Split, TaskSettings
 from mezo_dist.config.values import Where, names_of
-from mezo_dist.directions.seeds import derive_seed
+from mezo_dist.directions.seeds import shuffled
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.fields import Row, listed, lookup
 from mezo_dist.tasks.files import TYPES, Table, local_files, read_file
@@ -20,6 +20,10 @@ from mezo_dist.tasks.hub import SAVED, read_hub, read_saved
 from mezo_dist.tasks.templates import names_in
 
 log = logging.getLogger(__name__)
+SPLITS = ("train", "validation", "test")
+"""In the order in which they are cut."""
+Tell = Callable[[int, str], None]
+"""What is said of the rows: a level of logging, and a text."""
 AT_ONCE = 10_000
 """Rows that are looked at together to see which of them count."""
 
@@ -33,28 +37,37 @@ class Rows:
     test: list[Row]
 
 
-def load_rows(task: TaskSettings) -> Rows:
+def _to_log(level: int, text: str) -> None:
+    log.log(level, "%s", text)
+
+
+def load_rows(task: TaskSettings, tell: Tell = _to_log) -> Rows:
     """Load the task's data and cut its splits.
 
     Splits of the same source are consecutive pieces of one permutation of the rows in it that ``task.where`` leaves, a
     function of ``task.splits.seed`` alone, in the order train, validation, test.
 
+    Args:
+        task: the settings.
+        tell: is told which rows do not count, and which fields are null.
+
     Raises:
         UserError: data not found, unknown split, empty split, or too few rows; says which and what there is.
     """
     data = load_tables(task.data, task.subset, task.revision)
-    orders: dict[str, list[int]] = {}
+    orders: dict[str, Sequence[int]] = {}
     taken: dict[str, int] = {}
     rows: dict[str, list[Row]] = {}
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         split: Split = getattr(task.splits, name)
         if split.source not in data:
             raise UserError(
                 f"task.splits.{name}.source: {task.data} has no split {split.source!r}, only {listed(sorted(data))}"
             )
         if split.source not in orders:
-            kept = _kept(task, split.source, data[split.source])
-            orders[split.source] = [kept[i] for i in _permutation(len(kept), task.splits.seed, split.source)]
+            kept = _kept(task, split.source, data[split.source], tell)
+            places = shuffled(len(kept), task.splits.seed, "split", split.source)
+            orders[split.source] = places if isinstance(kept, range) else [kept[i] for i in places]
         order = orders[split.source]
         start = taken.get(split.source, 0)
         left = len(order) - start
@@ -69,7 +82,7 @@ def load_rows(task: TaskSettings) -> Rows:
             )
         taken[split.source] = start + size
         rows[name] = data[split.source].take(order[start : start + size])
-        _tell_nulls(task, name, rows[name])
+        _tell_nulls(task, name, rows[name], tell)
     return Rows(**rows)
 
 
@@ -78,21 +91,11 @@ def uses_cache(task: TaskSettings) -> bool:
     path = Path(task.data).expanduser()
     if is_demo(task.data) or not path.exists():
         return not is_demo(task.data) and path.suffix not in TYPES
-    return not _is_saved(path) and any(file.suffix in (".parquet", ".arrow") for file in local_files(path).values())
+    return not is_saved(path) and any(file.suffix in (".parquet", ".arrow") for file in local_files(path).values())
 
 
-def _permutation(size: int, seed: int, source: str) -> list[int]:
-    """By hashing, not by a library's generator, whose streams may change between versions.
-
-    Args:
-        size: number of rows.
-        seed: ``task.splits.seed``.
-        source: name of the split.
-    """
-    return sorted(range(size), key=lambda i: derive_seed(seed, "split", source, i))
-
-
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
+    """The path is a folder written by ``save_to_disk`` of ``datasets``."""
     return any((path / name).exists() for name in SAVED)
 
 
@@ -110,7 +113,7 @@ def load_tables(data: str, subset: str | None = None, revision: str | None = Non
     if is_demo(data):
         return {split: read_file(path) for split, path in resolve_data(data).items()}
     path = Path(data).expanduser()
-    if _is_saved(path):
+    if is_saved(path):
         return read_saved(path)
     if path.suffix in TYPES or path.exists():
         # One by one: splits may differ in their fields, and may be called "all".
@@ -121,13 +124,14 @@ def load_tables(data: str, subset: str | None = None, revision: str | None = Non
 # Which rows count
 
 
-def _kept(task: TaskSettings, source: str, table: Table) -> Sequence[int]:
-    """Indices of the rows that ``task.where`` leaves; the log says how many those are, and what the others had.
+def _kept(task: TaskSettings, source: str, table: Table, tell: Tell) -> Sequence[int]:
+    """Indices of the rows that ``task.where`` leaves.
 
     Args:
         task: has the conditions.
         source: name of the split.
         table: its rows.
+        tell: is told how many those are, and what the others had.
     """
     where = task.where
     if not (where.keep or where.drop):
@@ -142,14 +146,9 @@ def _kept(task: TaskSettings, source: str, table: Table) -> Sequence[int]:
                 kept.append(index)
             else:
                 counts[reason] += 1
-    log.info(
-        "task.where leaves %d of the %d rows of split %r of %s; left out: %s",
-        len(kept),
-        len(table),
-        source,
-        task.data,
-        "; ".join(f"{count} with {reason}" for reason, count in counts.most_common(10)) or "none",
-    )
+    reasons = "; ".join(f"{count} with {reason}" for reason, count in counts.most_common(10)) or "none"
+    counted = f"{len(kept)} of the {len(table)} rows of split {source!r} of {task.data}"
+    tell(logging.INFO, f"task.where leaves {counted}; left out: {reasons}")
     if not kept:
         raise UserError(f"task.where: it leaves no row of split {source!r} of {task.data}")
     return kept
@@ -165,22 +164,24 @@ def _left_out(row: Row, where: Where) -> str | None:
     return None
 
 
-def _tell_nulls(task: TaskSettings, split: str, rows: list[Row]) -> None:
+def _tell_nulls(task: TaskSettings, split: str, rows: list[Row], tell: Tell) -> None:
     """Warn of fields that the task reads and that are null in some rows.
 
     Args:
         task: reads fields.
         split: its name.
         rows: of the split.
+        tell: is told.
     """
     read = {name for template in task.templates for name in names_in(template)}
     read |= {*task.fields, *(task.truncate or ())}
-    nulls: Counter[Any] = Counter(
-        name for row in rows for name, value in row.items() if value is None and _is_read(name, read)
+    all_nulls: Counter[Any] = Counter(
+        name for row in rows if None in row.values() for name, value in row.items() if value is None
     )
+    nulls = Counter({name: count for name, count in all_nulls.items() if _is_read(name, read)})
     if nulls:
         counted = ", ".join(f"{name} in {count}" for name, count in nulls.most_common(10))
-        log.warning("fields that are null, of the %d rows of the %s split: %s", len(rows), split, counted)
+        tell(logging.WARNING, f"fields that are null, of the {len(rows)} rows of the {split} split: {counted}")
 
 
 def _is_read(name: str, read: set[str]) -> bool:

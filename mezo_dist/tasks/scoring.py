@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mezo_dist.directions import devices
 from mezo_dist.engines.lockstep.head_slice import HeadSlice
 from mezo_dist.tasks.batches import MicroBatch, padded
 from mezo_dist.tasks.kind import Bench, Scores
@@ -19,15 +20,14 @@ log = logging.getLogger(__name__)
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Scores:
     """Scores of one label per sample, given logits [n, classes] and labels int64 [n]."""
-    logits = logits.float().cpu()
+    logits, labels = logits.float(), labels.to(logits.device)
     loss = F.cross_entropy(logits, labels, reduction="none")
     return Scores(loss, torch.ones_like(labels), logits)
 
 
 def on_device(model: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
     """The inputs of a micro-batch where the model is."""
-    device = device_of(model)
-    return {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    return dict(zip(batch.inputs, devices.upload([*batch.inputs.values()], device_of(model)), strict=True))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -88,6 +88,17 @@ def token_targets(rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
     }
 
 
+def target_texts(batch: Sequence[MicroBatch], tokenizer: Any) -> list[list[str]]:
+    """The target tokens of every row of every sample, by slot, as texts."""
+    texts: dict[int, list[str]] = {}
+    for item in batch:
+        rows = zip(item.row_slots, item.targets["token"], item.targets["is_target"], strict=True)
+        for slot, tokens, is_target in rows:
+            text = str(tokenizer.decode(tokens[is_target.bool()].tolist(), skip_special_tokens=True)).strip()
+            texts.setdefault(slot, []).append(text)
+    return [texts[slot] for slot in sorted(texts)]
+
+
 @final
 class TokenScores:
     """Log-probabilities of the target tokens of a micro-batch (see `token_targets`), by a causal language model."""
@@ -101,13 +112,13 @@ class TokenScores:
 
         Returns:
             fp32 [rows, m], log-probabilities, zero where there is no target; and bool [rows, m], whether the target is
-            the likeliest token. Both on the CPU.
+            the likeliest token.
         """
         logits = self._logits(model, batch).float()
         token, is_target = (batch.targets[name].to(logits.device) for name in ("token", "is_target"))
         chosen = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         right = (logits.argmax(-1) == token) & (is_target == 1)
-        return torch.where(is_target == 1, chosen, 0.0).cpu(), right.cpu()
+        return torch.where(is_target == 1, chosen, 0.0), right
 
     def _logits(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """[rows, m, vocabulary]"""

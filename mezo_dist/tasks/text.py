@@ -6,52 +6,27 @@ names (and nothing else) until what a kind makes of them fits.
 
 from __future__ import annotations
 
+import functools
 import logging
-import reprlib
-import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mezo_dist.config.task import TruncateSide
 from mezo_dist.errors import UserError
+from mezo_dist.tasks.encoding import Texts, ask
 from mezo_dist.tasks.fields import Row, field_names, listed, lookup, replaced
 from mezo_dist.tasks.templates import ROW, render
 
 log = logging.getLogger(__name__)
-SILENT_S = 5.0
-"""Encoding that takes longer than that says how far it is."""
 LONG_TEXT = 50_000
 """Characters up to which a text is tokenised as a whole, however few of them the window takes."""
 MARGIN_TOKENS = 64
 """Tokens that are cut off beyond the window: those next to the cut may not be those of the whole text."""
+LEAST_AT_ONCE, CHECKED = 16, 64
+"""Texts from which on they are tokenised together; and every so manieth is tokenised by itself, too."""
 
 S = TypeVar("S", bound=Sized)
-T = TypeVar("T")
-
-
-def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> list[T]:
-    """``encode`` of every row; the log says how far it is.
-
-    Args:
-        rows: of one split.
-        split: its name.
-        encode: makes a sample of a row.
-
-    Raises:
-        UserError: ``encode`` refuses a row; the message says which.
-    """
-    samples = []
-    said_s = time.monotonic()
-    for number, row in enumerate(rows):
-        if time.monotonic() - said_s > SILENT_S:
-            log.info("encoding the %s split: %d of %d samples are done", split, number, len(rows))
-            said_s = time.monotonic()
-        try:
-            samples.append(encode(row))
-        except UserError as error:
-            raise UserError(f"{split} sample {number}, {reprlib.repr(dict(row))}: {error}") from error
-    return samples
 
 
 def render_row(template: str, row: Row, **values: Any) -> str:
@@ -82,9 +57,20 @@ class TextEncoder:
         Raises:
             UserError: the model does not know one of them.
         """
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]  # not verbose: too long texts are our matter
-        self.check_known(ids)
+        (ids,) = self.tokenize_all([text])
         return ids
+
+    def tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `tokenize`; of several texts, in one go."""
+        found: list[list[int]] = ask(self._ids, [(text,) for text in texts])
+        for ids in found:
+            self.check_known(ids)
+        return found
+
+    @functools.cached_property
+    def of_nothing(self) -> list[int]:
+        """Token ids of an empty text: what the tokenizer puts around every text."""
+        return list(self.tokenizer("", verbose=False)["input_ids"])
 
     def check_known(self, ids: Sequence[int]) -> None:
         """Raises UserError for a token that the model does not know."""
@@ -119,9 +105,11 @@ class TextEncoder:
             UserError: it does not fit even without the text of these fields; or there is no such field, or no text in
                 it, which is said whether anything is too long or not.
         """
-        texts = {name: self.limit(text) for name, text in self._truncatable(row).items()}
+        texts = self._truncatable(row)
         for name, text in texts.items():
-            row = replaced(row, name, text)
+            texts[name] = self.limit(text)
+            if texts[name] is not lookup(row, name, "task.truncate"):
+                row = replaced(row, name, texts[name])
         while True:
             encoded = encode(row)
             excess = len(encoded) - self.max_tokens
@@ -150,13 +138,50 @@ class TextEncoder:
 
     def truncated(self, *texts: str) -> Any:
         """The tokenizer's encoding of one text or a pair, cut by the tokenizer (of a pair, the longer one first)."""
-        usual, self.tokenizer.truncation_side = self.tokenizer.truncation_side, self.side
-        try:
-            encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_tokens)
-        finally:
-            self.tokenizer.truncation_side = usual  # it is written down with the tokenizer
+        # For one pair whose second text is empty, a fast tokenizer takes it for a text; among several, for a pair.
+        (encoded,) = ask(self._cut, [texts if all(texts[1:]) or not self.tokenizer.is_fast else texts[:1]])
         self.check_known(encoded["input_ids"])
         return encoded
+
+    def _ids(self, texts: Sequence[Texts]) -> list[list[int]]:
+        """Token ids of each of several texts.
+
+        A fast tokenizer is asked past transformers' Python code, which takes as long again. What that code would have
+        made of every `CHECKED`th text is compared; it also leaves the tokenizer as it has to be (nothing is cut).
+        """
+        if len(texts) < LEAST_AT_ONCE or not self.is_plain:
+            # Not verbose: too long texts are our matter.
+            return [self.tokenizer(text, verbose=False)["input_ids"] for (text,) in texts]
+        checked = [self.tokenizer(text, verbose=False)["input_ids"] for (text,) in texts[::CHECKED]]
+        ids = [one.ids for one in self.tokenizer.backend_tokenizer.encode_batch_fast([text for (text,) in texts])]
+        if ids[::CHECKED] != checked:
+            raise RuntimeError(f"{type(self.tokenizer).__name__} makes other tokens of a text than its backend does")
+        return ids
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """A call of the tokenizer is one of its backend, in Rust, and no code of a class of its own stands before."""
+        from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return False
+        known = {"__call__": PreTrainedTokenizerBase, "_encode_plus": PreTrainedTokenizerFast}
+        is_plain = all(getattr(type(self.tokenizer), name) is getattr(of, name) for name, of in known.items())
+        if not is_plain:
+            log.info("texts are tokenised one by one: %s has code of its own", type(self.tokenizer).__name__)
+        return is_plain
+
+    def _cut(self, texts: Sequence[Texts]) -> list[dict[str, list[int]]]:
+        """See `truncated`; of several texts, or of several pairs."""
+        usual, self.tokenizer.truncation_side = self.tokenizer.truncation_side, self.side
+        options = {"truncation": True, "max_length": self.max_tokens}
+        try:
+            if not self.tokenizer.is_fast or len(texts) == 1:
+                return [self.tokenizer(*one, **options) for one in texts]
+            encoded = self.tokenizer(*map(list, zip(*texts, strict=True)), **options)
+        finally:
+            self.tokenizer.truncation_side = usual  # it is written down with the tokenizer
+        return [{name: values[place] for name, values in encoded.items()} for place in range(len(texts))]
 
     def shorten(self, text: str, excess: int) -> str:
         """``text`` without ``excess`` tokens at its end, or at its start (at least one character less)."""

@@ -12,10 +12,8 @@ from mezo_dist.errors import UserError
 
 _NO_BACKWARD = "there is no backward pass for which activations are kept; leave it out"
 _REFUSED = {
-    "fsdp": "MeZOTrainer keeps whole weights in every process; to shard them, use `mezo-dist train` with "
-    "layout.name: fsdp, or mezo_dist.Optimizer(model, ..., layout=mezo_dist.shard(model, 'fsdp'))",
-    "deepspeed": "MeZOTrainer keeps whole weights in every process; to partition them, use `mezo-dist train` with "
-    "layout.name: zero, or mezo_dist.Optimizer(model, ..., layout=mezo_dist.shard(model, 'zero'))",
+    "fsdp": "is made for gradients; give MeZOTrainer(..., layout=mezo_dist.shard(model, 'fsdp')) in its place",
+    "deepspeed": "is made for gradients; give MeZOTrainer(..., layout=mezo_dist.shard(model, 'zero')) in its place",
     "gradient_checkpointing": _NO_BACKWARD,
     "activation_checkpointing": _NO_BACKWARD,
     "torch_compile": "forward passes of all variants run in lock step through the model's Python code; leave it out",
@@ -23,7 +21,7 @@ _REFUSED = {
     "(from_pretrained(..., dtype='bfloat16'))",
     "neftune_noise_alpha": "forward passes run in eval mode, as noise would differ between the sides of an estimate; "
     "leave it out",
-    "parallelism_config": "MeZOTrainer keeps whole weights in every process; leave it out",
+    "parallelism_config": "weights are whole in every process, or cut by layout=mezo_dist.shard(...); leave it out",
 }
 """Name of an argument that must not be set -> what to do instead."""
 

@@ -18,7 +18,6 @@ from mezo_dist.algorithms.operations import apply_updates
 from mezo_dist.algorithms.step import Progress, StepResult, run_step
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config.schema import differences
-from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.survival import settle_eps
@@ -55,9 +54,8 @@ class StagedOptimizer(torch.optim.Optimizer):
         param_groups: as for any torch optimizer, with ``lr`` and ``weight_decay`` each.
         settings: of the algorithm; ``lr`` is the rate that groups begin with.
         problem: what the algorithm may know about the run; ``eps`` is filled in here.
-        law: of the directions.
+        engine: owns the model's weights.
         comm: the processes.
-        width: micro-batches that go through the model in lock step.
         probe: hold the model against really changed weights before the first step.
         max_skipped: steps in a row that may be skipped for a loss that is not finite.
         trajectory: file to which every step is logged, by rank 0.
@@ -77,16 +75,15 @@ class StagedOptimizer(torch.optim.Optimizer):
         settings: MeZO | MeZOSVRG,
         *,
         problem: Problem,
-        law: Law,
+        engine: Engine,
         comm: Communicator,
-        width: int,
         probe: bool,
         max_skipped: int,
         trajectory: Path,
     ) -> None:
         super().__init__(param_groups, {"lr": settings.lr, "weight_decay": 0.0})
         self._comm, self._max_skipped, self._path = comm, max_skipped, trajectory
-        self.engine = Engine(model, law, stochastic_rounding=problem.has_16bit_weights, width=width)
+        self.engine = engine
         self._rounds: Rounds[Inputs] = Rounds(self.engine, comm, num_samples_of, probe=probe)
         eps = settle_eps(self.engine, comm, settings, problem.seed)
         self._problem = Problem(**{**vars(problem), "eps": eps})
@@ -95,7 +92,7 @@ class StagedOptimizer(torch.optim.Optimizer):
             self._planner = GroupedPlanner(settings, self._problem, groups)
         except ValueError as error:
             raise UserError(f"weight_decay: {error}") from error
-        self._settings = describe(settings, law, self._problem, groups)
+        self._settings = describe(settings, engine.law, self._problem, groups)
         weights = self.engine.fingerprint()
         comm.agree({"weights": weights, "trainable": repr(self.engine.trainable), "settings": repr(self._settings)})
         self._known = KnownWeights(model)
@@ -177,8 +174,12 @@ class StagedOptimizer(torch.optim.Optimizer):
         """torch's own (the param groups), and under ``mezo_dist`` the trajectory, from which all else follows."""
         here: JsonObject = {"format": FORMAT, "step": self._progress.step, "seed": self._problem.seed}
         if self._progress.step:
-            here |= {"weights": self.engine.fingerprint(), "trajectory": self._record.text()}
-            here["anchor"] = {shard.name: shard.tensor for shard in self.engine.anchor_shards()}
+            is_sharded = self.engine.layout.is_sharded
+            # Trainer asks rank 0 alone, which cannot ask the others; `write_trajectory` did before.
+            known = self._record.marks.get(self._progress.step) if is_sharded else None
+            here |= {"weights": known or self.engine.fingerprint(), "trajectory": self._record.text()}
+            shards = [] if is_sharded else self.engine.anchor_shards()  # `mezo_dist.trainer.sharded` saves those
+            here["anchor"] = {shard.name: shard.tensor for shard in shards}
         return {**super().state_dict(), KEY: here}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -6,10 +6,9 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -18,13 +17,19 @@ from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.directions.law import Law, LawName
 from mezo_dist.distributed.join import join
-from mezo_dist.errors import UserError
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.errors import UserError, needs
 from mezo_dist.optim.checks import check_arguments as check_model
 from mezo_dist.optim.losses import Loss, LossFunction, num_samples_of
 from mezo_dist.storage.trajectory import FILE
+from mezo_dist.trainer import sharded
 from mezo_dist.trainer.batches import FullBatches, Inputs, Share
 from mezo_dist.trainer.checks import check_arguments, settled
 from mezo_dist.trainer.optimizer import StagedOptimizer
+
+with needs("mezo_dist[trainer]", "accelerate, on which Trainer stands"):
+    from accelerate.utils import AutocastKwargs
 
 
 class MeZOTrainer(Trainer):
@@ -66,6 +71,10 @@ class MeZOTrainer(Trainer):
         max_skipped: steps in a row that may be skipped for a loss that is not finite.
         probe: before the first step, hold losses under a shift against those of really changed weights; see
             `mezo_dist.Optimizer`.
+        layout: from `mezo_dist.shard(model, "fsdp")` or ``"zero"``, to cut the weights over the processes; whole in
+            every process if None. Trajectories and weights have the same bits on every layout. Checkpoints hold the
+            whole model, written weight by weight, and the shards that a run goes on from; the file system must be one
+            that all processes see. Nothing can be generated.
         kwargs: arguments of Trainer by name.
 
     Raises:
@@ -92,14 +101,23 @@ class MeZOTrainer(Trainer):
         width: int = 1,
         max_skipped: int = 10,
         probe: bool = True,
+        layout: Layout | None = None,
         **kwargs: Any,
     ) -> None:
+        self._mezo_layout = layout if layout is not None and layout.is_sharded else None
+        if self._mezo_layout is not None and kwargs.get("model_init") is not None:
+            raise UserError(
+                "model_init: makes another model than the one that layout=... has cut; give model=... instead"
+            )
         for given in (*args, kwargs.get("args")):
             if isinstance(given, TrainingArguments):
                 check_arguments(given)
+                if self._mezo_layout is not None:
+                    sharded.prepare(args[0] if args else kwargs.get("model"), given)
         self._mezo_algorithm = algorithm or MeZO()
         self._mezo_law, self._mezo_full_size = Law(law, direction_rank), full_size
-        self._mezo_options: dict[str, Any] = {"width": width, "max_skipped": max_skipped, "probe": probe}
+        self._mezo_options: dict[str, Any] = {"max_skipped": max_skipped, "probe": probe}
+        self._mezo_width, self._mezo_sharded_engine = width, cast("Engine | None", None)
         self._mezo_micro_batches: list[Inputs] = []
         self._mezo_full: FullBatches | None = None
         self._mezo_optimizer: StagedOptimizer | None = None
@@ -108,9 +126,7 @@ class MeZOTrainer(Trainer):
         check_arguments(self.args)
         for name in ("fsdp", "deepspeed"):  # accelerate's own config may ask for them, too
             if getattr(self, f"is_{name}_enabled", False):
-                raise UserError(
-                    f"accelerate's config asks for {name}: MeZOTrainer keeps whole weights in every process"
-                )
+                raise UserError(f"accelerate's config asks for {name}: give layout=mezo_dist.shard(model, ...) instead")
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             raise UserError("optimizers: MeZOTrainer has an optimizer of its own (algorithm=...); leave it out")
         settled(self._mezo_algorithm, self.args)
@@ -157,7 +173,7 @@ class MeZOTrainer(Trainer):
             self._mezo_groups(model),
             settings,
             problem=self._mezo_problem(settings, model, batch_size),
-            law=self._mezo_law,
+            engine=self._mezo_engine(model),
             comm=comm,
             trajectory=Path(args.output_dir, FILE),
             **self._mezo_options,
@@ -219,15 +235,47 @@ class MeZOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, and the trajectory beside the model.
+        """Trainer's, and the trajectory beside the model. Collective where weights are cut over the processes.
 
         Args:
             output_dir: where to; ``args.output_dir`` if None.
             _internal_call: Trainer's own.
         """
-        super().save_model(output_dir, _internal_call)
-        if self._mezo_optimizer is not None and self._mezo_optimizer.num_steps_done:
-            self._mezo_optimizer.write_trajectory(Path(output_dir or self.args.output_dir))
+        folder, optimizer = Path(output_dir or self.args.output_dir), self._mezo_optimizer
+        if self._mezo_layout is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._mezo_save(folder, is_checkpoint=_internal_call and folder != Path(self.args.output_dir))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        if optimizer is not None and optimizer.num_steps_done:
+            optimizer.write_trajectory(folder)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with weights that are gathered unit by unit where they are cut over the processes.
+
+        Args:
+            model: the model.
+            inputs: a batch.
+            args: passed on.
+            kwargs: passed on.
+        """
+        step = super().prediction_step
+        if self._mezo_layout is None:
+            return step(model, inputs, *args, **kwargs)
+        return sharded.evaluate_one(self._mezo_engine(model), inputs, lambda m, i: step(m, dict(i), *args, **kwargs))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._mezo_layout is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            sharded.load_shards(self._mezo_engine(model or self.model), join(), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self._mezo_layout is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
         return self._get_grad_norm(model)
@@ -239,6 +287,29 @@ class MeZOTrainer(Trainer):
         if self._mezo_optimizer is None:
             raise UserError("MeZOTrainer.create_optimizer was overridden, or not called: there is no optimizer")
         return self._mezo_optimizer
+
+    def _mezo_engine(self, model: nn.Module) -> Engine:
+        """What evaluates variants of the model and owns its weights; there is one for good where these are sharded."""
+        if self._mezo_sharded_engine is not None:
+            return self._mezo_sharded_engine
+        rounds = _has_16bit_weights(model)
+        engine = Engine(model, self._mezo_law, self._mezo_layout, stochastic_rounding=rounds, width=self._mezo_width)
+        if self._mezo_layout is not None:
+            self._mezo_sharded_engine = engine
+        return engine
+
+    def _mezo_save(self, folder: Path, *, is_checkpoint: bool) -> None:
+        """Save the whole model; and the shards, where a run may go on from here.
+
+        Args:
+            folder: where to.
+            is_checkpoint: Trainer saves the rest of a checkpoint there.
+        """
+        engine, comm = self._mezo_engine(self.model), join()
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        sharded.save_whole(engine, comm, folder, tokenizer, self.args)
+        if is_checkpoint and not self.args.save_only_model:
+            sharded.save_shards(engine, comm, folder, self.state.global_step)
 
     def _mezo_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         decaying = set(self.get_decay_parameter_names(model))
@@ -263,7 +334,7 @@ class MeZOTrainer(Trainer):
             num_steps=1 if settings.eps_schedule.kind == "constant" else max(1, self.state.max_steps),
             batch_size=batch_size if settings.per_sample or has_epochs else 1,
             full_size=self._mezo_full.size if self._mezo_full is not None else 1,
-            has_16bit_weights=any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()),
+            has_16bit_weights=_has_16bit_weights(model),
             num_train=len(self.train_dataset) if has_epochs else None,
         )
 
@@ -299,6 +370,10 @@ class MeZOTrainer(Trainer):
         if is_sum:
             return loss.double() * share.most  # without another rounding
         return (loss, num_samples_of(inputs)) if share.by_samples else loss
+
+
+def _has_16bit_weights(model: nn.Module) -> bool:
+    return any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
 
 
 class _StepsOfTrainer(TrainerCallback):

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from mezo_dist import cli
+from mezo_dist import __main__, cli
 from mezo_dist.algorithms import ALGORITHMS
 from mezo_dist.config.help import help_text
 from mezo_dist.config.kinds import KINDS
 from mezo_dist.config.kinds.classification import Label
 from mezo_dist.config.schema import RunConfig
+from mezo_dist.planning import command
+from mezo_dist.runs import starter
 from tests.config.configs import Write
 
 # Help
@@ -51,6 +53,37 @@ def test_help_explains_every_setting(algorithm: str, monkeypatch: pytest.MonkeyP
 def test_help_explains_the_parts_of_a_label() -> None:
     for field in dataclasses.fields(Label):
         assert f"{field.name}: " in re.search(r"--task\.labels[^\0]*?--task", help_text())[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_help_has_words_for_types(algorithm: str) -> None:
+    assert not re.search(
+        r"Literal|Union|Optional|NoneType|typing|<class|\btuple\b|\bint\b|\bbool\b", help_text(algorithm)
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "shown", "hidden"),
+    [
+        ("layout", "--layout.offload", "--train.steps"),
+        ("algorithm.momentum", "--algorithm.momentum.decay", "--algorithm.lr"),
+        ("task", "task, kind: generation:", "--seed"),
+        ("task.temperature", "--task.temperature", "--task.top_k"),
+        ("train.steps", "--train.steps", "--train.batch_size"),
+        ("general", "--seed", "--layout.name"),
+    ],
+)
+def test_help_of_a_section(section: str, shown: str, hidden: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", section]) == 0
+    text = capsys.readouterr().out
+    assert shown in text
+    assert hidden not in text
+    assert text.count("Where the weights live") == (section == "layout")
+
+
+def test_help_of_a_section_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "layuot"]) == 2
+    assert "there is no section or setting 'layuot'; sections are general, model, " in capsys.readouterr().err
 
 
 def test_help_is_free_of_markup_and_of_what_cannot_be_used() -> None:
@@ -123,6 +156,47 @@ def test_reading_a_config_needs_no_heavy_library() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["plan", "--help"], ["tasks"], ["--help"]])
+def test_output_that_nobody_reads_is_no_error(arguments: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mezo_dist", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # before a line is written, as `head -0` would
+    _, errors = process.communicate(timeout=60)
+    assert errors == ""
+    assert process.returncode in (0, 141)  # argparse ignores that nobody reads its help
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(__main__, "main", broken)
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+    with pytest.raises(BrokenPipeError):
+        __main__.run()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hints"), [(["init", "data", "--model=m"], False), (["plan", "opt-125m"], False), (["train"], True)]
+)
+def test_ctrl_c(
+    arguments: list[str],
+    hints: bool,
+    write_config: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, name in ((starter, "write_starter"), (command, "run"), (cli, "_with_communicator")):
+        monkeypatch.setattr(module, name, interrupted)
+    assert cli.main(arguments if arguments != ["train"] else ["train", str(write_config())]) == 130
+    assert ("if_exists=resume" in capsys.readouterr().err) == hints
 
 
 def test_a_connected_rank_that_fails_ends_at_once(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_which_rows_count(write_config: Write, text: str, expected: Any) -> None
     [
         (
             "{drop: {label: -1}}",
-            "task.where.drop: must be a mapping of text to a list of true or false or a whole number",
+            "task.where.drop: must be a mapping of text to a list of true or false or a number or text or null",
         ),
         ("{drop: {label: [[1]]}}", "task.where.drop: must be a mapping of text to a list of"),
         ("{drop: {label: []}}", "task.where.drop: label: give at least one value"),

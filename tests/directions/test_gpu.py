@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ import torch
 from torch import Tensor
 
 import mezo_dist
-from mezo_dist.directions import add
+from mezo_dist.directions import add, lowrank
 from mezo_dist.directions.bits import FACTOR_U, FACTOR_V, GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import reference
+from mezo_dist.directions.law import Law
+from mezo_dist.directions.parts import Part
 
 if sys.platform != "linux":
     pytest.skip("Triton exists for Linux", allow_module_level=True)
@@ -113,6 +116,132 @@ def run_case(case: Case, device: str) -> str:
     return f"outputs {wrong} differ" if wrong else ""
 
 
+@dataclass(frozen=True)
+class Group:
+    """Many tensors at once, in place or not, low-rank or not."""
+
+    dtype: torch.dtype = FP32
+    law: Law = Law("gaussian")
+    sizes: tuple[int, ...] = (700, 3, 1024)  # columns are 20, so that shards and rows start anywhere
+    offset: int = 0
+    rows: tuple[int, ...] = ()
+    outputs: tuple[torch.dtype, ...] = ()  # none: in place
+    updates: int = 1
+    is_stochastic: bool = False
+    factor: float | None = None
+    most_terms: int = 64
+
+
+def _groups() -> Iterator[tuple[str, Group]]:
+    for law in (Law("gaussian"), Law("rademacher"), Law("lowrank", 1), Law("lowrank", 3)):
+        name = f"{law.name}-{law.rank}"
+        yield f"{name}-parts", Group(law=law, outputs=(FP32, BF16, FP16), offset=33)
+        yield f"{name}-rows", Group(BF16, law, (100,), rows=(7, 249, 8, 7, 2000), outputs=(FP32, BF16))
+        yield f"{name}-ten-outputs", Group(BF16, law, (100, 777), outputs=(BF16,) * 10)
+        sizes = (310, 3) if law.is_lowrank else (700, 3, 1024)
+        for dtype in DTYPES[: law.rank]:
+            yield f"{name}-advance-{dtype}", Group(dtype, law, sizes, offset=33, updates=2)
+        yield f"{name}-advance-stochastic", Group(BF16, law, sizes, offset=33, updates=2, is_stochastic=True)
+        yield f"{name}-add-stochastic", Group(FP32, law, (900, 3), outputs=(BF16,), offset=33, is_stochastic=True)
+    yield "scale", Group(offset=33, factor=0.97)
+    yield "scale-stochastic", Group(BF16, offset=33, factor=0.97, is_stochastic=True)
+    yield "advance-many-terms", Group(FP16, Law("lowrank", 2), (60,), updates=4, most_terms=5)
+
+
+GROUPS = dict(_groups())
+COLUMNS = 20
+
+
+def run_group(group: Group, device: str) -> str:
+    """What is wrong with what the kernels do to many tensors; "" if nothing."""
+    from mezo_dist.directions.kernels import gpu
+
+    law, shape = group.law, torch.Size((3000, COLUMNS))
+    draw = torch.Generator().manual_seed(2)
+    updates = [
+        (
+            Combination.of([(2**63 * (k % 2) + 17 * k, 0.3 - k), (5, 0.01 * (k + 1))]),
+            77 + k if group.is_stochastic else None,
+        )
+        for k in range(group.updates)
+    ]
+    sums = [updates[0][0] * (v % 3 + 1) for v in range(len(group.outputs))]
+    rows = torch.tensor(group.rows) if group.rows else None
+    rows_there = None if rows is None else rows.to(device)
+    expected, parts = [], []
+    for number, size in enumerate(group.sizes):
+        w = torch.randn(size, generator=draw).to(group.dtype)
+        if group.rows:
+            w = w.view(len(group.rows), -1)
+        outputs = tuple(torch.full_like(w, 9.0, dtype=dtype) for dtype in group.outputs)
+        copies = tuple(output.to(device, copy=True) for output in outputs)
+        there = w.to(device, copy=True)
+        expected.append(Part(w, outputs or (w,), 4 + number, shape, group.offset, rows))
+        parts.append(Part(there, copies or (there,), 4 + number, shape, group.offset, rows_there))
+    rounding_seed = 77 if group.is_stochastic else None
+    if group.factor is not None:
+        gpu.scale_parts(parts, group.factor, rounding_seed=rounding_seed)
+        for part in expected:
+            scaled = part.weight.float() * group.factor
+            plain_add(Law("gaussian"), replace(part, weight=scaled), [ZERO], rounding_seed)
+    elif group.outputs:
+        if law.is_lowrank:
+            gpu.add_lowrank(parts, sums, rank=law.rank, rounding_seed=rounding_seed)
+        else:
+            gpu.add_parts(parts, sums, bits=law._bits, rounding_seed=rounding_seed)
+        for part in expected:
+            plain_add(law, part, sums, rounding_seed)
+    else:
+        if law.is_lowrank:
+            gpu.MOST_TERMS = group.most_terms
+            gpu.advance_lowrank(parts, updates, rank=law.rank)
+        else:
+            gpu.advance_parts(parts, updates, bits=law._bits)
+        for part in expected:
+            for combination, seed in updates:
+                plain_add(law, part, [combination], seed)
+    pairs = [
+        (a, b)
+        for part, other in zip(parts, expected, strict=True)
+        for a, b in zip(part.outputs, other.outputs, strict=True)
+    ]
+    wrong = [v for v, (a, b) in enumerate(pairs) if not same_bits(a.cpu(), b)]
+    return f"outputs {wrong} differ" if wrong else ""
+
+
+def plain_add(law: Law, part: Part, sums: list[Combination], seed: int | None) -> None:
+    """By the reference."""
+    if law.is_lowrank:
+        seeds = sorted({seed for c in sums for seed, _ in c.terms})
+        u, v = lowrank.factors(law.rank, seeds, part.param_id, part.shape)
+        reference.add_lowrank(part, sums, {seed: (u[k], v[k]) for k, seed in enumerate(seeds)}, seed)
+        return
+    offsets = [part.offset] if part.rows is None else (part.rows * part.columns).tolist()
+    reference.add(part.weight, sums, part.outputs, param_id=part.param_id, offsets=offsets, bits=law._bits,
+                  rounding_seed=seed)  # fmt: skip
+
+
+def run_factors(law: Law, device: str) -> str:
+    """What is wrong with directions that a GPU makes: factors, and values of vectors."""
+    from mezo_dist.directions.kernels import gpu
+
+    seeds, where = [3, 2**63 + 5, 9], torch.device(device)
+    if not law.is_lowrank:
+        got = [gpu.fill(law._bits, seeds, PARAM_ID, 2500, where)]
+        expected = [lowrank.fill(law._bits, seeds, PARAM_ID, 0, 2500)]
+    else:
+        got = [*gpu.factors(law.rank, seeds, PARAM_ID, torch.Size((700, 30, 3)), where)]
+        expected = [*lowrank.factors(law.rank, seeds, PARAM_ID, torch.Size((700, 30, 3)))]
+    right = all(same_bits(a.cpu(), b) for a, b in zip(got, expected, strict=True))
+    return "" if right else "differ"
+
+
+FACTORS = {
+    f"{law.name}-{law.rank}-values": law
+    for law in (Law("gaussian"), Law("rademacher"), Law("lowrank", 1), Law("lowrank", 3))
+}
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal but for the bits of NaNs, which are the processor's business."""
     integer = torch.int32 if a.dtype == FP32 else torch.int16
@@ -134,13 +263,16 @@ def results(request: pytest.FixtureRequest) -> dict[str, str]:
     return json.loads(child.stdout)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *GROUPS, *FACTORS])
 def test_same_bits_as_the_reference(results: dict[str, str], name: str) -> None:
     assert results[name] == ""
 
 
-class Hopper:
-    """As much of a driver as Triton needs to compile for an H100 on a machine without any GPU."""
+@dataclass(frozen=True)
+class Driver:
+    """As much of a driver as Triton needs to compile for a GPU on a machine without any."""
+
+    capability: int
 
     def get_current_device(self) -> int:
         return 0
@@ -151,21 +283,28 @@ class Hopper:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
-class Compiler:
-    """Stands in for `gpu._kernel`: compiles what it is launched with, and does not launch it."""
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], list[tuple[str, Any]]]:
+    """Compile what is launched from now on for a GPU of some capability, in place of launching it."""
+    import triton
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.compiled: Any = None
+    from mezo_dist.directions.kernels import gpu
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+    def start(capability: int) -> list[tuple[str, Any]]:
+        kernels: list[tuple[str, Any]] = []
 
-        return launch
+        def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+            kernels.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **constants, **gpu.OPTIONS)))
+
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
+        monkeypatch.setattr(gpu, "launch", launch)
+        return kernels
+
+    return start
 
 
 COMPILED = {
@@ -174,28 +313,25 @@ COMPILED = {
     "rademacher": Case(FP16, (FP16, FP32), RADEMACHER, length=5000),
     "rademacher-stochastic": Case(BF16, (BF16,), RADEMACHER, rounding_seed=3),
 }
+FUSED = r"\b(fma|mad)[.\w]*f(16|32|64)|\.ftz|add\.f32|mul\.f32|div\.(full|approx)"
 
 
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
-def test_machine_code(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_machine_code(case: Case, compiled: Callable[[int], list[tuple[str, Any]]]) -> None:
     """Code for the H100: no fused multiply-add, nothing flushed to zero, every weight read once, lanes in a row."""
-    import triton
-
     from mezo_dist.directions.kernels import gpu
 
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
-    compiler = Compiler(gpu._kernel)
-    monkeypatch.setattr(gpu, "_kernel", compiler)
+    kernels = compiled(90)
     w = weights(case)
     outputs = [torch.empty_like(w, dtype=dtype) for dtype in case.outputs]
     common: dict[str, Any] = {"param_id": PARAM_ID, "offsets": case.offsets, "bits": case.bits}
     gpu.add(w, combinations(case), outputs, **common, rounding_seed=case.rounding_seed)
 
-    ptx, layouts, binary = (compiler.compiled.asm[kind] for kind in ("ptx", "ttgir", "cubin"))
+    ((_, kernel),) = kernels
+    ptx, layouts, binary = (kernel.asm[kind] for kind in ("ptx", "ttgir", "cubin"))
     assert "add.rn.f32" in ptx
     assert case.bits is RADEMACHER or "mul.rn.f32" in ptx  # c * -1 may become -c
-    assert not re.search(r"\b(fma|mad)[.\w]*f(16|32|64)|\.ftz|add\.f32|mul\.f32", ptx)
+    assert not re.search(FUSED, ptx)
     assert binary  # ptxas took it
 
     lanes_in_a_row = re.findall(r"(#\w+) = #ttg.blocked<\{sizePerThread = \[1\], threadsPerWarp = \[32\]", layouts)
@@ -204,6 +340,46 @@ def test_machine_code(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert len(loads) == 1
     assert len(stores) == len(outputs)
     assert {*stores, *loads} == {*lanes_in_a_row}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_registers_and_shared_memory(
+    capability: int, compiled: Callable[[int], list[tuple[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every kernel, for every generation of GPUs: no fused multiply-add, nothing in local memory, few registers."""
+    from mezo_dist.directions.kernels import gpu
+
+    kernels = compiled(capability)
+    weight = torch.zeros(4096, dtype=BF16)
+    two = [Combination.single(1, 1e-3), Combination.single(1, -1e-3)]
+    parts = [Part(weight, (torch.empty_like(weight), torch.empty_like(weight)), 1, torch.Size((64, 64)))] * 2
+    itself = [Part(weight, (weight,), 1, torch.Size((64, 64)))] * 2
+    updates = [(two[0], 3), (two[1], 4)]
+    for bits in (GAUSSIAN, RADEMACHER):
+        gpu.add_parts(parts, two, bits=bits, rounding_seed=None)
+        gpu.advance_parts(itself, updates, bits=bits)
+    gpu.add_lowrank(parts, two, rank=2, rounding_seed=None)
+    gpu.advance_lowrank(itself, updates, rank=2)
+    usage = []
+    for name, kernel in kernels:
+        text = resources(kernel.asm["cubin"])
+        registers, stack, shared = (int(re.findall(rf"{what}:(\d+)", text)[0]) for what in ("REG", "STACK", "SHARED"))
+        usage.append((name, registers, stack, max(shared, kernel.metadata.shared)))
+        assert not re.search(FUSED, kernel.asm["ptx"]), name
+    with capsys.disabled():
+        print(f"\nsm_{capability}: kernel, registers, stack, shared memory:", *usage, sep="\n  ")
+    assert len(usage) == 8  # two of them fill factors
+    assert all(registers <= 96 and stack == 0 and shared <= 20_000 for _, registers, stack, shared in usage)
+
+
+def resources(binary: bytes) -> str:
+    """What cuobjdump, which comes with Triton, says of a kernel."""
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary)
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def test_is_the_implementation_for_cuda() -> None:
@@ -221,4 +397,7 @@ def test_refuses_an_unknown_law() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: run_case(case, sys.argv[1]) for name, case in CASES.items()}))
+    wrong = {name: run_case(case, sys.argv[1]) for name, case in CASES.items()}
+    wrong |= {name: run_group(group, sys.argv[1]) for name, group in GROUPS.items()}
+    wrong |= {name: run_factors(law, sys.argv[1]) for name, law in FACTORS.items()}
+    print(json.dumps(wrong))

@@ -37,7 +37,7 @@ def test_without_numba_the_reference_does_it_and_the_log_says_so_once(
         assert implementation("cpu") is reference
     finally:
         implementation.cache_clear()
-    assert [record.getMessage().count("numba") for record in caplog.records] == [1]
+    assert [record.getMessage().count("pip install numba") for record in caplog.records] == [1]
     direction = GAUSSIAN.chunks(1, 2, 0, 1)[0, :10]
     assert torch.equal(weight, 2 * direction)
     assert torch.equal(advanced, 2 * direction)
@@ -76,6 +76,8 @@ def test_compiled_code_is_kept_and_damage_is_survived(
 def test_without_a_writable_cache_it_still_compiles(
     source: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if not hasattr(numba.config, "CACHE_LOCATOR_CLASSES"):
+        pytest.skip(f"numba {numba.__version__} takes another folder instead, and cannot be kept from it")
     tmp_path.joinpath("file").touch()
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator")

@@ -51,11 +51,17 @@ HOW = {
     "mezo-dist plan llama-3-70b --hosts 2 --ranks-per-host 8 --memory 80GB --link 100gbit": RUN,
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml --layout.name=fsdp "
     "--output.dir=runs/sharded": RUN,
+    "mezo-dist train --help train": RUN,
+    "mezo-dist train configs/quickstart.yaml --dry-run": RUN,
+    "source <(mezo-dist completion bash)": "mezo-dist completion bash",
     "mezo-dist evaluate runs/quickstart --split validation": RUN,
     "mezo-dist evaluate runs/quickstart --step 0": RUN,
     "mezo-dist export runs/quickstart my-model": RUN,
     "mezo-dist replay runs/quickstart": RUN,
     "mezo-dist report runs/quickstart": RUN,
+    "mezo-dist report runs/quickstart runs/sharded --to compared.html": RUN,
+    "mezo-dist train configs/quickstart.yaml --model.name=Qwen/Qwen3-0.6B '--monitor=[tensorboard, wandb]' "
+    "--output.dir=runs/watched": SAME_WITHOUT_HUB,
     "tensorboard --logdir runs/quickstart": "tensorboard --inspect --logdir runs/quickstart",
     "mezo-dist train configs/quickstart.yaml --output.if_exists=resume": RUN,
 }
@@ -134,7 +140,8 @@ def test_the_commands_run(tmp_path: Path) -> None:
         if how in (SAME_WITHOUT_HUB, MAKE):
             continue
         arguments = shlex.split(command if how == RUN else how)
-        small = [*SMALL, *SMALLER] if "--layout.name=fsdp" in arguments else SMALL if "train" in arguments else []
+        is_smaller = "--layout.name=fsdp" in arguments or "--dry-run" in arguments
+        small = [*SMALL, *SMALLER] if is_smaller else SMALL if "train" in arguments else []
         output = call([*arguments, *small], tmp_path)
         if "evaluate" in arguments:
             assert "accuracy" in output

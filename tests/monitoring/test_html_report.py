@@ -107,6 +107,56 @@ def test_what_a_run_leaves_is_shown(run: Path) -> None:
     assert not re.search(r'(src|href)="(?!#)', text.replace("xlink:href", "href")), "nothing is loaded from elsewhere"
 
 
+def test_answers_and_classes_are_shown(run: Path) -> None:
+    counts = [[90, 10], [0, 1234]]
+    answers = {
+        "confusion": {"split": "test", "classes": ["<bad>", "good"], "counts": counts},
+        "samples": {
+            "split": "validation",
+            "asked": [{"prompt": "a <film>\nIt was", "right": "good", "before": "bad", "after": "good"}, {"after": 7}],
+        },
+    }
+    (run / "answers.json").write_text(json.dumps(answers))
+    text = page(run)
+    assert "Of 1,334 test samples" in text
+    assert "<tr><th>&lt;bad&gt;</th><td style=" in text
+    assert [int(n.replace(",", "")) for n in re.findall(r"<td style=[^>]*>([\d,]+)</td>", text)] == [
+        *counts[0],
+        *counts[1],
+    ]
+    assert "<tr><td>a &lt;film&gt;\nIt was</td><td>good</td><td>bad</td><td>good</td></tr>" in text
+    assert "<tr><td>-</td><td>-</td><td>-</td><td>-</td></tr>" in text
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"confusion": 7, "samples": 7},
+        {"confusion": {"classes": ["a", "b"], "counts": [[1, 2]]}, "samples": {"asked": {}}},
+        {"confusion": {"classes": ["a"], "counts": [["<script>"]]}, "samples": {"asked": [7, None]}},
+        {"confusion": {"classes": ["a"], "counts": [[True]]}},
+        {"confusion": {"classes": ["a"] * 1000, "counts": [[1] * 1000] * 1000}},
+        {"confusion": {"classes": ["a"], "counts": [[1e400]]}},
+    ],
+)
+def test_answers_that_make_no_sense_are_left_out(run: Path, answers: Any) -> None:
+    (run / "answers.json").write_text(json.dumps(answers))
+    text = page(run)
+    assert "Which classes were taken" not in text
+    assert "Some samples" not in text
+
+
+def test_axes_of_memory_and_bytes_start_at_zero(run: Path) -> None:
+    memory = {f"step {n}": n for n in range(3)}
+    lines(
+        run / "metrics.jsonl",
+        *({"step": n, "scalars": {"memory/peak_rss_GiB": 500 + n, "eval/test/loss": 500 + n}} for n in memory.values()),
+    )
+    (_, loss, peak) = re.findall(r"<svg.*?</svg>", page(run), re.DOTALL)
+    assert ">0</text>" in peak.split("steps done")[1]
+    assert ">0</text>" not in loss.split("steps done")[1]
+
+
 def test_it_is_the_same_page_every_time(run: Path) -> None:
     assert page(run) == page(run)
 
@@ -160,7 +210,7 @@ def test_the_number_of_plots_and_events_is_bounded(run: Path) -> None:
     lines(run / "events.jsonl", *({"event": f"event{number}", "step": number} for number in range(1000)))
     text = page(run)
     assert text.count("<svg") == plots.MOST_PLOTS
-    assert "TensorBoard: eval/test/name018, eval/test/name019" in text
+    assert "metrics.jsonl: eval/test/name018, eval/test/name019" in text
     assert "name027 and 273 more." in text
     assert "The 800 events before these" in text
     assert text.count("event9") == 100  # 900 to 999
@@ -191,6 +241,6 @@ def test_a_report_is_not_written_through_a_link(run: Path, tmp_path: Path) -> No
 
 def test_where_it_cannot_be_written(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--to .*: cannot be written"):
-        html_report.write(run, tmp_path / "nowhere" / "report.html")
+        html_report.write([run], tmp_path / "nowhere" / "report.html")
     with pytest.raises(UserError, match="not a run folder"):
-        html_report.write(tmp_path / "nowhere", tmp_path / "report.html")
+        html_report.write([tmp_path / "nowhere"], tmp_path / "report.html")

@@ -17,26 +17,27 @@ PACKAGE = Path(__file__).resolve().parents[2] / "mezo_dist"
 LAYERS = {
     "errors": "",
     "json_types": "",
-    "directions": "errors",
+    "patience": "",
+    "directions": "errors patience",
     "algorithms": "errors json_types directions",
     "config": "errors json_types algorithms",
     "distributed": "errors json_types",
-    "engines": "errors json_types directions algorithms distributed",
+    "engines": "errors patience json_types directions algorithms distributed",
     "assets": "errors json_types",
     # beside one another
     "storage": "errors json_types directions algorithms config distributed engines",
     "models": "errors json_types directions config distributed engines assets storage",
     "tasks": "errors directions config engines assets models",
     "objectives": "errors algorithms config distributed tasks",
-    "monitoring": "errors json_types storage",
+    "monitoring": "errors patience json_types storage",
     "baselines": "errors algorithms distributed engines",
     "testing": "errors distributed",
+    "planning": "errors json_types directions algorithms config engines assets storage",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",
-    "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim",
-    "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
-    "monitoring baselines",
-    "planning": "errors json_types directions algorithms config engines assets storage",
+    "runs": "errors patience json_types directions algorithms config distributed engines assets storage tasks models "
+    "objectives monitoring baselines planning",
+    "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim runs",
     "cli": "errors config distributed engines objectives monitoring runs planning",
     "__main__": "cli",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
@@ -128,8 +130,8 @@ def requirements(wheel: Path) -> list[Requirement]:
     return [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
 
 
-def pins() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, Requirement]:
+    lines = (ROOT / file).read_text().splitlines()
     parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(pin.name): pin for pin in parsed}
 
@@ -147,6 +149,44 @@ def test_every_dependency_that_make_installs_is_pinned_within_its_bounds(wheel: 
             continue
         assert canonicalize_name(requirement.name) in pinned, f"{requirement} has no line in constraints.txt"
         assert requirement.specifier.contains(version(pinned[canonicalize_name(requirement.name)])), requirement
+
+
+def test_the_oldest_set_is_the_lower_bounds(wheel: Path) -> None:
+    """Of what everybody needs, and of the extras that the oldest set is tested with."""
+    pinned = pins("constraints-oldest.txt")
+    extras = ("", "trainer", "peft", "gpu")
+    wanted = [
+        one
+        for one in requirements(wheel)
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
+    assert {canonicalize_name(requirement.name) for requirement in wanted} == pinned.keys()
+    for requirement in wanted:
+        (lowest,) = (Version(spec.version) for spec in requirement.specifier if spec.operator == ">=")
+        assert Version(version(pinned[canonicalize_name(requirement.name)])) == lowest, requirement
+
+
+def test_builds_of_torch_for_a_device_are_left_alone(wheel: Path, tmp_path: Path) -> None:
+    """`pip install mezo_dist-*.whl` beside a torch that is new enough, whatever it was built for, wants no other."""
+    (torch,) = (requirement for requirement in requirements(wheel) if requirement.name == "torch")
+    for there in ("2.11.0+cu130", "2.11.0+cpu", "2.12.1+rocm7.0", "2.13.0+cpu", "2.14.1", "2.15.0+cu132"):
+        assert torch.specifier.contains(there), there
+    report = tmp_path / "report.json"
+    options = ["--dry-run", "--no-index", "--quiet", "--report", str(report)]
+    output(sys.executable, "-m", "pip", "install", *options, f"mezo_dist @ {wheel.as_uri()}")
+    names = {one["metadata"]["name"] for one in json.loads(report.read_text())["install"]}
+    assert names == {"mezo_dist"}, "pip would install something beside what is there"
+
+
+def test_what_is_released_is_right(tree: Path, wheel: Path, tmp_path: Path) -> None:
+    """The sdist makes the same wheel as the tree, and twine finds nothing to complain of."""
+    output(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, tree)
+    paths = sorted(tmp_path.iterdir())
+    assert [path.name for path in paths] == [wheel.name, f"{wheel.name.split('-py3')[0]}.tar.gz"]
+    with zipfile.ZipFile(paths[0]) as built, zipfile.ZipFile(wheel) as direct:
+        contents = [{name: archive.read(name) for name in archive.namelist()} for archive in (built, direct)]
+    assert contents[0] == contents[1]
+    assert "PASSED" in output(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *paths)
 
 
 def test_pins_that_need_a_newer_python_say_so() -> None:

@@ -95,7 +95,7 @@ def test_written_texts_need_a_cache_of_keys(capsys: pytest.CaptureFixture[str]) 
 
 def test_find(capsys: pytest.CaptureFixture[str]) -> None:
     assert answered(capsys, "--find", "model", "--memory", "24GB")["largest"] == "qwen3-8b"
-    assert int(answered(capsys, "llama-3-8b", "--find", "batch", "--memory", "24GB")["largest"]) > 8
+    assert int(answered(capsys, "llama-3-8b", "--find", "micro-batch", "--memory", "24GB")["largest"]) > 8
     assert answered(capsys, "opt-1.3b", "--find", "context")["largest"] == "2048"
     assert answered(capsys, "opt-175b", "--find", "context")["largest"] is None
 
@@ -166,3 +166,13 @@ def test_an_answer_takes_less_than_three_seconds() -> None:
     subprocess.run(arguments, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+
+
+@pytest.mark.parametrize("option", [["--offload"], ["--gather", "float32"], ["--prefetch"]])
+def test_options_of_sharded_layouts(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for machine in (["--ranks-per-host", "2", "--layout", "replicated"], []):
+        assert main(["plan", "opt-125m", *machine, *option]) == 2
+        assert f"error: {option[0]}: is an option of layout fsdp" in capsys.readouterr().err
+    notes = answered(capsys, "opt-125m", "--ranks-per-host", "2", *option)["notes"]
+    assert any(f"{option[0]} goes with fsdp" in note and "not with replicated" in note for note in notes)
+    assert answered(capsys, "opt-125m", "--ranks-per-host", "2", "--layout", "fsdp", *option)["notes"] == []

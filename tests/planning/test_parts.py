@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms.base import Problem
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
-from mezo_dist.distributed.communicator import PAYLOAD_WORDS
+from mezo_dist.config import reader
+from mezo_dist.distributed.communicator import PAYLOAD_WORDS, Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.planning.choice import find, largest, layouts, plan, recommended
 from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.first_order import first_order
+from mezo_dist.planning.from_config import setting_of
 from mezo_dist.planning.machine import GIB, Machine, parse_bytes, parse_flops, parse_rate
 from mezo_dist.planning.memory import expected_rows, memory_of
 from mezo_dist.planning.named import NAMED
-from mezo_dist.planning.rounds import rounds_of
+from mezo_dist.planning.rounds import MARKS, rounds_of
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.shapes import ModelShape
 from mezo_dist.planning.traffic import ROUND_WORDS, traffic_of
 from mezo_dist.planning.work import flops_of_pass, work_of
+from mezo_dist.runs.build import build_run
+from mezo_dist.runs.training import evaluate_step
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.tasks.batches import MicroBatch
+from mezo_dist.testing import write_tiny_config
 
 
 def named(name: str) -> ModelShape:
@@ -49,7 +56,9 @@ def test_rates_in_bits_and_bytes() -> None:
 def test_a_rate_that_finds_itself_sends_the_losses_of_all_samples() -> None:
     plain, auto = (rounds_of(Setting(algorithm=MeZO(lr=lr)), 1)[0] for lr in (1e-6, "auto"))
     assert auto.passes == plain.passes
-    assert auto.numbers - plain.numbers == 2 * 2 * (Setting().batch_size - 1)  # a loss and a weight, of two variants
+    assert auto.messages[0] - plain.messages[0] == 2 * 2 * (
+        Setting().batch_size - 1
+    )  # a loss and a weight, of two variants
 
 
 @pytest.mark.parametrize("text", ["80", "80 QB", "-3GB", "0GB", "GB", "1e400GB", ""])
@@ -90,7 +99,7 @@ def test_a_cycle_of_svrg() -> None:
 
 def test_a_rate_that_finds_itself_takes_the_losses_of_all_samples() -> None:
     plain, auto = (rounds_of(Setting(algorithm=MeZO(one_sided=True, lr=lr)), 1)[0] for lr in (1e-6, "auto"))
-    assert auto.numbers > plain.numbers
+    assert auto.messages > plain.messages
     assert auto.passes >= plain.passes
 
 
@@ -170,3 +179,30 @@ def test_what_is_recommended() -> None:
     small = [plan(named("opt-125m"), setting, machine) for setting in layouts(Setting(), machine.ranks)]
     assert recommended(small) is small[0]
     assert recommended([plan(shape, Setting(), machine)]) is None
+
+
+JOINT = {
+    "plain": [],
+    "a rate that finds itself": ["algorithm.lr=auto"],
+    "calibrated": ["train.calibrate=true"],
+    "calibrated, with a rate that finds itself": ["train.calibrate=true", "algorithm.lr=auto"],
+    "accuracy": ["train.objective=metric"],
+    "f1": ["train.objective=metric", "task.metric=f1"],
+}
+
+
+def test_messages_are_those_that_a_run_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sent = write_tiny_config(tmp_path, "llama-tied", "mezo"), list[int]()
+    exchange = Communicator.round
+
+    def counting(comm: Communicator, values: Tensor, mark: int) -> Tensor:
+        sent.append(values.numel() + MARKS)
+        return exchange(comm, values, mark)
+
+    monkeypatch.setattr(Communicator, "round", counting)
+    for name, options in JOINT.items():
+        config = reader.load(path, options)
+        run = build_run(config, Communicator())
+        sent.clear()
+        evaluate_step(run, run.algorithm.init(), 0)
+        assert tuple(sent) == rounds_of(setting_of(config, []), 1)[0].messages, name

@@ -35,6 +35,11 @@ TEXTS: list[object] = [sentence(i) for i in range(MANY)]
 SHAPES: dict[str, dict[str, list[object]]] = {
     "classes": {"review": TEXTS, "verdict": ["great", "terrible"] * (MANY // 2)},
     "odd names": {"Review Text": TEXTS, "the verdict": ["great", "terrible", None] * (MANY // 3), "if": TEXTS},
+    "names with dots": {
+        "review.text": TEXTS,
+        "in": [{"a.b": text} for text in TEXTS],
+        "x.y": ["great", "terrible"] * (MANY // 2),
+    },
     "completions": {"prompt": TEXTS, "completion": TEXTS[::-1]},
     "documents": {"text": TEXTS},
 }

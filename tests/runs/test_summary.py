@@ -24,7 +24,7 @@ from mezo_dist.testing import spawn, write_tiny_config
 def stub() -> Run:
     """As much of a run as `summary` reads."""
     task, output = SimpleNamespace(metric="accuracy"), SimpleNamespace(export=True)
-    config = SimpleNamespace(task=task, output=output, algorithm=MeZO())
+    config = SimpleNamespace(task=task, output=output, algorithm=MeZO(), monitor=("tensorboard",))
     pretrained = SimpleNamespace(loader=("json", "JSONDecoder"))
     return cast("Run", SimpleNamespace(config=config, splits={"test": [0] * 7}, pretrained=pretrained))
 
@@ -58,7 +58,8 @@ def test_commands_can_be_copied_into_a_shell(tmp_path: Path) -> None:
     folder = tmp_path / 'it\'s a "run"; $HOME'
     folder.mkdir()
     (folder / trajectory.FILE).write_text("x")
-    *_, board, python, evaluate = summary(stub(), folder, {"before": {}, "after": {}})
+    *_, report, board, python, evaluate = summary(stub(), folder, {"before": {}, "after": {}})
+    assert shlex.split(report) == ["mezo-dist", "report", str(folder)]
     assert shlex.split(board) == ["tensorboard", "--logdir", str(folder)]
     assert shlex.split(evaluate) == ["mezo-dist", "evaluate", str(folder)]
     code = shlex.split(python)[2]

@@ -84,7 +84,7 @@ def one_bad_sample() -> Iterator[None]:
     bad: list[int] = []
 
     def watched(kind: Classification, rows: Any, split: str) -> Any:
-        samples = encode(kind, rows, split)
+        samples = list(encode(kind, rows, split))
         bad[:] = samples[BAD_SAMPLE].ids if split == "train" else bad
         return samples
 

@@ -33,7 +33,7 @@ def kind(tokenizer: str = "word-level", window: int = 64, **changes: Any) -> Cho
 
 
 def encode(rows: list[dict[str, Any]], **changes: Any) -> list[Sample]:
-    return kind(**changes).encode(rows, "train")
+    return list(kind(**changes).encode(rows, "train"))
 
 
 def fault(row: dict[str, Any], **changes: Any) -> str:
@@ -61,7 +61,7 @@ def test_options_that_start_alike_are_scored_whole() -> None:
 
 
 def scores(model: Any, task: Choice, size: int) -> tuple[list[MicroBatch], list[Scores]]:
-    batches = cut(task.encode(ROWS, "train"), size, 0, task.collate)
+    batches = cut(list(task.encode(ROWS, "train")), size, 0, task.collate)
     bench = Bench(model, ROWS[0], batches[0], lambda _: run_whole, lambda forward: forward(model, batches[0]))
     forward = task.forward(bench)
     return batches, [forward(model, batch) for batch in batches]
@@ -81,7 +81,7 @@ def by_hand(model: Any, sample: Sample, normalise: str) -> Tensor:
 @torch.no_grad()
 def test_scores_are_those_of_plain_calls(normalise: Any, loss: Any) -> None:
     task, plain, model = kind(normalise=normalise, loss=loss), tiny_model("llama"), tiny_model("llama")
-    samples = task.encode(ROWS, "train")
+    samples = list(task.encode(ROWS, "train"))
     batches, found = scores(model, task, 2)
     assert [batch.columns for batch in batches] == [2, 3]
     assert [batch.row_slots for batch in batches] == [(2, 2, 0, 0), (1, 1, 1)]
@@ -102,7 +102,7 @@ def test_scores_are_those_of_plain_calls(normalise: Any, loss: Any) -> None:
 def test_the_best_option_counts_and_padding_is_none() -> None:
     """Scores are negative, so that zeros after the options would win."""
     task, model = kind(), tiny_model("llama")
-    samples = task.encode(ROWS, "train")
+    samples = list(task.encode(ROWS, "train"))
     (batch,), (result,) = scores(model, task, 3)
     payload = result.payload[torch.tensor(batch.slots).argsort()]
     right = [int(by_hand(model, s, "mean").argmax()) == s.label for s in samples]

@@ -44,7 +44,7 @@ def encoder(kind: ModelKind) -> Encoder:
 
 
 def encoded(kind: ModelKind) -> list[Sample]:
-    return encoder(kind).encode(ROWS, "train")
+    return list(encoder(kind).encode(ROWS, "train"))
 
 
 def label_words(model: nn.Module, kind: ModelKind) -> LabelWords:

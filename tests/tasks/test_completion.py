@@ -41,16 +41,16 @@ def targets(sample: Sample, tokenizer: Any = None) -> str:
 
 def fault(task: CompletionTask, tokenizer: Any = None, window: int = 64, **fields: Any) -> str:
     with pytest.raises(UserError) as caught:
-        kind(task, tokenizer, window).encode([{**ROWS[0], **fields}], "train")
+        list(kind(task, tokenizer, window).encode([{**ROWS[0], **fields}], "train"))
     return str(caught.value)
 
 
 def test_the_completion_is_learnt_and_the_prompt_is_not() -> None:
-    samples = kind().encode(ROWS, "train")
+    samples = list(kind().encode(ROWS, "train"))
     assert targets(samples[1]) == "was a dull film and a great plot <eos>"
-    (without_end,) = kind(dataclasses.replace(TASK, end=False)).encode(ROWS[:1], "train")
+    (without_end,) = list(kind(dataclasses.replace(TASK, end=False)).encode(ROWS[:1], "train"))
     assert targets(without_end) == "was great"
-    (document,) = kind(DOCUMENT).encode(ROWS[1:2], "train")
+    (document,) = list(kind(DOCUMENT).encode(ROWS[1:2], "train"))
     assert targets(document) == "plot was great <eos>", "nothing predicts the first token"
 
 
@@ -73,7 +73,7 @@ def test_a_completion_that_sticks_to_its_prompt_is_told(caplog: pytest.LogCaptur
 
 def test_a_document_is_cut_into_windows() -> None:
     text = "the film was very dull but the ending"
-    samples = kind(dataclasses.replace(DOCUMENT, window=4)).encode([{"text": text}, {"text": "film"}], "train")
+    samples = list(kind(dataclasses.replace(DOCUMENT, window=4)).encode([{"text": text}, {"text": "film"}], "train"))
     ids = (*tiny_tokenizer()(text)["input_ids"], EOS)
     assert [sample.ids for sample in samples] == [ids[:4], ids[4:8], (*tiny_tokenizer()("film")["input_ids"], EOS)]
     assert [sample.spans for sample in samples] == [((1, 4),), ((1, 4),), ((1, 2),)]
@@ -89,7 +89,7 @@ def forward_of(task: Completion, model: Any, batches: Any) -> Any:
 @torch.no_grad()
 def test_losses_are_those_of_plain_calls(name: str) -> None:
     task, model, plain = kind(), tiny_model(name), tiny_model(name)
-    samples = task.encode(ROWS, "train")
+    samples = list(task.encode(ROWS, "train"))
     batches = cut(samples, 2, 0, task.collate)
     forward = forward_of(task, model, batches)
     total, right, number = 0.0, 0, 0
@@ -183,7 +183,7 @@ CHAT = CompletionTask(name="t", data="nowhere", prompt=" {{ text }} ", completio
 
 def test_templates_may_be_turns_of_a_conversation() -> None:
     tokenizer = talking(PLAIN)
-    samples = kind(CHAT, tokenizer, 11).encode([ROWS[0], {**ROWS[0], "text": "the film " * 9}], "train")
+    samples = list(kind(CHAT, tokenizer, 11).encode([ROWS[0], {**ROWS[0], "text": "the film " * 9}], "train"))
     assert tokenizer.decode(samples[0].ids) == "user : the film <eos> assistant : great <eos>"
     assert targets(samples[0], tokenizer) == targets(samples[1], tokenizer) == "great <eos>"
     assert len(samples[1].ids) == 11, "prompts are shortened here, too"

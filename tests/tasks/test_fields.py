@@ -10,9 +10,10 @@ import pytest
 
 from mezo_dist.config.task import Split, Splits
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.fields import listed, lookup, shown
+from mezo_dist.tasks.encoding import encode_rows
+from mezo_dist.tasks.fields import keys_of, listed, lookup, replaced, shown
 from mezo_dist.tasks.rows import load_rows
-from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
+from mezo_dist.tasks.text import TextEncoder, render_row
 from mezo_dist.testing import tiny_tokenizer
 from tests.tasks.encoders import task
 from tests.tasks.test_choice import kind
@@ -26,7 +27,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "a template": lambda: render_row("{{ text }}", WIDE),
     "truncation": lambda: TextEncoder(tiny_tokenizer(), 9, ("inner",)).fit(NESTED, lambda _: ()),
     "options": lambda: kind().right_options({"label": "none"}, MANY),
-    "a sample": lambda: encode_rows([WIDE], "train", lambda row: lookup(row, "text", "task.label")),
+    "a sample": lambda: list(encode_rows([WIDE], "train", lambda row: lookup(row, "text", "task.label"))),
 }
 
 
@@ -51,3 +52,14 @@ def test_values_are_cut() -> None:
     assert len(listed(["a" * 999] * 30)) < 2_000
     assert shown([0, "a" * 999]).startswith("[0, 'aaa")
     assert len(shown(["a" * 999] * 30)) < 2_000
+
+
+def test_names_with_dots_are_found_at_any_depth() -> None:
+    row = {"a": {"b.c": {"d": 1}}, "a.b": {"e": 2}, "x.y": 3}
+    for name, keys, value in (("a.b.c.d", ["a", "b.c", "d"], 1), ("a.b.e", ["a.b", "e"], 2), ("x.y", ["x.y"], 3)):
+        assert keys_of(row, name, "") == keys
+        assert lookup(row, name, "") == value
+        assert lookup(replaced(row, name, 7), name, "") == 7
+        assert lookup(row, name, "") == value
+    with pytest.raises(UserError, match=r"task.label: there is no field 'a.b.z'"):
+        lookup(row, "a.b.z", "task.label")

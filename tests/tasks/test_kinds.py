@@ -76,3 +76,4 @@ def test_bits_are_equal_on_one_and_two_processes_and_all_layouts(root: Path, two
         assert results(folder)["weights"] == results(alone)["weights"]
         assert trajectory.read(folder / "trajectory.jsonl").steps == steps
         assert results(folder)["validation"] == results(alone)["validation"]
+        assert (folder / "answers.json").read_bytes() == (alone / "answers.json").read_bytes()

@@ -101,13 +101,13 @@ def test_bad_rows_and_templates(changes: dict[str, Any], fields: dict[str, Any],
 def test_a_bad_row_is_told_apart_from_the_good_ones() -> None:
     rows: list[dict[str, Any]] = [{"text": "a film", "label": 0}, {"text": "a plot", "label": "?"}]
     with pytest.raises(UserError, match=r"^test sample 1, \{'label': '\?', 'text': 'a plot'\}: task\.labels: "):
-        encoder().encode(rows, "test")
+        list(encoder().encode(rows, "test"))
 
 
 def test_rows_without_a_label() -> None:
     rows = [{"text": "a film", "label": label} for label in (0, None, 1, None)]
     with pytest.raises(UserError) as caught:
-        encoder().encode(rows, "train")
+        list(encoder().encode(rows, "train"))
     assert str(caught.value) == (
         "task.label: the field 'label' is null in 2 of the 4 samples of the train split; leave these rows out with "
         "task.where: {drop: {label: [null]}}"
@@ -254,7 +254,7 @@ def test_a_prompt_of_nothing() -> None:
 def test_labels_in_all_their_shapes(values: tuple[Any, Any], cells: list[Any]) -> None:
     labels = (Label(values[0], "terrible"), Label(values[1], "great"))
     rows = [{"text": "a film", "label": cell} for cell in cells]
-    samples = encoder(labels=labels).encode(rows, "train")
+    samples = list(encoder(labels=labels).encode(rows, "train"))
     expected = [0, 1, 1, 0, 1] if len(cells) == 5 else [0, 1, 0, 1]
     assert [sample.label for sample in samples] == expected
 
@@ -372,7 +372,7 @@ def test_label_words_that_are_other_tokens_in_another_row() -> None:
         tokenizer="byte-level", prompt="{{ text }}{{ answer }}", labels=(Label(0, "t"), Label(1, "g"))
     )
     with pytest.raises(UserError, match=r"test sample 1, .*not one token after|test sample 1, .*label words are"):
-        the_encoder.encode([{"text": "a:", "label": 0}, {"text": "grea", "label": 0}], "test")
+        list(the_encoder.encode([{"text": "a:", "label": 0}, {"text": "grea", "label": 0}], "test"))
 
 
 @pytest.mark.parametrize("declared", [{"eos_token": "<eos>"}, {}])
@@ -386,7 +386,7 @@ def test_an_end_that_the_tokenizer_appends_is_not_the_label_words_fault(
     labels = (Label(0, words[0]), Label(1, words[1]))
     the_encoder = Encoder(task(labels=labels), ends, "causal", 64)
     if words[1] == "great":
-        assert the_encoder.encode([{"text": "a film", "label": 0}], "train") == [one(encoder(), text="a film")]
+        assert list(the_encoder.encode([{"text": "a film", "label": 0}], "train")) == [one(encoder(), text="a film")]
     else:
         message = fault(the_encoder, text="a film")
         assert "'magnificent' is not one token after this prompt but ['<unk>']; choose a word that is one" in message

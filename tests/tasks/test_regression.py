@@ -39,7 +39,7 @@ def test_losses_are_squared_errors_of_the_heads_output() -> None:
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_labels=1
     )
     model, task = transformers.BertForSequenceClassification(config).eval(), kind()
-    batches = cut(task.encode(ROWS, "train"), 2, 0, task.collate)
+    batches = cut(list(task.encode(ROWS, "train")), 2, 0, task.collate)
     forward = task.forward(Bench(model, ROWS[0], batches[0], lambda _: run_whole, lambda f: f(model, batches[0])))
     for batch in batches:
         scores = forward(model, batch)
@@ -53,7 +53,7 @@ def test_losses_are_squared_errors_of_the_heads_output() -> None:
 
 def test_correlations() -> None:
     task = kind()
-    batches = cut(task.encode(ROWS, "train"), 2, 0, task.collate)
+    batches = cut(list(task.encode(ROWS, "train")), 2, 0, task.collate)
     figures = task.summarise(0.0, torch.tensor([[3.0], [1.0], [4.0]]), batches)  # for 5, 0.5 and 2.25
     assert figures == {"pearson": pytest.approx(0.553134, abs=1e-6), "spearman": pytest.approx(0.5)}
 
@@ -79,4 +79,4 @@ def test_a_pair_of_texts() -> None:
 @pytest.mark.parametrize("score", ["many", None, float("nan"), True])
 def test_what_is_no_number_is_refused(score: Any) -> None:
     with pytest.raises(UserError, match=r"train sample 0.*task\.label: .* is no finite number.*task\.where: {drop: "):
-        kind().encode([{**ROWS[0], "score": score}], "train")
+        list(kind().encode([{**ROWS[0], "score": score}], "train"))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mezo_dist.config.kinds.classification import Label
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import TruncateSide
-from mezo_dist.tasks import text as text_module
+from mezo_dist.tasks import encoding
 from mezo_dist.tasks.classification.prompts import Encoder
 from tests.tasks.encoders import SPACE, TOKENIZERS, encoder, fault, one, task
 
@@ -139,9 +139,9 @@ def test_a_very_long_text_is_cut_before_it_is_tokenised(kind: ModelKind) -> None
 
 
 def test_encoding_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(text_module, "SILENT_S", -1.0)
+    monkeypatch.setattr(encoding, "SILENT_S", -1.0)
     caplog.set_level("INFO")
-    encoder().encode([{"label": 0, "text": "a film"}] * 3, "test")
+    list(encoder().encode([{"label": 0, "text": "a film"}] * 3, "test"))
     assert "encoding the test split: 2 of 3 samples are done" in caplog.text
 
 

@@ -44,7 +44,17 @@ def trainer(
         kind: class of the trainer.
         options: of the trainer, or of its arguments.
     """
-    names = ("model", "compute_loss_func", "callbacks", "full_size", "probe", "max_skipped", "compute_metrics", "law")
+    names = (
+        "layout",
+        "model",
+        "compute_loss_func",
+        "callbacks",
+        "full_size",
+        "probe",
+        "max_skipped",
+        "compute_metrics",
+        "law",
+    )
     more = {name: options.pop(name) for name in names if name in options}
     model = more.pop("model", None) or tiny_model("llama-tied")
     data = options.pop("data", DATA)

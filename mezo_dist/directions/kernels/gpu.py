@@ -1,11 +1,15 @@
-"""`add` for tensors on a GPU: one Triton kernel, the same bits as `reference`.
+"""`add`, `advance`, `scale` and low-rank factors for tensors on a GPU: Triton kernels, the same bits as `reference`.
 
-A program works on one tile of a few chunks: it reads the weights once, then generates each direction once and adds it
+A program (`gpu_kernels`) works on one tile: it reads the weights once, then generates each direction once and adds it
 to every output that has such a term, casts and stores. The bit layouts were chosen for this: neighbouring lanes hold
-neighbouring elements, so that every load and store of weights and outputs is coalesced.
+neighbouring elements, so that every load and store of weights and outputs is coalesced. One launch serves many tensors
+(the parameters of a module, or those of a block that an update changes): a table on the GPU says where each of them
+lies. Tables are remembered, for a run works on the same tensors in every step, so that a step sends its seeds and
+coefficients to the GPU, and nothing else.
 
 It has NEVER RUN ON A REAL GPU so far, and no speed is known. Its bits are checked against the reference in Triton's
-interpreter, and its code as compiled for an H100 (sm_90); where there is a GPU, the tests compare the bits there too.
+interpreter, and its code as compiled for sm_80, sm_90 and sm_100; where there is a GPU, the tests compare the bits
+there too.
 
 What keeps the bits equal:
 
@@ -15,33 +19,53 @@ What keeps the bits equal:
   instructions without a rounding modifier may be).
 - bf16 is read and written as 16-bit integers and rounded by integer arithmetic: the interpreter's own cast to bf16
   truncates. fp16 casts are the hardware's (and numpy's), to nearest even.
+- An element of a low-rank direction is ``sum_r u[r] v[r]``, r in order, each operation rounded: no matrix product, so
+  that no tile and no shard matters. (The CPU uses matrix products: the same directions, other last bits.)
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from mezo_dist.directions import philox
-from mezo_dist.directions.bits import CHUNK, GAUSSIAN, RADEMACHER, TABLE_SIZE, BitLayout, gaussian_table
-from mezo_dist.directions.combination import Combination
+from mezo_dist.directions import devices
+from mezo_dist.directions.bits import (
+    CHUNK,
+    FACTOR_U,
+    FACTOR_V,
+    GAUSSIAN,
+    RADEMACHER,
+    TABLE_SIZE,
+    BitLayout,
+    gaussian_table,
+)
+from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.kernels import gpu_kernels
+from mezo_dist.directions.parts import Part
 
-# mypy: disable-error-code="no-untyped-def, assignment"
-
-# num_stages: nothing can be pipelined; a program is short, and other programs hide its latency.
+Update = tuple[Combination, "int | None"]
+"""A combination, and the seed of its stochastic rounding or None."""
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4, "num_stages": 1}
-M0, M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
-K0, K1 = (tl.constexpr(k) for k in philox.KEY_INCREMENTS)
-ROUNDS, STREAM_ROUNDING = tl.constexpr(philox.ROUNDS), tl.constexpr(philox.STREAM_ROUNDING)
-CHUNK_SIZE = tl.constexpr(CHUNK)
-GAUSSIAN_BLOCKS = tl.constexpr(GAUSSIAN.blocks_per_chunk)
-RADEMACHER_BLOCKS = tl.constexpr(RADEMACHER.blocks_per_chunk)
-HALF_TABLE = tl.constexpr(TABLE_SIZE // 2)
+"""num_stages: nothing can be pipelined; a program is short, and other programs hide its latency."""
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOST_PARTS = 32
+"""Tensors of one launch."""
+MOST_OUTPUTS = 8
+"""Outputs of each tensor in one launch: their sums are in registers."""
+MOST_TERMS = 64
+"""Low-rank directions of one launch: their factors are in memory."""
+TILE_ROWS, TILE_COLUMNS = 4, 128
+"""Tile of a low-rank direction."""
+AFTER_ALL = 2**62
+"""First tile of table rows that are no tensors."""
 
 
 def add(
@@ -55,60 +79,431 @@ def add(
     rounding_seed: int | None,
 ) -> None:
     """See `mezo_dist.directions.add.add`."""
-    if bits.values not in (GAUSSIAN.values, RADEMACHER.values):
-        raise ValueError(f"the GPU kernel does not know the bit layout {bits.name!r}")
-    rows, length = len(offsets), weight.numel() // len(offsets)
-    # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
-    chunks = 2 if bits.values is RADEMACHER.values and length >= 2 * CHUNK and len(outputs) <= 2 else 1
-    tiles_per_row = triton.cdiv(length + CHUNK - 1, chunks * CHUNK)  # tiles that a row can touch, at worst
-    with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
-        place = _place(weight)
-        seeds, coefficients = _table_of_terms(tuple(combinations), *place)
-        _kernel[(rows * tiles_per_row,)](
-            _as_bits(weight.detach()),
-            tuple(_as_bits(output.detach()) for output in outputs),
-            _half_table(*place),
-            seeds,
-            coefficients,
-            _to_device(torch.tensor(offsets, dtype=torch.int64), weight.device),
-            len(seeds),
-            length,
-            tiles_per_row,
-            param_id,
-            bits.stream,
-            rounding_seed or 0,
-            GAUSSIAN=bits.values is GAUSSIAN.values,
-            STOCHASTIC=rounding_seed is not None,
-            CHUNKS=chunks,
-            **OPTIONS,
-        )
+    if len(offsets) == 1:
+        part = Part(weight, tuple(outputs), param_id, weight.shape, offsets[0])
+    else:  # pieces that start anywhere are rows of one element
+        starts = _upload(torch.tensor(offsets, dtype=torch.int64), weight.device)
+        part = Part(weight, tuple(outputs), param_id, torch.Size((1,)), rows=starts)
+    add_parts([part], combinations, bits=bits, rounding_seed=rounding_seed)
 
 
-def advance(
-    weight: Tensor,
-    updates: Sequence[tuple[Combination, int | None]],
-    *,
-    param_id: int,
-    bits: BitLayout,
-    offset: int,
+def advance(weight: Tensor, updates: Sequence[Update], *, param_id: int, bits: BitLayout, offset: int) -> None:
+    """See `mezo_dist.directions.add.advance`."""
+    advance_parts([Part(weight, (weight,), param_id, weight.shape, offset)], updates, bits=bits)
+
+
+def add_parts(
+    parts: Sequence[Part], combinations: Sequence[Combination], *, bits: BitLayout, rounding_seed: int | None
 ) -> None:
-    """See `mezo_dist.directions.add.advance`. One launch per update, which reads and writes the weight each time."""
-    for combination, seed in updates:
-        add(weight, [combination], [weight], param_id=param_id, offsets=[offset], bits=bits, rounding_seed=seed)
+    """`add` for many tensors: one launch for up to `MOST_PARTS` of the same dtypes.
+
+    Args:
+        parts: the tensors; each has one output per combination.
+        combinations: the same for all of them.
+        bits: bit layout of the directions.
+        rounding_seed: for bf16 outputs that are to be rounded stochastically.
+    """
+    _check_known(bits)
+    for some, chosen in _launches(parts, combinations):
+        _launch_add(some, [(chosen, rounding_seed)], bits, many=False)
 
 
-def _as_bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+def advance_parts(parts: Sequence[Part], updates: Sequence[Update], *, bits: BitLayout) -> None:
+    """`advance` for many tensors, each of which is its own output: one pass over them.
+
+    Args:
+        parts: the tensors.
+        updates: (combination, seed of stochastic rounding or None), one after another.
+        bits: bit layout of the directions.
+    """
+    _check_known(bits)
+    todo = [([combination], seed) for combination, seed in updates if combination]
+    for some, _ in _launches(parts, [ZERO]) if todo else ():
+        _launch_add(some, todo, bits, many=True)
+
+
+def scale_parts(parts: Sequence[Part], factor: float, *, rounding_seed: int | None) -> None:
+    """``weight <- cast(factor * weight)`` for many tensors, each of which is its own output.
+
+    Args:
+        parts: the tensors.
+        factor: rounded to fp32.
+        rounding_seed: for bf16 weights that are to be rounded stochastically.
+    """
+    for some, _ in _launches(parts, [ZERO]):
+        _launch_add(some, [([ZERO], rounding_seed)], GAUSSIAN, many=False, factor=factor)
+
+
+def fill(bits: BitLayout, seeds: Sequence[int], param_id: int, size: int, device: torch.device) -> Tensor:
+    """The first ``size`` values of many directions: fp32 [num_seeds, size].
+
+    Args:
+        bits: bit layout of the directions.
+        seeds: the directions'.
+        param_id: see `seeds.param_id`.
+        size: number of elements.
+        device: a GPU.
+    """
+    values = torch.empty(len(seeds), size, device=device)
+    filled = _Filled(0, 1, size, bits, param_id)
+    _launch_fill(values, [filled], _seeds(tuple(seeds), *_place(values)), bits)
+    return values
+
+
+def factors(
+    rank: int, seeds: Sequence[int], param_id: int, shape: torch.Size, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The thin factors of a matrix's directions on a GPU; see `mezo_dist.directions.law.Law.factors`.
+
+    Args:
+        rank: number of columns of the factors.
+        seeds: the directions'.
+        param_id: see `seeds.param_id`.
+        shape: the matrix's.
+        device: a GPU.
+    """
+    filled, size = _layout_of_factors([Part(torch.empty(0), (), param_id, shape)], rank, len(seeds))
+    values = torch.empty(size, device=device)
+    _launch_fill(values, filled, _seeds(tuple(seeds), *_place(values)), GAUSSIAN)
+    u, v = (values[f.place : f.place + f.size * len(seeds)].view(len(seeds), -1, rank) for f in filled)
+    return u, v
+
+
+def add_lowrank(
+    parts: Sequence[Part], combinations: Sequence[Combination], *, rank: int, rounding_seed: int | None
+) -> None:
+    """`add_parts` of low-rank directions of matrices.
+
+    Args:
+        parts: matrices, shards or rows of them; each has one output per combination.
+        combinations: the same for all of them.
+        rank: number of columns of the factors.
+        rounding_seed: for bf16 outputs that are to be rounded stochastically.
+    """
+    for some, chosen in _launches(parts, combinations):
+        _launch_lowrank(some, [(chosen, rounding_seed)], rank, many=False)
+
+
+def advance_lowrank(parts: Sequence[Part], updates: Sequence[Update], *, rank: int) -> None:
+    """`advance_parts` of low-rank directions of matrices.
+
+    Args:
+        parts: matrices, or shards of them.
+        updates: (combination, seed of stochastic rounding or None), one after another.
+        rank: number of columns of the factors.
+    """
+    for some, _ in _launches(parts, [ZERO]):
+        for group in _few_terms([([c], seed) for c, seed in updates if c]):
+            _launch_lowrank(some, group, rank, many=True)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+    """Every launch of a kernel goes through here."""
+    kernel[grid](*arguments, **constants, **OPTIONS)
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:
-    """Device and current stream: memory that outlives a call is reused only on the stream that it was allocated on."""
-    return tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    return tensor.device, devices.stream_of(tensor.device)
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` that does not wait for the kernels queued there: hence the pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else tensor
+def _check_known(bits: BitLayout) -> None:
+    if bits.values not in (GAUSSIAN.values, RADEMACHER.values):
+        raise ValueError(f"the GPU kernel does not know the bit layout {bits.name!r}")
+
+
+def _few_terms(updates: list[tuple[list[Combination], int | None]]) -> Iterator[list[tuple[list[Combination], Any]]]:
+    """``updates`` cut into groups of `MOST_TERMS` terms or one update."""
+    group: list[tuple[list[Combination], Any]] = []
+    for update in updates:
+        if group and sum(len(c) for (c,), _ in group) + len(update[0][0]) > MOST_TERMS:
+            yield group
+            group = []
+        group.append(update)
+    if group:
+        yield group
+
+
+def _launches(
+    parts: Sequence[Part], combinations: Sequence[Combination]
+) -> Iterator[tuple[list[Part], list[Combination]]]:
+    """What one launch each does: some tensors of the same dtypes and rows, and some of their outputs. An output that is the
+    weight itself comes last, for the others read what it was.
+
+    Args:
+        parts: the tensors.
+        combinations: one per output.
+    """
+    parts = [part for part in parts if part.weight.numel()]
+    alike: dict[object, list[Part]] = {}
+    for part in parts:
+        alike.setdefault((part.weight.dtype, *(out.dtype for out in part.outputs), id(part.rows)), []).append(part)
+    for same in alike.values():
+        for first in range(0, len(same), MOST_PARTS):
+            some = same[first : first + MOST_PARTS]
+            in_place = {
+                v
+                for part in some
+                for v, output in enumerate(part.outputs)
+                if devices.address(output) == devices.address(part.weight)
+            }
+            places = sorted(range(len(combinations)), key=lambda v: (v in in_place, v))
+            for start in range(0, len(places), MOST_OUTPUTS):
+                chosen = places[start : start + MOST_OUTPUTS]
+                yield [part.with_outputs(chosen) for part in some], [combinations[v] for v in chosen]
+
+
+def _launch_add(
+    parts: Sequence[Part],
+    updates: Sequence[tuple[Sequence[Combination], int | None]],
+    bits: BitLayout,
+    *,
+    many: bool,
+    factor: float | None = None,
+) -> None:
+    """Launch `gpu_kernels.add_kernel`.
+
+    Args:
+        parts: tensors of the same dtypes.
+        updates: (one combination per output, seed of stochastic rounding or None); more than one only with ``many``.
+        bits: bit layout of the directions.
+        many: see the kernel.
+        factor: what weights are multiplied by first, if not None.
+    """
+    weight, outputs = parts[0].weight, parts[0].outputs
+    longest = max(part.weight.numel() // part.num_pieces for part in parts)
+    # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
+    wide = bits.values is RADEMACHER.values and longest >= 2 * CHUNK and len(outputs) <= 2
+    chunks = 2 if wide else 1
+    weights, targets = (
+        _relative([part.weight for part in parts]),
+        _relative([o for part in parts for o in part.outputs]),
+    )
+    rows, first = [], 0
+    for part, place in zip(parts, weights, strict=True):
+        length = part.weight.numel() // part.num_pieces
+        tiles, stride = _tiles(length, chunks), 0 if part.rows is None else part.columns
+        rows.append((first, place, stride, part.offset, length, tiles, part.param_id, *_next(targets, len(outputs))))
+        first += part.num_pieces * tiles
+    with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
+        where = _place(weight)
+        seeds, coefficients, rounding = _terms(_key(updates), *where)
+        launch(
+            gpu_kernels.add_kernel,
+            (first,),
+            _table(tuple(rows), *where),
+            devices.address(weight),
+            devices.address(outputs[0]),
+            0 if parts[0].rows is None else devices.address(parts[0].rows),
+            _half_table(*where),
+            seeds,
+            coefficients,
+            rounding,
+            len(seeds),
+            bits.stream,
+            updates[0][1] or 0,
+            1.0 if factor is None else factor,
+            GROUP=_power_of_two(len(rows)),
+            SOURCE=CODES[weight.dtype],
+            TARGETS=_targets(outputs),
+            NUM_OUTPUTS=len(outputs),
+            GAUSSIAN=bits.values is GAUSSIAN.values,
+            STOCHASTIC=updates[0][1] is not None,
+            MANY=many,
+            SCALED=factor is not None,
+            CHUNKS=chunks,
+        )
+
+
+def _launch_lowrank(
+    parts: Sequence[Part], updates: Sequence[tuple[Sequence[Combination], int | None]], rank: int, *, many: bool
+) -> None:
+    """Make the factors, and launch `gpu_kernels.lowrank_kernel`.
+
+    Args:
+        parts: matrices of the same dtypes.
+        updates: see `_launch_add`.
+        rank: number of columns of the factors.
+        many: see the kernel.
+    """
+    weight, outputs = parts[0].weight, parts[0].outputs
+    with torch.cuda.device_of(weight):
+        where = _place(weight)
+        seeds, coefficients, rounding = _terms(_key(updates), *where)
+        filled, size = _layout_of_factors(parts, rank, len(seeds))
+        thin = _workspace(size, *where)
+        if len(seeds):
+            _launch_fill(thin, filled, seeds, GAUSSIAN, parts[0].rows)
+        weights, targets = _relative([part.weight for part in parts]), _relative([o for p in parts for o in p.outputs])
+        pairs = zip(parts, weights, filled[::2], filled[1::2], strict=True)
+        rows, first = [], 0
+        for part, place, u, v in pairs:
+            tiles = -(-part.columns // TILE_COLUMNS)
+            num_rows = u.size // rank
+            first_row = part.offset // part.columns if part.rows is None else 0
+            rows.append((
+                first, place, 0, part.offset, part.weight.numel(), tiles, part.param_id,
+                4 * u.place, 4 * v.place, first_row, num_rows, part.columns, *_next(targets, len(outputs)),
+            ))  # fmt: skip
+            first += -(-num_rows // TILE_ROWS) * tiles
+        launch(
+            gpu_kernels.lowrank_kernel,
+            (first,),
+            _table(tuple(rows), *where),
+            devices.address(weight),
+            devices.address(outputs[0]),
+            devices.address(thin),
+            coefficients,
+            rounding,
+            len(seeds),
+            updates[0][1] or 0,
+            GROUP=_power_of_two(len(rows)),
+            SOURCE=CODES[weight.dtype],
+            TARGETS=_targets(outputs),
+            NUM_OUTPUTS=len(outputs),
+            RANK=rank,
+            STOCHASTIC=updates[0][1] is not None,
+            MANY=many,
+            TILE_ROWS=TILE_ROWS,
+            TILE_COLUMNS=TILE_COLUMNS,
+        )
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """One tensor of values of directions, [directions, pieces * length], in a larger one."""
+
+    place: int
+    """Elements before it."""
+    pieces: int
+    length: int
+    bits: BitLayout
+    param_id: int
+    offset: int = 0
+    """Index of the first value in the flattened parameter, if it is one piece."""
+    stride: int = 0
+    """Else what numbers of rows are multiplied by for it."""
+    divisor: float = 1.0
+    """Values are divided by it."""
+
+    @property
+    def size(self) -> int:
+        """Elements per direction."""
+        return self.pieces * self.length
+
+
+def _layout_of_factors(parts: Sequence[Part], rank: int, num_seeds: int) -> tuple[list[_Filled], int]:
+    """Where U and V of each matrix go, of the rows that it has; and the number of elements of all.
+
+    Args:
+        parts: whole matrices (their weights are not looked at if empty), shards or rows.
+        rank: number of columns of the factors.
+        num_seeds: number of directions.
+    """
+    filled, place = [], 0
+    for part in parts:
+        columns = part.columns
+        u = _Filled(place, 1, part.shape[0] * rank, FACTOR_U, part.param_id)
+        if part.rows is not None:
+            u = _Filled(place, len(part.rows), rank, FACTOR_U, part.param_id, stride=rank)
+        elif part.weight.numel():
+            first = part.offset // columns
+            count = -(-(part.offset + part.weight.numel()) // columns) - first
+            u = _Filled(place, 1, count * rank, FACTOR_U, part.param_id, first * rank)
+        place += u.size * num_seeds
+        v = _Filled(place, 1, columns * rank, FACTOR_V, part.param_id, divisor=math.sqrt(rank))
+        place += v.size * num_seeds
+        filled += [u, v]
+    return filled, place
+
+
+def _launch_fill(
+    values: Tensor, filled: Sequence[_Filled], seeds: Tensor, bits: BitLayout, rows: Tensor | None = None
+) -> None:
+    """Launch `gpu_kernels.fill_kernel`.
+
+    Args:
+        values: fp32, that all of ``filled`` lie in.
+        filled: where in it, and what.
+        seeds: int64 [n] on the GPU.
+        bits: whose values; streams are those of ``filled``.
+        rows: int64 on the GPU, numbers of the rows that there are.
+    """
+    with torch.cuda.device_of(seeds):
+        where = _place(seeds)
+        for start in range(0, len(filled), MOST_PARTS):
+            table, first = [], 0
+            for f in filled[start : start + MOST_PARTS]:
+                tiles, divisor = _tiles(f.length, 1), struct.unpack("<i", struct.pack("<f", f.divisor))[0]
+                table.append((
+                    first, 4 * f.place, f.stride, f.offset, f.length, tiles, f.param_id, f.bits.stream, divisor, f.pieces,
+                ))  # fmt: skip
+                first += f.pieces * tiles
+            launch(
+                gpu_kernels.fill_kernel,
+                (first, len(seeds)),
+                _table(tuple(table), *where),
+                devices.address(values),
+                0 if rows is None else devices.address(rows),
+                _half_table(*where),
+                seeds,
+                GROUP=_power_of_two(len(table)),
+                GAUSSIAN=bits.values is GAUSSIAN.values,
+                CHUNKS=1,
+            )
+
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _workspace(size: int, device: torch.device, stream: int) -> Tensor:
+    """Memory for the factors of one launch, which the next one overwrites; it grows, and is kept.
+
+    Args:
+        size: fp32 numbers.
+        device: where.
+        stream: see `devices.stream_of`.
+    """
+    kept = _workspaces.get((device, stream))
+    if kept is None or kept.numel() < size:
+        kept = _workspaces[device, stream] = torch.empty(max(size, 1), device=device)
+    return kept
+
+
+def _relative(tensors: Sequence[Tensor]) -> Iterator[int]:
+    """Addresses of tensors, counted from that of the first one."""
+    first = devices.address(tensors[0])
+    return (devices.address(tensor) - first for tensor in tensors)
+
+
+def _next(numbers: Iterator[int], count: int) -> Iterator[int]:
+    return itertools.islice(numbers, count)
+
+
+def _tiles(length: int, chunks: int) -> int:
+    """Tiles that a row can touch, at worst."""
+    return -(-(length + CHUNK - 1) // (chunks * CHUNK))
+
+
+def _targets(outputs: Sequence[Tensor]) -> int:
+    return sum(CODES[output.dtype] << (2 * v) for v, output in enumerate(outputs))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _key(
+    updates: Sequence[tuple[Sequence[Combination], int | None]],
+) -> tuple[tuple[tuple[Combination, ...], Any], ...]:
+    return tuple((tuple(combinations), seed) for combinations, seed in updates)
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return devices.upload([tensor], device)[0]
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
 
 
 @functools.lru_cache(maxsize=64)
@@ -117,212 +512,64 @@ def _half_table(device: torch.device, stream: int) -> Tensor:
 
     128 KiB instead of 256 can stay in the L1 cache of a big GPU, where the look-ups, all over the table, are cheapest.
     """
-    return _to_device(torch.from_numpy(gaussian_table()[TABLE_SIZE // 2 :].copy()), device)
+    return _upload(torch.from_numpy(gaussian_table()[TABLE_SIZE // 2 :].copy()), device)
+
+
+@functools.lru_cache(maxsize=16384)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    """int64 [power of two, columns] on the GPU. Cached: a run works on the same tensors in every step.
+
+    Args:
+        rows: see the columns in `gpu_kernels`.
+        device: where the table is needed.
+        stream: see `devices.stream_of`.
+    """
+    none = (AFTER_ALL, *[0] * (len(rows[0]) - 1))
+    return _upload(torch.tensor([*rows, *[none] * (_power_of_two(len(rows)) - len(rows))], dtype=torch.int64), device)
 
 
 @functools.lru_cache(maxsize=64)
-def _table_of_terms(combinations: tuple[Combination, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """All seeds in ascending order, int64 [k] (bits of uint64), and the coefficients, fp32 [k, len(combinations)].
-
-    Ascending is the order of every combination, so one pass serves all of them. A coefficient is zero where an output
-    has no such term. Cached, because a step adds the same few combinations to every parameter.
+def _seeds(seeds: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """int64 [n] on the GPU: the bits of uint64.
 
     Args:
-        combinations: one per output.
+        seeds: in any order.
+        device: where they are needed.
+        stream: see `devices.stream_of`.
+    """
+    return _upload(torch.tensor([*map(_signed, seeds)], dtype=torch.int64), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _terms(
+    updates: tuple[tuple[tuple[Combination, ...], int | None], ...], device: torch.device, stream: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tables of terms, brought to the GPU as one. Cached: a step adds the same few combinations to all tensors.
+
+    The seeds of an update are in ascending order, which is the order of every combination: one pass over the seeds
+    serves all outputs. A coefficient is zero where an output has no such term.
+
+    Args:
+        updates: (one combination per output, seed of stochastic rounding or None) for each update.
         device: where the tables are needed.
-        stream: see `_place`.
+        stream: see `devices.stream_of`.
+
+    Returns:
+        Seeds, int64 [k] (bits of uint64); coefficients, fp32 [k, outputs]; and int64 [k, 2]: whether an update ends
+        with the term, and the seed of its rounding.
     """
-    seeds = sorted({seed for combination in combinations for seed, _ in combination.terms})
-    by_seed = [dict(combination.terms) for combination in combinations]
-    coefficients = [[terms.get(seed, 0.0) for terms in by_seed] for seed in seeds]
-    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
-    return (
-        _to_device(torch.tensor(signed, dtype=torch.int64), device),
-        _to_device(torch.tensor(coefficients, dtype=torch.float32), device),
-    )
-
-
-@triton.jit
-def _words(seed, first_block, param_id, stream, BLOCKS: tl.constexpr):
-    """uint32 [BLOCKS, 4]: the words of blocks ``first_block ..``.
-
-    Products are 64-bit: one wide multiplication gives both halves, compiled and in the interpreter.
-
-    Args:
-        seed: 64-bit scalar, the key.
-        first_block: 64-bit scalar.
-        param_id: uint32.
-        stream: uint32, the generator's.
-        BLOCKS: number of blocks.
-    """
-    block = first_block.to(tl.uint64) + tl.arange(0, BLOCKS).to(tl.uint64)
-    c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
-    c2, c3 = tl.full((BLOCKS,), 0, tl.uint32) + param_id, tl.full((BLOCKS,), 0, tl.uint32) + stream
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(ROUNDS):
-        p0, p1 = c0.to(tl.uint64) * M0, c2.to(tl.uint64) * M1
-        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
-        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
-        k0, k1 = k0 + K0, k1 + K1
-    return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (BLOCKS, 4))
-
-
-@triton.jit
-def _halves(words, CHUNKS: tl.constexpr):
-    """16 bits per element, bit layout of `bits.halves`: uint32 [128 CHUNKS, 4] -> [1024 CHUNKS]."""
-    halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (CHUNKS, GAUSSIAN_BLOCKS, 8))
-    return tl.reshape(tl.permute(halves, (0, 2, 1)), (CHUNKS * CHUNK_SIZE,))
-
-
-@triton.jit
-def _gaussian(seed, chunk, param_id, stream, half_table, CHUNKS: tl.constexpr):
-    """fp32 [1024 CHUNKS]: the values of some chunks of a gaussian direction.
-
-    Args:
-        seed: 64-bit scalar, the direction's.
-        chunk: 64-bit scalar, number of the first chunk in the full parameter.
-        param_id: uint32.
-        stream: uint32, the generator's.
-        half_table: see `_half_table`.
-        CHUNKS: number of chunks.
-    """
-    words = _words(seed, chunk * GAUSSIAN_BLOCKS, param_id, stream, GAUSSIAN_BLOCKS * CHUNKS)
-    index = _halves(words, CHUNKS).to(tl.int32) - HALF_TABLE
-    magnitude = tl.load(half_table + (index ^ (index >> 31)))  # ~index where negative
-    return (magnitude.to(tl.int32, bitcast=True) ^ (index & -0x80000000)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rademacher(seed, chunk, param_id, stream, CHUNKS: tl.constexpr):
-    """fp32 [1024 CHUNKS]: as `_gaussian`, 1 bit per element; in memory order these are block, word, bit.
-
-    Args:
-        seed: the direction's, uint64.
-        chunk: number of the first chunk.
-        param_id: see `seeds.param_id`.
-        stream: of the generator.
-        CHUNKS: number of chunks.
-    """
-    words = _words(seed, chunk * RADEMACHER_BLOCKS, param_id, stream, RADEMACHER_BLOCKS * CHUNKS)
-    bits = (words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
-    return tl.where(tl.reshape(bits, (CHUNKS * CHUNK_SIZE,)) == 1, 1.0, -1.0)
-
-
-@triton.jit
-def _to_fp32(x):
-    """The fp32 values of loaded elements; int16 stands for bf16."""
-    if x.dtype == tl.int16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _to_bf16(x, noise, STOCHASTIC: tl.constexpr):
-    """The bits of bf16, int16: to nearest even, or by adding ``noise`` < 2**16 to the bits that are then cut off.
-
-    Args:
-        x: fp32.
-        noise: uint32; counts only if rounding is stochastic.
-        STOCHASTIC: round stochastically.
-    """
-    bits = x.to(tl.uint32, bitcast=True)
-    if not STOCHASTIC:
-        noise = 0x7FFF + ((bits >> 16) & 1)
-    rounded = tl.where(x == x, bits + noise, 0x7FC00000)  # the sum could make anything of a NaN
-    return (rounded >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def _sums(
-    source, seeds, coefficients, num_seeds, chunk, param_id, stream, half_table,
-    GAUSSIAN: tl.constexpr, NUM_OUTPUTS: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """``source`` plus every output's combination: a tuple of fp32 [1024 CHUNKS], one per output.
-
-    Args: as those of `_kernel` and `_gaussian`; ``source`` is fp32 [1024 CHUNKS], the weights.
-    """
-    totals = (source,) * NUM_OUTPUTS
-    for k in range(num_seeds):
-        seed = tl.load(seeds + k).to(tl.uint64, bitcast=True)
-        if GAUSSIAN:
-            z = _gaussian(seed, chunk, param_id, stream, half_table, CHUNKS)
-        else:
-            z = _rademacher(seed, chunk, param_id, stream, CHUNKS)
-        sums = ()
-        for v in tl.static_range(NUM_OUTPUTS):
-            coefficient = tl.load(coefficients + k * NUM_OUTPUTS + v)
-            total = tl.where(coefficient == 0, totals[v], totals[v] + coefficient * z)
-            sums = sums + (total,)  # noqa: RUF005 - Triton does not know the star
-        totals = sums
-    return totals
-
-
-@triton.jit(do_not_specialize=["num_seeds", "length", "tiles_per_row", "param_id", "stream", "rounding_seed"])
-def _kernel(
-    weight,
-    outputs,
-    half_table,
-    seeds,
-    coefficients,
-    offsets,
-    num_seeds: tl.int32,
-    length: tl.int64,
-    tiles_per_row: tl.int32,
-    param_id: tl.uint32,
-    stream: tl.uint32,
-    rounding_seed: tl.uint64,
-    GAUSSIAN: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """Program p does tile p % tiles_per_row of row p // tiles_per_row.
-
-    A term that an output lacks is skipped, for even adding 0 * z is not always nothing (-0.0).
-
-    Args:
-        weight: pointer; rows of ``length`` elements, one after another.
-        outputs: tuple of pointers, as ``weight``; int16 stands for bf16.
-        half_table: see `_half_table`.
-        seeds: int64 [num_seeds], ascending; the bits of uint64.
-        coefficients: fp32 [num_seeds, len(outputs)], zero where an output has no such term.
-        offsets: int64, index of each row's first element in the full parameter.
-        num_seeds: number of terms.
-        length: elements of a row.
-        tiles_per_row: tiles that a row can touch, at worst.
-        param_id: see `seeds.param_id`.
-        stream: the generator's.
-        rounding_seed: that of stochastic rounding.
-        GAUSSIAN: gaussian values, else rademacher.
-        STOCHASTIC: bf16 outputs are rounded stochastically.
-        CHUNKS: chunks of a tile.
-    """
-    TILE: tl.constexpr = CHUNKS * CHUNK_SIZE
-    NUM_OUTPUTS: tl.constexpr = len(outputs)
-    row = tl.program_id(0) // tiles_per_row
-    offset = tl.load(offsets + row)
-    chunk = offset // CHUNK_SIZE + (tl.program_id(0) % tiles_per_row).to(tl.int64) * CHUNKS
-    before = offset - chunk * CHUNK_SIZE  # elements of the tile before the row, negative after its first tile
-    low = tl.maximum(before, 0).to(tl.int32)
-    high = tl.minimum(before + length, TILE).to(tl.int32)
-    if low >= high:
-        return
-    element = tl.arange(0, TILE)
-    inside = (element - low).to(tl.uint32, bitcast=True) < (high - low).to(tl.uint32, bitcast=True)
-    start = row.to(tl.int64) * length - before
-
-    source = _to_fp32(tl.load(weight + start + element, inside, other=0, cache_modifier=".cg"))
-    totals = _sums(
-        source, seeds, coefficients, num_seeds, chunk, param_id, stream, half_table, GAUSSIAN, NUM_OUTPUTS, CHUNKS
-    )
-    noise = 0
-    if STOCHASTIC:
-        noise_words = _words(
-            rounding_seed, chunk * GAUSSIAN_BLOCKS, param_id, STREAM_ROUNDING, GAUSSIAN_BLOCKS * CHUNKS
-        )
-        noise = _halves(noise_words, CHUNKS)
-    for v in tl.static_range(NUM_OUTPUTS):
-        if outputs[v].dtype.element_ty == tl.int16:
-            result = _to_bf16(totals[v], noise, STOCHASTIC)
-        else:
-            result = totals[v].to(outputs[v].dtype.element_ty)
-        tl.store(outputs[v] + start + element, result, inside)
+    seeds: list[int] = []
+    coefficients: list[list[float]] = []
+    rounding: list[list[int]] = []
+    for combinations, rounding_seed in updates:
+        by_seed = [dict(combination.terms) for combination in combinations]
+        mine = sorted({seed for terms in by_seed for seed in terms})
+        seeds.extend(map(_signed, mine))
+        coefficients.extend([terms.get(seed, 0.0) for terms in by_seed] for seed in mine)
+        rounding.extend([int(seed == mine[-1]), _signed(rounding_seed or 0)] for seed in mine)
+    k, width = len(seeds), len(updates[0][0])
+    words = [torch.tensor(seeds, dtype=torch.int64), torch.tensor(rounding, dtype=torch.int64).view(-1)]
+    numbers = torch.tensor(coefficients, dtype=torch.float32).view(-1)
+    table = _upload(torch.cat([*(t.view(torch.uint8) for t in words), numbers.view(torch.uint8)]), device)
+    first, second, third = table.split([8 * k, 16 * k, 4 * k * width])
+    return first.view(torch.int64), third.view(torch.float32).view(k, width), second.view(torch.int64).view(k, 2)

@@ -16,6 +16,8 @@ from typing import Any
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numba
 
+from mezo_dist.patience import patience
+
 log = logging.getLogger(__name__)
 
 
@@ -35,14 +37,16 @@ def compiled(function: Callable[..., None], signature: str, uses: list[ModuleTyp
         # ever, a process that starts in between, after an update or on another processor, could load foreign code.
         sources = [function.__code__.co_filename, *(str(module.__file__) for module in uses)]
         function.__qualname__ = f"{function.__name__}_{_fingerprint(sources)}"
-        return numba.cfunc(signature, cache=True)(function)
+        with patience("compiling the CPU kernels, once for this machine"):
+            return numba.cfunc(signature, cache=True)(function)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         log.warning(
             "numba's cache cannot be used (%s): the CPU kernels are compiled at every start, which takes seconds; "
             "NUMBA_CACHE_DIR can name another directory",
             error,
         )
-        return numba.cfunc(signature)(function)
+        with patience("compiling the CPU kernels"):
+            return numba.cfunc(signature)(function)
 
 
 def _fingerprint(sources: list[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mezo_dist.directions import philox
 from mezo_dist.directions.bits import CHUNK, BitLayout, halves
 from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.parts import Part
 
 CHUNKS_AT_ONCE = 64
 ROUNDING_BLOCKS_PER_CHUNK = 128
@@ -64,6 +65,43 @@ def advance(
     """See `mezo_dist.directions.add.advance`."""
     for combination, seed in updates:
         add(weight, [combination], [weight], param_id=param_id, offsets=[offset], bits=bits, rounding_seed=seed)
+
+
+def add_lowrank(
+    part: Part,
+    combinations: Sequence[Combination],
+    factors: dict[int, tuple[Tensor, Tensor]],
+    rounding_seed: int | None,
+) -> None:
+    """`add` of low-rank directions, as GPUs compute it: ``z = sum_r u_r v_r``, r in order, each operation rounded.
+
+    (On the CPU `mezo_dist.directions.lowrank` uses matrix products: the same directions, other last bits.)
+
+    Args:
+        part: a matrix, a shard or some of its rows.
+        combinations: one per output.
+        factors: of each seed, U [rows, rank] and V [columns, rank] of the whole matrix, fp32, on the part's device.
+        rounding_seed: for bf16 outputs that are to be rounded stochastically.
+    """
+    columns = part.columns
+    elements = torch.arange(part.weight.numel() // part.num_pieces)
+    starts = torch.tensor([part.offset]) if part.rows is None else part.rows.cpu() * columns
+    elements = (starts.unsqueeze(1) + elements).flatten()
+    rows, places = (elements // columns).to(part.weight.device), (elements % columns).to(part.weight.device)
+    source = part.weight.detach().reshape(-1).to(torch.float32, copy=True)
+    for combination, output in zip(combinations, part.outputs, strict=True):
+        total = source.clone()
+        for seed, coefficient in combination.terms:
+            u, v = factors[seed]
+            z = u[rows, 0] * v[places, 0]
+            for r in range(1, u.shape[1]):
+                z = z + u[rows, r] * v[places, r]
+            total += coefficient * z
+        if rounding_seed is not None:
+            first = int(elements.min()) // CHUNK
+            noise = _rounding_bits(rounding_seed, part.param_id, first, int(elements.max()) // CHUNK + 1 - first)
+            total = round_stochastically(total, noise[elements - first * CHUNK].to(total.device))
+        output.view(-1).copy_(total.to(output.dtype))
 
 
 def _rounding_bits(seed: int, param_id: int, first_chunk: int, num_chunks: int) -> Tensor:

@@ -32,9 +32,12 @@ class Shard:
     """Index of the first element in the flattened full parameter."""
     tensor: Tensor
     """The elements themselves, contiguous, of any shape (and perhaps none), where they live: writing to it changes the
-    weights. Valid until the next shard is asked for: only then do shards that live on NVMe go back there."""
+    weights. Valid until the next shard is asked for, or longer (see ``stays``): only then do shards that live on NVMe
+    go back there."""
     is_first: bool = True
     """False where another rank's copy of the same piece is the one that sums count."""
+    stays: bool = True
+    """The tensor stays valid when the next shard is asked for."""
 
 
 def exchange_contents(shards: Iterator[Shard], others: dict[str, Tensor]) -> None:

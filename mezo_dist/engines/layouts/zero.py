@@ -26,6 +26,7 @@ from mezo_dist.engines.layouts.base import Shard, exchange_contents
 from mezo_dist.engines.units import Unit, find_units
 from mezo_dist.errors import UserError
 from mezo_dist.json_types import JsonObject
+from mezo_dist.patience import patience
 
 log = logging.getLogger(__name__)
 MIN_NVME_BYTES = 1 << 20
@@ -205,7 +206,7 @@ class Zero:
                 parameter.nvme_swapper.swap_in([parameter], async_op=False)
             unpadded = piece.narrow(0, 0, min(piece.ds_numel, total - offset))
             try:
-                yield Shard(name, weight.param_id, weight.shape, offset, unpadded)
+                yield Shard(name, weight.param_id, weight.shape, offset, unpadded, stays=not is_away)
             finally:
                 if is_away:
                     parameter.nvme_swapper.swap_out_and_release([parameter])
@@ -275,7 +276,8 @@ def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        with comm.guarded("making process groups"):
+        told = "DeepSpeed makes process groups, and the first time compiles its operators"
+        with patience(told), comm.guarded("making process groups"):
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
             context = deepspeed.zero.Init(config_dict_or_path=config)
     except (AssertionError, RuntimeError, ValueError) as error:

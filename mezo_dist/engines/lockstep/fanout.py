@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mezo_dist.directions import devices
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, forward_below, remove_layer
 from mezo_dist.engines.lockstep.passes import Agree, Call, Coroutine, ForwardPass, Open, Raised, Read, is_inside
@@ -262,9 +263,9 @@ def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Te
 
 def _unshared(output: object, scratch: list[Tensor]) -> object:
     """``output``, with whatever in it is a view of the scratch copied, for the next hooked module overwrites that."""
-    storages = {tensor.untyped_storage().data_ptr() for tensor in scratch}
+    storages = {devices.memory(tensor) for tensor in scratch}
 
     def kept(tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        return tensor.clone() if devices.memory(tensor) in storages else tensor
 
     return kept(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, kept, output)

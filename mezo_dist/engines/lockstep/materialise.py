@@ -10,8 +10,10 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 
+from mezo_dist.directions import devices
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.law import Law
+from mezo_dist.directions.parts import Part
 from mezo_dist.engines.hooked import HookedModule, Weight
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.lockstep.fanout import Served, on_tensors
@@ -25,6 +27,10 @@ from mezo_dist.errors import UserError
 
 ALIGNMENT = 64
 """Bytes. Matrix kernels may give other bits for operands that are not aligned to their vector registers."""
+
+
+_Todo = dict[tuple[Combination, ...], list[Part]]
+"""Combinations, and the weights that they are added to together, each with one output for each of them."""
 
 
 class Need(Protocol):
@@ -106,9 +112,11 @@ class Materialiser:
         copies = len(variants) if must_copy or self._compute_dtype else sum(bool(self.shifts[v]) for v in variants)
         allocate = torch.empty_like if hooked.spans_blocks else self._scratch_for(sources, copies)
         tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
+        todo: _Todo = {}
         for weight, source in zip(hooked.weights, sources, strict=True):
-            for v, tensor in self._variants_of(weight, source, rows, variants, allocate, must_copy).items():
+            for v, tensor in self._variants_of(weight, source, rows, variants, allocate, must_copy, todo).items():
                 tensors[v].append(tensor)
+        self._do(todo)
         forward = None if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
             shared = forward or functools.partial(on_tensors, hooked, real)
@@ -133,7 +141,9 @@ class Materialiser:
         source = weight.tensor.detach()
         variants = sorted({read.caller.variant for read in reads})
         must_copy = not self._keep_sources or not _aligned(source)
-        tensors = self._variants_of(weight, source, None, variants, torch.empty_like, must_copy)
+        todo: _Todo = {}
+        tensors = self._variants_of(weight, source, None, variants, torch.empty_like, must_copy, todo)
+        self._do(todo)
         return {v: nn.Parameter(tensor, requires_grad=weight.trainable) for v, tensor in tensors.items()}
 
     def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
@@ -156,9 +166,10 @@ class Materialiser:
         variants: Sequence[int],
         allocate: Callable[..., Tensor],
         must_copy: bool,
+        todo: _Todo,
     ) -> dict[int, Tensor]:
         """One weight (or its needed rows) under every variant. Variants with the same shift share one tensor, and those
-        that do not move the weight share the weight itself.
+        that do not move the weight share the weight itself. The tensors are filled by `_do`.
 
         Args:
             weight: the weight.
@@ -167,6 +178,7 @@ class Materialiser:
             variants: numbers of the variants, ascending.
             allocate: makes a tensor like another, of a dtype.
             must_copy: whether a variant without a shift needs a copy, too.
+            todo: gets what is to be computed.
         """
         dtype = self._compute_dtype if self._compute_dtype and source.is_floating_point() else source.dtype
         shifts = {v: self.shifts[v] if weight.trainable else ZERO for v in variants}
@@ -174,15 +186,14 @@ class Materialiser:
         moved = [shift for shift in dict.fromkeys(shifts.values()) if shift or must_copy]
         outputs = {shift: allocate(source, dtype=dtype) for shift in moved}
         if moved:
-            self._law.add(
-                source,
-                moved,
-                list(outputs.values()),
-                param_id=weight.param_id,
-                shape=weight.shape,
-                rows=None if rows is None else rows.indices,
-            )
+            indices = None if rows is None else rows.indices
+            part = Part(source, tuple(outputs.values()), weight.param_id, weight.shape, rows=indices)
+            todo.setdefault(tuple(moved), []).append(part)
         return {v: outputs.get(shift, source) for v, shift in shifts.items()}
+
+    def _do(self, todo: _Todo) -> None:
+        for combinations, parts in todo.items():
+            self._law.add_parts(parts, combinations)
 
     def end(self) -> None:
         """The passes are over. The scratch stays for the next ones, unless these needed less than half of it: then
@@ -223,7 +234,7 @@ def _source(tensor: Tensor, rows: Rows | None) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % ALIGNMENT == 0
+    return devices.address(tensor) % ALIGNMENT == 0
 
 
 def _padded(num_bytes: int) -> int:

@@ -8,7 +8,9 @@ v = mean_i p_i z_i, has the variance of as many directions as there are samples 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
+from mezo_dist.directions import devices
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
@@ -36,6 +39,35 @@ class Factors:
     def __init__(self, law: Law) -> None:
         self.law = law
         self._kept: dict[tuple[object, ...], tuple[Tensor, ...]] | None = None
+        self._tables: dict[tuple[object, ...], _Table] = {}
+
+    def prepare(self, all_shifts: Iterable[tuple[Combination, ...]], device: torch.device) -> None:
+        """Bring the tables of passes that run together to their device, by one copy.
+
+        Args:
+            all_shifts: the directions of each pass's samples.
+            device: where the passes run.
+        """
+        several = list(all_shifts)
+        seeds = tuple(sorted({seed for shifts in several for shift in shifts for seed, _ in shift.terms}))
+        tables = [_Table.of(shifts, seeds) for shifts in several]
+        tensors = iter(devices.upload([tensor for table in tables for tensor in vars(table).values()], device))
+        there = [_Table(next(tensors), next(tensors), next(tensors)) for _ in tables]
+        self._tables = {(shifts, seeds, device): table for shifts, table in zip(several, there, strict=True)}
+
+    def table(self, shifts: tuple[Combination, ...], seeds: tuple[int, ...], device: torch.device) -> _Table:
+        """Which directions samples have, among those of ``seeds``: made anew where it was not prepared, as where some
+        passes have gone another way through the model than others.
+
+        Args:
+            shifts: of each sample.
+            seeds: the directions that there are, ascending.
+            device: where it is needed.
+        """
+        key = (shifts, seeds, device)
+        if key not in self._tables:
+            self._tables[key] = _Table(*devices.upload([*vars(_Table.of(shifts, seeds)).values()], device))
+        return self._tables[key]
 
     def start_keeping(self) -> None:
         """From now on remember what was made: a forward calls the model many times with the same directions."""
@@ -45,24 +77,24 @@ class Factors:
         """Forget it."""
         self._kept = None
 
-    def matrix(self, weight: Weight, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def matrix(self, weight: Weight, seeds: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """U and V, see `Law.factors`."""
         key = (weight.param_id, tuple(seeds))
-        u, v = self._get(key, lambda: self.law.factors(seeds, weight.param_id, weight.shape))
+        u, v = self._get(key, lambda: self.law.factors(seeds, weight.param_id, weight.shape, device))
         return u, v
 
-    def vector(self, weight: Weight, seeds: Sequence[int]) -> Tensor:
+    def vector(self, weight: Weight, seeds: Sequence[int], device: torch.device) -> Tensor:
         """See `Law.vector`."""
         key = (weight.param_id, tuple(seeds))
-        return self._get(key, lambda: (self.law.vector(seeds, weight.param_id, weight.shape.numel()),))[0]
+        return self._get(key, lambda: (self.law.vector(seeds, weight.param_id, weight.shape.numel(), device),))[0]
 
     def of_shift(self, weight: Weight, shift: Combination, like: Tensor) -> tuple[Tensor, Tensor]:
         """U and V whose product U V^T is a shift of a matrix: the directions' factors side by side, V with their
         coefficients. In ``like``'s dtype and device: [rows, terms * rank], [columns, terms * rank]."""
 
         def make() -> tuple[Tensor, ...]:
-            u, v = self.law.factors([seed for seed, _ in shift.terms], weight.param_id, weight.shape)
-            coefficients = torch.tensor([c for _, c in shift.terms]).view(-1, 1, 1)
+            u, v = self.law.factors([seed for seed, _ in shift.terms], weight.param_id, weight.shape, like.device)
+            coefficients = _coefficients(shift, like.device).view(-1, 1, 1)
             pair = (factor.transpose(0, 1).flatten(1) for factor in (u, v * coefficients))
             return tuple(factor.to(like.device, like.dtype).contiguous() for factor in pair)
 
@@ -76,6 +108,41 @@ class Factors:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Which directions the samples of a pass have. Samples with different numbers of terms have no ``index``."""
+
+    index: Tensor
+    """int64 [samples, terms]: place of each term's direction among those that there are."""
+    coefficients: Tensor
+    """fp32 [samples, terms]."""
+    mixing: Tensor
+    """fp32 [samples, directions]: coefficient of every direction for every sample."""
+
+    @staticmethod
+    def of(shifts: Sequence[Combination], seeds: Sequence[int]) -> _Table:
+        """The table, on the host.
+
+        Args:
+            shifts: of each sample.
+            seeds: the directions that there are, ascending.
+        """
+        place = {seed: k for k, seed in enumerate(seeds)}
+        mixing = torch.zeros(len(shifts), len(seeds))
+        for i, shift in enumerate(shifts):
+            for seed, c in shift.terms:
+                mixing[i, place[seed]] = c
+        if len({len(shift) for shift in shifts}) > 1:
+            return _Table(torch.empty(0, dtype=torch.int64), torch.empty(0), mixing)
+        index = torch.tensor([[place[seed] for seed, _ in shift.terms] for shift in shifts], dtype=torch.int64)
+        return _Table(index, torch.tensor([[c for _, c in shift.terms] for shift in shifts]), mixing)
+
+
+@functools.lru_cache(maxsize=64)
+def _coefficients(shift: Combination, device: torch.device) -> Tensor:
+    return devices.upload([torch.tensor([c for _, c in shift.terms])], device)[0]
 
 
 def with_sample_directions(
@@ -108,7 +175,7 @@ def with_sample_directions(
         return shared
     if hooked.spans_blocks:
         return _spanning(hooked, shared)
-    seeds = sorted({seed for call in calls for c in call.caller.sample_shifts for seed, _ in c.terms})
+    seeds = tuple(sorted({seed for call in calls for c in call.caller.sample_shifts for seed, _ in c.terms}))
     if rows is not None or hooked.kind in (nn.Linear, Conv1D):
         moved = _linear(factors, hooked, seeds, shared, rows)
     elif hooked.kind is nn.Embedding:
@@ -145,16 +212,16 @@ class _BySample:
     """
 
     def __init__(
-        self, factors: Factors, weight: Weight, seeds: Sequence[int], *, swapped: bool, rows: Tensor | None
+        self, factors: Factors, weight: Weight, seeds: tuple[int, ...], *, swapped: bool, rows: Tensor | None
     ) -> None:
-        self._place = {seed: k for k, seed in enumerate(seeds)}
-        u, v = factors.matrix(weight, seeds)
+        self._factors, self._seeds = factors, seeds
+        u, v = factors.matrix(weight, seeds, weight.tensor.device)
         self._into, self._out = (u, v) if swapped else (v, u)
         if rows is not None:
             self._out = self._out[:, rows]
         self._picked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def of(self, shifts: Sequence[Combination], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, shifts: tuple[Combination, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The factors of each sample's terms side by side, and their coefficients, in ``like``'s dtype and device.
 
         Returns:
@@ -162,19 +229,20 @@ class _BySample:
         """
         seeds = tuple(seed for shift in shifts for seed, _ in shift.terms)
         if seeds not in self._picked:  # both signs, and both ends of a step, share their directions
-            index = torch.tensor([self._place[seed] for seed in seeds]).view(len(shifts), -1)
+            index = self._factors.table(shifts, self._seeds, self._into.device).index
             into, out = (
                 factor[index].transpose(1, 2).flatten(2).to(like.device, like.dtype)
                 for factor in (self._into, self._out)
             )
             self._picked[seeds] = (into, out.transpose(1, 2))
-        coefficients = torch.tensor([[c for _, c in shift.terms] for shift in shifts]).to(like.device, like.dtype)
+        table = self._factors.table(shifts, self._seeds, self._into.device)
+        coefficients = table.coefficients.to(like.device, like.dtype)
         into, out = self._picked[seeds]
         return into, out, coefficients.repeat_interleave(into.shape[-1] // coefficients.shape[-1], dim=1).unsqueeze(1)
 
 
 def _linear(
-    factors: Factors, hooked: HookedModule, seeds: Sequence[int], shared: Forward, rows: Tensor | None
+    factors: Factors, hooked: HookedModule, seeds: tuple[int, ...], shared: Forward, rows: Tensor | None
 ) -> Forward:
     """A linear layer's forward, corrected in activation space.
 
@@ -188,8 +256,7 @@ def _linear(
     weights = {w.attribute: w for w in hooked.weights if w.trainable}
     swapped = hooked.kind is Conv1D  # its weight is [inputs, outputs]
     thin = _BySample(factors, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
-    bias = factors.vector(weights["bias"], seeds) if "bias" in weights else None
-    place = {seed: k for k, seed in enumerate(seeds)}
+    bias = factors.vector(weights["bias"], seeds, weights["bias"].tensor.device) if "bias" in weights else None
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
         output: Tensor = shared(call, tensors)
@@ -200,14 +267,17 @@ def _linear(
             y = torch.baddbmm(y, torch.bmm(x, into) * coefficients, out)
         if bias is not None:
             z = bias if rows is None else bias[:, rows]
-            moved = [sum((c * z[place[seed]] for seed, c in s.terms), torch.zeros(z.shape[1])) for s in shifts]
-            y = y + torch.stack(moved).unsqueeze(1).to(y.device, y.dtype)
+            table = factors.table(shifts, seeds, z.device)
+            moved = torch.zeros(len(shifts), z.shape[1], device=z.device)
+            for index, c in zip(table.index.T, table.coefficients.T, strict=True):
+                moved = moved + c.unsqueeze(1) * z[index]
+            y = y + moved.unsqueeze(1).to(y.device, y.dtype)
         return y.view(output.shape)
 
     return forward
 
 
-def _embedding(factors: Factors, hooked: HookedModule, seeds: Sequence[int], shared: Forward) -> Forward:
+def _embedding(factors: Factors, hooked: HookedModule, seeds: tuple[int, ...], shared: Forward) -> Forward:
     """An embedding's forward: rows of U are looked up like rows of the table.
 
     Args:
@@ -232,7 +302,7 @@ def _embedding(factors: Factors, hooked: HookedModule, seeds: Sequence[int], sha
     return forward
 
 
-def _vectors(factors: Factors, hooked: HookedModule, seeds: Sequence[int], real: Callable[..., object]) -> Forward:
+def _vectors(factors: Factors, hooked: HookedModule, seeds: tuple[int, ...], real: Callable[..., object]) -> Forward:
     """The forward of a module whose weights are vectors, mapped over the samples' weights.
 
     Args:
@@ -241,15 +311,12 @@ def _vectors(factors: Factors, hooked: HookedModule, seeds: Sequence[int], real:
         seeds: the directions', ascending.
         real: its own forward.
     """
-    place = {seed: k for k, seed in enumerate(seeds)}
-    directions = {w.attribute: factors.vector(w, seeds) for w in hooked.weights if w.trainable}
+    moving = [w for w in hooked.weights if w.trainable]
+    directions = {w.attribute: factors.vector(w, seeds, w.tensor.device) for w in moving}
 
     def forward(call: Call, tensors: list[Tensor]) -> object:
         shifts = call.caller.sample_shifts
-        mixing = torch.zeros(len(shifts), len(seeds))  # coefficient of every direction for every sample
-        for i, shift in enumerate(shifts):
-            for seed, c in shift.terms:
-                mixing[i, place[seed]] = c
+        mixing = factors.table(shifts, seeds, moving[0].tensor.device).mixing
         moved = [
             tensor + (mixing @ directions[w.attribute]).to(tensor.device, tensor.dtype) if w.trainable else tensor
             for w, tensor in zip(hooked.weights, tensors, strict=True)

@@ -6,6 +6,7 @@ can start at any element, so the rows have the same bits as in the whole table.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mezo_dist.directions import devices
 from mezo_dist.engines.hooked import HookedModule
 from mezo_dist.engines.lockstep.head_slice import head_rows
 from mezo_dist.engines.lockstep.passes import Call
@@ -45,12 +47,28 @@ def plan_sparse_rows(hooked: HookedModule, calls: Sequence[Call], real: Callable
         return None
     if any(len(call.args) != 1 or call.kwargs for call in calls):
         return None
+    if calls[0].args[0].device.type != "cpu":
+        return _every_token(calls)
     indices = torch.unique(torch.cat([call.args[0].reshape(-1) for call in calls]))
 
     def look_up(call: Call, tensors: list[Tensor]) -> Tensor:
         return F.embedding(torch.searchsorted(indices, call.args[0].contiguous()), tensors[0])
 
     return Rows(indices, look_up)
+
+
+def _every_token(calls: Sequence[Call]) -> Rows:
+    """A row for every token, the same one again for the same token: to find out which of them are different, the host
+    would have to wait for the device. Passes on the same micro-batch share their rows."""
+    ids: dict[object, Tensor] = {devices.same_memory(call.args[0]): call.args[0] for call in calls}
+    starts = dict(zip(ids, itertools.accumulate((t.numel() for t in ids.values()), initial=0), strict=False))
+
+    def look_up(call: Call, tensors: list[Tensor]) -> Tensor:
+        tokens = call.args[0]
+        start = starts[devices.same_memory(tokens)]
+        return tensors[0][start : start + tokens.numel()].view(*tokens.shape, -1)
+
+    return Rows(torch.cat([tensor.reshape(-1) for tensor in ids.values()]), look_up)
 
 
 def _linear_rows(call: Call, tensors: list[Tensor]) -> Tensor:

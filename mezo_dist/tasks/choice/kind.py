@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -14,10 +14,11 @@ from mezo_dist.config.kinds.choice import ChoiceTask
 from mezo_dist.tasks.batches import MicroBatch, by_slot, facts_by_slot, model_inputs
 from mezo_dist.tasks.choice.options import EncodedOptions, Sample, encode_options, options_of, right_options
 from mezo_dist.tasks.continuation import check_causal
+from mezo_dist.tasks.encoding import encode_rows
 from mezo_dist.tasks.fields import Row
-from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
-from mezo_dist.tasks.scoring import TokenScores, token_targets
-from mezo_dist.tasks.text import TextEncoder, encode_rows
+from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.scoring import TokenScores, target_texts, token_targets
+from mezo_dist.tasks.text import TextEncoder
 
 Measure = Callable[[Tensor, Tensor], Mapping[str, float]]
 """Figures, by name, of predicted and right options (int64 [n] each)."""
@@ -38,6 +39,7 @@ class Choice:
     measure: Measure
     normalise: Literal["mean", "sum", "bytes"] = "mean"
     loss: Literal["choice", "lm"] = "choice"
+    sample: ClassVar[type[Sample]] = Sample
     payload_is_smooth: ClassVar[bool] = True
 
     @staticmethod
@@ -57,7 +59,7 @@ class Choice:
 
         return Choice(text_encoder(task, model), task.prompt, options, right, accuracy, task.normalise, task.loss)
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
         """See `TaskKind`."""
         return encode_rows(rows, split, self._sample)
 
@@ -105,6 +107,15 @@ class Choice:
         best = _best(payload, by_slot(batch, "num_options"))
         return (best == _wanted(best, batch)).double()
 
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`."""
+        best = _best(payload, by_slot(batch, "num_options"))
+        pairs = zip(_wanted(best, batch).tolist(), best.tolist(), strict=True)
+        options = target_texts(batch, self.texts.tokenizer)
+        return [
+            Answer(options[slot][right], options[slot][said], (right, said)) for slot, (right, said) in enumerate(pairs)
+        ]
+
     def _sample(self, row: Row) -> Sample:
         right = self.right_options(row, self.options_of(row))
         encoded, _ = self.texts.fit(row, self._encoded)
@@ -123,12 +134,14 @@ class Choice:
 
     def _scores(self, log_probability: Tensor, batch: MicroBatch) -> Scores:
         """Scores of the options, whose log-probabilities are fp32 [rows]."""
-        label, num_options, units = (batch.targets[name] for name in ("label", "num_options", "units"))
-        is_option = torch.arange(batch.columns) < num_options.unsqueeze(1)
-        sums = torch.zeros(is_option.shape).masked_scatter(is_option, log_probability)
+        device = log_probability.device
+        names = ("label", "num_options", "units", "num_tokens")
+        label, num_options, units, num_tokens = (batch.targets[name].to(device) for name in names)
+        is_option = torch.arange(batch.columns, device=device) < num_options.unsqueeze(1)
+        sums = torch.zeros(is_option.shape, device=device).masked_scatter(is_option, log_probability)
         payload = sums / units
         if self.loss == "lm":
-            return Scores(-sums.gather(1, label.unsqueeze(1)).squeeze(1), batch.targets["num_tokens"], payload)
+            return Scores(-sums.gather(1, label.unsqueeze(1)).squeeze(1), num_tokens, payload)
         loss = F.cross_entropy(payload.masked_fill(~is_option, -torch.inf), label, reduction="none")
         return Scores(loss, torch.ones_like(label), payload)
 

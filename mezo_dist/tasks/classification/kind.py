@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -22,7 +22,7 @@ from mezo_dist.tasks.classification.metrics import measure
 from mezo_dist.tasks.classification.prompts import Encoder, Sample
 from mezo_dist.tasks.continuation import before_answer
 from mezo_dist.tasks.fields import Row
-from mezo_dist.tasks.kind import Bench, Forward, TaskKind, TextModel, text_encoder
+from mezo_dist.tasks.kind import Answer, Bench, Forward, TaskKind, TextModel, text_encoder
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,10 @@ class Classification:
     task: ClassificationTask
     encoder: Encoder
 
+    sample: ClassVar[type[Sample]] = Sample
     payload_is_smooth: ClassVar[bool] = True
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
         """See `TaskKind`."""
         return self.encoder.encode(rows, split)
 
@@ -102,6 +103,12 @@ class Classification:
     def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
         """See `TaskKind`."""
         return (payload.argmax(dim=-1) == by_slot(batch, "label")).double()
+
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`."""
+        words = self.task.words
+        pairs = zip(by_slot(batch, "label").tolist(), payload.argmax(dim=-1).tolist(), strict=True)
+        return [Answer(words[right], words[said], (right, said)) for right, said in pairs]
 
     def _group(self, batch: MicroBatch) -> Group:
         return batch.inputs, None if self.encoder.kind == "classifier" else batch.targets["position"]

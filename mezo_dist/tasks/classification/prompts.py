@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,10 @@ from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import ANSWER
 from mezo_dist.config.values import ClassIndex, names_of
 from mezo_dist.errors import UserError
+from mezo_dist.tasks.continuation import shared
+from mezo_dist.tasks.encoding import encode_rows
 from mezo_dist.tasks.fields import Row, lookup, shown
-from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
+from mezo_dist.tasks.text import TextEncoder, render_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +66,7 @@ class Encoder:
     num_tokens: int | None = None
     """Tokens that the model knows; None if it does not say."""
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
         """Encode the rows of one split.
 
         Raises:
@@ -72,7 +75,8 @@ class Encoder:
         """
         self._check_labels(rows, split)
         if self.kind == "classifier":
-            return encode_rows(rows, split, self._plain_sample)
+            yield from encode_rows(rows, split, self._plain_sample)
+            return
         words = self.task.words[:2]
         (first,) = encode_rows(rows[:1], split, lambda row: self._fit(row, words).answers)
 
@@ -88,7 +92,7 @@ class Encoder:
                 raise UserError("task.prompt: nothing stands before {{ answer }}; leave the row out (task.where)")
             return Sample(prompt.ids, label, prompt.place - 1 if self.kind == "causal" else prompt.place)
 
-        return encode_rows(rows, split, sample)
+        yield from encode_rows(rows, split, sample)
 
     def label_ids(self, row: Row) -> list[int]:
         """The token of each label word where the prompt of ``row`` ends (or has its mask).
@@ -99,10 +103,15 @@ class Encoder:
         _, row = self._texts.fit(row, lambda row: self._prompt(row, self.task.words[:2]))
         return list(self._prompt(row, self.task.words).answers)
 
-    @property
+    @functools.cached_property
     def _texts(self) -> TextEncoder:
         task = self.task
         return TextEncoder(self.tokenizer, self.max_tokens, task.truncate, task.truncate_side, self.num_tokens)
+
+    @functools.cached_property
+    def _unknown(self) -> int | None:
+        unknown: int | None = self.tokenizer.unk_token_id
+        return unknown
 
     def _fit(self, row: Row, words: Sequence[str]) -> _Prompt:
         return self._texts.fit(row, lambda row: self._prompt(row, words))[0]
@@ -118,14 +127,18 @@ class Encoder:
                 f"{split} split; leave these rows out with task.where: {{drop: {{{self.task.label}: [null]}}}}"
             )
 
+    @functools.cached_property
+    def _class_of(self) -> dict[str, int]:
+        """Name of a label -> the first class that goes by it."""
+        names = [(name, index) for index, label in enumerate(self.task.labels) for name in names_of(label.value)]
+        return dict(reversed(names))
+
     def label(self, row: Row) -> int:
         """The class of a row. Raises UserError if the task does not know its label."""
         value = lookup(row, self.task.label, "task.label")
-        known = [names_of(label.value) for label in self.task.labels]
         for name in names_of(value):
-            for index, names in enumerate(known):
-                if name in names:
-                    return index
+            if name in self._class_of:
+                return self._class_of[name]
         dropped = value.name if isinstance(value, ClassIndex) else value
         raise UserError(
             f"task.labels: the label is {shown([value])[1:-1]}, the task knows "
@@ -161,18 +174,18 @@ class Encoder:
         first word of a masked prompt belongs the space that words have in the middle of a text (as in LM-BFF).
         """
         before, after = self._parts(row)
-        filled = [self._texts.tokenize(before + word + after) for word in words]
+        filled = self._texts.tokenize_all([before + word + after for word in words])
         for number, ids in enumerate(filled):
             if ids in filled[:number]:
                 other = words[filled.index(ids)]
                 raise UserError(f"task.labels: {other!r} and {words[number]!r} are the same token; choose other words")
         # After the answer a causal prompt has only what the tokenizer appends to every text.
-        ends = [self._texts.tokenize(""), *filled] if self.kind == "causal" else filled
+        ends = [self._texts.of_nothing, *filled] if self.kind == "causal" else filled
         place = _shared(filled)
         after_answer = min(_shared([ids[::-1] for ids in ends]), min(map(len, filled)) - place)
         answers = [ids[place : len(ids) - after_answer] for ids in filled]
         for word, tokens in zip(words, answers, strict=True):
-            if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
+            if len(tokens) != 1 or tokens[0] == self._unknown:
                 raise UserError(self._not_one_token(word, tokens, before))
         prompt = filled[0][:place]
         if self.kind == "masked":
@@ -205,8 +218,5 @@ _SLOT = "\ufdd0"  # what stands for the answer until the prompt is known: a nonc
 
 def _shared(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens the sequences have in common at their start."""
-    shortest = min(sequences, key=len)
-    for place, token in enumerate(shortest):
-        if any(sequence[place] != token for sequence in sequences):
-            return place
-    return len(shortest)
+    first, *others = sequences
+    return min((shared(first, other) for other in others), default=len(first))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -17,10 +17,11 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import MicroBatch, model_inputs
 from mezo_dist.tasks.completion.conversation import ASSISTANT, check_template, encode_conversation
 from mezo_dist.tasks.continuation import SLOT, check_causal, continued
+from mezo_dist.tasks.encoding import encode_rows
 from mezo_dist.tasks.fields import Row, lookup
-from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
-from mezo_dist.tasks.scoring import TokenScores, token_targets
-from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
+from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.scoring import TokenScores, target_texts, token_targets
+from mezo_dist.tasks.text import TextEncoder, render_row
 
 log = logging.getLogger(__name__)
 MOST_LOSS = math.log(sys.float_info.max)
@@ -58,6 +59,7 @@ class Completion:
     task: CompletionTask
     model: TextModel
     texts: TextEncoder
+    sample: ClassVar[type[Sample]] = Sample
     payload_is_smooth: ClassVar[bool] = False
 
     @staticmethod
@@ -82,19 +84,14 @@ class Completion:
         kind._warn_if_joined(first_row)
         return kind
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
         """See `TaskKind`."""
         if self.task.messages is not None:
-            samples = encode_rows(rows, split, self._conversation)
-        elif self.task.window is not None:
-            samples = [sample for some in encode_rows(rows, split, self._windows) for sample in some]
-            if not samples:
-                raise UserError(f"task.completion: the {split} split has no text of two tokens or more")
-            log.info("%s split: %d documents are %d windows of text", split, len(rows), len(samples))
-        else:
-            encode = self._turns if self.task.chat else self._continuation
-            samples = encode_rows(rows, split, lambda row: self.texts.fit(row, encode)[0])
-        return samples
+            return encode_rows(rows, split, self._conversation)
+        if self.task.window is not None:
+            return self._all_windows(rows, split)
+        encode = self._turns if self.task.chat else self._continuation
+        return encode_rows(rows, split, lambda row: self.texts.fit(row, encode)[0])
 
     def collate(self, samples: Sequence[Sample], slots: tuple[int, ...], pad_id: int) -> MicroBatch:
         """See `TaskKind`."""
@@ -107,7 +104,7 @@ class Completion:
 
         def score(model: nn.Module, batch: MicroBatch) -> Scores:
             chosen, right = token_scores(model, batch)
-            weight = batch.targets["is_target"].sum(dim=1)
+            weight = batch.targets["is_target"].to(chosen.device).sum(dim=1)
             return Scores(-chosen.sum(dim=1), weight, torch.stack([right.sum(dim=1), weight], dim=1).float())
 
         return score
@@ -128,6 +125,14 @@ class Completion:
     def merits(self, payload: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
         """See `TaskKind`."""
         raise NotImplementedError("long completions count more than short ones, so the metric is no mean over samples")
+
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`. The model writes nothing; it is asked for each token of the right text."""
+        right = [texts[0] for texts in target_texts(batch, self.model.tokenizer)]
+        counts = payload.long().tolist()
+        return [
+            Answer(text, f"{hit} of {total} tokens right") for text, (hit, total) in zip(right, counts, strict=True)
+        ]
 
     def _continuation(self, row: Row) -> Sample:
         """A prompt with its completion, or a whole document."""
@@ -161,6 +166,16 @@ class Completion:
                 before[-10:].split(" ")[-1],
                 after[:10].split(" ")[0],
             )
+
+    def _all_windows(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
+        """The windows of all documents of a split."""
+        num_windows = 0
+        for windows in encode_rows(rows, split, self._windows):
+            num_windows += len(windows)
+            yield from windows
+        if not num_windows:
+            raise UserError(f"task.completion: the {split} split has no text of two tokens or more")
+        log.info("%s split: %d documents are %d windows of text", split, len(rows), num_windows)
 
     def _windows(self, row: Row) -> list[Sample]:
         """A whole document, cut. A window of one token has no target, and is left out."""

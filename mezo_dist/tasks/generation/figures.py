@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mezo_dist.config.kinds.generation import GenerationMetric
+from mezo_dist.errors import needs
 
 MEANS: tuple[GenerationMetric, ...] = ("exact-match", "f1", "rouge-l")
 """Figures that are means over texts."""
@@ -18,7 +19,8 @@ def of_text(metric: GenerationMetric, text: str, references: Sequence[str]) -> f
         text: what was written.
         references: the right texts.
     """
-    from torchmetrics.functional import text as tm
+    with needs("torchmetrics", f"task.metric: torchmetrics, which computes {metric}"):
+        from torchmetrics.functional import text as tm
 
     if metric == "rouge-l":
         return max(float(tm.rouge_score(text, one, rouge_keys="rougeL")["rougeL_fmeasure"]) for one in references)
@@ -34,6 +36,7 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         texts: what was written.
         references: the right texts of each.
     """
-    from torchmetrics.functional.text import sacre_bleu_score
+    with needs("torchmetrics", "task.metric: torchmetrics, which computes bleu"):
+        from torchmetrics.functional.text import sacre_bleu_score
 
     return float(sacre_bleu_score(list(texts), [list(some) for some in references]))

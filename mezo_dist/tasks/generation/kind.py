@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -16,12 +16,13 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import MicroBatch, facts_by_slot, model_inputs
 from mezo_dist.tasks.chat import apply_chat_template
 from mezo_dist.tasks.continuation import SLOT, check_causal, continued
+from mezo_dist.tasks.encoding import encode_rows
 from mezo_dist.tasks.fields import Row, lookup
 from mezo_dist.tasks.generation.decode import Decoding, decode
 from mezo_dist.tasks.generation.figures import MEANS, bleu, of_text
-from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
 from mezo_dist.tasks.scoring import TokenScores, device_of, token_targets
-from mezo_dist.tasks.text import TextEncoder, encode_rows, render_row
+from mezo_dist.tasks.text import TextEncoder, render_row
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Generation:
     task: GenerationTask
     model: TextModel
     encoder: TextEncoder
+    sample: ClassVar[type[Sample]] = Sample
     payload_is_smooth: ClassVar[bool] = False
 
     @staticmethod
@@ -72,7 +74,7 @@ class Generation:
             raise UserError("task.chat: the tokenizer has no chat template; leave it out, or use an instruction model")
         return Generation(task, model, text_encoder(task, model))
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
         """See `TaskKind`."""
         return encode_rows(rows, split, lambda row: self.encoder.fit(row, lambda some: self._sample(some, row))[0])
 
@@ -94,7 +96,8 @@ class Generation:
 
         def score(model: nn.Module, batch: MicroBatch) -> Scores:
             chosen, _ = token_scores(model, batch)
-            return Scores(-chosen.sum(dim=1), batch.targets["is_target"].sum(dim=1), torch.zeros(len(chosen), 1))
+            weight = batch.targets["is_target"].to(chosen.device).sum(dim=1)
+            return Scores(-chosen.sum(dim=1), weight, torch.zeros(len(chosen), 1, device=chosen.device))
 
         return score
 
@@ -148,6 +151,11 @@ class Generation:
         """See `TaskKind`."""
         pairs = zip(self.texts(payload), facts_by_slot(batch), strict=True)
         return torch.tensor([of_text(self.task.metric, text, facts[0]) for text, facts in pairs], dtype=torch.float64)
+
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`."""
+        pairs = zip(self.texts(payload), facts_by_slot(batch), strict=True)
+        return [Answer(facts[0][0] if facts[0] else "", text) for text, facts in pairs]
 
     def _text(self, tokens: Sequence[int]) -> str:
         text = self._decoded(tokens)

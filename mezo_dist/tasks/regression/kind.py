@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -15,11 +15,12 @@ from mezo_dist.config.kinds.regression import RegressionTask
 from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import RunModel
 from mezo_dist.tasks.batches import MicroBatch, by_slot, model_inputs
+from mezo_dist.tasks.encoding import encode_rows
 from mezo_dist.tasks.fields import Row, lookup
-from mezo_dist.tasks.kind import Bench, Forward, Scores, TextModel, text_encoder
+from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
 from mezo_dist.tasks.regression.metrics import pearson, spearman
 from mezo_dist.tasks.scoring import on_device
-from mezo_dist.tasks.text import encode_rows
+from mezo_dist.tasks.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Regression:
 
     task: RegressionTask
     text_model: TextModel
+    sample: ClassVar[type[Sample]] = Sample
     payload_is_smooth: ClassVar[bool] = True
 
     @staticmethod
@@ -53,7 +55,7 @@ class Regression:
         """See `mezo_dist.tasks.kinds`."""
         return Regression(task, model)
 
-    def encode(self, rows: Sequence[Row], split: str) -> list[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
         """See `TaskKind`."""
         return encode_rows(rows, split, self._sample)
 
@@ -83,8 +85,17 @@ class Regression:
         """See `TaskKind`."""
         raise NotImplementedError("a correlation is no mean over samples")
 
+    def answers(self, payload: Tensor, batch: Sequence[MicroBatch]) -> list[Answer]:
+        """See `TaskKind`."""
+        pairs = zip(by_slot(batch, "value").tolist(), payload[:, 0].tolist(), strict=True)
+        return [Answer(f"{right:.4g}", f"{said:.4g}") for right, said in pairs]
+
+    @functools.cached_property
+    def _texts(self) -> TextEncoder:
+        return text_encoder(self.task, self.text_model)
+
     def _sample(self, row: Row) -> Sample:
-        ids, types = text_encoder(self.task, self.text_model).plain(self.task.plain, row)
+        ids, types = self._texts.plain(self.task.plain, row)
         return Sample(ids, self._value(row), types)
 
     def _value(self, row: Row) -> float:
@@ -109,6 +120,7 @@ def squared_error(model: nn.Module, batch: MicroBatch, run: RunModel) -> Scores:
         batch: one micro-batch.
         run: calls the model.
     """
-    value = batch.targets["value"]
-    prediction = run(model, on_device(model, batch), None).float().cpu()
-    return Scores((prediction[:, 0] - value).square(), torch.ones(len(value), dtype=torch.int64), prediction)
+    prediction = run(model, on_device(model, batch), None).float()
+    value = batch.targets["value"].to(prediction.device)
+    weight = torch.ones(len(value), dtype=torch.int64, device=value.device)
+    return Scores((prediction[:, 0] - value).square(), weight, prediction)

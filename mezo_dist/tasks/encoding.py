@@ -1,0 +1,145 @@
+"""Rows become samples, many at a time: their texts go through the tokenizer together.
+
+To tokenise a text by itself takes several times as long as one among many, for transformers' Python code around each
+call and because only many texts are shared out over the threads of a fast tokenizer. So what makes a sample of a row
+runs as a coroutine, as forward passes do: where it needs tokens it waits, until all others wait, too, and then one call
+tokenises what all of them ask for. The code of a kind of task knows nothing of that: it asks for tokens, and has them.
+"""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from greenlet import getcurrent, greenlet
+
+from mezo_dist.errors import UserError
+from mezo_dist.tasks.fields import Row
+
+log = logging.getLogger(__name__)
+SILENT_S = 5.0
+"""Encoding that takes longer than that says how far it is."""
+AT_ONCE = 256
+"""Rows whose texts are tokenised together, at most."""
+MOST_CHARACTERS = 2_000_000
+"""Characters in one call of the tokenizer, which takes a hundred times as many bytes of memory meanwhile."""
+
+T = TypeVar("T")
+Texts = tuple[str, ...]
+"""A text or a pair."""
+Tokenise = Callable[[Sequence[Texts]], list[Any]]
+"""What a tokenizer makes of each of several texts, or of several pairs; texts of a call are all of one sort."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Texts that a row waits for."""
+
+    tokenise: Tokenise
+    texts: Sequence[Texts]
+
+    @property
+    def group(self) -> tuple[int, str, int]:
+        """Equal for questions that one call can answer."""
+        method: Any = self.tokenise
+        return id(method.__self__), method.__name__, len(self.texts[0])
+
+
+class _Worker(greenlet):
+    """Makes samples of one row after another."""
+
+    has_asked = False
+    """For tokens, since it began with its row."""
+
+
+def ask(tokenise: Tokenise, texts: Sequence[Texts]) -> list[Any]:
+    """``tokenise(texts)``, within `encode_rows` together with what other rows ask for.
+
+    Args:
+        tokenise: a method, whose result for a text does not depend on the others.
+        texts: all of them single texts, or all of them pairs.
+    """
+    worker = getcurrent()
+    if not isinstance(worker, _Worker) or worker.parent is None:
+        return tokenise(texts)
+    worker.has_asked = True
+    answer: list[Any] = worker.parent.switch(_Question(tokenise, texts))
+    return answer
+
+
+def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> Iterator[T]:
+    """``encode`` of every row, in their order; the log says how far it is.
+
+    Args:
+        rows: of one split.
+        split: its name.
+        encode: makes a sample of a row.
+
+    Raises:
+        UserError: ``encode`` refuses a row; the message says which, the first if there are several.
+    """
+    results: dict[int, T | UserError] = {}
+    numbers = iter(range(len(rows)))
+
+    def work() -> None:
+        worker = getcurrent()
+        assert isinstance(worker, _Worker)
+        for number in numbers:
+            worker.has_asked = False
+            try:
+                results[number] = encode(rows[number])
+            except UserError as error:
+                results[number] = UserError(f"{split} sample {number}, {reprlib.repr(dict(rows[number]))}: {error}")
+            if not worker.has_asked and worker.parent is not None:
+                worker.parent.switch(None)
+
+    said_s, done = time.monotonic(), 0
+    for _ in _rounds([_Worker(work) for _ in range(min(AT_ONCE, len(rows)))]):
+        while done in results:
+            result = results.pop(done)
+            if isinstance(result, UserError):
+                raise result
+            done += 1
+            yield result
+        if time.monotonic() - said_s > SILENT_S:
+            log.info("encoding the %s split: %d of %d samples are done", split, done, len(rows))
+            said_s = time.monotonic()
+
+
+def _rounds(workers: Sequence[_Worker]) -> Iterator[None]:
+    """Run the workers to their end; comes back whenever a row may be done.
+
+    A worker waits with a question, or has done a row without any and may go on with the next.
+    """
+    ready: deque[tuple[_Worker, list[Any] | None]] = deque((worker, None) for worker in workers)
+    waiting: list[tuple[_Worker, _Question]] = []
+    while ready or waiting:
+        if not ready:
+            ready.extend(_answered(waiting))
+        worker, answer = ready.popleft()
+        worker.parent = getcurrent()  # whoever asks for the next sample
+        question = worker.switch(*() if answer is None else (answer,))
+        if isinstance(question, _Question):
+            waiting.append((worker, question))
+        elif not worker.dead:
+            ready.appendleft((worker, None))
+        yield
+
+
+def _answered(waiting: list[tuple[_Worker, _Question]]) -> list[tuple[_Worker, list[Any]]]:
+    """Takes those off ``waiting`` whose questions go into one call with the first, and answers them."""
+    group, room = waiting[0][1].group, MOST_CHARACTERS
+    chosen: list[tuple[_Worker, _Question]] = []
+    left: list[tuple[_Worker, _Question]] = []
+    for worker, question in waiting:
+        is_chosen = question.group == group and (room > 0 or not chosen)
+        (chosen if is_chosen else left).append((worker, question))
+        room -= is_chosen * sum(len(text) for texts in question.texts for text in texts)
+    waiting[:] = left
+    answers = iter(chosen[0][1].tokenise([texts for _, question in chosen for texts in question.texts]))
+    return [(worker, [next(answers) for _ in question.texts]) for worker, question in chosen]

@@ -1,0 +1,256 @@
+"""Whole steps on a GPU that is not there (`played_gpu`): what they send, launch and wait for.
+
+The host must never wait for the device within a step but once, for its losses, and the number of copies to the device
+must not depend on how many weights or micro-batches there are. transformers' own look at an attention mask
+(``padding_mask.all()`` in its `masking_utils`) is not seen here, because it leaves fake tensors alone: on a real GPU
+each forward pass waits there once, before its first block, when hardly anything is queued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from mezo_dist import algorithms
+from mezo_dist.algorithms import MeZO, MeZOSVRG, MeZOSVRGReleased, Settings
+from mezo_dist.algorithms.base import Variant
+from mezo_dist.algorithms.operations import apply_updates
+from mezo_dist.config import reader
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.law import Law
+from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.lockstep.head_slice import HeadSlice
+from mezo_dist.runs.build import Run, build_run
+from mezo_dist.runs.training import evaluate_step
+from mezo_dist.tasks.classification.label_words import LabelWords
+from mezo_dist.testing import write_tiny_config
+from tests.gpu.played_gpu import CUDA, Counts, PlayedGpu, Waited, played_gpu
+from tests.tasks.kind_configs import write_kind_config
+
+if not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+    pytest.skip("this torch plays no GPU", allow_module_level=True)
+pytest.importorskip("triton")
+
+MOST_UPLOADS = 6
+"""Of a step: its inputs, its seeds and coefficients, those of the update, and what directions per sample need."""
+
+ALGORITHMS: dict[str, Settings] = {
+    "two-sided": MeZO(lr=1e-3),
+    "one-sided": MeZO(lr=1e-3, directions=3, one_sided=True, weight_decay=0.1),
+    "several": MeZO(lr=1e-3, directions=4),
+    "svrg replay": MeZOSVRG(lr=1e-3, anchor="replay"),
+    "svrg stored": MeZOSVRG(lr=1e-3, anchor="stored", weight_decay=0.1),
+    "svrg released": MeZOSVRGReleased(lr=1e-3),
+    "per sample": MeZO(lr=1e-3, per_sample=True),
+    "svrg per sample": MeZOSVRG(lr=1e-3, per_sample=True),
+}
+LAWS = {"gaussian": Law("gaussian"), "rademacher": Law("rademacher"), "lowrank": Law("lowrank", 2)}
+KINDS = ["words", "head", "calibrated", "choice", "completion", "regression"]
+CASES = [
+    *((algorithm, law, "words") for algorithm in ALGORITHMS for law in LAWS if "sample" not in algorithm),
+    *((algorithm, "lowrank", kind) for algorithm in ("per sample", "svrg per sample") for kind in ("words", "choice")),
+    *(("two-sided", law, kind) for kind in KINDS[1:] for law in ("rademacher", "lowrank")),
+    *(("per sample", "lowrank", kind) for kind in ("head", "completion", "regression")),
+]
+
+
+def config_of(folder: Path, kind: str) -> tuple[Path, list[str]]:
+    options = ["train.batch_size=2", "train.micro_batch=2", "train.full_size=2"]
+    if kind == "words":
+        return write_tiny_config(folder, "llama-tied", "mezo"), options
+    if kind == "head":
+        return write_tiny_config(folder, "bert", "mezo"), [*options, "model.head=classifier"]
+    if kind == "calibrated":
+        return write_tiny_config(folder, "opt", "mezo"), [*options, "train.calibrate=true"]
+    return write_kind_config(folder, kind), options
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """A run of a kind of task, built on the CPU when it is asked for the first time."""
+    built: dict[str, Run] = {}
+
+    def get(kind: str) -> Run:
+        if kind not in built:
+            path, options = config_of(tmp_path_factory.mktemp("rehearsal") / kind, kind)
+            built[kind] = build_run(reader.load(path, options), Communicator())
+        return built[kind]
+
+    return get
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedGpu]:
+    """A GPU whose losses are all different."""
+    number = 0
+
+    def answer(tensor: Tensor) -> Tensor:
+        nonlocal number
+        number += 1
+        if tensor.is_floating_point():
+            return (torch.arange(1.0, tensor.numel() + 1).view(tensor.shape) * 0.01 + 0.001 * number).to(tensor.dtype)
+        return torch.ones_like(tensor)
+
+    with played_gpu(monkeypatch, answer) as there:
+        yield there
+
+
+def moved(run: Run, gpu: PlayedGpu, law: Law, settings: Settings, dtype: torch.dtype = torch.float32) -> Run:
+    """The run on the GPU, with other directions and another algorithm."""
+    model = run.pretrained.model
+    gpu.move(model, dtype)
+    forward = run.evaluator.forward
+    if isinstance(forward, LabelWords) and forward._head_slice is not None:
+        forward._label_ids = gpu.tensor(forward._label_ids)
+        forward._head_slice = HeadSlice(forward._head_slice.head, forward._label_ids)
+    engine = Engine(model, law, stochastic_rounding=dtype == torch.bfloat16)
+    problem = dataclasses.replace(run.problem, has_16bit_weights=dtype == torch.bfloat16)
+    config = dataclasses.replace(run.config, algorithm=settings, law=law.name, direction_rank=law.rank)
+    return dataclasses.replace(
+        run,
+        config=config,
+        loaded=dataclasses.replace(run.loaded, engine=engine),
+        evaluator=dataclasses.replace(run.evaluator, engine=engine),
+        algorithm=algorithms.build(settings.name, settings, problem),
+    )
+
+
+def steps(run: Run, gpu: PlayedGpu, number: int) -> list[tuple[Counts, Counts]]:
+    """Take steps; what each of them asked of the GPU, to be evaluated and to be applied. One read is taken off for every
+    round after the first, whose losses are read at its end, too."""
+    state, counts = run.algorithm.init(), []
+    with gpu:
+        for step in range(number):
+            gpu.counts = evaluated = Counts()
+            result, _ = evaluate_step(run, state, step)
+            assert result.update is not None, result.skipped
+            evaluated.reads -= len(result.rounds) - 1
+            state = result.update.state
+            gpu.counts = updated = Counts()
+            apply_updates(run.engine, 1, [(step, result.update.operations)])
+            counts.append((evaluated, updated))
+    return counts
+
+
+@pytest.mark.parametrize(("algorithm", "law", "kind"), CASES, ids=lambda value: str(value))
+def test_the_host_waits_once_in_a_step(
+    run_of: Callable[[str], Run], gpu: PlayedGpu, algorithm: str, law: str, kind: str
+) -> None:
+    """Of a cycle of MeZO-SVRG the anchor step and the inner one are looked at; the first steps fill tables, and grow the
+    scratch that tables point to."""
+    is_svrg = "svrg" in algorithm
+    run = moved(run_of(kind), gpu, LAWS[law], ALGORITHMS[algorithm])
+    for evaluated, updated in steps(run, gpu, 6 if is_svrg else 3)[-2 if is_svrg else -1 :]:
+        assert evaluated.reads == 1
+        assert updated.reads == 0
+        assert evaluated.uploads + updated.uploads <= MOST_UPLOADS
+        assert sum(updated.launches.values()) <= 8, updated.launches
+
+
+def test_sixteen_bit_weights_are_scaled_and_rounded_on_the_gpu(gpu: PlayedGpu) -> None:
+    model = deep_model(gpu, 2, torch.bfloat16)
+    for law in LAWS.values():
+        engine = Engine(model, law, stochastic_rounding=True)
+        with gpu:
+            gpu.counts = Counts()
+            engine.scale(0.9, 5, exempt_vectors=True)
+            engine.advance([(Combination.single(3, 1e-3), 5), (Combination.single(4, 1e-3), 6)])
+        assert gpu.counts.reads == 0
+        assert sum(gpu.counts.launches.values()) == (4 if law.is_lowrank else 2)  # factors, matrices, vectors
+
+
+@pytest.mark.parametrize("settings", [MeZO(lr=1e-3), MeZO(lr=1e-3, per_sample=True)], ids=["plain", "per sample"])
+def test_copies_do_not_grow_with_micro_batches(
+    run_of: Callable[[str], Run], gpu: PlayedGpu, settings: Settings
+) -> None:
+    run = moved(run_of("words"), gpu, LAWS["lowrank"], settings)
+    uploads = []
+    samples = {**run.splits, "train": [run.splits["train"][0]] * 30}  # all as long, or tables would differ
+    for size in (1, 2):
+        train = dataclasses.replace(run.config.train, micro_batch=size)
+        other = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train), splits=samples)
+        uploads.append([evaluated.uploads for evaluated, _ in steps(other, gpu, 3)][-1])
+    assert uploads[0] == uploads[1]
+
+
+def deep_model(gpu: PlayedGpu, num_layers: int, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    size = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.LlamaConfig(**size, num_hidden_layers=num_layers, max_position_embeddings=16)
+    model = transformers.LlamaForCausalLM(config).eval()
+    gpu.move(model, dtype)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    ids: Tensor
+    slots: tuple[int, ...] = (0, 1)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_launches_of_a_deep_model(gpu: PlayedGpu, law: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 32 layers of 9 modules each: one kernel for both signs of a module (low-rank: one more for its factors), and
+    one per 32 weights for the update."""
+    model = deep_model(gpu, 32)
+    engine = Engine(model, LAWS[law])
+    shift = Combination.single(3, 1e-3)
+    item = Item(gpu.tensor(torch.zeros(2, 8, dtype=torch.int64)))
+    with gpu:
+        engine.evaluate(
+            [Variant(shift), Variant(-shift)],
+            [item],
+            lambda model, item: model(item.ids, use_cache=False).logits.mean(),
+        )
+        evaluated, gpu.counts = gpu.counts, Counts()
+        engine.advance([(shift, 5)])
+        updated = gpu.counts
+        for start in (0, 100):  # replay, for the second time
+            gpu.counts = replayed = Counts()
+            engine.advance([(Combination.single(start + k, 1e-3), k) for k in range(20)])
+    with capsys.disabled():
+        print(f"\n32 layers, {law}: evaluated {dict(evaluated.launches)}, updated {dict(updated.launches)}")
+    num_modules, num_weights = 32 * 9 + 3, 32 * 9 + 3
+    if law == "lowrank":
+        num_matrices = 32 * 7 + 2
+        assert evaluated.launches["triton lowrank_kernel"] == evaluated.launches["triton fill_kernel"] == num_matrices
+        assert evaluated.launches["triton add_kernel"] == num_modules - num_matrices
+    else:
+        assert evaluated.launches["triton add_kernel"] == num_modules
+    ours = [name for name in evaluated.launches if name.startswith("triton")]
+    assert sum(evaluated.launches.values()) - sum(evaluated.launches[name] for name in ours) <= 32 * 150 + 60
+    for counts in (updated, replayed):
+        assert counts.reads == 0
+        assert sum(counts.launches.values()) <= (4 if law == "lowrank" else 1) * -(-num_weights // 32)
+    assert replayed.uploads == 1
+
+
+def test_what_would_wait_is_noticed(gpu: PlayedGpu) -> None:
+    x, ids = gpu.tensor(torch.zeros(4)), gpu.tensor(torch.zeros(4, dtype=torch.int64))
+    waiting: list[Callable[[], Any]] = [
+        lambda: x.sum().item(),
+        lambda: x.tolist(),
+        lambda: bool((x > 0).any()),
+        lambda: x[x > 0],
+        lambda: torch.nonzero(x),
+        lambda: torch.unique(ids),
+        lambda: torch.zeros(3).to(CUDA),
+        lambda: torch.zeros(3).to(CUDA, non_blocking=True),
+        lambda: torch.tensor([1, 2], device=CUDA),
+        lambda: x.copy_(torch.zeros(4)),
+    ]
+    with gpu:
+        for wait in waiting:
+            with pytest.raises(Waited):
+                wait()
+        x.cpu()
+        x[ids] + torch.zeros(4, device=CUDA)
+    assert gpu.counts.reads == 1
+    assert gpu.counts.uploads == 0
