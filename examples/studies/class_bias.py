@@ -34,7 +34,7 @@ import mezo_dist
 from mezo_dist.objectives.calibration import best_offsets
 from mezo_dist.runs.build import Run
 
-BATCH, BATCHES, POWER_STEPS, FAR = 16, 100, 20, 1e-3
+BATCH, FAR = 16, 1e-3
 
 
 def gradients(run: Run, rows: list[int] | None = None, *, calibrated: bool) -> Tensor:
@@ -55,13 +55,13 @@ def gradients(run: Run, rows: list[int] | None = None, *, calibrated: bool) -> T
     return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows_of]).double()
 
 
-def curvature(run: Run, *, calibrated: bool) -> float:
+def curvature(run: Run, power_steps: int, *, calibrated: bool) -> float:
     """The Hessian's eigenvalue of largest size, by power iteration on differences of gradients."""
     start = {name: p.detach().clone() for name, p in trainable(run)}
     direction = torch.randn(sum(p.numel() for p in start.values()), generator=torch.Generator().manual_seed(0))
     everything = list(range(len(run.splits["train"])))
     value = 0.0
-    for _ in range(POWER_STEPS):
+    for _ in range(power_steps):
         direction = direction / direction.norm()
         ends = []
         for sign in (1, -1):
@@ -75,22 +75,22 @@ def curvature(run: Run, *, calibrated: bool) -> float:
     return value
 
 
-def look(run: Run, *, calibrated: bool) -> dict[str, float]:
+def look(run: Run, batches: int, power_steps: int, *, calibrated: bool) -> dict[str, float]:
     """The figures above, at the current weights."""
     each = gradients(run, calibrated=calibrated)
     whole = each.mean(0)
     squares = torch.linalg.svdvals(each - whole).square()
     draw, size = random.Random(0), float(whole @ whole)
     errors = []
-    for _ in range(BATCHES):
+    for _ in range(batches):
         gradient = gradients(run, draw.sample(range(len(each)), BATCH), calibrated=calibrated)[0]
         errors.append(float((gradient - whole).square().sum()) / size)
     return {
         "gradient": size**0.5,
         "spread": float(squares.sum()) / len(each) / size,
         "one way": float(squares[0] / squares.sum()),
-        "batch": sum(errors) / BATCHES,
-        "curvature": curvature(run, calibrated=calibrated),
+        "batch": sum(errors) / batches,
+        "curvature": curvature(run, power_steps, calibrated=calibrated),
     }
 
 
@@ -98,14 +98,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="smollm2-norms")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
+    parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--power-steps", type=int, default=20)
     options = parser.parse_args()
-    preset, rows = PRESETS[options.preset], []
+    preset, rows, effort = PRESETS[options.preset], [], (options.batches, options.power_steps)
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(preset, "gaussian", Path(folder))
         for point, weights in way_of_adamw(run, preset.adamw_lr, preset.points).items():
             for calibrated in (False, True):
                 put(run, weights)
-                rows.append({"point": point, "calibrated": calibrated, **look(run, calibrated=calibrated)})
+                rows.append({"point": point, "calibrated": calibrated, **look(run, *effort, calibrated=calibrated)})
                 print({name: round(value, 3) for name, value in rows[-1].items()}, flush=True)
     about = {
         "command": f"python examples/studies/class_bias.py --preset {options.preset}",

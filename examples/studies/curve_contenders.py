@@ -288,6 +288,6 @@ PRESETS = {
     ),
     "smoke": CurvePreset(
         {"prompts": Setting(()), "head": Setting(("model.head=classifier",))},
-        {"tiny": "tiny"}, budget=384, eps=1e-2, rates=2, seeds=(1,), full_size=32, batch_size=16,
+        {"tiny": "tiny"}, budget=384, eps=1e-2, rates=2, seeds=(1,), full_size=32, batch_size=16, looks=3,
     ),
 }  # fmt: skip

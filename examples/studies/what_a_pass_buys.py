@@ -62,7 +62,7 @@ PRESET = CurvePreset(
     batch_size=BATCH,
     looks=1,
 )
-TINY = CurvePreset(SETTINGS, {"tiny": "tiny"}, budget=1024, eps=EPS, batch_size=BATCH, looks=1)
+TINY = CurvePreset(SETTINGS, {"tiny": "tiny"}, budget=0, eps=EPS, batch_size=BATCH, looks=1)
 """Made-up sentences and a tiny random model, to try this script."""
 
 
