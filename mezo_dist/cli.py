@@ -19,6 +19,7 @@ from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.errors import LostRankError, Stopped, UserError, printable
 from mezo_dist.planning.options import add_plan
 from mezo_dist.simulation.options import add_simulate
+from mezo_dist.studies.options import add_study
 
 if TYPE_CHECKING:
     from mezo_dist.distributed.communicator import Communicator
@@ -124,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     simulating = commands.add_parser("simulate", help="what a run gets done in a week on hosts that fail, up to 10,000")
     add_simulate(simulating)
     simulating.set_defaults(command=_simulate)
+
+    study = commands.add_parser("study", help="run a matrix of cases through the launchers; tables and plots")
+    add_study(study)
+    study.set_defaults(command=_study)
 
     tasks = commands.add_parser("tasks", help="list the tasks that ship, or show what one looks like to a model")
     _add_tasks(tasks)
@@ -321,6 +326,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _simulate(arguments: argparse.Namespace) -> None:
     from mezo_dist.simulation import command
+
+    command.run(arguments)
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from mezo_dist.studies import command
 
     command.run(arguments)
 

@@ -195,6 +195,6 @@ def _title(arguments: argparse.Namespace, main: Row) -> str:
     grows = {"batch": "the batch", "directions": "the directions of a step", "none": "nothing"}[arguments.grow]
     return (
         f"{arguments.model}: {arguments.time} on up to {main.case.hosts:,} host(s) of {main.case.ranks_per_host} "
-        f"rank(s), {grows} growing with them; {arguments.launcher}, {arguments.weeks} draw(s) from seed {arguments.seed}; "
-        f"stragglers: {main.case.stragglers.name}; rates {main.machine.origin}"
+        f"rank(s), {grows} growing with them; {arguments.launcher}, {arguments.weeks} draw(s) from seed "
+        f"{arguments.seed}; stragglers: {main.case.stragglers.name}; rates {main.machine.origin}"
     )

@@ -35,19 +35,12 @@ LAYERS = {
     "planning": "errors json_types directions algorithms config engines assets storage",
     # what brings them together
     "optim": "errors json_types directions algorithms config distributed engines storage",
-<<<<<<< HEAD
     "runs": "errors patience json_types directions algorithms config distributed engines assets storage tasks models "
     "objectives monitoring baselines planning",
     "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim runs",
-    "cli": "errors config distributed engines objectives monitoring runs planning",
-=======
-    "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim",
-    "runs": "errors json_types directions algorithms config distributed engines storage tasks models objectives "
-    "monitoring baselines",
-    "planning": "errors json_types directions algorithms config engines assets storage",
     "simulation": "errors json_types algorithms planning",
-    "cli": "errors config distributed engines objectives monitoring runs planning simulation",
->>>>>>> 8b5b4eb (mezo-dist simulate: a week on hosts that fail, for forward passes only and for AdamW; the plan's all-reduce is a ring)
+    "studies": "errors json_types algorithms config distributed engines storage testing runs planning",
+    "cli": "errors config distributed engines objectives monitoring runs planning simulation studies",
     "__main__": "cli",
 }
 

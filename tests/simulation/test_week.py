@@ -21,9 +21,7 @@ from mezo_dist.simulation.week import Case, best_interval, simulate
 
 pytest.importorskip("simpy")
 DAY = 86400.0
-COSTS = Costs(
-    computing=1.0, linking=0.0, scalars=0.0, hides_links=False, replay=0.001, base=1e9, saved=1e9, loaded=1e9
-)
+COSTS = Costs(computing=1.0, linking=0.0, scalars=0.0, hides_links=False, replay=0.001, base=1e9, saved=1e9, loaded=1e9)
 CALM = Assumptions(mtbf=1e12, cut_every=1e12, sigma=0.0, slow_hosts=0.0, connect=0.0, silent=0.0)
 
 
@@ -139,11 +137,11 @@ def test_assumptions() -> None:
     assert scaled(Assumptions(), "slow_factor", 2.0).slow_factor == pytest.approx(1.2)
     assert scaled(Assumptions(silent=0.8), "silent", 2.0).silent == 1.0
     assert parse_seconds("1.5h", "--time") == 5400
-    for wrong, word in (("mtbf", "mtbf"), ("no=1", "no assumption"), ("silent=2", "share"), ("slow_factor=0.5", "factor"),
-                        ("read=2", "read"), ("mtbf=0", "above 0"), ("mtbf=x", "duration"), ("sigma=2", "at most 1"),
-                        ("mtbf=nan", "duration")):  # fmt: skip
+    wrong = {"mtbf": "mtbf", "no=1": "no assumption", "silent=2": "share", "slow_factor=0.5": "factor",
+             "read=2": "read", "mtbf=0": "above 0", "mtbf=x": "duration", "sigma=2": "at most 1", "mtbf=nan": "duration"}  # fmt: skip
+    for change, word in wrong.items():
         with pytest.raises(UserError, match=word):
-            assumed([wrong])
+            assumed([change])
 
 
 def test_ways_of_the_scalars() -> None:
