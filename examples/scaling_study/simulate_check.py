@@ -55,6 +55,7 @@ RATE_BYTES = 125_000
 TIMEOUT_S, LAST_CALL_S = 20, 5
 """``distributed.timeout_s`` and torchrun's ``last_call_timeout`` of the jobs here."""
 PATIENCE_S = 600
+PARTS = ("reduce", "link", "host", "rank")
 ROUNDS = 200
 TURNS = 3
 """How often the limit of the links comes and goes."""
@@ -158,7 +159,7 @@ def lost(hosts: Cluster, folder: Path, *, silent: bool) -> dict[str, float]:
         if silent:
             hosts.kill(victim)
         else:
-            hosts.run(victim, ["sh", "-c", "kill -9 $(pgrep -f 'python.* -m mezo_dist train' | tail -1)"])
+            hosts.run(victim, ["sh", "-c", "kill -9 $(pgrep -f '[p]ython.* -m mezo_dist train' | tail -1)"])
         began = time.monotonic()
         time.sleep(1)  # what was under way arrives
         done = _steps(folder / "run" / "trajectory.jsonl")
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="two hosts (and four for the all-reduce), each part once")
     parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", choices=["reduce", "link", "lost"], default=["reduce", "link", "lost"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--to", type=Path, help="a JSON file of all figures")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -216,8 +217,9 @@ def main() -> None:
     for count in counts:
         if "link" in given.parts:
             check_link(table, count, repeats, steps)
-        if "lost" in given.parts:
-            check_lost(table, count, repeats)
+        for what in ("host", "rank"):
+            if what in given.parts:
+                check_lost(table, count, repeats, silent=what == "host")
     within = sum(abs(row["residual"]) <= LIMIT for row in table.rows)
     print(f"{within} of {len(table.rows)} within {LIMIT:.0%}; load {os.getloadavg()[0]:.1f}")
 
@@ -270,16 +272,15 @@ def check_link(table: Table, count: int, repeats: int, steps: int) -> None:
         table.show(what, middle["predicted"], middle["measured"], turns=turns)
 
 
-def check_lost(table: Table, count: int, repeats: int) -> None:
-    """The third part."""
-    for silent in (True, False):
-        turns = []
-        for _ in range(repeats):
-            with cluster(count) as hosts, tempfile.TemporaryDirectory() as folder:
-                turns.append(lost(hosts, Path(folder), silent=silent))
-        start, back = (statistics.median(turn[name] for turn in turns) for name in ("start", "back"))
-        what = f"{count} hosts, a {'host' if silent else 'rank'} killed, until the next step, s"
-        table.show(what, simulated_loss(count, start, silent=silent), back, start=start, turns=turns)
+def check_lost(table: Table, count: int, repeats: int, *, silent: bool) -> None:
+    """The third part: a whole host, of which nobody is told, or a rank alone."""
+    turns = []
+    for _ in range(repeats):
+        with cluster(count) as hosts, tempfile.TemporaryDirectory() as folder:
+            turns.append(lost(hosts, Path(folder), silent=silent))
+    start, back = (statistics.median(turn[name] for turn in turns) for name in ("start", "back"))
+    what = f"{count} hosts, a {'host' if silent else 'rank'} killed, until the next step, s"
+    table.show(what, simulated_loss(count, start, silent=silent), back, start=start, turns=turns)
 
 
 if __name__ == "__main__":

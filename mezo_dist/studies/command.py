@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: the file is wrong, or runs failed.
     """
     study = read_study(arguments.file)
+    if study.x not in results.COLUMNS:
+        raise UserError(f"{arguments.file}: x: a column ({', '.join(results.COLUMNS)}), not {study.x!r}")
     to = arguments.to or Path("results") / study.name
     runs = [(case, repeat) for repeat in range(study.repeats) for case in study.cases]
     if arguments.slurm:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 from mezo_dist.config import reader
+from mezo_dist.config.schema import RunConfig
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.connect import connect
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.errors import LostRankError, UserError
@@ -32,7 +34,7 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _train(folder: Path, config, comm) -> None:  # type: ignore[no-untyped-def]
+def _train(folder: Path, config: RunConfig, comm: Communicator) -> None:
     import torch
 
     from mezo_dist.runs import training

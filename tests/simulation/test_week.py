@@ -137,8 +137,17 @@ def test_assumptions() -> None:
     assert scaled(Assumptions(), "slow_factor", 2.0).slow_factor == pytest.approx(1.2)
     assert scaled(Assumptions(silent=0.8), "silent", 2.0).silent == 1.0
     assert parse_seconds("1.5h", "--time") == 5400
-    wrong = {"mtbf": "mtbf", "no=1": "no assumption", "silent=2": "share", "slow_factor=0.5": "factor",
-             "read=2": "read", "mtbf=0": "above 0", "mtbf=x": "duration", "sigma=2": "at most 1", "mtbf=nan": "duration"}  # fmt: skip
+    wrong = {
+        "mtbf": "mtbf",
+        "no=1": "no assumption",
+        "silent=2": "share",
+        "slow_factor=0.5": "factor",
+        "read=2": "read",
+        "mtbf=0": "above 0",
+        "mtbf=x": "duration",
+        "mtbf=nan": "duration",
+        "sigma=2": "at most 1",
+    }
     for change, word in wrong.items():
         with pytest.raises(UserError, match=word):
             assumed([change])
