@@ -18,6 +18,8 @@ import mezo_dist
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.errors import LostRankError, Stopped, UserError, printable
 from mezo_dist.planning.options import add_plan
+from mezo_dist.simulation.options import add_simulate
+from mezo_dist.studies.options import add_study
 
 if TYPE_CHECKING:
     from mezo_dist.distributed.communicator import Communicator
@@ -119,6 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="memory, traffic and time of a run, before anything is loaded or rented")
     add_plan(plan)
     plan.set_defaults(command=_plan)
+
+    simulating = commands.add_parser("simulate", help="what a run gets done in a week on hosts that fail, up to 10,000")
+    add_simulate(simulating)
+    simulating.set_defaults(command=_simulate)
+
+    study = commands.add_parser("study", help="run a matrix of cases through the launchers; tables and plots")
+    add_study(study)
+    study.set_defaults(command=_study)
 
     tasks = commands.add_parser("tasks", help="list the tasks that ship, or show what one looks like to a model")
     _add_tasks(tasks)
@@ -310,6 +320,18 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from mezo_dist.planning import command
+
+    command.run(arguments)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from mezo_dist.simulation import command
+
+    command.run(arguments)
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from mezo_dist.studies import command
 
     command.run(arguments)
 

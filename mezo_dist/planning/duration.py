@@ -7,7 +7,7 @@
 * directions: elements made and written, at the rates of the fused kernel;
 * gathers: bytes over the slower of the links that they cross, and a latency for each hop and collective; with
   ``layout.prefetch`` what is longer than passes and directions;
-* scalars: 2 (n - 1) hops of a ring for each all-reduce.
+* scalars: 2 (n - 1) hops of a ring for each all-reduce (`mezo_dist.planning.allreduce`).
 
 Assumptions: nothing else uses the machine; ranks do not wait for one another; data are ready. Ranks that share a
 processor are not slower for it than the rates say.
@@ -15,9 +15,9 @@ processor are not slower for it than the rates say.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from mezo_dist.planning.allreduce import hops
 from mezo_dist.planning.machine import Machine
 from mezo_dist.planning.rounds import Round
 from mezo_dist.planning.setting import Setting
@@ -76,6 +76,6 @@ def _gather_seconds(setting: Setting, machine: Machine, traffic: Traffic) -> flo
 def _scalar_seconds(machine: Machine, traffic: Traffic) -> float:
     if machine.ranks == 1:
         return 0.0
-    hops = 2 * math.ceil(math.log2(machine.ranks))
     slowest = machine.link if machine.hosts > 1 else machine.host_link
-    return traffic.reduces * hops * machine.latency + 2 * traffic.scalars / slowest
+    passed = hops(machine.reduce, machine.hosts, machine.ranks_per_host)
+    return traffic.reduces * passed * machine.latency + 2 * traffic.scalars / slowest

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from mezo_dist.errors import UserError
+from mezo_dist.planning.allreduce import Reduce
 
 GIB = 2**30
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30,
@@ -44,6 +45,8 @@ class Machine:
     """Seconds that one module of one waiting pass takes beside its arithmetic: switching passes, Python, launches."""
     runtime: int = 1 * GIB
     """Bytes that Python, torch, and the context of the device take in every rank."""
+    reduce: Reduce = "ring"
+    """The way that scalars take in an all-reduce; runs know the ring alone."""
     origin: str = "assumed: those of an H100"
     """Where the rates come from."""
 

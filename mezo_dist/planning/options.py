@@ -15,9 +15,17 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mezo-dist plan [--help] [OPTION ...] [MODEL|CONFIG]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
+    machine = add_question(parser)
+    machine.add_argument("--hosts", type=int, metavar="N", default=1, help="number of hosts; 1 by default")
+    answer = parser.add_argument_group("the answer")
+    answer.add_argument("--find", choices=["model", "micro-batch", "context"], help="the largest that fits")
+    answer.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+
+
+def add_question(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare the options that say what runs on which machines, but for their number; the group of the machines."""
     parser.add_argument("model", nargs="?", metavar="MODEL|CONFIG", help="what to run")
     machine = parser.add_argument_group("machines")
-    machine.add_argument("--hosts", type=int, metavar="N", default=1, help="number of hosts; 1 by default")
     machine.add_argument(
         "--ranks-per-host", type=int, metavar="N", default=1, help="processes of each (one per GPU); 1 by default"
     )
@@ -63,6 +71,4 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--prefetch", action="store_true", default=None, help="gather the next block while one computes")
     run.add_argument("--offload", action="store_true", default=None, help="fsdp: shards in host memory")
     run.add_argument("--trainable", nargs="+", metavar="PATTERN", help="weights that are trained; all by default")
-    answer = parser.add_argument_group("the answer")
-    answer.add_argument("--find", choices=["model", "micro-batch", "context"], help="the largest that fits")
-    answer.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+    return machine

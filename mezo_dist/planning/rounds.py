@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mezo_dist import algorithms
+from mezo_dist.algorithms import Settings
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Variant
 from mezo_dist.algorithms.operations import CopyAnchor
 from mezo_dist.errors import UserError
@@ -66,15 +68,57 @@ def rounds_of(setting: Setting, ranks: int) -> list[Round]:
         setting: how the run goes.
         ranks: all ranks.
     """
-    settings = setting.algorithm
+    cycle = getattr(setting.algorithm, "q", 1)
     problem = Problem(0, 1000, setting.batch_size, setting.full_size, setting.weights != "float32", setting.num_train,
                       eps=1e-3)  # fmt: skip
+    rounds = []
+    for number, step in enumerate(_cycle(setting.algorithm, problem)):
+        groups, micro_batches = _split(setting, ranks, [len(some) for some in step.by_base], step.samples)
+        rounds.append(
+            Round(
+                "step"
+                if not hasattr(setting.algorithm, "q")
+                else "anchor step"
+                if step.request.batch == "full"
+                else "inner step",
+                tuple(_of_base(some, groups) for some in step.by_base),
+                step.samples,
+                micro_batches,
+                step.update_directions,
+                step.has_copy,
+                _messages(setting, step.request, step.samples),
+                1 + max(0, cycle - MOST_STEPS) * (number == MOST_STEPS - 1),
+            )
+        )
+    return rounds
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a planner asks for in one step."""
+
+    request: Evaluation
+    by_base: list[list[Variant]]
+    samples: int
+    update_directions: int
+    has_copy: bool
+    """There is a copy of the anchor by then."""
+
+
+@lru_cache(maxsize=64)
+def _cycle(settings: Settings, problem: Problem) -> list[_Step]:
+    """The steps of a cycle of an algorithm. They do not depend on layout or ranks, of which simulations ask for very
+    many.
+
+    Args:
+        settings: of the algorithm.
+        problem: what the planner is told of the run.
+    """
     planner = algorithms.build(settings.name, settings, problem)
-    cycle = getattr(settings, "q", 1)
-    state, rounds, has_copy = planner.init(), list[Round](), False
-    for step in range(min(cycle, MOST_STEPS)):
+    state, steps, has_copy = planner.init(), list[_Step](), False
+    for step in range(min(getattr(settings, "q", 1), MOST_STEPS)):
         request = planner.plan(state, step)
-        samples = setting.full_size if request.batch == "full" else setting.batch_size
+        samples = problem.full_size if request.batch == "full" else problem.batch_size
         fake = tuple(1.0 + 0.01 * i for i in range(len(request.variants)))
         each = tuple((value,) * samples for value in fake) if request.each_sample else ()
         curvature = 1.0 if request.pairs else None
@@ -82,22 +126,9 @@ def rounds_of(setting: Setting, ranks: int) -> list[Round]:
         if isinstance(update, Evaluation):
             raise UserError(f"plan: {settings.name} asks for further rounds, which are not planned")
         has_copy = has_copy or any(isinstance(operation, CopyAnchor) for operation in update.operations)
-        groups, micro_batches = _split(setting, ranks, request.variants, samples)
-        what = "step" if not hasattr(settings, "q") else "anchor step" if request.batch == "full" else "inner step"
-        rounds.append(
-            Round(
-                what,
-                tuple(_of_base(some, groups) for some in _by_base(request.variants)),
-                samples,
-                micro_batches,
-                len(update.combination.terms),
-                has_copy,
-                _messages(setting, request, samples),
-                1 + max(0, cycle - MOST_STEPS) * (step == MOST_STEPS - 1),
-            )
-        )
+        steps.append(_Step(request, _by_base(request.variants), samples, len(update.combination.terms), has_copy))
         state = update.state
-    return rounds
+    return steps
 
 
 def _by_base(variants: Sequence[Variant]) -> list[list[Variant]]:
@@ -117,18 +148,18 @@ def _of_base(variants: Sequence[Variant], groups: int) -> BasePasses:
     return BasePasses(len(some), sum(bool(variant.shift) for variant in some), len(seeds))
 
 
-def _split(setting: Setting, ranks: int, variants: Sequence[Variant], samples: int) -> tuple[int, int]:
+def _split(setting: Setting, ranks: int, by_base: Sequence[int], samples: int) -> tuple[int, int]:
     """Groups of ranks that evaluate different variants, and micro-batches of the busiest rank: the rule of
     `mezo_dist.runs.work_split.WorkSplit` for micro-batches that cost the same.
 
     Args:
         setting: how the run goes.
         ranks: all ranks.
-        variants: of the round.
+        by_base: number of variants of the round, for each of their bases.
         samples: of its batch.
     """
     items = math.ceil(samples / setting.micro_batch)
-    sets = [len(some) for some in _by_base(variants)] if setting.is_sharded else [len(variants)]
+    sets = list(by_base) if setting.is_sharded else [sum(by_base)]
     copies = setting.copies(ranks)
     allowed = [n for n in range(1, min(*sets, copies, copies) + 1) if copies % n == 0]
 

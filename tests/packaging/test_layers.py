@@ -38,7 +38,9 @@ LAYERS = {
     "runs": "errors patience json_types directions algorithms config distributed engines assets storage tasks models "
     "objectives monitoring baselines planning",
     "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim runs",
-    "cli": "errors config distributed engines objectives monitoring runs planning",
+    "simulation": "errors json_types algorithms planning",
+    "studies": "errors json_types algorithms config distributed engines storage testing runs planning",
+    "cli": "errors config distributed engines objectives monitoring runs planning simulation studies",
     "__main__": "cli",
 }
 
@@ -50,6 +52,7 @@ NO_TORCH = [
     "mezo_dist.directions.combination",
     "mezo_dist.engines.waiting",
     "mezo_dist.planning.command",
+    "mezo_dist.simulation.command",
 ]
 
 
