@@ -15,6 +15,7 @@ from mezo_dist.distributed import environment
 from mezo_dist.distributed.bounded import bounded
 from mezo_dist.distributed.communicator import Communicator, backend
 from mezo_dist.distributed.environment import ClusterEnvironment
+from mezo_dist.distributed.gpus import choose_gpu, compare_gpus, name_of
 from mezo_dist.distributed.orphans import end_with_launcher
 from mezo_dist.distributed.rendezvous import rendezvous, wait_until_connected
 from mezo_dist.distributed.watchdog import Watchdog
@@ -30,9 +31,9 @@ MARGIN_S = 5.0
 def connect(timeout_s: float, init_method: str | None = None, patience_s: float = 30.0) -> Communicator:
     """Join the process group that the launcher describes in the environment; see `mezo_dist.distributed.environment`.
 
-    In a world of one no process group is made. Scalars always travel through gloo on the CPU; NCCL is set up beside it
-    where there are GPUs, for the layouts that gather weights. A process that a launcher started ends with it from now
-    on; see `mezo_dist.distributed.orphans`.
+    In a world of one no process group is made. Scalars always travel through gloo on the CPU; where there are GPUs
+    (`mezo_dist.distributed.gpus`), NCCL is set up beside it, for the layouts that gather weights. A process that a
+    launcher started ends with it from now on; see `mezo_dist.distributed.orphans`.
 
     Args:
         timeout_s: seconds after which a collective gives up on a rank that does not answer.
@@ -40,11 +41,13 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
         patience_s: seconds after which a rank that waits for another one says so, and for which.
 
     Raises:
-        UserError: the environment describes a rank only in part, or what it says cannot be.
+        UserError: the environment describes a rank only in part, or what it says cannot be; some ranks have no GPU, and
+            others do.
         LostRankError: the other ranks do not come in time.
     """
     defaults = {"MASTER_ADDR": "unused", "MASTER_PORT": "1"} if init_method else {}
     me = environment.discover({**defaults, **os.environ})
+    gpu = choose_gpu(me.local_rank)
     if me.world_size == 1:
         comm = Communicator()
         end_with_launcher(me.launcher, lambda: comm.wants_stop)
@@ -56,7 +59,10 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
         store = bounded(lambda: open_store(me, where, deadline), timeout_s + MARGIN_S)
         fresh_store = bounded(lambda: _rendezvous(store, me, deadline, where), timeout_s + MARGIN_S)
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group(backend(), store=fresh_store, timeout=timeout, rank=me.rank, world_size=me.world_size)
+        bounded(lambda: compare_gpus(fresh_store, me, name_of(gpu)), timeout_s + MARGIN_S)
+        dist.init_process_group(
+            backend(), store=fresh_store, timeout=timeout, rank=me.rank, world_size=me.world_size, device_id=gpu
+        )
         wait_until_connected(fresh_store, me.world_size, timeout_s)
     except TimeoutError as error:
         raise UserError(

@@ -208,7 +208,10 @@ def attach_frozen_cache(model: nn.Module, groups: Sequence[Group], limit: int) -
             compared with the whole way on the first one.
         limit: bytes of hidden states to remember per process.
     """
-    inputs, positions = probe = groups[0]
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in groups[0][0].items()}
+    positions = None if groups[0][1] is None else groups[0][1].to(device)
+    probe = (inputs, positions)
     with torch.no_grad():
         frozen, reason = find_frozen_blocks(model, inputs)
         if frozen.blocks:

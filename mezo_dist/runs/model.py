@@ -82,6 +82,8 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
         rank_zero_first(comm, lambda: fetch(model))
     with patience(f"loading {model.name}"):
         pretrained = _load(config, whole=not is_sharded)
+    if not is_sharded and torch.cuda.is_available():  # sharded layouts bring their weights there themselves
+        pretrained.model.to(torch.device("cuda", torch.cuda.current_device()))
     engine = Engine(  # built before a head slice is attached: it is to see the model's modules as they are
         pretrained.model,
         Law(config.law, config.direction_rank),

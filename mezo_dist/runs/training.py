@@ -27,6 +27,7 @@ from mezo_dist.runs.answers import ask, confusion, samples_after, write_answers
 from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.export import export_model
 from mezo_dist.runs.looks import calibrate, evaluation_interval, look_before, score
+from mezo_dist.runs.memory import full_memory_explained
 from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, go_back_to_snapshot, replay_from_newest
 from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
@@ -50,13 +51,18 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
         quiet: show nothing on the console; files are written all the same.
 
     Raises:
-        UserError: bad input, or too many steps in a row without a finite loss.
+        UserError: bad input, too many steps in a row without a finite loss, or memory that is full.
         OutOfStepError: ranks disagree.
         Stopped: SIGTERM came; the run can go on later.
     """
     comm.place = LOADING
     comm.collect(lambda: check_installed(config.monitor) if comm.rank == 0 else None)
-    with stop_on_sigterm(config, comm), judging(config, comm) as judge, claim_folder(config, comm) as claim:
+    with (
+        full_memory_explained(config),
+        stop_on_sigterm(config, comm),
+        judging(config, comm) as judge,
+        claim_folder(config, comm) as claim,
+    ):
         if claim.log is not None:
             check_config(config, claim.log.header)
         run = with_gradients(build_run(config, comm, claim.log.header if claim.log is not None else None, judge))

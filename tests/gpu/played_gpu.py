@@ -2,9 +2,9 @@
 for.
 
 Tensors on it are torch's fake tensors on device ``cuda:0``. Everything that runs on tensors in host memory runs for
-real. A copy from ordinary host memory to the device, a number read off the device, and any operation whose shape depends
-on values there are what makes a host wait in the middle of a step: they raise `Waited`. Copies from pinned memory, reads
-of a whole tensor and launches are counted.
+real. A copy from ordinary host memory to the device, a number read off the device, and any operation whose shape
+depends on values there are what makes a host wait in the middle of a step: they raise `Waited`. Copies from pinned
+memory, reads of a whole tensor and launches are counted.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch, answer: Callable[[Tensor], Tenso
         return 64 * tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else data_ptr(tensor)
 
     def address(tensor: Tensor) -> int:
-        return memory(tensor) + (tensor.storage_offset() * tensor.itemsize if isinstance(tensor, FakeTensor) else 0)
+        return memory(tensor) + (
+            int(tensor.storage_offset()) * tensor.itemsize if isinstance(tensor, FakeTensor) else 0
+        )
 
     def answered(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [answer(tensor) for tensor in read(tensors)]

@@ -226,8 +226,8 @@ def _few_terms(updates: list[tuple[list[Combination], int | None]]) -> Iterator[
 def _launches(
     parts: Sequence[Part], combinations: Sequence[Combination]
 ) -> Iterator[tuple[list[Part], list[Combination]]]:
-    """What one launch each does: some tensors of the same dtypes and rows, and some of their outputs. An output that is the
-    weight itself comes last, for the others read what it was.
+    """What one launch each does: some tensors of the same dtypes and rows, and some of their outputs. An output that is
+    the weight itself comes last, for the others read what it was.
 
     Args:
         parts: the tensors.
@@ -435,7 +435,8 @@ def _launch_fill(
             for f in filled[start : start + MOST_PARTS]:
                 tiles, divisor = _tiles(f.length, 1), struct.unpack("<i", struct.pack("<f", f.divisor))[0]
                 table.append((
-                    first, 4 * f.place, f.stride, f.offset, f.length, tiles, f.param_id, f.bits.stream, divisor, f.pieces,
+                    first, 4 * f.place, f.stride, f.offset, f.length, tiles,
+                    f.param_id, f.bits.stream, divisor, f.pieces,
                 ))  # fmt: skip
                 first += f.pieces * tiles
             launch(

@@ -1,9 +1,9 @@
 """Triton code of `gpu`: what a program does with its tile. The host side, and what keeps the bits equal, is there.
 
 Each kernel works on many tensors at once: a table, int64, has a row for each of them, and a program looks up which one
-its tile belongs to. Addresses in it count from those that the launch names (of the first tensor, of its first output, of
-the factors), so that a table stays right when memory is allocated anew. They are turned into pointers of the dtypes that
-the launch names by codes: 0 is fp32, 1 bf16 (as int16), 2 fp16.
+its tile belongs to. Addresses in it count from those that the launch names (of the first tensor, of its first output,
+of the factors), so that a table stays right when memory is allocated anew. They are turned into pointers of the dtypes
+that the launch names by codes: 0 is fp32, 1 bf16 (as int16), 2 fp16.
 """
 
 from __future__ import annotations
@@ -412,7 +412,8 @@ def _product(u, v, k, rows, columns, row_inside, column_inside, num_rows, num_co
 
 @triton.jit(do_not_specialize=["first_weight", "first_output", "factors", "num_terms", "rounding_seed"])
 def lowrank_kernel(
-    table, first_weight: tl.int64, first_output: tl.int64, factors: tl.int64, coefficients, rounding, num_terms: tl.int32, rounding_seed: tl.uint64,
+    table, first_weight: tl.int64, first_output: tl.int64, factors: tl.int64,
+    coefficients, rounding, num_terms: tl.int32, rounding_seed: tl.uint64,
     GROUP: tl.constexpr, SOURCE: tl.constexpr, TARGETS: tl.constexpr, NUM_OUTPUTS: tl.constexpr, RANK: tl.constexpr,
     STOCHASTIC: tl.constexpr, MANY: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
