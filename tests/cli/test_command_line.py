@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mezo_dist import __main__, cli
+from mezo_dist import __main__, cli, commands
 from mezo_dist.algorithms import ALGORITHMS
 from mezo_dist.config.help import help_text
 from mezo_dist.config.kinds import KINDS
@@ -229,5 +229,5 @@ def test_the_seconds_of_imports_are_announced(
             monkeypatch.setitem(sys.modules, name, sys)
     else:
         monkeypatch.delitem(sys.modules, "transformers", raising=False)
-    cli._announce_imports()
+    commands.announce_imports()
     assert ("importing torch and transformers" in capsys.readouterr().err) == is_said

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mezo_dist import cli
+from mezo_dist import cli, commands
 from mezo_dist.errors import Stopped, UserError, printable
 from mezo_dist.testing import write_tiny_config
 
@@ -40,7 +40,7 @@ def test_errors_of_the_command_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_report", fail)
+    monkeypatch.setattr(commands, "report", fail)
     assert cli.main(["report", "run"]) == status
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("mezo-dist: ")

@@ -40,7 +40,8 @@ LAYERS = {
     "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim runs",
     "simulation": "errors json_types algorithms planning",
     "studies": "errors json_types algorithms config distributed engines storage testing runs planning",
-    "cli": "errors config distributed engines objectives monitoring runs planning simulation studies",
+    "commands": "errors config distributed engines objectives monitoring runs planning simulation studies",
+    "cli": "errors config engines planning simulation studies commands distributed",
     "__main__": "cli",
 }
 
