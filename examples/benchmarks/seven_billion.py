@@ -100,10 +100,10 @@ class TimedLaw:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._law, name)
 
-    def add(self, *args: Any, **kwargs: Any) -> None:
-        """See `Law.add`."""
+    def add_parts(self, *args: Any, **kwargs: Any) -> None:
+        """See `Law.add_parts`."""
         with self._clock("materialise"):
-            self._law.add(*args, **kwargs)
+            self._law.add_parts(*args, **kwargs)
 
 
 def real_texts(count: int) -> list[Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.law import Law
+from mezo_dist.directions.parts import Part
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.hooked import find_hooked_modules
@@ -40,13 +42,14 @@ def num_made(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The number of elements of each weight of which variants were made, over all calls."""
     names = {param_id(name): name for name, _ in Lookup().named_parameters()}
     counts = dict.fromkeys(names.values(), 0)
-    real = Law.add
+    real = Law.add_parts
 
-    def add(self: Law, weight: Tensor, *args: Any, **options: Any) -> None:
-        counts[names[options["param_id"]]] += weight.numel()
-        real(self, weight, *args, **options)
+    def add_parts(self: Law, parts: Sequence[Part], *args: Any, **options: Any) -> None:
+        for part in parts:
+            counts[names[part.param_id]] += part.weight.numel()
+        real(self, parts, *args, **options)
 
-    monkeypatch.setattr(Law, "add", add)
+    monkeypatch.setattr(Law, "add_parts", add_parts)
     return counts
 
 
@@ -140,3 +143,26 @@ def test_scratch_never_holds_a_whole_table() -> None:
     head_slice.detach()
     body = 4 * (model.body.weight.numel() + model.body.bias.numel())
     assert 0 < engine._materialise._scratch.numel() <= body * len(VARIANTS)
+
+
+def test_no_scratch_is_allocated_after_the_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cycle of MeZO-SVRG: an anchor step of two variants, an inner one of four."""
+    model, ids = tiny_model("llama"), torch.arange(4, 24).view(2, 10)
+    engine, sizes = Engine(model, Law("rademacher")), []
+    real = torch.empty
+
+    def empty(*size: Any, **options: Any) -> Tensor:
+        if options.get("dtype") == torch.uint8:
+            sizes.append(size)
+        return real(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    two = [Variant(AROUND), Variant(-AROUND)]
+    per_step = []
+    for step in range(6):
+        sizes.clear()
+        engine.evaluate(two * (1 + step % 2), [ids], lambda m, x: m(x, use_cache=False).logits)
+        engine.add(AROUND, 1)
+        per_step.append(len(sizes))
+    assert per_step[0] > 0
+    assert per_step[2:] == [0] * 4

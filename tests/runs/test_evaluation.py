@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Variant
 from mezo_dist.directions.combination import Combination
@@ -30,7 +30,7 @@ class FakeEngine:
     """Gives every sample of a micro-batch the loss that ``losses`` has at its place in the batch."""
 
     losses: list[float]
-    model: Any = None
+    model: nn.Module = field(default_factory=lambda: nn.Linear(1, 1))
     asked: list[int] = field(default_factory=list)
 
     def evaluate_groups(self, variants: Any, items: Any, forward: Any, **_: Any) -> Iterator[list[list[Scores]]]:
