@@ -193,7 +193,7 @@ def test_ctrl_c(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for module, name in ((starter, "write_starter"), (command, "run"), (cli, "_with_communicator")):
+    for module, name in ((starter, "write_starter"), (command, "run"), (commands, "_with_communicator")):
         monkeypatch.setattr(module, name, interrupted)
     assert cli.main(arguments if arguments != ["train"] else ["train", str(write_config())]) == 130
     assert ("if_exists=resume" in capsys.readouterr().err) == hints
