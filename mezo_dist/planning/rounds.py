@@ -73,7 +73,8 @@ def rounds_of(setting: Setting, ranks: int) -> list[Round]:
                       eps=1e-3)  # fmt: skip
     rounds = []
     for number, step in enumerate(_cycle(setting.algorithm, problem)):
-        groups, micro_batches = _split(setting, ranks, [len(some) for some in step.by_base], step.samples)
+        sets = step.by_base if setting.is_sharded else [step.request.variants]
+        groups, micro_batches = _split(setting, ranks, [len(some) for some in sets], step.samples)
         rounds.append(
             Round(
                 "step"
@@ -81,7 +82,7 @@ def rounds_of(setting: Setting, ranks: int) -> list[Round]:
                 else "anchor step"
                 if step.request.batch == "full"
                 else "inner step",
-                tuple(_of_base(some, groups) for some in step.by_base),
+                tuple(_of_base(some) for some in _by_base(_busiest(sets, groups))),
                 step.samples,
                 micro_batches,
                 step.update_directions,
@@ -98,7 +99,7 @@ class _Step:
     """What a planner asks for in one step."""
 
     request: Evaluation
-    by_base: list[list[Variant]]
+    by_base: Sequence[Sequence[Variant]]
     samples: int
     update_directions: int
     has_copy: bool
@@ -136,30 +137,32 @@ def _by_base(variants: Sequence[Variant]) -> list[list[Variant]]:
     return [[variant for variant in variants if variant.base == base] for base in bases]
 
 
-def _of_base(variants: Sequence[Variant], groups: int) -> BasePasses:
-    """The variants of one group of ranks: the first, for groups have as many within one.
+def _of_base(variants: Sequence[Variant]) -> BasePasses:
+    seeds = {seed for variant in variants for seed, _ in variant.shift.terms}
+    return BasePasses(len(variants), sum(bool(variant.shift) for variant in variants), len(seeds))
+
+
+def _busiest(sets: Sequence[Sequence[Variant]], groups: int) -> list[Variant]:
+    """The variants of the group of ranks that has most of them: the last one (`WorkSplit.of_rank`).
 
     Args:
-        variants: of one base.
-        groups: that share them out.
+        sets: that the groups share out, one after the other.
+        groups: number of groups.
     """
-    some = list(variants[: math.ceil(len(variants) / groups)])
-    seeds = {seed for variant in some for seed, _ in variant.shift.terms}
-    return BasePasses(len(some), sum(bool(variant.shift) for variant in some), len(seeds))
+    return [variant for some in sets for variant in some[(groups - 1) * len(some) // groups :]]
 
 
-def _split(setting: Setting, ranks: int, by_base: Sequence[int], samples: int) -> tuple[int, int]:
+def _split(setting: Setting, ranks: int, sets: Sequence[int], samples: int) -> tuple[int, int]:
     """Groups of ranks that evaluate different variants, and micro-batches of the busiest rank: the rule of
     `mezo_dist.runs.work_split.WorkSplit` for micro-batches that cost the same.
 
     Args:
         setting: how the run goes.
         ranks: all ranks.
-        by_base: number of variants of the round, for each of their bases.
+        sets: numbers of variants that groups share out: all of the round, or those of each base.
         samples: of its batch.
     """
     items = math.ceil(samples / setting.micro_batch)
-    sets = list(by_base) if setting.is_sharded else [sum(by_base)]
     copies = setting.copies(ranks)
     allowed = [n for n in range(1, min(*sets, copies, copies) + 1) if copies % n == 0]
 

@@ -43,7 +43,7 @@ class Assumptions:
     read: float = 2e9
     """At which one host reads weights: the base model from a disk of its own, where a host that is new has put it
     before it counts as there (launcher/README.md), snapshots from the shared folder. Invented."""
-    write: float = 1e9
+    save: float = 1e9
     """At which one host writes them. Invented."""
     storage: float = 2e11
     """At which all hosts together read from or write to the shared folder. Invented."""
@@ -70,7 +70,7 @@ class Assumptions:
 
 SHARES = ("silent", "slow_hosts", "slow_links")
 FACTORS = ("slow_factor", "slow_link_factor")
-RATES = ("read", "write", "storage")
+RATES = ("read", "save", "storage")
 NUMBERS = ("sigma",)
 MAY_BE_ZERO = ("join_every", "last_call", "requeue", "connect", "sigma", "start", "notice", *SHARES)
 

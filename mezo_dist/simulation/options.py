@@ -16,16 +16,17 @@ the table of sensitivities says which carry the result.
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.usage = "mezo-dist simulate [--help] [OPTION ...] MODEL|CONFIG"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     machine = add_question(parser)
     machine.add_argument("--hosts", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="N",
                          help="numbers of hosts; 1 10 100 1000 by default")  # fmt: skip
-    machine.add_argument("--spares", type=int, default=0, help="hosts that stand by; none by default")
+    machine.add_argument("--spares", type=int, metavar="N", default=0, help="hosts that stand by; none by default")
     machine.add_argument("--reduce", choices=["ring", "tree", "hierarchical"], default="ring",
                          help="way of the scalars; ring, which is what runs do, by default")  # fmt: skip
     job = parser.add_argument_group("the job")
-    job.add_argument("--time", default="7d", help="that is simulated; 7d by default")
+    job.add_argument("--time", metavar="TIME", default="7d", help="that is simulated; 7d by default")
     job.add_argument("--grow", choices=["batch", "directions", "none"], default="batch",
                      help="what each further rank adds to a step; batch by default")  # fmt: skip
     job.add_argument("--launcher", choices=["torchrun", "slurm"], default="torchrun",
@@ -36,7 +37,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--assume", nargs="+", default=[], metavar="NAME=VALUE", help="as in mtbf=90d silent=0.5 read=5GB")
     answer = parser.add_argument_group("the answer")
     answer.add_argument("--every-layout", action="store_true", help="the best of each layout, not of all")
-    answer.add_argument("--weeks", type=int, default=4, help="how often it is drawn; 4 times by default")
-    answer.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    answer.add_argument("--weeks", type=int, metavar="N", default=4, help="how often it is drawn; 4 times by default")
+    answer.add_argument("--seed", type=int, metavar="N", default=0, help="of what is drawn")
     answer.add_argument("--plot", metavar="FILE", help="draw it into a .png, .svg or .pdf")
     answer.add_argument("--json", action="store_true", help="one JSON object in place of tables")

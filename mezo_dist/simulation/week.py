@@ -113,7 +113,7 @@ def save_seconds(case: Case, costs: Costs, hosts: int) -> float:
         hosts: that there are.
     """
     a = case.assumptions
-    return max(costs.saved / hosts / a.write, costs.saved / a.storage)
+    return max(costs.saved / hosts / a.save, costs.saved / a.storage)
 
 
 def start_seconds(case: Case, costs: Costs, hosts: int, *, has_snapshot: bool) -> float:

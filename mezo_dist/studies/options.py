@@ -14,6 +14,7 @@ size, and batch and context. A run that is in TO/results.jsonl is not done again
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.usage = "mezo-dist study [--help] [OPTION ...] FILE"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("file", type=Path, metavar="FILE", help="the study")

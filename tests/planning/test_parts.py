@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist import algorithms
-from mezo_dist.algorithms.base import Problem
+from mezo_dist.algorithms.base import Evaluation, Losses, Problem
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config import reader
@@ -76,16 +76,20 @@ def test_what_is_no_quantity(text: str) -> None:
      for layout, copies in (("replicated", 1), ("fsdp", 1), ("fsdp", 2), ("zero", 1)) if n % copies == 0],
 )  # fmt: skip
 def test_work_is_dealt_as_a_run_deals_it(ranks: int, settings: MeZO | MeZOSVRG, layout: str, replicate: int) -> None:
-    """Passes of the busiest rank, by the planner's own variants and the run's own work split."""
+    """Passes of the busiest rank in each round of a cycle, by the planner's own variants and the run's own work
+    split."""
     setting = Setting(layout, replicate, algorithm=settings, batch_size=20, full_size=44, micro_batch=4)  # type: ignore[arg-type]
     planner = algorithms.build(settings.name, settings, Problem(0, 1000, 20, 44, True, eps=1e-3))
-    variants = planner.plan(planner.init(), 0).variants
-    first = rounds_of(setting, ranks)[0]
-    ids = torch.zeros(4, 8, dtype=torch.long)
-    batch = [MicroBatch(tuple(range(i, i + 4)), {"input_ids": ids}, {}) for i in range(0, first.samples, 4)]
     split = WorkSplit(ranks, setting.copies(ranks), by_base=setting.is_sharded)
-    works = [split.of_rank(rank, variants, batch) for rank in range(ranks)]
-    assert first.passes == max(len(work.micro_batches) for work in works) * works[0].most_variants
+    ids, state = torch.zeros(4, 8, dtype=torch.long), planner.init()
+    for step, planned in enumerate(rounds_of(setting, ranks)[:2]):
+        variants = planner.plan(state, step).variants
+        batch = [MicroBatch(tuple(range(i, i + 4)), {"input_ids": ids}, {}) for i in range(0, planned.samples, 4)]
+        works = [split.of_rank(rank, variants, batch) for rank in range(ranks)]
+        assert planned.passes == max(len(work.micro_batches) for work in works) * works[0].most_variants
+        update = planner.update(state, step, [Losses(tuple(1.0 + n for n in range(len(variants))))])
+        assert not isinstance(update, Evaluation)
+        state = update.state
 
 
 def test_a_cycle_of_svrg() -> None:
