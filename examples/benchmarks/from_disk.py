@@ -37,7 +37,7 @@ from mezo_dist.runs import training
 from mezo_dist.runs.export import export_model
 
 SNAPSHOT = 2
-"""The step after which the run saves its weights and is stopped; it takes two more, or many where steps take no time."""
+"""The step after which the run saves its weights and is stopped. It takes two more; many, where steps take no time."""
 BLOCK = 1 << 24
 FILE_BYTES = 2 << 30
 """Of each file of the checkpoint, at most."""
