@@ -51,7 +51,8 @@ HOW = {
     "mezo-dist plan llama-3-70b --hosts 2 --ranks-per-host 8 --memory 80GB --link 100gbit": RUN,
     # tests/simulation and tests/studies have more of these two
     "mezo-dist simulate llama-3-8b --hosts 1 10 100 1000 --ranks-per-host 8": "mezo-dist simulate llama-3-8b --weeks 1",
-    "mezo-dist study examples/scaling_study/tiny.yaml": f"mezo-dist study {ROOT}/examples/scaling_study/tiny.yaml --list",
+    "mezo-dist study examples/scaling_study/tiny.yaml": f"mezo-dist study {ROOT}/examples/scaling_study/tiny.yaml "
+    "--list",
     "torchrun --standalone --nproc-per-node 2 -m mezo_dist train configs/quickstart.yaml --layout.name=fsdp "
     "--output.dir=runs/sharded": RUN,
     "mezo-dist train --help train": RUN,
