@@ -25,8 +25,9 @@ class Share:
     """``num_items_in_batch`` of `transformers.Trainer`: what losses that are normalised by it are divided by."""
     most: float
     """Micro-batches of all ranks over the number of ranks."""
-    by_samples: bool = False
-    """Means of micro-batches count by their number of samples. (Trainer weighs those of a step equally.)"""
+    is_full: bool = False
+    """It is a full batch: means of micro-batches count by what they are means of. (Trainer weighs those of a step
+    equally.)"""
 
 
 @final

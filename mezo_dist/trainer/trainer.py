@@ -340,10 +340,19 @@ class MeZOTrainer(Trainer):
 
     def _mezo_full_share(self, step: int) -> Share:
         assert self._mezo_full is not None  # planners ask for full batches of MeZO-SVRG alone
-        inputs = self._mezo_full.at(step)
-        batches, num_items = self.get_batch_samples(iter(inputs), len(inputs), self.args.device)
         most = self._mezo_full.num_micro_batches / join().world_size
-        return Share([self._prepare_inputs(batch) for batch in batches], num_items, most, by_samples=True)
+        return Share([self._prepare_inputs(batch) for batch in self._mezo_full.at(step)], None, most, is_full=True)
+
+    def _mezo_mean(self, model: nn.Module, inputs: Mapping[str, Any]) -> Loss:
+        """The mean loss of a micro-batch of a full batch, and what it is a mean of: labels, or samples without them.
+
+        Losses are told the number of labels of the micro-batch alone. So those that are divided by it are means, and so
+        are those that are means whatever they are told (Trainer cannot tell the two apart, and need not).
+        """
+        labels = inputs.get("labels")
+        num_items = int((labels != IGNORED).sum()) if isinstance(labels, Tensor) else 0
+        loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items or None)
+        return loss if loss.dim() else (loss, num_items or num_samples_of(inputs))
 
     def _mezo_loss(self, share: Share, model: nn.Module, inputs: Mapping[str, Any]) -> Loss:
         """The loss of a micro-batch such that the mean over those of all ranks is Trainer's loss of the batch.
@@ -353,6 +362,8 @@ class MeZOTrainer(Trainer):
             model: the model, or a variant of it.
             inputs: the micro-batch.
         """
+        if share.is_full:
+            return self._mezo_mean(model, inputs)
         normalised = share.num_items is not None and (
             self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         )
@@ -366,10 +377,8 @@ class MeZOTrainer(Trainer):
             return loss
         is_sum = getattr(self, "loss_is_scaled_for_ga", None)
         if is_sum is None:
-            is_sum = normalised or (self.compute_loss_func is not None and not share.by_samples)
-        if is_sum:
-            return loss.double() * share.most  # without another rounding
-        return (loss, num_samples_of(inputs)) if share.by_samples else loss
+            is_sum = normalised or self.compute_loss_func is not None
+        return loss.double() * share.most if is_sum else loss  # fp64: without another rounding
 
 
 def _has_16bit_weights(model: nn.Module) -> bool:
