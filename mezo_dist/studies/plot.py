@@ -33,8 +33,8 @@ def draw(rows: Sequence[Mapping[str, Any]], x: str, path: Path) -> None:
     # What follows the horizontal axis step by step (the batch, in weak scaling) does not tell lines apart.
     others = [name for name in others if not _follows(rows, x, name)]
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for series in dict.fromkeys(tuple(str(row[other]) for other in others) for row in rows):
-            same = [row for row in rows if tuple(str(row[other]) for other in others) == series]
+        for series in dict.fromkeys(_line(row, others) for row in rows):
+            same = [row for row in rows if _line(row, others) == series]
             some = [row for row in same if row[name] is not None]
             places = [row[x] if isinstance(row[x], (int, float)) else str(row[x]) for row in some]
             label = ", ".join(series) or None
@@ -45,11 +45,16 @@ def draw(rows: Sequence[Mapping[str, Any]], x: str, path: Path) -> None:
                 axes.plot(places, [row[name] for row in some], "o-", label=label)
         axes.set(xlabel=x, title=name, ylim=(0, None))
     if others:
-        figure.axes[0].legend(fontsize="x-small")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error})") from error
+
+
+def _line(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """What a line is named after."""
+    return tuple(str(row["line"].get(name, row[name])) for name in names)
 
 
 def _follows(rows: Sequence[Mapping[str, Any]], x: str, name: str) -> bool:

@@ -138,7 +138,8 @@ def read_lines(path: Path) -> list[JsonObject]:
 
 
 def rows_of(study: Study, lines: Sequence[JsonObject]) -> list[dict[str, Any]]:
-    """A row for each case that was run, in the order of the study, by the names of `COLUMNS`."""
+    """A row for each case that was run, in the order of the study, by the names of `COLUMNS`; ``line`` holds what names
+    its line in a plot in place of a column's value."""
     by_case = {case: [line for line in lines if line["case"] == case] for case in study.cases}
     speeds = {case: case.samples / statistics.median(_seconds(some)) for case, some in by_case.items() if some}
     return [_row(case, by_case[case], speeds) for case in study.cases if by_case[case]]
@@ -175,6 +176,7 @@ def _row(case: Case, lines: Sequence[JsonObject], speeds: Mapping[Case, float]) 
         "scalar bytes": statistics.median(line["scalar_bytes"] for line in lines),
         "weight bytes": statistics.median(line["weight_bytes"] for line in lines),
         **{name: newest[name] for name in LEFT_OUT},
+        "line": {"batch": f"{case.batch_per_rank} per rank"} if case.batch_per_rank else {},
     }
 
 
@@ -203,7 +205,7 @@ def _variants(case: Case) -> float:
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """results.csv."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
