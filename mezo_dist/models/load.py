@@ -163,6 +163,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"model.name: {config.name!r} could not be loaded: {_shortened(str(error))}") from error
 
 
+def norms_of(config: ModelConfig) -> list[str]:
+    """Shell patterns for the weights of a model's norms, from its config alone; empty if it has none."""
+    source = _source(config.name.removeprefix(RANDOM))
+    hf_config = _config(source, {"revision": config.revision, "trust_remote_code": config.trust_remote_code})
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+    names = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+    if names and all("norm" in name.rpartition(".")[2] for name in names):
+        return ["*norm*"]
+    return sorted({f"*{name.rpartition('.')[2]}.*" for name in names if not name.rpartition(".")[2].isdigit()})
+
+
 def is_on_hub(config: ModelConfig) -> bool:
     """The model is in no local folder; the hub's cache holds it, or will."""
     return not Path(_source(config.name.removeprefix(RANDOM))).exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 from mezo_dist.config.schema import ModelConfig
 from mezo_dist.config.task import ANSWER
 from mezo_dist.errors import UserError
-from mezo_dist.models.load import load_tokenizer
+from mezo_dist.models.load import load_tokenizer, norms_of
 from mezo_dist.tasks.fields import Row, keys_of, lookup
 from mezo_dist.tasks.guess import Guess, guess
 from mezo_dist.tasks.rows import load_tables
@@ -60,13 +60,12 @@ def write_starter(
     if not rows:
         raise UserError(f"{data}: its split {train!r} has no rows")
     looks_like = guess(rows)
-    here = os.path.relpath(Path(data).expanduser(), folder) if Path(data).expanduser().exists() else data
     tokenizer = load_tokenizer(ModelConfig(model))
 
     def length(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    source = {"name": name, "data": here, **({"subset": subset} if subset else {})}
+    source = {"name": name, "data": _from(folder, data), **({"subset": subset} if subset else {})}
     texts = [_filled(looks_like, row) for row in rows]
     tokens = sorted(map(length, texts))
     split_lines = _splits({split: len(table) for split, table in tables.items()}, train)
@@ -75,11 +74,18 @@ def write_starter(
             f"#   mezo-dist tasks show {files[0]} --model={model}",
             *(f"{key}: {_quoted(value)}" for key, value in source.items()),
             *split_lines, *_fields(looks_like, rows[0], long_words)]  # fmt: skip
-    config = _config(name, model, looks_like, files[1], tokens)
+    patterns = norms_of(ModelConfig(model)) or ["*"]
+    config = _config(name, _from(folder, model), patterns, looks_like, files[1], tokens)
     folder.mkdir(parents=True, exist_ok=True)
     for file, lines in zip(files, (task, config), strict=True):
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return files
+
+
+def _from(folder: Path, name: str) -> str:
+    """A path as a file in ``folder`` has to say it; a name that is no path as it is."""
+    path = Path(name).expanduser()
+    return name if path.is_absolute() or not path.exists() else os.path.join(os.curdir, os.path.relpath(path, folder))
 
 
 def _quoted(value: object) -> str:
@@ -176,12 +182,15 @@ def _fields(looks_like: Guess, row: Row, long_words: Sequence[str]) -> list[str]
             f"completion: {_quoted(answer)}", shortened]  # fmt: skip
 
 
-def _config(name: str, model: str, looks_like: Guess, file: Path, tokens: Sequence[int]) -> list[str]:
+def _config(
+    name: str, model: str, patterns: Sequence[str], looks_like: Guess, file: Path, tokens: Sequence[int]
+) -> list[str]:
     """Lines of the config.
 
     Args:
         name: of the task.
         model: its name.
+        patterns: of the weights that are trained.
         looks_like: kind and fields.
         file: where it will stand.
         tokens: lengths of texts, sorted.
@@ -199,7 +208,7 @@ def _config(name: str, model: str, looks_like: Guess, file: Path, tokens: Sequen
             "model:", f"  name: {_quoted(model)}",
             "  # Few weights learn fastest: the noise of a step grows with their number. All of them: leave this out;",
             "  # LoRA: model.peft.method.",
-            '  trainable: ["*norm*"]',
+            f"  trainable: {_quoted(list(patterns))}",
             f"task: {_quoted(name + '-task.yaml')}",
             "algorithm: {name: mezo, directions: 7, one_sided: true, eps: 0.01, lr: auto}",
             "train:", *steps, "  steps: 1000", "  batch_size: 16", "  micro_batch: 8", *length,

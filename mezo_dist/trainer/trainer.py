@@ -28,6 +28,9 @@ from mezo_dist.trainer.batches import FullBatches, Inputs, Share
 from mezo_dist.trainer.checks import check_arguments, settled
 from mezo_dist.trainer.optimizer import StagedOptimizer
 
+IGNORED = -100
+"""The label that counts nowhere, in all of transformers."""
+
 with needs("mezo_dist[trainer]", "accelerate, on which Trainer stands"):
     from accelerate.utils import AutocastKwargs
 
