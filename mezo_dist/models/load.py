@@ -165,6 +165,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def norms_of(config: ModelConfig) -> list[str]:
     """Shell patterns for the weights of a model's norms, from its config alone; empty if it has none."""
+    import transformers
+
     source = _source(config.name.removeprefix(RANDOM))
     hf_config = _config(source, {"revision": config.revision, "trust_remote_code": config.trust_remote_code})
     with torch.device("meta"):

@@ -85,7 +85,7 @@ def write_starter(
 def _from(folder: Path, name: str) -> str:
     """A path as a file in ``folder`` has to say it; a name that is no path as it is."""
     path = Path(name).expanduser()
-    return name if path.is_absolute() or not path.exists() else os.path.join(os.curdir, os.path.relpath(path, folder))
+    return name if path.is_absolute() or not path.exists() else os.path.relpath(path, folder)
 
 
 def _quoted(value: object) -> str:

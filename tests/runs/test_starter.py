@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from mezo_dist import cli
-from mezo_dist.testing import WORDS, tiny_model, tiny_tokenizer
+from mezo_dist.config import reader
+from mezo_dist.runs.starter import write_starter
+from mezo_dist.testing import WORDS, tiny_model, tiny_tokenizer, write_tiny_config
 
 MANY = 60
 
@@ -82,3 +84,13 @@ def test_what_cannot_be_is_said(model: Path, tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["init", str(tmp_path / "x.jsonl"), f"--model={tmp_path}", f"--to={tmp_path / 'y'}"]) == 2
     assert "model.name" in capsys.readouterr().err
     assert not (tmp_path / "y").exists()
+
+
+def test_norms_and_relative_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is named from the current folder, and whose norms are not called so."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_config(tmp_path / "here", "gpt2")
+    write_starter("here/data.jsonl", "here/model", Path("there"), name="it")
+    config = reader.load(Path("there/it.yaml"), [])
+    assert config.located().model.name == str(tmp_path / "here" / "model")
+    assert config.model.trainable == ("*ln_1.*", "*ln_2.*", "*ln_f.*")
