@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mezo_dist.algorithms.base import Batch, Problem
+from mezo_dist.algorithms.base import Batch, Problem, Variant
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.directions.law import Law, LawName
@@ -27,9 +27,6 @@ from mezo_dist.trainer import sharded
 from mezo_dist.trainer.batches import FullBatches, Inputs, Share
 from mezo_dist.trainer.checks import check_arguments, settled
 from mezo_dist.trainer.optimizer import StagedOptimizer
-
-IGNORED = -100
-"""The label that counts nowhere, in all of transformers."""
 
 with needs("mezo_dist[trainer]", "accelerate, on which Trainer stands"):
     from accelerate.utils import AutocastKwargs
@@ -123,6 +120,7 @@ class MeZOTrainer(Trainer):
         self._mezo_width, self._mezo_sharded_engine = width, cast("Engine | None", None)
         self._mezo_micro_batches: list[Inputs] = []
         self._mezo_full: FullBatches | None = None
+        self._mezo_divides: bool | None = None  # whether losses are divided by what they are told; None: not known
         self._mezo_optimizer: StagedOptimizer | None = None
         self._mezo_skipped_before = 0  # the last log
         super().__init__(*args, **kwargs)
@@ -158,7 +156,7 @@ class MeZOTrainer(Trainer):
             )
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * comm.world_size
         check_model(model, settings, self._mezo_law.name, batch_size, self.state.max_steps or None, None)
-        self._mezo_full = None
+        self._mezo_full = self._mezo_divides = None
         if isinstance(settings, MeZOSVRG):
             loader = self.get_train_dataloader()
             place = {"rank": comm.rank, "world_size": comm.world_size}
@@ -343,19 +341,31 @@ class MeZOTrainer(Trainer):
 
     def _mezo_full_share(self, step: int) -> Share:
         assert self._mezo_full is not None  # planners ask for full batches of MeZO-SVRG alone
+        inputs = self._mezo_full.at(step)
+        batches, num_items = self.get_batch_samples(iter(inputs), len(inputs), self.args.device)
         most = self._mezo_full.num_micro_batches / join().world_size
-        return Share([self._prepare_inputs(batch) for batch in self._mezo_full.at(step)], None, most, is_full=True)
+        share = Share([self._prepare_inputs(batch) for batch in batches], num_items, most, is_full=True)
+        if self._mezo_divides is None and self._mezo_is_told(share):
+            self._mezo_divides = self._mezo_try_dividing(share)
+        return share
 
-    def _mezo_mean(self, model: nn.Module, inputs: Mapping[str, Any]) -> Loss:
-        """The mean loss of a micro-batch of a full batch, and what it is a mean of: labels, or samples without them.
+    def _mezo_is_told(self, share: Share) -> bool:
+        """Losses are told what to divide by."""
+        return share.num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
 
-        Losses are told the number of labels of the micro-batch alone. So those that are divided by it are means, and so
-        are those that are means whatever they are told (Trainer cannot tell the two apart, and need not).
+    def _mezo_try_dividing(self, share: Share) -> bool:
+        """Whether losses are divided by ``num_items_in_batch``. Many models take it and give means all the same (most
+        classifiers): Trainer lets that be, but an anchor's loss would grow with the number of its micro-batches.
         """
-        labels = inputs.get("labels")
-        num_items = int((labels != IGNORED).sum()) if isinstance(labels, Tensor) else 0
-        loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items or None)
-        return loss if loss.dim() else (loss, num_items or num_samples_of(inputs))
+
+        def both(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
+            assert share.num_items is not None
+            told = (share.num_items, 2 * share.num_items)
+            once, twice = (float(self.compute_loss(model, dict(inputs), num_items_in_batch=n).sum()) for n in told)
+            return once, twice
+
+        (((once, twice),),) = self._mezo_engine(self.model).evaluate([Variant()], share.micro_batches[:1], both, most=1)
+        return once != twice
 
     def _mezo_loss(self, share: Share, model: nn.Module, inputs: Mapping[str, Any]) -> Loss:
         """The loss of a micro-batch such that the mean over those of all ranks is Trainer's loss of the batch.
@@ -365,11 +375,7 @@ class MeZOTrainer(Trainer):
             model: the model, or a variant of it.
             inputs: the micro-batch.
         """
-        if share.is_full:
-            return self._mezo_mean(model, inputs)
-        normalised = share.num_items is not None and (
-            self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        )
+        normalised = self._mezo_is_told(share)
         loss = self.compute_loss(model, dict(inputs), num_items_in_batch=share.num_items)
         if loss.dim():
             if normalised and self.args.average_tokens_across_devices and join().world_size > 1:
@@ -380,8 +386,10 @@ class MeZOTrainer(Trainer):
             return loss
         is_sum = getattr(self, "loss_is_scaled_for_ga", None)
         if is_sum is None:
-            is_sum = normalised or self.compute_loss_func is not None
-        return loss.double() * share.most if is_sum else loss  # fp64: without another rounding
+            is_sum = normalised or (self.compute_loss_func is not None and not share.is_full)
+        if is_sum and not (share.is_full and self._mezo_divides is False):
+            return loss.double() * share.most  # without another rounding
+        return (loss, num_samples_of(inputs)) if share.is_full else loss
 
 
 def _has_16bit_weights(model: nn.Module) -> bool:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+)
 
 from mezo_dist import MeZO, MeZOSVRG, MeZOTrainer, UserError, replay
 from mezo_dist.algorithms.schedules import Annealing, Schedule
@@ -341,6 +348,24 @@ def test_the_loss_of_an_anchor_is_that_of_the_training_set(counted: bool, tmp_pa
         weight += count
     done.train()
     assert losses(done)[0] == pytest.approx(expected / weight, abs=2e-5)
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["compute_loss_func", "classifier"])
+def test_an_anchor_of_losses_that_divide_by_nothing(is_own: bool, tmp_path: Path) -> None:
+    """Many models take ``num_items_in_batch`` and give means all the same: the anchor's loss is a mean, too."""
+
+    def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return nn.functional.cross_entropy(outputs.logits, labels)
+
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **size))
+    rows = [{"input_ids": torch.arange(4, 12) + k, "labels": torch.tensor(k % 2)} for k in range(16)]
+    options: dict[str, Any] = {"compute_loss_func": mean} if is_own else {}
+    options |= {"gradient_accumulation_steps": 1, "learning_rate": 1e-12, "save_strategy": "no"}
+    settings = MeZOSVRG(anchor_lr=1e-12, eps=1e-4)
+    done = trainer(tmp_path, settings, data=rows, model=model, **options)
+    done.train()
+    assert losses(done)[0] == pytest.approx(losses(done)[1], rel=0.3), "of all samples, and of two"
 
 
 def test_a_direction_per_sample(tmp_path: Path) -> None:
