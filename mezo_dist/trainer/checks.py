@@ -48,6 +48,25 @@ def check_arguments(args: Any) -> None:
         )
 
 
+def check_numbers(algorithm: object, full_size: int | None, width: int, max_skipped: int) -> None:
+    """Check arguments of `MeZOTrainer` that Trainer does not have.
+
+    Args:
+        algorithm: its settings.
+        full_size: of anchors.
+        width: micro-batches in lock step.
+        max_skipped: steps in a row.
+
+    Raises:
+        UserError: one is out of range, or nothing would use it.
+    """
+    for name, value in (("width", width), ("max_skipped", max_skipped)):
+        if value < 1:
+            raise UserError(f"{name}: must be at least 1, not {value}")
+    if full_size is not None and not isinstance(algorithm, MeZOSVRG):
+        raise UserError("full_size: is for the anchors of MeZO-SVRG; give algorithm=MeZOSVRG(...), or leave it out")
+
+
 def settled(algorithm: object, args: Any) -> MeZO | MeZOSVRG:
     """The algorithm's settings with the learning rate of the ``args``, which decide on rates and weight decay.
 

@@ -25,7 +25,7 @@ from mezo_dist.optim.losses import Loss, LossFunction, num_samples_of
 from mezo_dist.storage.trajectory import FILE
 from mezo_dist.trainer import sharded
 from mezo_dist.trainer.batches import FullBatches, Inputs, Share
-from mezo_dist.trainer.checks import check_arguments, settled
+from mezo_dist.trainer.checks import check_arguments, check_numbers, settled
 from mezo_dist.trainer.optimizer import StagedOptimizer
 
 with needs("mezo_dist[trainer]", "accelerate, on which Trainer stands"):
@@ -68,7 +68,7 @@ class MeZOTrainer(Trainer):
         direction_rank: rank of ``lowrank`` directions.
         width: micro-batches that go through the model in lock step. More are faster, take memory for hidden states of
             ``width`` times the number of variants, and change no result.
-        max_skipped: steps in a row that may be skipped for a loss that is not finite.
+        max_skipped: training ends with an error after so many steps in a row whose loss is not finite.
         probe: before the first step, hold losses under a shift against those of really changed weights; see
             `mezo_dist.Optimizer`.
         layout: from `mezo_dist.shard(model, "fsdp")` or ``"zero"``, to cut the weights over the processes; whole in
@@ -109,6 +109,7 @@ class MeZOTrainer(Trainer):
             raise UserError(
                 "model_init: makes another model than the one that layout=... has cut; give model=... instead"
             )
+        check_numbers(algorithm, full_size, width, max_skipped)
         for given in (*args, kwargs.get("args")):
             if isinstance(given, TrainingArguments):
                 check_arguments(given)
@@ -233,6 +234,8 @@ class MeZOTrainer(Trainer):
             if optimizer.num_skipped > self._mezo_skipped_before:  # logging_nan_inf_filter put a mean in its place
                 logs["loss"] = math.nan
             self._mezo_skipped_before = optimizer.num_skipped
+        if optimizer is not None and "train_loss" in logs and optimizer.num_skipped:  # the same, for the whole run
+            logs["train_loss"] = math.nan  # in place, for it is returned as well
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

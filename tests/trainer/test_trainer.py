@@ -209,6 +209,7 @@ def test_a_loss_that_is_not_finite_is_seen(tmp_path: Path) -> None:
     history = [line for line in done.state.log_history if "loss" in line]
     assert [math.isnan(line["loss"]) for line in history] == [False, True, False, False]
     assert [line["skipped_steps"] for line in history] == [0, 1, 1, 1]
+    assert math.isnan(done.state.log_history[-1]["train_loss"]), "that of the whole run"
     assert [bool(step.skipped) for step in trajectory.read(tmp_path / "one" / "trajectory.jsonl").steps] == [
         False,
         True,
@@ -366,6 +367,16 @@ def test_an_anchor_of_losses_that_divide_by_nothing(is_own: bool, tmp_path: Path
     done = trainer(tmp_path, settings, data=rows, model=model, **options)
     done.train()
     assert losses(done)[0] == pytest.approx(losses(done)[1], rel=0.3), "of all samples, and of two"
+
+
+def test_numbers_out_of_range(tmp_path: Path) -> None:
+    for options, message in (
+        ({"full_size": 8}, "full_size: is for the anchors of MeZO-SVRG"),
+        ({"max_skipped": 0}, "max_skipped: must be at least 1, not 0"),
+        ({"width": 0}, "width: must be at least 1, not 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            MeZOTrainer(tiny_model("llama-tied"), arguments(tmp_path), algorithm=MeZO(), **options)
 
 
 def test_a_direction_per_sample(tmp_path: Path) -> None:
