@@ -3,10 +3,10 @@
     python examples/benchmarks/from_disk.py FOLDER [--shape opt-6.7b] [--layout fsdp] [--ranks 2] [--json]
 
 Random weights are written into FOLDER as a checkpoint (an export of mezo_dist's), whose bytes are read once, plainly.
-Then a run of MeZO is trained on a few movie sentences from that checkpoint, is stopped after a snapshot, is resumed and
-exports its model. FOLDER must have room for three times the checkpoint. Reported for every phase: seconds, and the peak
-of resident memory of each rank (Linux: VmHWM). `load` is from the start of the run until its model is built and its
-weights are read; what is read was dropped from the system's cache before.
+Then a run of MeZO is trained on a few movie sentences from that checkpoint; it is stopped, which saves a snapshot, and
+resumed from there; at its end it exports its model. FOLDER must have room for three times the checkpoint. Reported for
+every phase: seconds, and the peak of resident memory of each rank (Linux: VmHWM). `load` is the time that a rank takes
+to build the model and read its share of the checkpoint, which was dropped from the system's cache before.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from mezo_dist.runs import model as model_module
 from mezo_dist.runs import training
 from mezo_dist.runs.export import export_model
 
-SNAPSHOT = 2
-"""The step after which the run saves its weights and is stopped. It takes two more; many, where steps take no time."""
+STOP, MORE = 2, 2
+"""Steps after which the run is stopped, and steps that are left to do then (many more where they take no time)."""
 BLOCK = 1 << 24
 FILE_BYTES = 2 << 30
 """Of each file of the checkpoint, at most."""
@@ -45,7 +45,7 @@ FILE_BYTES = 2 << 30
 
 def settings(folder: Path, shape: str, layout: str) -> dict[str, Any]:
     """The run's config."""
-    steps = 1_000 if shape == "tiny" else SNAPSHOT + 2
+    steps = 1_000 if shape == "tiny" else STOP + MORE
     return {
         "model": {"name": str(folder / "checkpoint"), "weights": "bfloat16"},
         "task": {
@@ -61,7 +61,7 @@ def settings(folder: Path, shape: str, layout: str) -> dict[str, Any]:
         "output": {
             "dir": str(folder / "run"),
             "if_exists": "resume",
-            "snapshot_every": SNAPSHOT if not (folder / "run" / "snapshots").exists() else 0,
+            "snapshot_every": 1_000_000,
             "snapshots_kept": 1,
             "test": False,
             "looks": 0,
@@ -87,9 +87,10 @@ def write_checkpoint(shape: str, folder: Path, comm: Communicator) -> None:
     export_model(engine, tokenizer, folder / "checkpoint", comm, file_bytes=FILE_BYTES)
 
 
-def stop_after_snapshot(folder: Path) -> None:
-    """End this process's run, as a batch system would, once its snapshot is there."""
-    while not any((folder / "run" / "snapshots").glob(f"*{SNAPSHOT}")):
+def stop_after_steps(folder: Path) -> None:
+    """End this process's run, as a batch system would, once its first steps are logged."""
+    log = folder / "run" / "trajectory.jsonl"
+    while not log.exists() or log.read_bytes().count(b'{"step":') < STOP:
         time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -116,7 +117,7 @@ def run_rank(phase: str, shape: str, layout: str, folder: Path) -> None:
 
         setattr(build, "load_base", load_timed)  # noqa: B010 (timed, and nothing else)
         if phase == "train" and comm.rank == 0:
-            threading.Thread(target=stop_after_snapshot, args=(folder,), daemon=True).start()
+            threading.Thread(target=stop_after_steps, args=(folder,), daemon=True).start()
         try:
             training.train(reader.from_dict(settings(folder, shape, layout), "the config"), comm, quiet=True)
         except Stopped:

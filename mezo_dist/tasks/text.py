@@ -166,7 +166,7 @@ class TextEncoder:
         if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
             return False
         known = {"__call__": PreTrainedTokenizerBase, "_encode_plus": PreTrainedTokenizerFast}
-        is_plain = all(getattr(type(self.tokenizer), name) is getattr(of, name) for name, of in known.items())
+        is_plain = all(getattr(type(self.tokenizer), name) is getattr(of, name, None) for name, of in known.items())
         if not is_plain:
             log.info("texts are tokenised one by one: %s has code of its own", type(self.tokenizer).__name__)
         return is_plain

@@ -100,3 +100,15 @@ def test_seven_billion(engine: str) -> None:
     parts = [figures[part] for part in ("wait", "gather", "materialise", "forward", "update")]
     assert min(parts) >= 0
     assert sum(parts) <= figures["cycle_s"] + 0.01
+
+
+def test_growth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its parts in this process, as imports take longer than all that they do."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    growth = importlib.import_module("growth")
+    for part, size in (("trajectory", 120), ("evaluation", 8), ("directions", 2)):
+        (folder := tmp_path / part).mkdir()
+        figures = growth.PARTS[part](size, folder)
+        assert all(value > 0 for value in figures.values()), (part, figures)
+    rows = [{"read_s": 1.0, "append_us": 2.0}, {"read_s": 10.0, "append_us": 3.0}]
+    assert growth.growth([100, 1_000], rows) == {"read_s": 1.0, "append_us": 1.5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,3 +126,26 @@ def test_a_link_is_not_written_through(trajectory_path: Path) -> None:
     trajectory_path.symlink_to(trajectory_path.with_name("elsewhere"))
     with pytest.raises(UserError, match=r"cannot be written \(Too many levels of symbolic links\)"):
         TrajectoryWriter.go_on(trajectory_path, recorded)
+
+
+def test_an_append_costs_the_same_after_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a clock: what it reads, writes and asks of the file system, early and late."""
+    writer = TrajectoryWriter.begin(tmp_path / "t.jsonl", HEADER, sync_s=None)
+    calls: list[tuple[str, object]] = []
+    for name in ("write", "read", "pread", "fstat", "stat", "open", "ftruncate", "fsync"):
+        known = getattr(os, name)
+
+        def counted(*given: Any, name: str = name, known: Any = known, **options: Any) -> Any:
+            calls.append((name, len(given[1]) if name == "write" else None))
+            return known(*given, **options)
+
+        monkeypatch.setattr(os, name, counted)
+    costs = []
+    for step in range(10_000, 12_000):  # numbers of as many digits
+        calls.clear()
+        writer.append(Step(step, (Losses((0.5, 0.25)),), "00000000"))
+        costs.append(list(calls))
+    assert costs[0] == costs[-1]
+    assert [name for name, _ in costs[0]].count("write") == 1
+    monkeypatch.undo()
+    writer.close()
