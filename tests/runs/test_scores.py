@@ -35,7 +35,7 @@ def score(losses: torch.Tensor) -> float:
             ones = torch.ones(len(loss), dtype=torch.int64)
             yield [[Scores(loss, ones, torch.zeros(len(loss), 2))]]
 
-    engine = cast(Engine, SimpleNamespace(evaluate_groups=evaluate_groups))
+    engine = cast(Engine, SimpleNamespace(evaluate_groups=evaluate_groups, model=torch.nn.Linear(1, 1)))
     evaluator = Evaluator(engine, cast(Forward, None), Communicator())
     return evaluator.score(batch, lambda *_: {}, lambda _: None)["loss"]
 

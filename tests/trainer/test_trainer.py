@@ -370,11 +370,12 @@ def test_an_anchor_of_losses_that_divide_by_nothing(is_own: bool, tmp_path: Path
 
 
 def test_numbers_out_of_range(tmp_path: Path) -> None:
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"full_size": 8}, "full_size: is for the anchors of MeZO-SVRG"),
         ({"max_skipped": 0}, "max_skipped: must be at least 1, not 0"),
         ({"width": 0}, "width: must be at least 1, not 0"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(UserError, match=message):
             MeZOTrainer(tiny_model("llama-tied"), arguments(tmp_path), algorithm=MeZO(), **options)
 

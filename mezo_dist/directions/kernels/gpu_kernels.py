@@ -15,7 +15,7 @@ from mezo_dist.directions import philox
 from mezo_dist.directions.bits import CHUNK, GAUSSIAN, RADEMACHER, TABLE_SIZE
 
 # mypy: disable-error-code="no-untyped-def, assignment"
-# ruff: noqa: SIM102, SIM108 - Triton compiles these forms otherwise
+# ruff: noqa: SIM102 - Triton compiles these forms otherwise
 
 M0, M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
 K0, K1 = (tl.constexpr(k) for k in philox.KEY_INCREMENTS)
@@ -233,7 +233,7 @@ def _place(entry, tile, rows, CHUNKS: tl.constexpr):
     row = tile // tiles
     stride = tl.load(entry + STRIDE)
     if stride != 0:
-        offset = tl.load(rows.to(tl.pointer_type(tl.int64)) + row) * stride
+        offset = tl.load(rows.to(tl.int64).to(tl.pointer_type(tl.int64)) + row) * stride
     else:
         offset = tl.load(entry + OFFSET)
     chunk = offset // CHUNK_SIZE + (tile % tiles) * CHUNKS
