@@ -40,7 +40,7 @@ MOMENTS = {
     "before the append": Fault("mezo_dist.storage.trajectory_writer:os.write", 9, 0),
     "in the append": Fault("mezo_dist.storage.trajectory_writer:os.write", 9, 0, when="half"),
     "after the append": Fault("mezo_dist.storage.trajectory_writer:os.write", 9, 0, when="after"),
-    "in the update": Fault("mezo_dist.directions.law:Law.advance_parts", 7, 1),
+    "in the update": Fault("mezo_dist.directions.law:Law.advance_parts", 110, 1),
     "in the header": Fault("mezo_dist.storage.trajectory_writer:replace_file", 1, 0),
     "in a snapshot's data": Fault("mezo_dist.storage.snapshot_writer:safetensors_io.write", 2, 1),
     "before a snapshot is valid": Fault("mezo_dist.storage.snapshot_writer:_publish", 2, 0),
