@@ -88,7 +88,11 @@ def main_of(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None
     """A study in this process, as imports take longer than all that it does."""
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    importlib.import_module(name).main()
+    study = importlib.import_module(name)
+    for setting, value in {"BATCHES_TO_LOOK_AT": 40, "BATCHES": 8, "CURVATURES": 2, "STEPS": 8}.items():
+        if hasattr(study, setting):
+            monkeypatch.setattr(study, setting, value)
+    study.main()
 
 
 def test_where_svrg_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
