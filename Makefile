@@ -42,7 +42,7 @@ test-oldest: .venv-oldest/installed ## unit and engine tests with the oldest ver
 	$(OLDEST)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -p no:cacheprovider \
 	  $(OLDEST_OPTIONS) $(OLDEST_TESTS) $(ARGS)
 
-# The cheap part of that, for every CI run: .venv, with the oldest transformers and its hub client before the newest.
+# The cheap part of that, in a minute: .venv, with the oldest transformers and its hub client before the newest.
 test-oldest-transformers: .venv/installed-dev ## what stands closest on transformers, with the oldest that setup.cfg allows
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/oldest-transformers $(OLDEST_TRANSFORMERS) \
 	  huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9

@@ -130,16 +130,19 @@ def _parser() -> argparse.ArgumentParser:
     completion.add_argument("shell", choices=["bash", "zsh", "fish"], help="as in: source <(mezo-dist completion bash)")
     completion.set_defaults(command=_completion)
 
-    report = subparsers.add_parser("report", help="one HTML page about a run, or several, from their files")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several are compared")
-    report.add_argument(
+    _add_report(subparsers.add_parser("report", help="one HTML page about a run, or several, from their files"))
+    return parser
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several are compared")
+    parser.add_argument(
         "--to",
         type=Path,
         metavar="FILE",
         help="where to write; RUN/report.html by default, and report.html here for several runs",
     )
-    report.set_defaults(command=commands.report)
-    return parser
+    parser.set_defaults(command=commands.report)
 
 
 def _seconds(text: str) -> float:

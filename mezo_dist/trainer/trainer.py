@@ -356,9 +356,10 @@ class MeZOTrainer(Trainer):
         """Losses are told what to divide by."""
         return share.num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
 
-    def _mezo_try_dividing(self, share: Share) -> bool:
-        """Whether losses are divided by ``num_items_in_batch``. Many models take it and give means all the same (most
-        classifiers): Trainer lets that be, but an anchor's loss would grow with the number of its micro-batches.
+    def _mezo_try_dividing(self, share: Share) -> bool | None:
+        """Whether losses are divided by ``num_items_in_batch``; None if those of this batch do not tell. Many models
+        take it and give means all the same (most classifiers): Trainer lets that be, but an anchor's loss would grow
+        with the number of its micro-batches. Collective: the first rank whose loss tells decides for all.
         """
 
         def both(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
@@ -368,7 +369,9 @@ class MeZOTrainer(Trainer):
             return once, twice
 
         (((once, twice),),) = self._mezo_engine(self.model).evaluate([Variant()], share.micro_batches[:1], both, most=1)
-        return once != twice
+        tells = math.isfinite(once) and once != 0  # 0: no label of this micro-batch counts
+        votes = join().collect(lambda: once != twice if tells else None)
+        return next((vote for vote in votes if vote is not None), None)
 
     def _mezo_loss(self, share: Share, model: nn.Module, inputs: Mapping[str, Any]) -> Loss:
         """The loss of a micro-batch such that the mean over those of all ranks is Trainer's loss of the batch.

@@ -369,6 +369,22 @@ def test_an_anchor_of_losses_that_divide_by_nothing(is_own: bool, tmp_path: Path
     assert losses(done)[0] == pytest.approx(losses(done)[1], rel=0.3), "of all samples, and of two"
 
 
+def test_a_full_batch_whose_first_labels_do_not_count(tmp_path: Path) -> None:
+    """It does not tell whether losses are divided by their number; the next anchor is asked again."""
+
+    def sums(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return nn.functional.cross_entropy(outputs.logits.mT, labels, reduction="sum") / num_items_in_batch
+
+    order = BatchOrder(16, 16, derive_seed(42, "full")).batch(0)[:2]
+    data = [{**row, "labels": torch.full_like(row["labels"], -100) if k in order else row["labels"]}
+            for k, row in enumerate(DATA)]  # fmt: skip
+    settings = MeZOSVRG(anchor_lr=1e-12, eps=1e-4)
+    done = trainer(tmp_path, settings, data=data, learning_rate=1e-12, compute_loss_func=sums, save_strategy="no")
+    assert done.args.seed == 42
+    done.train()
+    assert losses(done)[0] == pytest.approx(losses(done)[1], rel=0.2), "of all samples, and of four"
+
+
 def test_numbers_out_of_range(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"full_size": 8}, "full_size: is for the anchors of MeZO-SVRG"),
