@@ -13,14 +13,13 @@ With ``--json`` the last line is an object with the speed-ups over the textbook 
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import harness
 import torch
 from torch import Tensor
 
@@ -32,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MINUS, PLUS = Combination.single(1, -1e-3), Combination.single(1, 1e-3)
 SHIFT = Combination.single(2, 1e-5)
 NUM_UPDATES = 8
+FAST = {"rounds": 2, "dtypes": ["fp32"]}
 HIDDEN, LAYERS = 768, 12
 
 
@@ -139,13 +139,13 @@ def measure(dtype: str, threads: int, rounds: int, device: str) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, whole_doc=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="CPU threads")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, FAST)
+    facts = harness.begin()
     logging.basicConfig(format="%(message)s")
     result: dict[str, float] = {}
     for threads in arguments.threads if arguments.device == "cpu" else arguments.threads[:1]:
@@ -154,8 +154,7 @@ def main() -> None:
             if dtype == "fp32" and threads == max(arguments.threads):
                 for bits in (GAUSSIAN, RADEMACHER):
                     result[f"{bits.name}_speedup"] = round(speedups[f"{bits.name}, in place"], 2)
-    if arguments.json:
-        print(json.dumps(result))
+    harness.end(arguments, facts, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """In the memory that MeZO-SVRG takes on all weights, which first-order choice fits, and what does each reach?
 
-    python examples/benchmarks/equal_memory.py [--json] [--fast] [--seconds 300] [--seeds 0] [--room 1.0]
-                                               [--only LABEL ...] [--out FILE]
+    python examples/benchmarks/equal_memory.py [--seconds 300] [--seeds 0] [--room 1.0] [--only LABEL ...]
+                                               [--out FILE]
 
 Somebody with a machine in which back-propagation through a whole model does not fit has a choice: forward passes on all
 weights, or gradients of less. The limit is the peak memory of a MeZO-SVRG cycle on all weights of SmolLM2-135M, with
@@ -17,13 +17,13 @@ AdamW on the last k blocks, of which the largest k that fits counts; and AdamW o
    these are scored on the test split. Looks at data are not counted as training.
 
 MeZO-SVRG's losses are calibrated, for that is how it learns most (examples/studies/README.md); gradients gain nothing
-from it. What is in ``--out`` is not run again. One thread per process: run it on idle cores. ``--fast`` is a tiny
-random model on made-up sentences, which says nothing about either question.
+from it. One thread per process, and seconds are the processor's, so that other work disturbs them little. What is in
+``--out`` is not run again. ``--fast`` is a tiny random model on made-up sentences, which says nothing about either
+question.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from memory import peak_bytes
 
@@ -49,12 +50,15 @@ from mezo_dist.runs.training import apply_step, evaluate_step
 from mezo_dist.testing import PRELOAD, write_tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
+FAST = {"seconds": 2.0}
 GIB = 2**30
 STEP_OF_RATES = 10**0.5
 """Ratio of neighbouring learning rates."""
 EXTENSIONS = 2
 MEMORY_STEPS = 4
 """Steps in which memory and seconds are measured: two cycles of MeZO-SVRG."""
+LOOKS = ("task.splits.validation.size=256", "task.splits.test.size=512")
+"""Sentences that are scored: looks take longer than training otherwise."""
 LIMIT = "MeZO-SVRG, all weights"
 Figures = dict[str, Any]
 
@@ -140,14 +144,15 @@ def _measured(settings: Sequence[str], folder: Path, *, fast: bool, is_scored: b
         sizes: list[str] = []
     else:
         path = ROOT / "configs/adamw.yaml"
-        sizes = ["train.batch_size=16", "train.micro_batch=16", 'model.trainable=["*"]']
+        sizes = ["train.batch_size=16", "train.micro_batch=16", 'model.trainable=["*"]', *LOOKS]
     given = [item for item in sizes if item.partition("=")[0] not in {s.partition("=")[0] for s in settings}]
     config = reader.load(path, [*given, *settings, f"output.dir={folder / 'run'}"])
     run = with_gradients(build_run(config, Communicator()))
-    run.evaluator.score(run.split("train"), run.kind.summarise, lambda _: None)
+    if not all(p.requires_grad for p in run.pretrained.model.parameters()):  # or there is nothing to remember
+        run.evaluator.score(run.split("train"), run.kind.summarise, lambda _: None)
     weights = sum(p.nbytes for p in run.pretrained.model.parameters())
     Path("/proc/self/clear_refs").write_text("5")
-    began, passes, done, skipped = time.perf_counter(), 0, 0, 0
+    began, passes, done, skipped = time.process_time(), 0, 0, 0
     progress: Progress[Any] = Progress(run.algorithm.init())
     while progress.step < config.train.steps and progress.skipped_in_a_row < config.train.max_skipped:
         result, forwards = evaluate_step(run, progress.state, progress.step)
@@ -157,7 +162,7 @@ def _measured(settings: Sequence[str], folder: Path, *, fast: bool, is_scored: b
     figures: Figures = {
         "peak_gib": peak_bytes() / GIB,
         "weights_gib": weights / GIB,
-        "seconds": time.perf_counter() - began,
+        "seconds": time.process_time() - began,
         "steps": done,
         "skipped": skipped,
         "passes": passes,
@@ -246,15 +251,14 @@ def learn(cases: Cases, choice: Choice, steps: int, seeds: Sequence[int]) -> Fig
 
 def main() -> None:
     """Measure memory, let what fits learn, print both tables and, with --json, one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--fast", action="store_true")
+    parser = harness.parser(__doc__)
     parser.add_argument("--seconds", type=float, default=300.0, help="of training, for every run")
     parser.add_argument("--room", type=float, default=1.0, help="memory that may be taken, in that of MeZO-SVRG")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, help="results, a line each; what is there is not run again")
     parser.add_argument("--only", nargs="+", default=[], help="labels of choices, beside MeZO-SVRG")
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, FAST)
+    facts = harness.begin()
     cases, rows, table = Cases(arguments.out, fast=arguments.fast), [], {}
     for choice in choices(2 if arguments.fast else 30):
         if choice.label == LIMIT or not arguments.only or choice.label in arguments.only:
@@ -267,9 +271,8 @@ def main() -> None:
         steps = max(1, round(arguments.seconds / seconds[choice.label]))
         table[choice.label] = learn(cases, choice, steps, arguments.seeds)
         print(choice.label, table[choice.label], flush=True)
-    if arguments.json:
-        peaks = {choice.label: figures and round(figures["peak_gib"], 4) for choice, figures in rows}
-        print(json.dumps({"peaks_gib": peaks, "learnt": table}))
+    peaks = {choice.label: figures and round(figures["peak_gib"], 4) for choice, figures in rows}
+    harness.end(arguments, facts, {"peaks_gib": peaks, "learnt": table})
 
 
 if __name__ == "__main__":

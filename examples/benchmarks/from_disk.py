@@ -1,6 +1,6 @@
 """A checkpoint of several files on disk, 13.4 GB in bf16 for OPT-6.7B's shape, through a run on two processes.
 
-    python examples/benchmarks/from_disk.py FOLDER [--shape opt-6.7b] [--layout fsdp] [--ranks 2] [--json]
+    python examples/benchmarks/from_disk.py FOLDER [--shape opt-6.7b] [--layout fsdp] [--ranks 2]
 
 Random weights are written into FOLDER as a checkpoint (an export of mezo_dist's), whose bytes are read once, plainly.
 Then a run of MeZO is trained on a few movie sentences from that checkpoint; it is stopped, which saves a snapshot, and
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from shapes import SHAPES, without_data
 
@@ -38,6 +39,7 @@ from mezo_dist.runs.export import export_model
 
 STOP, MORE = 2, 2
 """Steps after which the run is stopped, and steps that are left to do then (many more where they take no time)."""
+FAST = {"shape": "tiny"}
 BLOCK = 1 << 24
 FILE_BYTES = 2 << 30
 """Of each file of the checkpoint, at most."""
@@ -163,14 +165,13 @@ def timed(work: Callable[[], float]) -> tuple[float, float]:
 
 def main() -> None:
     """Run the phases one after another; with --json one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("folder", type=Path, help="is made, and must not exist")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--shape", choices=SHAPES, default="opt-6.7b")
     parser.add_argument("--layout", choices=["fsdp", "zero"], default="fsdp")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--phase", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, FAST)
     folder = arguments.folder.resolve()
     logging.getLogger("mezo_dist").setLevel(logging.WARNING)
     ask_for_huge_pages()  # as the command line does
@@ -182,7 +183,7 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)]
     same = ["--shape", arguments.shape, "--layout", arguments.layout]
-    print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+    facts = harness.begin()
     for phase in ("write", "read", "train", "resume"):
         if phase == "read":
             forget(folder / "checkpoint")
@@ -197,8 +198,7 @@ def main() -> None:
     exported = sum(path.stat().st_size for path in (folder / "run" / "model").iterdir())
     figures["export"] = {"gb": exported / 1e9, "files": len(list((folder / "run" / "model").glob("*.safetensors")))}
     print(f"exported {exported / 1e9:.2f} GB")
-    if arguments.json:
-        print(json.dumps(figures))
+    harness.end(arguments, facts, figures)
 
 
 if __name__ == "__main__":

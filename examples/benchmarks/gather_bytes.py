@@ -1,6 +1,6 @@
 """What a step gathers: bytes of weights that collectives bring to a rank, over the size of the weights.
 
-    python examples/benchmarks/gather_bytes.py [--json] [--shape opt-125m] [--ranks 2] [--layouts fsdp zero]
+    python examples/benchmarks/gather_bytes.py [--shape opt-125m] [--ranks 2] [--layouts fsdp zero]
 
 A MeZO step evaluates 2 variants of the weights, a MeZO-SVRG inner step 4. Here all of them share one gather. The naive
 way perturbs the shards in place and runs one forward pass after another, as the released codes of both would on sharded
@@ -12,11 +12,10 @@ Ranks are processes of this machine, joined over gloo. Random weights, random to
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import torch
 from step_cost import SHAPES, make_model
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.testing import spawn
 
+FAST = {"shape": "tiny"}
 EPS, LR = 1e-3, 1e-6
 
 
@@ -117,19 +117,19 @@ def everything(comm: Communicator, layouts: list[str], shape: str) -> dict[str, 
 
 def main() -> None:
     """Print a table and, with --json, one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--layouts", nargs="+", choices=["fsdp", "zero"], default=["fsdp", "zero"])
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, FAST)
+    facts = harness.begin()
     by_layout = spawn(everything, arguments.ranks, arguments.layouts, arguments.shape, timeout_s=900)[0]
     print(f"{arguments.shape}, fp32, {arguments.ranks} ranks, torch {torch.__version__}; 1 = all weights once")
     print(f"{'':26}" + "".join(f"{name:>10}" for name in by_layout))
     for what in next(iter(by_layout.values())):
         print(f"{what:26}" + "".join(f"{figures[what]:10.3f}" for figures in by_layout.values()))
-    if arguments.json:
-        print(json.dumps({name: {what: round(x, 4) for what, x in f.items()} for name, f in by_layout.items()}))
+    rounded = {name: {what: round(x, 4) for what, x in f.items()} for name, f in by_layout.items()}
+    harness.end(arguments, facts, rounded)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What it costs to write texts under both signs of a direction, against ``model.generate`` of the same batch.
 
-    python examples/benchmarks/generation.py [--json] [--shape smollm2-135m] [--samples 16] [--prompt 64] [--new 64]
+    python examples/benchmarks/generation.py [--shape smollm2-135m] [--samples 16] [--prompt 64] [--new 64]
                                              [--repeats 5] [--threads 2]
 
 Written under law lowrank, both signs cannot cost less than twice what ``generate`` costs once. Contenders run in turn
@@ -15,7 +15,6 @@ Peak memory is that of a process of its own for each contender (Linux: VmHWM sin
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,6 +48,7 @@ SHAPES = {
 BOTH = [Variant(Combination.single(1, 1e-3)), Variant(Combination.single(1, -1e-3))]
 LOCK_STEP_TOKENS = 4
 GIB = 2**30
+FAST = {"shape": "tiny", "samples": 4, "prompt": 16, "new": 8, "repeats": 1}
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ def print_peak(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure, print a table and, with --json, one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
@@ -146,13 +146,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, FAST)
     ask_for_huge_pages()  # as the command line does
     tune_malloc(is_sharded=False)
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
         print_peak(arguments)
         return
+    facts = harness.begin()
     times = time_ratios(arguments)
     base = peak_gib(arguments, "generate")
     names = [name for name in times if name != "tokens_per_s"]
@@ -165,8 +166,7 @@ def main() -> None:
     print(f"{'both signs, over generate once':32}{'time':>8}{'memory':>8}")
     for name in names:
         print(f"{name:32}{times[name]:8.2f}{memory[name]:8.2f}")
-    if arguments.json:
-        print(json.dumps({"time": times, "memory": memory}))
+    harness.end(arguments, facts, {"time": times, "memory": memory})
 
 
 if __name__ == "__main__":

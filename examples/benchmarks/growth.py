@@ -1,6 +1,6 @@
 """What grows with work, and how: start-up with samples, loading with the model, a trajectory with steps, and the rest.
 
-    python examples/benchmarks/growth.py [--fast] [--parts samples model trajectory evaluation directions] [--json]
+    python examples/benchmarks/growth.py [--parts samples model trajectory evaluation directions]
 
 Every part does the same work at several sizes and divides what it took by the size. Of the last column, `cost of a unit
 of work at the largest size over that at the smallest`, 1 is what grows in step with work, and less is what has a fixed
@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import harness
 import torch
 import yaml
 
@@ -246,18 +247,16 @@ def growth(sizes: Sequence[int], rows: Sequence[Figures]) -> Figures:
 
 def main() -> None:
     """Run the parts one after another; with --json one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--fast", action="store_true", help="small sizes: two minutes")
+    parser = harness.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sizes", nargs="+", type=int, help="instead of those of the parts")
     parser.add_argument("--start", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, {})
     logging.getLogger("mezo_dist").setLevel(logging.WARNING)
     if arguments.start:
         start(arguments.start)
         return
-    print(f"load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    facts = harness.begin()
     figures: dict[str, object] = {}
     for part in arguments.parts:
         sizes = arguments.sizes or SIZES[part][0 if arguments.fast else 1]
@@ -270,8 +269,7 @@ def main() -> None:
         ratios = growth(sizes, rows)
         print(f"{part:12}{'of a unit':>10}  " + "  ".join(f"{name} {value:.3g}" for name, value in ratios.items()))
         figures[part] = {"sizes": sizes, "rows": rows, "growth": ratios}
-    if arguments.json:
-        print(json.dumps(figures))
+    harness.end(arguments, facts, figures)
 
 
 if __name__ == "__main__":

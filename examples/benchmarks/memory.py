@@ -1,6 +1,6 @@
 """Peak memory of a MeZO-SVRG step, over the peak of the same forward pass alone and against first-order training.
 
-    python examples/benchmarks/memory.py [--json] [--shape opt-1.3b] [--dtype float32] [--sizes 1x128 8x128 1x1024]
+    python examples/benchmarks/memory.py [--shape opt-1.3b] [--dtype float32] [--sizes 1x128 8x128 1x1024]
                                          [--methods forward mezo svrg sgd adamw]
 
 Every case has a process of its own, on the same model with random weights: it loads the model, takes one step (svrg:
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from shapes import SHAPES, make_batch, whole
 from torch import nn
@@ -39,6 +40,7 @@ from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.tasks.kind import Forward
 
 METHODS = ("forward", "mezo", "svrg", "sgd", "adamw")
+FAST = {"shape": "opt-125m", "sizes": ["2x64"]}
 GIB = 2**30
 
 
@@ -109,24 +111,23 @@ def in_own_process(case: list[str]) -> dict[str, float] | None:
 
 def main() -> None:
     """Measure all cases, print a table and, with --json, one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--sizes", nargs="+", default=["4x128"], metavar="SAMPLESxTOKENS")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, FAST)
     ask_for_huge_pages()  # as the command line does
     tune_malloc(is_sharded=False)
     if arguments.case:
         method, shape, dtype, num_samples, length = arguments.case
         print(json.dumps(run_case(method, shape, getattr(torch, dtype), int(num_samples), int(length))))
         return
+    facts = harness.begin()
     rows = [measure(arguments, size) for size in arguments.sizes]
-    if arguments.json:
-        ratios = [row["svrg_over_forward"] for row in rows if "svrg_over_forward" in row]
-        print(json.dumps({"svrg_over_forward": max(ratios, default=None), "rows": rows}))
+    ratios = [row["svrg_over_forward"] for row in rows if "svrg_over_forward" in row]
+    harness.end(arguments, facts, {"svrg_over_forward": max(ratios, default=None), "rows": rows})
 
 
 def measure(arguments: argparse.Namespace, size: str) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """What a slow link costs: step time on links of 1 Gbit/s to 1 Mbit/s against loopback, forward passes only and DDP.
 
-    python examples/benchmarks/comm.py [--json] [--shape opt-125m] [--rounds 5] [--steps 3] [--plot comm.png]
+    python examples/benchmarks/network.py [--shape opt-125m] [--rounds 5] [--steps 3] [--plot comm.png]
 
 Two ranks, one thread each, train the same model with random weights: on one virtual host over loopback, and on two
 virtual hosts whose links tc limits (needs root; see launcher/README.md). A step of mezo_dist is a MeZO step on
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import harness
 import torch
 from step_cost import SHAPES, make_batch, make_model
 
@@ -52,6 +52,7 @@ HEADERS = 14 + 20 + 32
 FLOW = 50_000
 """Bytes that only gradients come to, not the messages before them."""
 LOOPBACK = "loopback"
+FAST = {"shape": "tiny", "rounds": 1, "steps": 20, "patience": 2.0}
 
 
 def mezo_step(shape: str, comm: Communicator) -> Callable[[], None]:
@@ -263,18 +264,18 @@ def plot(path: str, results: dict[str, dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     """Measure, print a table, plot and, with --json, print one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of mezo_dist in each condition of a round")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds that a DDP step may take")
     parser.add_argument("--plot", metavar="FILE.png")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = harness.parse(parser, FAST)
     if given.worker:
         work(given.shape)
         return
+    facts = harness.begin()
     with cluster(2) as machines:
         local = Pair(machines, ("host1", "host1"), given.shape, 29501)
         apart = Pair(machines, ("host1", "host2"), given.shape, 29502)
@@ -286,17 +287,16 @@ def main() -> None:
             pair.close()
     if given.plot:
         plot(given.plot, {"mezo_dist": mezo, "DDP": ddp})
-    if given.json:
-        slow = mezo["1mbit"]
-        figures = {
-            "payload_bytes_per_step": round(slow["payload"]),
-            "tcp_payload_bytes_per_step": round(slow["tcp_payload"]),
-            "bytes_per_step": round(slow["bytes"]),
-            "time_1mbit_over_loopback": round(slow["over_loopback"], 3),
-            "ddp_bytes_per_step": round(ddp["1mbit"]["bytes"]),
-            "ddp_time_1mbit_over_loopback": round(ddp["1mbit"]["over_loopback"]),
-        }
-        print(json.dumps(figures))
+    slow = mezo["1mbit"]
+    figures = {
+        "payload_bytes_per_step": round(slow["payload"]),
+        "tcp_payload_bytes_per_step": round(slow["tcp_payload"]),
+        "bytes_per_step": round(slow["bytes"]),
+        "time_1mbit_over_loopback": round(slow["over_loopback"], 3),
+        "ddp_bytes_per_step": round(ddp["1mbit"]["bytes"]),
+        "ddp_time_1mbit_over_loopback": round(ddp["1mbit"]["over_loopback"]),
+    }
+    harness.end(given, facts, figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """OPT-6.7B's real shape in bf16 on two processes of one 24 GiB machine: a whole cycle of MeZO-SVRG.
 
-    python examples/benchmarks/seven_billion.py [--json] [--shape opt-6.7b] [--engines fsdp zero] [--ranks 2]
+    python examples/benchmarks/seven_billion.py [--shape opt-6.7b] [--engines fsdp zero] [--ranks 2]
 
 Weights are random, made shard by shard, so nobody ever holds the model; the texts are real (movie sentences, cut by
 SmolLM2's tokeniser). A cycle is an anchor step on a full batch and an inner step on a minibatch. Reported: the peaks
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from shapes import SHAPES, make_batch, without_data
 
@@ -42,6 +43,7 @@ from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.tasks.classification.prompts import Sample
 
 GIB = 2**30
+FAST = {"shape": "opt-125m", "engines": ["fsdp"], "text": "random"}
 FULL, MINI, MICRO = 8, 4, 2
 """Samples of a full batch, of a minibatch, of a micro-batch."""
 
@@ -196,20 +198,20 @@ def peak_bytes() -> int:
 
 def main() -> None:
     """Run each engine in turn; with --json one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-6.7b")
     parser.add_argument("--engines", nargs="+", choices=["fsdp", "zero"], default=["fsdp", "zero"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="per rank")
     parser.add_argument("--text", choices=["demo", "random"], default="demo")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, FAST)
     ask_for_huge_pages()  # as the command line does
     tune_malloc(is_sharded=True)
     if arguments.rank_of:
         run_rank(arguments.rank_of, arguments.shape, arguments.text, arguments.threads)
         return
+    facts = harness.begin()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)]
     same = ["--shape", arguments.shape, "--text", arguments.text, "--threads", str(arguments.threads)]
     by_engine = {}
@@ -219,8 +221,7 @@ def main() -> None:
         )
         by_engine[engine] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
         print(engine, "  ".join(f"{name} {value}" for name, value in by_engine[engine].items()), flush=True)
-    if arguments.json:
-        print(json.dumps(by_engine))
+    harness.end(arguments, facts, by_engine)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """Hours of a training job in minutes: hundreds of steps, ranks killed at random moments, restarts on other world sizes
 and layouts.
 
-    python examples/benchmarks/soak.py --kills 40 --json soak.json
+    python examples/benchmarks/soak.py --kills 40 --json
     python examples/benchmarks/soak.py --fast
 
 Ranks (1 to 3) hold their weights replicated, in FSDP2's or in ZeRO-3's shards, and go on from what another layout left:
 snapshots and trajectory. A rank is killed after a random time or inside a gather of weights. Every run that gets to its
 end must have the bits of the undisturbed one, and every rank that survives the loss of another must end with status 75,
 which asks for a restart. A last, long run is watched from outside: its memory and its open files must not grow. The
-model is tiny, so what is tried is everything but the arithmetic. Ends with the findings as JSON, and with status 1 if
+model is tiny, so what is tried is everything but the arithmetic. Ends with status 1 if
 something was not as it must be.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import signal
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import harness
 
 from mezo_dist.errors import LostRankError
 from mezo_dist.testing import write_tiny_config
@@ -55,26 +56,21 @@ LAYOUTS = {
 
 def main(given: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser = harness.parser(__doc__)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--long-steps", type=int, default=1500, help="of the run whose memory is watched")
-    parser.add_argument("--fast", action="store_true", help=", ".join(f"{name}={n}" for name, n in FAST.items()))
-    parser.add_argument("--json", type=Path, help="file for the findings")
-    options = parser.parse_args(given)
-    if options.fast:
-        vars(options).update(FAST)
+    options = harness.parse(parser, FAST, given)
+    facts = harness.begin()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mezo-soak-") as folder:
         outcome = soak(Path(folder), options.kills, options.steps, random.Random(options.seed))
         findings = outcome.findings() | {"steps": options.steps}
         findings |= watch_long_run(Path(folder), options.long_steps)
     findings |= {"seed": options.seed, "seconds": round(time.monotonic() - began, 1)}
-    text = json.dumps(findings)
-    if options.json is not None:
-        options.json.write_text(text + "\n")
-    print(text)
+    print("  ".join(f"{name} {finding}" for name, finding in findings.items()))
+    harness.end(options, facts, findings)
     flat = findings["rss_growth_MiB"] < 8 and findings["fd_growth"] <= 0
     return 0 if outcome.equal and not outcome.other_statuses and outcome.kills >= options.kills and flat else 1
 

@@ -1,6 +1,6 @@
 """What a step costs, in forward passes of the same batch: mezo_dist against the textbook's in-place way.
 
-    python examples/benchmarks/step_cost.py [--json] [--repeats 5] [--shape opt-125m] [--threads 2]
+    python examples/benchmarks/step_cost.py [--repeats 5] [--shape opt-125m] [--threads 2]
     python examples/benchmarks/step_cost.py --nogil-pool     # what torch's own threads gain over threads of Python
 
 A MeZO step cannot cost less than 2 forward passes, a MeZO-SVRG inner step not less than 4; what is above that is the
@@ -18,9 +18,7 @@ load of the machine.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import os
 import statistics
 import time
@@ -29,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 from unittest import mock
 
+import harness
 import numba
 import torch
 from torch import nn
@@ -49,6 +48,7 @@ from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.tasks.kind import Forward
 
 EPS, LR = 1e-3, 1e-6
+FAST = {"shape": "tiny", "repeats": 1}
 SHAPES = {
     "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12},
     "opt-350m": {"hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096, "num_attention_heads": 16},
@@ -235,13 +235,13 @@ def compare_threads(shape: str, rounds: int) -> None:
 
 def main() -> None:
     """Measure both lengths, print a table and, with --json, one last line for machines."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--nogil-pool", action="store_true", help="compare torch's threads with Python's instead")
-    arguments = parser.parse_args()
+    arguments = harness.parse(parser, FAST)
+    facts = harness.begin()
     ask_for_huge_pages()  # as the command line does
     tune_malloc(is_sharded=False)
     torch.set_num_threads(arguments.threads)
@@ -257,8 +257,8 @@ def main() -> None:
     for name in rows:
         print(f"{name:28}" + "".join(f"{ratios[name]:10.2f}" for ratios in measured.values()))
     print(f"{'one forward pass (s)':28}" + "".join(f"{ratios['forward']:10.3f}" for ratios in measured.values()))
-    if arguments.json:
-        print(json.dumps({size: {name: round(r[name], 3) for name in rows} for size, r in measured.items()}))
+    rounded = {size: {name: round(r[name], 3) for name in rows} for size, r in measured.items()}
+    harness.end(arguments, facts, rounded)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,48 @@ def run(*arguments: str) -> dict[str, Any]:
     output = output_of(arguments, environment={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])
     return figures
+
+
+BENCHMARKS = ROOT / "examples" / "benchmarks"
+PARTS_OF_OTHERS = {"harness.py", "shapes.py"}
+
+
+def test_all_have_the_same_options_and_a_section_with_their_figures() -> None:
+    document = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    for path in sorted(BENCHMARKS.glob("*.py")):
+        if path.name not in PARTS_OF_OTHERS:
+            code = path.read_text(encoding="utf-8")
+            assert all(call in code for call in ("harness.parser(", "harness.parse(", "harness.begin(", "harness.end("))
+            assert not re.search('"--(json|fast)"', code), path
+            assert f"python examples/benchmarks/{path.name}" in document, path
+            assert re.search(rf"\[`{path.name}`\]\(#[\w-]+\)", document), path
+    headings = {
+        re.sub(r"[^\w -]", "", line[3:]).lower().replace(" ", "-")
+        for line in document.splitlines()
+        if line[:3] == "## "
+    }
+    assert set(re.findall(r"\]\(#([\w-]+)\)", document)) == headings
+
+
+def test_options_that_are_given_count_beside_fast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    harness = importlib.import_module("harness")
+    parser = harness.parser("What it is.\n\nMore.")
+    parser.add_argument("--shape", default="large")
+    parser.add_argument("--repeats", type=int, default=5)
+    fast = {"shape": "tiny", "repeats": 1}
+    assert vars(harness.parse(parser, fast, [])) == {"json": False, "fast": False, "shape": "large", "repeats": 5}
+    arguments = harness.parse(parser, fast, ["--fast", "--repeats", "3", "--json"])
+    assert vars(arguments) == {"json": True, "fast": True, "shape": "tiny", "repeats": 3}
+    monkeypatch.setattr(os, "getloadavg", lambda: (100.0, 1.0, 1.0))
+    harness.end(arguments, harness.begin(), {"ratio": 2.0})
+    shown = capsys.readouterr()
+    assert "the machine is busy (load 100.0)" in shown.err
+    figures = json.loads(shown.out)
+    assert figures["ratio"] == 2.0
+    assert set(figures["about"]) == {"command", "commit", "versions", "machine", "date", "load"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' peak counters")
