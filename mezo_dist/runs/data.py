@@ -1,9 +1,10 @@
 """The data of a run: rows become samples once per host, and once for all runs on the same data.
 
-To encode a million rows takes half a minute and a gigabyte. So the first rank of a host encodes large data into a file
-in the package's cache folder (``$MEZO_DIST_CACHE``, see `mezo_dist.assets`), and all ranks read samples from there as
-they need them. The name of the file is a digest of all that the samples are a function of: the content of the data, the
-settings of the task, the tokenizer, and the code. A later run finds it, and need not even read the rows.
+To encode a million rows takes a minute or two of processors, and a gigabyte. So the first rank of a host encodes large
+data, on all cores, into a file in the package's cache folder (``$MEZO_DIST_CACHE``, see `mezo_dist.assets`), and all
+ranks read samples from there as they need them. The name of the file is a digest of all that the samples are a function
+of: the content of the data, the settings of the task, the tokenizer, and the code. A later run finds it, and need not
+even read the rows.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from greenlet import getcurrent, greenlet
 
 from mezo_dist.errors import UserError
+from mezo_dist.tasks.encoding_pool import num_processes, shared_out
 from mezo_dist.tasks.fields import Row
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,38 @@ def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> 
     Raises:
         UserError: ``encode`` refuses a row; the message says which, the first if there are several.
     """
+    said_s = time.monotonic()
+
+    def encode_some(numbers: range) -> Iterator[T | UserError]:
+        return _encoded(rows, numbers, split, encode)
+
+    processes = num_processes(len(rows))
+    some = encode_some(range(len(rows))) if processes == 1 else shared_out(len(rows), encode_some, processes)
+    for done, result in enumerate(some):
+        if isinstance(result, UserError):
+            raise result
+        if time.monotonic() - said_s > SILENT_S:
+            log.info("encoding the %s split: %d of %d samples are done", split, done, len(rows))
+            said_s = time.monotonic()
+        yield result
+
+
+def _encoded(rows: Sequence[Row], numbers: range, split: str, encode: Callable[[Row], T]) -> Iterator[T | UserError]:
+    """``encode`` of some rows in their order, or why it refuses one.
+
+    Args:
+        rows: of the split.
+        numbers: of the rows to encode.
+        split: its name.
+        encode: makes a sample of a row.
+    """
     results: dict[int, T | UserError] = {}
-    numbers = iter(range(len(rows)))
+    left = iter(numbers)
 
     def work() -> None:
         worker = getcurrent()
         assert isinstance(worker, _Worker)
-        for number in numbers:
+        for number in left:
             worker.has_asked = False
             try:
                 results[number] = encode(rows[number])
@@ -98,17 +124,11 @@ def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> 
             if not worker.has_asked and worker.parent is not None:
                 worker.parent.switch(None)
 
-    said_s, done = time.monotonic(), 0
-    for _ in _rounds([_Worker(work) for _ in range(min(AT_ONCE, len(rows)))]):
-        while done in results:
-            result = results.pop(done)
-            if isinstance(result, UserError):
-                raise result
-            done += 1
-            yield result
-        if time.monotonic() - said_s > SILENT_S:
-            log.info("encoding the %s split: %d of %d samples are done", split, done, len(rows))
-            said_s = time.monotonic()
+    number = numbers.start
+    for _ in _rounds([_Worker(work) for _ in range(min(AT_ONCE, len(numbers)))]):
+        while number in results:
+            yield results.pop(number)
+            number += 1
 
 
 def _rounds(workers: Sequence[_Worker]) -> Iterator[None]:

@@ -18,6 +18,7 @@ LAYERS = {
     "errors": "",
     "json_types": "",
     "patience": "",
+    "child_process": "",
     "directions": "errors patience",
     "algorithms": "errors json_types directions",
     "config": "errors json_types algorithms",
@@ -27,8 +28,8 @@ LAYERS = {
     # beside one another
     "storage": "errors json_types directions algorithms config distributed engines",
     "models": "errors json_types directions config distributed engines assets storage",
-    "tasks": "errors directions config engines assets models",
-    "objectives": "errors algorithms config distributed tasks",
+    "tasks": "errors child_process directions config engines assets models",
+    "objectives": "errors child_process algorithms config distributed tasks",
     "monitoring": "errors patience json_types storage",
     "baselines": "errors algorithms distributed engines",
     "testing": "errors distributed",
