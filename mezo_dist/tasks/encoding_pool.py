@@ -98,7 +98,7 @@ def _submit(pool: ProcessPoolExecutor, block: range) -> Future[list[T]]:
 
 
 def _begin(encode_some: EncodeSome[object], parent: int) -> None:
-    global _encode  # noqa: PLW0603 (what a process is there for)
+    global _encode
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # that is the parent's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
