@@ -9,6 +9,7 @@ instead of corrupting the run. Sharded layouts gather weights besides, through F
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,8 @@ class Communicator:
         watchdog: says which ranks keep the others waiting; None: nobody watches.
         ranks_here: ranks on this host; 0 if the launcher does not say.
         group: process group with a backend for tensors on the CPU; the default one if None.
+        timeout_s: seconds after which a collective of some of the ranks (`group_of`) gives up; torch's own number if
+            None. The group of all ranks has been given its own before.
 
     Attributes:
         rank, world_size: as the launcher gave them; 0 and 1 without a launcher.
@@ -70,6 +73,7 @@ class Communicator:
         watchdog: Watchdog | None = None,
         ranks_here: int = 0,
         group: dist.ProcessGroup | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -81,6 +85,7 @@ class Communicator:
         self.stopping = False
         self._watchdog = watchdog or Watchdog.off()
         self._where: dict[str, Any] = {} if group is None else {"group": group}
+        self._timeout = None if timeout_s is None else datetime.timedelta(seconds=timeout_s)
 
     def round(self, values: Tensor, mark: int) -> Tensor:
         """Sum ``values`` (int64, any shape, the same on all ranks) over the ranks.
@@ -130,9 +135,46 @@ class Communicator:
         self._all_reduce(words)
         return int(words) % 2**64
 
-    def synchronize(self, what: str) -> None:
-        """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
-        self.round(torch.zeros(0, dtype=torch.int64), fingerprint(what))
+    def synchronize(self, what: str, group: dist.ProcessGroup | None = None) -> None:
+        """Wait for ranks to come here for the same reason.
+
+        Args:
+            what: the reason.
+            group: the ranks, with a backend for tensors on the CPU (see `group_of`); all if None. What is found among
+                some of the ranks is not known to the others: nobody stops there (`wants_stop`).
+
+        Raises:
+            OutOfStepError: one of them has another reason.
+            LostRankError: see `round`.
+        """
+        if group is None:
+            self.round(torch.zeros(0, dtype=torch.int64), fingerprint(what))
+            return
+        words = torch.zeros(PAYLOAD_WORDS, dtype=torch.int64)
+        words[0] = part = fingerprint(what) // group.size()
+        self._all_reduce(words, {"group": group})
+        self.rounds += 1
+        if int(words[0]) != part * group.size():
+            self._name_outlier(part, {"group": group}, dist.get_process_group_ranks(group))
+
+    def group_of(self, parts: Sequence[Sequence[int]], backend: str | None = None) -> dist.ProcessGroup:
+        """Make a process group of each part of the ranks. Collective.
+
+        Args:
+            parts: numbers of ranks; every rank is in one of them.
+            backend: of the groups; that of the group of all if None.
+
+        Returns:
+            The group of the part that this rank is in.
+        """
+        mine: list[dist.ProcessGroup] = []
+        with self.guarded("making process groups"):
+            for part in parts:
+                group = dist.new_group([*part], timeout=self._timeout, backend=backend)
+                if self.rank in part:
+                    mine.append(group)
+        (group,) = mine
+        return group
 
     def sum_floats(self, value: float, mark: int) -> float:
         """Sum of every rank's ``value``, added in the order of ranks: the same bits on all of them.
@@ -255,24 +297,35 @@ class Communicator:
                 "there is one, says why"
             ) from error
 
-    def _all_reduce(self, words: Tensor) -> None:
+    def _all_reduce(self, words: Tensor, where: Mapping[str, Any] | None = None) -> None:
         if self.world_size > 1:
             with self.guarded():
-                dist.all_reduce(words, **self._where)
+                dist.all_reduce(words, **(self._where if where is None else where))
             self.payload_bytes += words.numel() * words.element_size()
 
-    def _gather(self, words: Tensor) -> list[Tensor]:
-        gathered = [torch.empty_like(words) for _ in range(self.world_size)]
+    def _gather(
+        self, words: Tensor, where: Mapping[str, Any] | None = None, num_ranks: int | None = None
+    ) -> list[Tensor]:
+        gathered = [torch.empty_like(words) for _ in range(num_ranks or self.world_size)]
         with self.guarded():
-            dist.all_gather(gathered, words, **self._where)
+            dist.all_gather(gathered, words, **(self._where if where is None else where))
         self.payload_bytes += words.numel() * words.element_size()
         return gathered
 
-    def _name_outlier(self, part: int) -> None:
-        """All ranks see the wrong sum, so all come here: one more collective tells who it was."""
-        marks = [int(row[0]) for row in self._gather(torch.tensor([part]))]
-        common = max(marks, key=marks.count)  # rank 0's, if there is no majority
-        wrong = [rank for rank, mark in enumerate(marks) if mark != common]
+    def _name_outlier(
+        self, part: int, where: Mapping[str, Any] | None = None, ranks: Sequence[int] | None = None
+    ) -> None:
+        """All ranks see the wrong sum, so all come here: one more collective tells who it was.
+
+        Args:
+            part: what this rank put in.
+            where: the group, as collectives want it; that of all ranks if None.
+            ranks: those of the group, in its order.
+        """
+        ranks = range(self.world_size) if ranks is None else ranks
+        marks = [int(row[0]) for row in self._gather(torch.tensor([part]), where, len(ranks))]
+        common = max(marks, key=marks.count)  # the first rank's, if there is no majority
+        wrong = [rank for rank, mark in zip(ranks, marks, strict=True) if mark != common]
         raise OutOfStepError(
             f"rank(s) {wrong} evaluate another round than the other ranks (seen on rank {self.rank}, round "
             f"{self.rounds}, {self.place}): step, seeds or settings differ. Nothing was updated; restart the run."

@@ -75,7 +75,7 @@ def connect(timeout_s: float, init_method: str | None = None, patience_s: float 
         raise _explained(error, me, where, timeout_s) from error
     store = dist.distributed_c10d._get_default_store()
     watchdog = Watchdog(store, me.rank, me.world_size, min(patience_s, timeout_s / 4), store_holder(store))
-    comm = Communicator(me.rank, me.world_size, watchdog, me.local_world_size)
+    comm = Communicator(me.rank, me.world_size, watchdog, me.local_world_size, timeout_s=timeout_s)
     end_with_launcher(me.launcher, lambda: comm.wants_stop)
     return comm
 

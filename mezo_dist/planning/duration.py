@@ -7,7 +7,8 @@
 * directions: elements made and written, at the rates of the fused kernel;
 * gathers: bytes over the slower of the links that they cross, and a latency for each hop and collective; with
   ``layout.prefetch`` what is longer than passes and directions;
-* scalars: 2 (n - 1) hops of a ring for each all-reduce (`mezo_dist.planning.allreduce`).
+* scalars: 2 (n - 1) hops of a ring for each all-reduce (`mezo_dist.planning.allreduce`), of the losses among all n
+  ranks, and before each gather among those that share a copy of the weights.
 
 Assumptions: nothing else uses the machine; ranks do not wait for one another; data are ready. Ranks that share a
 processor are not slower for it than the rates say.
@@ -15,6 +16,7 @@ processor are not slower for it than the rates say.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mezo_dist.planning.allreduce import hops
@@ -60,7 +62,7 @@ def duration_of(
     gathers = _gather_seconds(setting, machine, traffic)
     if setting.prefetch:
         gathers = max(0.0, gathers - sum(computing.values()))
-    return Duration({**computing, "gathers": gathers, "scalars": _scalar_seconds(machine, traffic)})
+    return Duration({**computing, "gathers": gathers, "scalars": _scalar_seconds(setting, machine, traffic)})
 
 
 def _gather_seconds(setting: Setting, machine: Machine, traffic: Traffic) -> float:
@@ -73,9 +75,19 @@ def _gather_seconds(setting: Setting, machine: Machine, traffic: Traffic) -> flo
     return crossing / rate + traffic.gathers * (over - 1) * machine.latency
 
 
-def _scalar_seconds(machine: Machine, traffic: Traffic) -> float:
+def _scalar_seconds(setting: Setting, machine: Machine, traffic: Traffic) -> float:
+    """Losses are added up among all ranks; which unit is gathered is agreed on among those that share a copy."""
     if machine.ranks == 1:
         return 0.0
-    slowest = machine.link if machine.hosts > 1 else machine.host_link
-    passed = hops(machine.reduce, machine.hosts, machine.ranks_per_host)
-    return traffic.reduces * passed * machine.latency + 2 * traffic.scalars / slowest
+    over = setting.shard_ranks(machine.ranks)
+    hosts_of_copy = math.ceil(over / machine.ranks_per_host)
+    messages = (
+        (traffic.reduces, traffic.scalars - traffic.agreed, machine.hosts, machine.ranks_per_host),
+        (traffic.gathers, traffic.agreed, hosts_of_copy, min(over, machine.ranks_per_host)),
+    )
+    seconds = 0.0
+    for number, size, hosts, ranks_per_host in messages:
+        if hosts * ranks_per_host > 1:
+            slowest = machine.link if hosts > 1 else machine.host_link
+            seconds += number * hops(machine.reduce, hosts, ranks_per_host) * machine.latency + 2 * size / slowest
+    return seconds

@@ -32,7 +32,10 @@ class Traffic:
     """Bytes that the rank puts into all-reduces: losses or what they are computed of, and before each gather which
     unit it is for."""
     reduces: int
-    """Number of these all-reduces."""
+    """Number of all-reduces among all ranks, which carry losses."""
+    agreed: int
+    """Bytes among ``scalars`` that say which unit is gathered; one all-reduce for each gather, among the ranks that
+    share a copy of the weights."""
     between_hosts: int
     """Bytes that cross the link of a host, in each direction."""
     within_host: int
@@ -59,16 +62,17 @@ def traffic_of(shape: ModelShape, setting: Setting, machine: Machine, step: Roun
     gathered = turns * sum(unit_bytes(unit, setting, ranks) for unit in shape.units)
     gathers = turns * len(shape.units)
     messages = [max(ROUND_WORDS, words) for words in step.messages]
-    scalars = WORD * (sum(messages) + gathers * ROUND_WORDS) if ranks > 1 else 0
-    reduces = sum(1 + (words > ROUND_WORDS) for words in messages) + gathers if ranks > 1 else 0
-    reduced = 2 * scalars * (ranks - 1) // ranks
-    crossing = gathered * (over - 1) // over
+    losses, agreed = (WORD * sum(messages), WORD * gathers * ROUND_WORDS) if ranks > 1 else (0, 0)
+    reduces = sum(1 + (words > ROUND_WORDS) for words in messages) if ranks > 1 else 0
+    reduced = 2 * losses * (ranks - 1) // ranks
+    crossing = (gathered + 2 * agreed) * (over - 1) // over
     spans_hosts = over > machine.ranks_per_host
     return Traffic(
         gathers,
         gathered,
-        scalars,
+        losses + agreed,
         reduces,
+        agreed,
         between_hosts=(crossing if spans_hosts else 0) + (reduced if machine.hosts > 1 else 0),
         within_host=(crossing + reduced) if machine.ranks_per_host > 1 else 0,
     )

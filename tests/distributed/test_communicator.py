@@ -80,6 +80,42 @@ def test_one_rank_that_wants_to_stop_stops_all_in_the_same_round(monkeypatch: py
     assert alone.stopping
 
 
+class Pair:
+    """A group of two ranks of four."""
+
+    ranks = (1, 3)
+
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+def test_some_ranks_agree_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, groups, other = Pair(), [], [fingerprint("gather of layer 0") // 2]
+
+    def all_reduce(words: Tensor, group: object) -> None:
+        groups.append(group)
+        words[0] += other[0]
+
+    def all_gather(gathered: list[Tensor], words: Tensor, group: object) -> None:
+        groups.append(group)
+        gathered[0].copy_(words)
+        gathered[1].copy_(torch.tensor(other))
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [*group.ranks])
+    comm = Communicator(rank=1, world_size=4)
+    comm.wants_stop = True
+    comm.synchronize("gather of layer 0", pair)  # type: ignore[arg-type]
+    assert groups == [pair]
+    assert not comm.stopping, "the other ranks would not know"
+    assert comm.payload_bytes == 8 * PAYLOAD_WORDS
+    other[0] += 1
+    with pytest.raises(OutOfStepError, match=r"rank\(s\) \[3\] .*seen on rank 1, round 2"):
+        comm.synchronize("gather of layer 0", pair)  # type: ignore[arg-type]
+    assert groups == [pair] * 3
+
+
 def test_alone_nothing_is_sent() -> None:
     comm = Communicator()
     assert comm.round(torch.tensor([5]), fingerprint("x")).tolist() == [5]

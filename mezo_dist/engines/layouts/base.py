@@ -53,7 +53,8 @@ def exchange_contents(shards: Iterator[Shard], others: dict[str, Tensor]) -> Non
 class Layout(Protocol):
     """Where the weights of a model live, and how those of one unit come together on every rank.
 
-    `start`, `finish` and `release` are collective: all ranks call them for the same units in the same order.
+    `start`, `finish` and `release` are collective: the ranks that share a copy of the weights call them for the same
+    units in the same order.
     """
 
     @property
@@ -73,7 +74,8 @@ class Layout(Protocol):
         """Dtype and device that ``weight`` has while its unit is whole; asked at any time."""
 
     def synchronize(self, what: str) -> None:
-        """Wait for all ranks to come here for the same reason. Raises OutOfStepError if one of them has another."""
+        """Wait for the ranks that gather with this one, those of its copy of the weights, to come here for the same
+        reason. Raises OutOfStepError if one of them has another."""
 
     def start(self, unit: Unit) -> None:
         """Begin to gather the weights of ``unit``; they may be used after `finish`."""

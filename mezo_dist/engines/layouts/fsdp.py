@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -68,15 +69,12 @@ class Fsdp:
         self._copied = _not_shardable(self._weights, self.units)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-        shape = (replicate, comm.world_size // replicate)
-        with comm.guarded("making process groups"):
-            mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
-        self._group = mesh["shard"].get_group()
-        self._place = mesh["shard"].get_local_rank()
+        mesh, self._group, self._copy = _make_mesh(comm, replicate, device)
+        self._place = self._group.rank()
         self._handles: dict[Unit, Any] = {}
         pinned = offload and device == "cuda"
         options: dict[str, Any] = {
-            "mesh": mesh if replicate > 1 else mesh["shard"],
+            "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=gather_dtype, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
             "ignored_params": {weight.tensor for weight in self._weights.values() if weight.name in self._copied},
@@ -98,7 +96,7 @@ class Fsdp:
 
     def synchronize(self, what: str) -> None:
         """See `Layout.synchronize`."""
-        self._comm.synchronize(what)
+        self._comm.synchronize(what, self._copy)
 
     def start(self, unit: Unit) -> None:
         """See `Layout.start`."""
@@ -159,6 +157,30 @@ class Fsdp:
     def total(self, value: int) -> int:
         """See `Layout.total`."""
         return self._comm.total(value)
+
+
+def _make_mesh(
+    comm: Communicator, replicate: int, device: str
+) -> tuple[DeviceMesh, dist.ProcessGroup, dist.ProcessGroup | None]:
+    """The mesh of the ranks, the group that shares a copy of the weights, and such a group for tensors on the CPU.
+
+    A mesh that makes its groups itself gives them torch's time-outs, not the run's.
+
+    Args:
+        comm: the ranks.
+        replicate: copies of the weights.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The last is None where that group is all ranks: the communicator has one.
+    """
+    if replicate == 1:
+        mesh = init_device_mesh(device, (comm.world_size,), mesh_dim_names=("shard",))  # the group of all ranks
+        return mesh, mesh.get_group(), None
+    ranks = torch.arange(comm.world_size).view(replicate, -1)
+    across, within = comm.group_of(ranks.T.tolist()), comm.group_of(ranks.tolist())
+    mesh = DeviceMesh.from_group([across, within], device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+    return mesh, within, comm.group_of(ranks.tolist(), "gloo")
 
 
 def _fsdp(unit: Unit) -> FSDPModule:
