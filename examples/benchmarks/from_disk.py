@@ -38,7 +38,7 @@ from mezo_dist.runs import training
 from mezo_dist.runs.export import export_model
 
 STOP, MORE = 2, 2
-"""Steps after which the run is stopped, and steps that are left to do then (more where they take no time, or it would end before it is stopped)."""
+"""Steps after which the run is stopped, and steps that are left to do then (more where they take no time)."""
 FAST = {"shape": "tiny"}
 BLOCK = 1 << 24
 FILE_BYTES = 2 << 30
