@@ -163,18 +163,25 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"model.name: {config.name!r} could not be loaded: {_shortened(str(error))}") from error
 
 
-def norms_of(config: ModelConfig) -> list[str]:
-    """Shell patterns for the weights of a model's norms, from its config alone; empty if it has none."""
+def norms_and_window(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], int]:
+    """Shell patterns for the weights of a model's norms (none if it has no norms), and the longest sequence that it
+    takes, from its config alone.
+
+    Raises:
+        UserError: it has no language-model head.
+    """
     import transformers
 
     source = _source(config.name.removeprefix(RANDOM))
     hf_config = _config(source, {"revision": config.revision, "trust_remote_code": config.trust_remote_code})
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+    _kind(config, hf_config)
+    window = window_of(tokenizer, model, hf_config)
     names = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
     if names and all("norm" in name.rpartition(".")[2] for name in names):
-        return ["*norm*"]
-    return sorted({f"*{name.rpartition('.')[2]}.*" for name in names if not name.rpartition(".")[2].isdigit()})
+        return ["*norm*"], window
+    return sorted({f"*{name.rpartition('.')[2]}.*" for name in names if not name.rpartition(".")[2].isdigit()}), window
 
 
 def is_on_hub(config: ModelConfig) -> bool:

@@ -72,7 +72,7 @@ class Monitor:
         *,
         is_main: bool,
         num_steps: int,
-        first_step: int = 0,
+        first_step: int | None = None,
         monitors: Sequence[str] = ("tensorboard",),
         console: Console | None = None,
         clock: Clock = time.monotonic,
@@ -83,8 +83,8 @@ class Monitor:
             folder: gets ``metrics.jsonl`` and the files of monitors; None: console only.
             is_main: True on rank 0. Elsewhere every method does nothing.
             num_steps: steps of the whole run.
-            first_step: steps done before, if this run resumes one. Then ``metrics.jsonl`` is appended to, and
-                monitors go on with the same run. If 0, an older ``metrics.jsonl`` is replaced.
+            first_step: steps done before, if this run resumes one, be it before its first step. Then ``metrics.jsonl``
+                is appended to, and monitors go on with the same run. If None, an older ``metrics.jsonl`` is replaced.
             monitors: what else gets the scalars, as ``monitor`` in a config names it.
             console: where to show; None: standard output. Bars need a terminal; anything else gets lines.
             clock: times the run.
@@ -98,7 +98,7 @@ class Monitor:
             elif console is None:  # rich alone would believe FORCE_COLOR and draw bars into a log file
                 console = Console(force_terminal=sys.stdout.isatty())
             files = stack.enter_context(Curves.open(folder, first_step, monitors)) if folder is not None else None
-            monitor = Monitor(console, files, num_steps, first_step, clock)
+            monitor = Monitor(console, files, num_steps, first_step or 0, clock)
             stack.callback(monitor._bars.stop)
             yield monitor
 

@@ -31,12 +31,12 @@ class CsvFile:
 
     Args:
         folder: of the run.
-        first_step: steps done before.
+        first_step: steps done before; None: the run begins anew.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int | None) -> None:
         self._path = folder / FILE
-        rows = _recorded(folder / METRICS, first_step) if first_step else []
+        rows = _recorded(folder / METRICS, first_step) if first_step is not None else []
         self._columns = ["step", *dict.fromkeys(name for row in rows for name in row if name != "step")]
         # What comes after first_step steps, such as a last evaluation, belongs to their row.
         self._row: Row = rows.pop() if rows and rows[-1]["step"] == str(first_step) else {}

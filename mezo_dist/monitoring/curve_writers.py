@@ -40,8 +40,8 @@ class CurveWriter(Protocol):
         """Write what is left. ``finished``: the run came to its end."""
 
 
-Opener = Callable[[Path, int], CurveWriter]
-"""Opens a writer of the run in a folder, of which some steps were done before: 0 if it begins anew."""
+Opener = Callable[[Path, int | None], CurveWriter]
+"""Opens a writer of the run in a folder, of which some steps were done before: None if it begins anew."""
 
 
 def check_installed(monitors: Sequence[str]) -> None:
@@ -55,13 +55,14 @@ def check_installed(monitors: Sequence[str]) -> None:
             raise UserError(f"monitor: {name} is not installed: pip install {PACKAGES[name]}, or leave it out")
 
 
-def open_writer(name: str, folder: Path, first_step: int) -> CurveWriter:
+def open_writer(name: str, folder: Path, first_step: int | None) -> CurveWriter:
     """A curve writer whose methods raise nothing.
 
     Args:
         name: a monitor's, such as ``wandb``.
         folder: of the run.
-        first_step: steps done before; 0 if the run begins anew.
+        first_step: steps done before; None if the run begins anew. A run that goes on before its first step (0) has
+            evaluations from before training, which are not done again.
     """
     opener = _opener(name)
     if name in ("wandb", "mlflow"):
@@ -70,7 +71,7 @@ def open_writer(name: str, folder: Path, first_step: int) -> CurveWriter:
 
 
 def _opener(name: str) -> Opener:
-    def opened(folder: Path, first_step: int) -> CurveWriter:
+    def opened(folder: Path, first_step: int | None) -> CurveWriter:
         if name == "tensorboard":
             from mezo_dist.monitoring.tensorboard_files import TensorBoardFiles
 

@@ -87,6 +87,11 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
     skipped = sum(bool(step.skipped) for step in recorded.steps)
     kinds = [event.get("event") for event in data.events]
     last = max(recorded.marks, default=None)
+    has_gradients = header.weights.endswith("from snapshots alone")  # a first-order baseline's
+    directions = "exact gradients" if has_gradients else f"directions {in_short(header.law_version)}"
+    content = (
+        "losses alone, weights are in snapshots" if has_gradients else "with the base model, it is the fine-tuned one"
+    )
     return [
         ("Run folder", printable(str(data.folder))),
         (
@@ -94,13 +99,12 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
             f"{in_short(header.base_model)} (fingerprint {in_short(header.base_fingerprint)}; "
             f"{in_short(header.weights)})",
         ),
-        ("Algorithm", f"{in_short(setting(header, 'algorithm', 'name'))}, directions {in_short(header.law_version)}"),
+        ("Algorithm", f"{in_short(setting(header, 'algorithm', 'name'))}, {directions}"),
         ("Steps", f"{done} of {in_short(setting(header, 'train', 'steps'))}"),
         ("Skipped", f"{skipped} steps without a finite loss"),
         (
             "Trajectory",
-            f"{recorded.size:,} bytes, {recorded.size / max(1, done):.0f} per step: with the base model, it is the "
-            "fine-tuned one",
+            f"{recorded.size:,} bytes, {recorded.size / max(1, done):.0f} per step: {content}",
         ),
         (
             "Weights",

@@ -32,12 +32,14 @@ class MlflowRun:
 
     Args:
         folder: of the run.
-        first_step: steps done before. If there are any, the curves go on with the run that has the folder's id.
+        first_step: steps done before; the curves go on with the run that has the folder's id. None: the run begins
+            anew.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int | None) -> None:
         self._client = MlflowClient()
-        known = known_id(folder, "mlflow") if first_step else None
+        self._last: dict[str, int] = {}  # tag -> the last step that a run that goes on has there
+        known = known_id(folder, "mlflow") if first_step is not None else None
         if known is not None and self._goes_on(known):
             self._id, self._is_new = known, False
             return
@@ -55,13 +57,23 @@ class MlflowRun:
             self._client.log_batch(self._id, params=params[first : first + MOST_PARAMS])
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """See `CurveWriter`."""
+        """See `CurveWriter`. Steps that are taken again are alike, and are not sent twice: MLflow would keep both."""
         now_ms = int(time.time() * 1000)
-        self._client.log_batch(self._id, [Metric(tag, value, now_ms, step) for tag, value in scalars.items()])
+        new = [Metric(tag, value, now_ms, step) for tag, value in scalars.items() if step > self._last_known(tag)]
+        if new:
+            self._client.log_batch(self._id, new)
 
     def close(self, *, finished: bool) -> None:
         """See `CurveWriter`."""
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
+
+    def _last_known(self, tag: str) -> int:
+        if self._is_new:
+            return -1
+        if tag not in self._last:
+            history = self._client.get_metric_history(self._id, tag)
+            self._last[tag] = max((point.step for point in history), default=-1)
+        return self._last[tag]
 
     def _goes_on(self, run_id: str) -> bool:
         """The server has that run, which runs again."""

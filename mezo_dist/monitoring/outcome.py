@@ -129,7 +129,7 @@ def duration(number: float) -> str:
 
 def _changed(change: Change | None) -> str:
     if change is None:
-        return "Nothing has been evaluated yet"
+        return "No trained weights have been evaluated yet"
     size = f"{change.num_samples:,} " if change.num_samples else "the "
     name = "The loss" if change.name == "loss" else change.name[:1].upper() + change.name[1:]
     where, after = f"{name} on {size}{change.split} samples", shown(change.name, change.after)

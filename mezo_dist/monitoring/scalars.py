@@ -41,12 +41,12 @@ class Curves:
 
     @staticmethod
     @contextmanager
-    def open(folder: Path, first_step: int, monitors: Sequence[str]) -> Iterator[Curves]:
+    def open(folder: Path, first_step: int | None, monitors: Sequence[str]) -> Iterator[Curves]:
         """Context manager around the files of a run; leaving it closes them.
 
         Args:
             folder: the run folder; made if it is missing.
-            first_step: steps done before. If there are any, the files go on after them; if 0, they start anew.
+            first_step: steps done before, after which the files go on; None: they start anew.
             monitors: what else gets the scalars, as `RunConfig.monitor` names it. One that fails is left out with a
                 warning.
 
@@ -54,7 +54,7 @@ class Curves:
             OSError: the folder cannot be written to.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with open_log(folder / "metrics.jsonl", anew=not first_step) as jsonl:
+        with open_log(folder / "metrics.jsonl", anew=first_step is None) as jsonl:
             writers = [open_writer(name, folder, first_step) for name in dict.fromkeys(monitors)]
             finished = False
             try:

@@ -25,10 +25,10 @@ class TensorBoardFiles:
 
     Args:
         folder: of the run.
-        first_step: steps done before. If there are any, what older files have of later steps is purged.
+        first_step: steps done before: what older files have of later steps is purged. None: the run begins anew.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int | None) -> None:
         # TensorBoard's own switch; without it, it imports TensorFlow wherever that is installed: seconds, and
         # memory that would be reported as ours.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
@@ -37,8 +37,9 @@ class TensorBoardFiles:
         events = _events_folder(folder / "tensorboard")
         _wait_for_a_later_name(events)
         # An evaluation after first_step steps was done before the break: only later steps are purged.
-        self._first_step = first_step
-        self._writer = SummaryWriter(str(events), purge_step=first_step + 1 if first_step else 0, flush_secs=10)
+        self._first_step = first_step or 0
+        purge_step = 0 if first_step is None else first_step + 1
+        self._writer = SummaryWriter(str(events), purge_step=purge_step, flush_secs=10)
         _keep_its_thread_quiet()
 
     def settings(self, settings: JsonObject) -> None:

@@ -31,11 +31,12 @@ class WandbRun:
 
     Args:
         folder: of the run; wandb's files are in ``wandb/`` in it.
-        first_step: steps done before. If there are any, the curves go on with the run that has the folder's id.
+        first_step: steps done before; the curves go on with the run that has the folder's id. None: the run begins
+            anew.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        known = known_id(folder, "wandb") if first_step else None
+    def __init__(self, folder: Path, first_step: int | None) -> None:
+        known = known_id(folder, "wandb") if first_step is not None else None
         run_id = known or secrets.token_hex(8)
         keep_id(folder, "wandb", run_id)
         waits = {name: value for name, value in WAITS_S.items() if name in wandb.Settings.model_fields}

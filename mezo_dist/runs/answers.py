@@ -107,6 +107,8 @@ def _before_in(folder: Path) -> dict[tuple[str, str], str]:
     try:
         asked = json.loads(read_in_place(folder / ANSWERS, MOST_BYTES))["samples"]["asked"]
         return {(str(item["prompt"]), str(item["right"])): str(item["before"]) for item in asked}
+    except FileNotFoundError:  # nothing was evaluated before training
+        return {}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         log.warning("%s: the answers before training cannot be read (%s)", folder / ANSWERS, type(error).__name__)
         return {}

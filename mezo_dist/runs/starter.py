@@ -14,7 +14,7 @@ from pathlib import Path
 from mezo_dist.config.schema import ModelConfig
 from mezo_dist.config.task import ANSWER
 from mezo_dist.errors import UserError
-from mezo_dist.models.load import load_tokenizer, norms_of
+from mezo_dist.models.load import load_tokenizer, norms_and_window
 from mezo_dist.tasks.fields import Row, keys_of, lookup
 from mezo_dist.tasks.guess import Guess, guess
 from mezo_dist.tasks.rows import load_tables
@@ -24,6 +24,8 @@ LOOKED_AT = 2000
 """Training rows that are looked at, at most."""
 MOST_TRAIN, MOST_VALIDATION, MOST_TEST = 10_000, 256, 1000
 """Samples of splits that have to be cut from one source, at most."""
+WINDOW = 256
+"""Tokens of a piece of a document, or as many as the model takes."""
 ROUND_TO = 16
 """Lengths in tokens are rounded up to a multiple of this."""
 JINJA_WORDS = ("and", "else", "false", "if", "in", "is", "none", "not", "or", "true", "False", "None", "True")
@@ -69,13 +71,13 @@ def write_starter(
     texts = [_filled(looks_like, row) for row in rows]
     tokens = sorted(map(length, texts))
     split_lines = _splits({split: len(table) for split, table in tables.items()}, train)
+    patterns, window = norms_and_window(ModelConfig(model), tokenizer)
     long_words = [word for word in _words(looks_like).values() if length(f" {word}") > 1]
     task = [f"# Written by mezo-dist init, from {len(rows)} rows of {data}. How the model gets them:",
             f"#   mezo-dist tasks show {files[0]} --model={model}",
             *(f"{key}: {_quoted(value)}" for key, value in source.items()),
-            *split_lines, *_fields(looks_like, rows[0], long_words)]  # fmt: skip
-    patterns = norms_of(ModelConfig(model)) or ["*"]
-    config = _config(name, _from(folder, model), patterns, looks_like, files[1], tokens)
+            *split_lines, *_fields(looks_like, rows[0], long_words, min(WINDOW, window))]  # fmt: skip
+    config = _config(name, _from(folder, model), patterns or ["*"], looks_like, files[1], tokens)
     folder.mkdir(parents=True, exist_ok=True)
     for file, lines in zip(files, (task, config), strict=True):
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -145,13 +147,14 @@ def _slot(row: Row, name: str) -> str:
     return f"{{{{ {ROW}{''.join(f'[{_quoted(key)}]' for key in keys)} }}}}"
 
 
-def _fields(looks_like: Guess, row: Row, long_words: Sequence[str]) -> list[str]:
+def _fields(looks_like: Guess, row: Row, long_words: Sequence[str], window: int) -> list[str]:
     """What the task file says of fields.
 
     Args:
         looks_like: kind and fields.
         row: of the data.
         long_words: label words that are several tokens.
+        window: tokens of a piece of a document.
     """
     texts = "\n".join(_slot(row, name) for name in looks_like.texts)
     answer = _slot(row, looks_like.answer) if looks_like.answer else ""
@@ -177,7 +180,7 @@ def _fields(looks_like: Guess, row: Row, long_words: Sequence[str]) -> list[str]
     if not looks_like.texts:
         return ["kind: completion", "# No prompt: the loss is that of the whole text.",
                 f"completion: {_quoted(answer)}",
-                "window: 256  # documents are cut into windows of so many tokens"]  # fmt: skip
+                f"window: {window}  # documents are cut into windows of so many tokens"]  # fmt: skip
     return ["kind: completion", f"prompt: {_quoted(f'{texts}{chr(10)}')}",
             f"completion: {_quoted(answer)}", shortened]  # fmt: skip
 

@@ -79,7 +79,7 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
                 claim.folder if is_main else None,
                 is_main=is_main,
                 num_steps=config.train.steps,
-                first_step=progress.step,
+                first_step=progress.step if claim.log is not None else None,
                 monitors=config.monitor,
                 console=Console(quiet=True) if quiet else None,
             ) as monitor,

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,18 +80,36 @@ def claim_folder(config: RunConfig, comm: Communicator) -> Iterator[Claim]:
         UserError: on all ranks: the folder holds a run, another job writes to it, it cannot be written to, or its
             trajectory is damaged.
     """
-    locks: list[int] = []
+    claimed: list[tuple[Path, int, list[Path]]] = []
 
     def claim() -> Path:
-        folder, lock = _claim(Path(config.output.dir), config.output.if_exists)
-        locks.append(lock)
+        wanted = Path(config.output.dir)
+        siblings = set(os.listdir(wanted.parent)) if wanted.parent.is_dir() else set()
+        parents = [path for path in wanted.parents if not path.exists()]
+        folder, lock = _claim(wanted, config.output.if_exists)
+        claimed.append((folder, lock, [] if folder.name in siblings else [folder, *parents]))
         return folder
 
     try:
         yield known_to_all(config, comm, claim)
     finally:
-        for lock in locks:
+        for folder, lock, made in claimed:
+            _leave_nothing(folder, made)
             os.close(lock)  # a process that dies lets go of it too
+
+
+def _leave_nothing(folder: Path, made: Sequence[Path]) -> None:
+    """Remove the lock, and folders that were made, of a run that was refused: it wrote nothing else.
+
+    Args:
+        folder: the run folder, whose lock is held.
+        made: folders that were made for it, the innermost first.
+    """
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
+            for path in made:
+                path.rmdir()
 
 
 def known_to_all(config: RunConfig, comm: Communicator, choose: Callable[[], Path], *, reads: bool = True) -> Claim:
@@ -276,9 +294,21 @@ def _lock(folder: Path) -> int:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
         log.warning("%s: this file system has no locks: see to it that no other job writes to it", folder)
+    if not _is_at(handle, folder / LOCK):  # the job that had it was refused just now, and removed it
+        os.close(handle)
+        folder.mkdir(parents=True, exist_ok=True)
+        return _lock(folder)
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return handle
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """An open file is the one that stands there."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def note(folder: Path, event: str, step: int, **facts: Json) -> None:

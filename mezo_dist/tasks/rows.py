@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo_dist.assets.registry import is_demo, resolve_data
-from mezo_dist.config.task import Split, TaskSettings
+from mezo_dist.config.task import ANSWER, Split, TaskSettings
 from mezo_dist.config.values import Where, names_of
 from mezo_dist.directions.seeds import shuffled
 from mezo_dist.errors import UserError
@@ -54,6 +54,7 @@ def load_rows(task: TaskSettings, tell: Tell = _to_log) -> Rows:
     Raises:
         UserError: data not found, unknown split, empty split, or too few rows; says which and what there is.
     """
+    _check_texts(task)
     data = load_tables(task.data, task.subset, task.revision)
     orders: dict[str, Sequence[int]] = {}
     taken: dict[str, int] = {}
@@ -84,6 +85,21 @@ def load_rows(task: TaskSettings, tell: Tell = _to_log) -> Rows:
         rows[name] = data[split.source].take(order[start : start + size])
         _tell_nulls(task, name, rows[name], tell)
     return Rows(**rows)
+
+
+def _check_texts(task: TaskSettings) -> None:
+    """Raise UserError if a text is the same for all rows, as where the braces around a field were forgotten."""
+    plain, prompt = getattr(task, "plain", ()), getattr(task, "prompt", "")
+    if plain and not any("{" in template for template in plain):
+        name, text = "plain", plain[0]
+    elif task.kind == "classification" and names_in(prompt) == {ANSWER}:
+        name, text = "prompt", prompt
+    else:
+        return
+    raise UserError(
+        f"task.{name}: {text!r} names no field of the data, so all samples would be one text; write fields in double "
+        "braces, as in {{ text }}"
+    )
 
 
 def uses_cache(task: TaskSettings) -> bool:

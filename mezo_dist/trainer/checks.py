@@ -39,6 +39,9 @@ def check_arguments(args: Any) -> None:
         raise UserError(
             "max_grad_norm: there is no gradient whose norm could be cut; MeZO(clip=...) cuts projected gradients"
         )
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules"):
+        if getattr(args, name, None) != _default(args, name):
+            raise UserError(f"{name}: is for optimizers that take gradients, and MeZOTrainer has none; leave it out")
     if str(getattr(args.optim, "value", args.optim)) != str(_default(args, "optim")):
         raise UserError("optim: MeZOTrainer has an optimizer of its own (algorithm=...); leave it out")
     if args.n_gpu > 1:

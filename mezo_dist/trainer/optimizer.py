@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 KEY = "mezo_dist"
 """Where a state dict has what torch's own does not."""
 FORMAT = "mezo_dist/trainer/1"
+_AS_ARGUMENTS = {"algorithm.lr": "learning_rate", "problem.seed": "seed", "groups": "weight_decay"}
+"""Setting -> the argument of Trainer that it comes from."""
 
 Inputs = Mapping[str, Any]
 """What the model is called with."""
@@ -201,7 +203,10 @@ class StagedOptimizer(torch.optim.Optimizer):
         if recorded is None:
             raise UserError("optimizer.pt: its trajectory is empty")
         if others := differences(self._settings, recorded.header.config):
-            raise UserError(f"this checkpoint was made with other settings: {', '.join(sorted(others))}")
+            named = (_AS_ARGUMENTS.get(name, name) for name in sorted(others))
+            raise UserError(
+                f"this checkpoint was made with other settings: {', '.join(named)}; give those again to go on"
+            )
         if (weights := self.engine.fingerprint()) != here["weights"]:
             raise UserError(
                 f"the model's weights have the fingerprint {weights}, but {here['weights']} when the checkpoint was "

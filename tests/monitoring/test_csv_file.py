@@ -31,7 +31,7 @@ def test_a_row_holds_what_is_known_after_so_many_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["", "4,0.", "torn\x00"])
 def test_a_run_that_goes_on_has_each_step_once(tmp_path: Path, damage: str) -> None:
-    for first_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+    for first_step, steps in ((None, (1, 2, 3)), (2, (3, 4))):
         with Monitor.open(
             tmp_path, is_main=True, num_steps=4, first_step=first_step, monitors=["csv"], console=plain()
         ) as monitor:

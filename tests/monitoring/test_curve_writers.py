@@ -42,7 +42,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         sys.modules.pop(f"mezo_dist.monitoring.{module}", None)
 
 
-def a_run(folder: Path, monitor: str, first_step: int, *steps: int) -> None:
+def a_run(folder: Path, monitor: str, first_step: int | None, *steps: int) -> None:
     with Monitor.open(
         folder, is_main=True, num_steps=4, first_step=first_step, monitors=[monitor], console=plain()
     ) as opened:
@@ -71,7 +71,7 @@ def test_what_wandb_is_asked(tmp_path: Path, fake: Callable[..., None], monkeypa
     calls: list[Any] = []
     fake("wandb", wandb=fake_wandb(calls))
     monkeypatch.setenv("WANDB_PROJECT", "films")
-    a_run(tmp_path / "run", "wandb", 0, 1, 2)
+    a_run(tmp_path / "run", "wandb", None, 1, 2)
     (_, arguments), *others = calls
     assert vars(arguments.pop("settings")) == {"init_timeout": 60.0, "console": "off", "silent": True}
     known = arguments.pop("id")
@@ -85,7 +85,10 @@ def test_what_wandb_is_asked(tmp_path: Path, fake: Callable[..., None], monkeypa
     calls.clear()
     a_run(tmp_path / "run", "wandb", 2, 3)
     assert calls[0][1]["id"] == known, "a run that goes on is the same there"
+    calls.clear()
     a_run(tmp_path / "run", "wandb", 0, 1)
+    assert calls[0][1]["id"] == known, "so is one that was stopped before its first step"
+    a_run(tmp_path / "run", "wandb", None, 1)
     assert calls[4][1]["id"] != known, "a new run is not"
 
 
@@ -113,6 +116,9 @@ def fake_mlflow(calls: list[Any], known: set[str]) -> dict[str, Any]:
         def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
             calls.append((run_id, [(m.key, m.value, m.step) for m in metrics], [(p.key, p.value) for p in params]))
 
+        def get_metric_history(self, run_id: str, key: str) -> list[Any]:
+            return [SimpleNamespace(step=1)] * (run_id == "id0")
+
         def set_terminated(self, run_id: str, status: str) -> None:
             calls.append((run_id, status))
 
@@ -133,7 +139,7 @@ def test_what_mlflow_is_asked(tmp_path: Path, fake: Callable[..., None], monkeyp
     known: set[str] = set()
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     fake("mlflow", **fake_mlflow(calls, known))
-    a_run(tmp_path / "run", "mlflow", 0, 1)
+    a_run(tmp_path / "run", "mlflow", None, 1)
     params = [("seed", "1"), ("train.steps", "4"), ("train.batch", "[1, 2]"), ("model.name", "m" * 500)]
     assert calls == [
         ("experiment", "mezo_dist"),
@@ -143,7 +149,7 @@ def test_what_mlflow_is_asked(tmp_path: Path, fake: Callable[..., None], monkeyp
         ("id0", "FINISHED"),
     ]
     calls.clear()
-    a_run(tmp_path / "run", "mlflow", 1, 2)
+    a_run(tmp_path / "run", "mlflow", 0, 1, 2)  # step 1 is taken again
     assert calls == [("goes on", "id0", "RUNNING"), ("id0", [("eval/test/loss", 0.5, 2)], []), ("id0", "FINISHED")]
     calls.clear()
     known.clear()  # another server

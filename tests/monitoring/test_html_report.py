@@ -244,3 +244,14 @@ def test_where_it_cannot_be_written(run: Path, tmp_path: Path) -> None:
         html_report.write([run], tmp_path / "nowhere" / "report.html")
     with pytest.raises(UserError, match="not a run folder"):
         html_report.write([tmp_path / "nowhere"], tmp_path / "report.html")
+
+
+def test_a_baseline_is_no_base_model_and_a_log(tmp_path: Path) -> None:
+    header = dataclasses.replace(HEADER, weights="float32, by adamw of torch, from snapshots alone")
+    writer = TrajectoryWriter.begin(tmp_path / "trajectory.jsonl", header)
+    writer.append(Step(0, (Losses((0.75,)),), "0" * 8))
+    writer.close()
+    text = page(tmp_path)
+    assert "losses alone, weights are in snapshots" in text
+    assert "exact gradients" in text
+    assert "with the base model, it is" not in text

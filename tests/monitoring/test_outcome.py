@@ -60,7 +60,7 @@ def test_an_old_run_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=1, planned=1)
     for name in ("metrics.jsonl", "events.jsonl"):
         (folder / name).unlink()
-    assert sentence(folder) == "Nothing has been evaluated yet in 1 step."
+    assert sentence(folder) == "No trained weights have been evaluated yet in 1 step."
     (folder / "results.json").write_text(json.dumps({"training_s": 5.25, "after": {"loss": 1.0}}))
     assert sentence(folder) == "The loss on the test samples is 1.0000 in 1 step (5.2 s)."
 

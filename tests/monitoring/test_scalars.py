@@ -112,6 +112,20 @@ def test_files_of_one_second_are_read_in_the_order_in_which_they_were_made(
     assert points(tmp_path, "loss/train") == [(1, 0.25), (2, 0.5)]
 
 
+def test_a_run_that_goes_on_before_its_first_step_keeps_what_was_evaluated(tmp_path: Path) -> None:
+    monitors = ("tensorboard", "csv")
+    with Monitor.open(tmp_path, is_main=True, num_steps=4, monitors=monitors, console=plain()) as monitor:
+        monitor.result("test", 0, {"loss": 0.5})
+        monitor.step(1, {"loss/train": 0.25}, samples=1)
+    with Monitor.open(tmp_path, is_main=True, num_steps=4, first_step=0, monitors=monitors, console=plain()) as monitor:
+        monitor.step(1, {"loss/train": 0.125}, samples=1)
+    assert [line["step"] for line in jsonl(tmp_path)] == [0, 1, 1]
+    assert points(tmp_path, "eval/test/loss") == [(0, 0.5)]
+    assert points(tmp_path, "loss/train") == [(1, 0.125)]
+    table = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in table[1:]] == [["0", "0.5"], ["1", ""]]
+
+
 def test_a_new_run_replaces_the_files(tmp_path: Path) -> None:
     for loss in (0.5, 0.25):
         with Monitor.open(tmp_path, is_main=True, num_steps=4, console=plain()) as monitor:

@@ -69,7 +69,7 @@ def test_samples_are_kept_with_what_was_said_before_and_after(tmp_path: Path, na
         assert results["samples"] == {"train": 20, "validation": 20, "test": 20}
 
 
-def test_the_table_fits_the_accuracy(tmp_path: Path) -> None:
+def test_the_table_fits_the_accuracy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_tiny_config(tmp_path, "opt", "mezo")
     folder = training.train(reader.load(path, [*SMALL, "output.test=false"]), Communicator(), quiet=True)
     table = answers(folder)["confusion"]
@@ -78,6 +78,7 @@ def test_the_table_fits_the_accuracy(tmp_path: Path) -> None:
     assert (table["counts"][0][0] + table["counts"][1][1]) / 20 == accuracy
     (item, *_) = answers(folder)["samples"]["asked"]
     assert "before" not in item, "nobody asked for an evaluation before training"
+    assert "answers before training cannot be read" not in caplog.text
 
 
 def test_nothing_is_kept_where_nothing_is_wanted(tmp_path: Path) -> None:

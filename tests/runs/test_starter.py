@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from mezo_dist import cli
 from mezo_dist.config import reader
@@ -34,6 +35,9 @@ def write(path: Path, **fields: list[object]) -> None:
 
 
 TEXTS: list[object] = [sentence(i) for i in range(MANY)]
+LONG: list[object] = [
+    " ".join(sentence(i + j) for j in range(20)) for i in range(MANY)
+]  # longer than the model's window
 SHAPES: dict[str, dict[str, list[object]]] = {
     "classes": {"review": TEXTS, "verdict": ["great", "terrible"] * (MANY // 2)},
     "odd names": {"Review Text": TEXTS, "the verdict": ["great", "terrible", None] * (MANY // 3), "if": TEXTS},
@@ -43,7 +47,7 @@ SHAPES: dict[str, dict[str, list[object]]] = {
         "x.y": ["great", "terrible"] * (MANY // 2),
     },
     "completions": {"prompt": TEXTS, "completion": TEXTS[::-1]},
-    "documents": {"text": TEXTS},
+    "documents": {"text": LONG},
 }
 
 
@@ -55,8 +59,7 @@ def test_what_is_written_trains(shape: str, model: Path, tmp_path: Path, capsys:
     assert f"mezo-dist train {config}" in capsys.readouterr().out
     run = ["--train.steps=1", "--train.batch_size=2", "--train.micro_batch=2", f"--output.dir={tmp_path / 'run'}"]
     small = ["--task.splits.train.size=4", "--task.splits.validation.size=2", "--task.splits.test.size=2"]
-    window = ["--task.window=8"] if shape == "documents" else []
-    assert cli.main(["train", str(config), *run, *small, *window]) == 0
+    assert cli.main(["train", str(config), *run, *small]) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 1
 
 
@@ -83,6 +86,12 @@ def test_what_cannot_be_is_said(model: Path, tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "x.yaml").read_text() == "mine"
     assert cli.main(["init", str(tmp_path / "x.jsonl"), f"--model={tmp_path}", f"--to={tmp_path / 'y'}"]) == 2
     assert "model.name" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
+    classifier = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(model))
+    classifier.save_pretrained(tmp_path / "classifier")
+    tiny_tokenizer().save_pretrained(tmp_path / "classifier")
+    assert cli.main(["init", str(tmp_path / "x.jsonl"), f"--model={tmp_path / 'classifier'}", f"--to={tmp_path / 'y'}"])
+    assert "is neither a causal nor a masked language model" in capsys.readouterr().err
     assert not (tmp_path / "y").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -155,3 +156,34 @@ def test_a_file_is_replaced_by_a_new_one(tmp_path: Path) -> None:
     files.replace_file(tmp_path / "a", b"new")
     assert ((tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()) == (b"new", b"old")
     assert not (tmp_path / ".a.part").is_symlink()
+
+
+def test_a_run_that_is_refused_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for place in ("a/b/run", "mine"):
+        options = ["model.trainable=[nope]", f"output.dir={tmp_path / place}"]
+        with pytest.raises(UserError, match="matches no weight"):
+            training.train(reader.load(root / "config.yaml", options), Communicator())
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"], "a folder that was there before stays"
+
+
+def test_a_lock_that_was_removed_meanwhile_is_taken_anew(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is refused removes its lock, which another job may have opened just before."""
+    config = reader.load(root / "config.yaml", [f"output.dir={tmp_path / 'run'}"])
+    original, calls = fcntl.flock, list[int]()
+
+    def flock(handle: int, operation: int) -> None:
+        if not calls:
+            (tmp_path / "run" / ".lock").unlink()
+        calls.append(handle)
+        original(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        claim_folder(config, Communicator()),
+        pytest.raises(UserError, match="is in use by another job"),
+        claim_folder(config, Communicator()),
+    ):
+        pass

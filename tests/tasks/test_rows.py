@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -373,3 +374,18 @@ def test_which_data_are_in_a_cache_that_ranks_may_share(
     write_csv(tmp_path / "data.csv", ROWS)
     write_parquet(tmp_path / "data.parquet", ROWS)
     assert uses_cache(task(data=name)) is expected
+
+
+FORGOTTEN: dict[str, tuple[dict[str, Any], str]] = {
+    "plain": ({"plain": ("text",)}, "task.plain: 'text' names no field"),
+    "prompt": ({"prompt": "text It was {{ answer }}"}, "task.prompt: 'text It was {{ answer }}' names no field"),
+}
+
+
+@pytest.mark.parametrize("case", FORGOTTEN)
+def test_a_text_without_a_field_is_refused(case: str, tmp_path: Path) -> None:
+    """Else all samples would be one text, and a run would learn nothing without a word."""
+    options, message = FORGOTTEN[case]
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_rows(dataclasses.replace(task(data=str(tmp_path / "rows.jsonl")), **options))

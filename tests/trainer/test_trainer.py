@@ -270,6 +270,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "neftune": ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: .*eval mode"),
     "norm": ({"max_grad_norm": 0.5}, r"max_grad_norm: .*MeZO\(clip=...\)"),
     "optimizer": ({"optim": "adafactor"}, "optim: MeZOTrainer has an optimizer of its own"),
+    "betas": ({"adam_beta1": 0.5}, "adam_beta1: is for optimizers that take gradients"),
+    "epsilon": ({"adam_epsilon": 1e-3}, "adam_epsilon: .*leave it out"),
+    "arguments": ({"optim_args": "foreach=True"}, "optim_args: .*leave it out"),
     "no rate": ({"learning_rate": 0.0}, "learning_rate: must be above 0"),
     "lr": ({"algorithm": MeZO(lr=3e-7)}, r"algorithm.lr is 3e-07, but learning_rate 0.001"),
     "auto": ({"algorithm": MeZO(lr="auto")}, "algorithm.lr: auto needs the losses of single samples"),
@@ -304,6 +307,8 @@ def test_checkpoints_that_cannot_be_gone_on_with(tmp_path: Path) -> None:
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
     with pytest.raises(UserError, match=r"made with other settings: algorithm\.eps"):
         trainer(tmp_path / "run", MeZO(eps=1e-2)).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(UserError, match="made with other settings: learning_rate; give those again"):
+        trainer(tmp_path / "run", MeZO(), learning_rate=0.5).train(resume_from_checkpoint=checkpoint)
     tiny_model("llama-tied", seed=1).save_pretrained(checkpoint)
     with pytest.raises(UserError, match=r"model and optimizer\.pt do not belong together"):
         trainer(tmp_path / "run", MeZO()).train(resume_from_checkpoint=checkpoint)
