@@ -101,10 +101,10 @@ def test_what_is_left_to_do_on_one_token_is_done_on_one_token(
 
 def test_attention_to_one_token_is_noticed_where_it_hardly_moves_logits() -> None:
     """Logits of a model with small weights are small all over; and without padding no mask's shape tells."""
-    model = tiny_model("bert").requires_grad_(False)
-    find_blocks(model)[1].requires_grad_(True)
     groups = [(batch.inputs, batch.targets["position"]) for batch in batches(1)]
-    assert not attach_frozen_cache(model, groups, GIB).narrow
+    run = attach_frozen_cache(with_frozen_blocks("bert"), groups, GIB)
+    assert isinstance(run, FrozenCache)
+    assert not run.narrow
 
 
 def test_bits_do_not_depend_on_who_came_before_or_on_the_memory() -> None:
