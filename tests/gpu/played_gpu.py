@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - imports ask for GPUs, and remember the answer
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mezo_dist.directions import devices, lowrank
@@ -35,6 +35,7 @@ from mezo_dist.directions.parts import Part
 CUDA = torch.device("cuda:0")
 LAUNCHES_NOTHING = {"empty", "empty_strided", "empty_like", "detach", "alias", "new_empty", "new_empty_strided",
                     "lift_fresh", "_reshape_alias", "set_", "resize_", "_unsafe_view", "unfold"}  # fmt: skip
+WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
 
 
@@ -145,7 +146,7 @@ class PlayedGpu(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any operation of torch."""
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = _leaves(args, kwargs)
         on_device = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
         device = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
         if func.namespace == "prim" or (not on_device and (device is None or device.type != "cuda")):
@@ -163,13 +164,14 @@ class PlayedGpu(TorchDispatchMode):
 
     def _check(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count what an operation launches, or raise `Waited` if the host would wait for it."""
-        tags = func.tags
-        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags or _by_mask(name, args):
+        if _by_mask(name, args) if name in INDEXING else WAITING.intersection(func.tags):
             self.wait(f"{name} reads values off the device in the middle of a step")
             return
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, Tensor)]
         away = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor) and tensor.numel()]
-        if name in ("copy_", "_to_copy", "lift_fresh") and away:
+        if name in ("copy_", "_to_copy", "lift_fresh") and not any(isinstance(t, DeviceTensor) for t in tensors[-1:]):
+            if not away:
+                return
             is_asynchronous = kwargs.get("non_blocking", False) or (name == "copy_" and args[2:3] == (True,))
             if not is_asynchronous or not getattr(away[0], "is_in_pinned_memory", False):
                 self.wait(f"{name} copies {tuple(away[0].shape)} to the device, not from pinned memory")
@@ -214,7 +216,7 @@ class PlayedGpu(TorchDispatchMode):
                 known[id(leaf)] = leaf
             return leaf
 
-        result = func(*pytree.tree_map(there, args), **pytree.tree_map(there, kwargs))
+        result = func(*(_map(there, arg) for arg in args), **{key: _map(there, arg) for key, arg in kwargs.items()})
         if to_host:  # a copy, as from another memory
             return result.clone()
 
@@ -226,13 +228,22 @@ class PlayedGpu(TorchDispatchMode):
                 return known[id(leaf)]
             return DeviceTensor.of(leaf.clone() if id(leaf) in known else leaf)
 
-        return pytree.tree_map(here, result)
+        return _map(here, result)
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments of an operation, those in lists one by one."""
+    several = [arg if isinstance(arg, list | tuple) else [arg] for arg in (*args, *kwargs.values())]
+    return [leaf for some in several for leaf in some]
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """A function of a value, or of each in a list."""
+    return type(value)(map(function, value)) if isinstance(value, list | tuple) else function(value)
 
 
 def _by_mask(name: str, args: tuple[Any, ...]) -> bool:
     """Boolean indices: how many elements there are depends on values."""
-    if name not in INDEXING:
-        return False
     return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
@@ -290,7 +301,7 @@ def _runtime() -> dict[str, Any]:
         "set_device": lambda device: None,
         "device_of": lambda _: contextlib.nullcontext(),
         "mem_get_info": lambda: (2**36, 2**36),
-        "get_device_properties": lambda device: SimpleNamespace(uuid="played"),
+        "get_device_properties": lambda device: SimpleNamespace(uuid="played", major=9, minor=0),
         "get_device_capability": lambda *_: (9, 0),
         "max_memory_allocated": lambda *_: 0,
         "synchronize": lambda *_: None,
