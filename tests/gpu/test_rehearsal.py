@@ -33,6 +33,7 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import gpu as kernels
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.engines import scratch
 from mezo_dist.engines.engine import Engine
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.training import evaluate_step, train
@@ -211,35 +212,56 @@ class Item:
 
 @pytest.mark.parametrize("law", LAWS)
 def test_launches_of_a_deep_model(gpu: PlayedGpu, law: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Launches of 32 layers of 9 modules each, from those of one layer and of two: one kernel for both signs of a
-    module (low-rank: one more for its factors)."""
+    """Launches of 32 layers of 9 modules each, from those of one layer and of two: one kernel for both signs of all
+    weights of a layer (low-rank: one for matrices, one for their factors, and one for vectors)."""
     one, two = (launches(gpu, 1, LAWS[law]), launches(gpu, 2, LAWS[law]))
     deep = {name: count + 31 * (two[name] - count) for name, count in one.items()}
     with capsys.disabled():
         print(f"\n32 layers, {law}, two-sided, one micro-batch: {sum(deep.values())} launches, {deep}")
-    num_matrices, num_vectors = 32 * 7 + 2, 32 * 2 + 1
     ours = {name: count for name, count in deep.items() if name.startswith("triton")}
+    ends = 2  # embedding and output head; the norm before the head is a vector
     if law == "lowrank":
-        assert ours.pop("triton lowrank_kernel") == ours.pop("triton fill_kernel") == num_matrices
-        assert ours == {"triton add_kernel": num_vectors}
+        assert ours.pop("triton lowrank_kernel") == ours.pop("triton fill_kernel") == 32 + ends
+        assert ours == {"triton add_kernel": 32 + 1}
     else:
-        assert ours == {"triton add_kernel": num_matrices + num_vectors}
+        assert ours == {"triton add_kernel": 32 + ends + 1}
     assert sum(deep[name] for name in deep if not name.startswith("triton")) <= 32 * 100
 
 
 def launches(gpu: PlayedGpu, num_layers: int, law: Law) -> Counter[str]:
-    """What a forward pass of both signs launches."""
+    """What a forward pass of both signs launches. (What follows on what is learnt from a first one.)"""
     engine = Engine(deep_model(gpu, num_layers), law)
     shift = Combination.single(3, 1e-3)
     item = Item(DeviceTensor.of(torch.zeros(2, 8, dtype=torch.int64)))
     with gpu:
-        gpu.counts = Counts()
-        engine.evaluate(
-            [Variant(shift), Variant(-shift)],
-            [item],
-            lambda model, item: model(item.ids, use_cache=False).logits.mean(),
-        )
+        for _ in range(2):
+            gpu.counts = Counts()
+            engine.evaluate(
+                [Variant(shift), Variant(-shift)],
+                [item],
+                lambda model, item: model(item.ids, use_cache=False).logits.mean(),
+            )
     return gpu.counts.launches
+
+
+def test_groups_change_no_bits_and_are_as_large_as_planned(gpu: PlayedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All modules of a layer at once, two at a time, or each by itself; also for other variants of each micro-batch."""
+    model = deep_model(gpu, 2)
+    item = Item(DeviceTensor.of(torch.arange(16).view(2, 8)))
+    variants = [Variant(Combination.single(k, 1e-2)) for k in (3, 4)]
+    losses, sizes = [], []
+    matrix, vector = 2 * 4 * 16 * 16, 2 * 4 * 16
+    for group_bytes in (2**28, 2 * matrix, 0):
+        monkeypatch.setattr(scratch, "GROUP_BYTES", group_bytes)
+        engine = Engine(model, LAWS["gaussian"])
+        with gpu.waiting():
+            for some in (variants, variants, [Variant(), *variants]):
+                (row,) = engine.evaluate(some, [item], lambda model, item: model(item.ids, use_cache=False).logits)
+            losses.append([loss.cpu() for loss in row])
+        sizes.append(engine._materialise._scratch.numel())
+    assert all(torch.equal(a, b) for other in losses[1:] for a, b in zip(losses[0], other, strict=True))
+    table = 2 * 4 * 32 * 16
+    assert sizes == [7 * matrix + 2 * vector, max(table, 2 * matrix), table]
 
 
 @pytest.mark.parametrize("law", LAWS)
