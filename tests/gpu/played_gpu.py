@@ -55,6 +55,8 @@ class Counts:
     """Other waits, where they are allowed."""
     mask_looks: int = 0
     """transformers asks whether a mask has no padding, once per forward pass: a wait that is not ours."""
+    buffers: int = 0
+    """Buffers that code of mezo_dist allocated there, by `torch.empty` and its like."""
     launches: Counter[str] = field(default_factory=Counter)
     """Kernels, by operation; those of Triton by name."""
 
@@ -152,6 +154,7 @@ class PlayedGpu(TorchDispatchMode):
         if func.namespace == "prim" or (not on_device and (device is None or device.type != "cuda")):
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
+        self.counts.buffers += "empty" in name and _is_ours(sys._getframe())
         if name == "_fused_sdp_choice":
             return 0  # attention by its definition, for which torch needs no kernel of its own
         if (device is not None and device.type == "cpu") or (
@@ -229,6 +232,13 @@ class PlayedGpu(TorchDispatchMode):
             return DeviceTensor.of(leaf.clone() if id(leaf) in known else leaf)
 
         return _map(here, result)
+
+
+def _is_ours(frame: Any) -> bool:
+    """Whether the code that calls torch here is mezo_dist's."""
+    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return "/mezo_dist/" in frame.f_code.co_filename
 
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -35,6 +35,10 @@ from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines import scratch
 from mezo_dist.engines.engine import Engine
+from mezo_dist.planning.families import shape_of_config
+from mezo_dist.planning.memory import scratch_bytes
+from mezo_dist.planning.rounds import rounds_of
+from mezo_dist.planning.setting import Setting
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.training import evaluate_step, train
 from mezo_dist.testing import write_tiny_config
@@ -262,6 +266,28 @@ def test_groups_change_no_bits_and_are_as_large_as_planned(gpu: PlayedGpu, monke
     assert all(torch.equal(a, b) for other in losses[1:] for a, b in zip(losses[0], other, strict=True))
     table = 2 * 4 * 32 * 16
     assert sizes == [7 * matrix + 2 * vector, max(table, 2 * matrix), table]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_buffers_are_kept_and_as_large_as_planned(gpu: PlayedGpu, law: str) -> None:
+    """The engine allocates none after its second step. What the model's own code computes is allocated and freed along
+    the way, in every step alike."""
+    model = deep_model(gpu, 2)
+    engine, item = Engine(model, LAWS[law]), Item(DeviceTensor.of(torch.arange(16).view(2, 8)))
+    buffers = []
+    with gpu:
+        for step in range(5):
+            gpu.counts, shift = Counts(), Combination.single(step, 1e-3)
+            engine.evaluate([Variant(shift), Variant(-shift)], [item], lambda model, item: model(item.ids).logits.mean())
+            engine.add(shift, step)
+            buffers.append(gpu.counts.buffers)
+    assert buffers[0] > 0
+    assert buffers[2:] == [0, 0, 0]
+    shape = shape_of_config(model.config.to_dict(), "deep")
+    assert shape is not None
+    setting = Setting(weights="float32", micro_batch=2, batch_size=2, tokens=8, reads="tokens", is_padded=False)
+    (planned,) = rounds_of(setting, 1)[0].bases
+    assert engine._materialise._scratch.numel() == scratch_bytes(shape, setting, planned, 1, gpu=True)
 
 
 @pytest.mark.parametrize("law", LAWS)
