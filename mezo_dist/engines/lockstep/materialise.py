@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, final
 
 import torch
@@ -49,6 +49,7 @@ class Materialiser:
         compute_dtype: dtype of what is made; the weights' own if None.
         layout: where the weights live.
         need: makes the unit of a hooked module whole (and keeps the one that is whole now, if told so).
+        compiled: forwards of modules that stand in for their own.
 
     Attributes:
         shifts: what each variant of the current passes adds to the weights; set it before they run.
@@ -57,7 +58,14 @@ class Materialiser:
         only: names of the weights that shifts, and directions per sample, move; all trainable ones if None.
     """
 
-    def __init__(self, law: Law, compute_dtype: torch.dtype | None, layout: Layout, need: Need) -> None:
+    def __init__(
+        self,
+        law: Law,
+        compute_dtype: torch.dtype | None,
+        layout: Layout,
+        need: Need,
+        compiled: Mapping[nn.Module, Callable[[Call, list[Tensor]], object]],
+    ) -> None:
         self.shifts: list[Combination] = []
         self.only: frozenset[str] | None = None
         self.factors = Factors(law)
@@ -66,6 +74,7 @@ class Materialiser:
         self._compute_dtype = compute_dtype
         self._layout = layout
         self._need = need
+        self._compiled = compiled
         # Weights stay where they are while passes run, so variants without a shift may use them themselves. Not so on
         # sharded layouts, whose gathered weights are released when the passes have gone on.
         self._keep_sources = not layout.is_sharded
@@ -132,7 +141,7 @@ class Materialiser:
             tensors = made[hooked.module]
             if len(group) > 1:
                 self._made = made
-        forward = None if rows is None else rows.forward
+        forward = self._compiled.get(hooked.module) if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
             shared = forward or functools.partial(on_tensors, hooked, real)
             forward = with_sample_directions(self.factors, hooked, calls, real, shared, head_rows(hooked.module))
