@@ -34,11 +34,38 @@ def check_contradictions(config: RunConfig) -> None:
     if config.train.calibrate:
         config.task.check_calibration()
     _check_first_order(config)
+    _check_compile(config)
     if config.train.objective == "metric":
         _check_metric_objective(config)
     check_reward(config.task, config.train.objective, config.reward)
     if config.algorithm.lr == "auto":
         _check_auto_rate(config)
+
+
+def _check_compile(config: RunConfig) -> None:
+    if config.train.compile == "off":
+        return
+    fix = "set train.compile to off"
+    if config.layout.name != "replicated":
+        raise ValueError(
+            f"train.compile: blocks of layout.name: {config.layout.name} are gathered by hooks that cannot be compiled; "
+            f"{fix}, or layout.name to replicated"
+        )
+    if config.model.quantise is not None:
+        raise ValueError(f"train.compile: is not for quantised weights (model.quantise); {fix}")
+    if getattr(config.algorithm, "per_sample", False):
+        raise ValueError(
+            f"train.compile: directions per sample are applied inside of blocks; {fix}, or algorithm.per_sample to false"
+        )
+    if isinstance(config.algorithm, FirstOrder):
+        raise ValueError(
+            f"train.compile: compiles forward passes of variants, of which algorithm.name: {config.algorithm.name} has "
+            f"none; {fix}"
+        )
+    if config.task.kind == "generation" and config.train.objective != "loss":
+        raise ValueError(
+            f"train.compile: texts are written by the model's own code (train.objective: {config.train.objective}); {fix}"
+        )
 
 
 def _check_auto_rate(config: RunConfig) -> None:

@@ -19,6 +19,7 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import Part
 from mezo_dist.engines.anchor import Anchor
+from mezo_dist.engines.compiled import Compile, compiled_units
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
 from mezo_dist.engines.hooked import HookedModule
 from mezo_dist.engines.layouts.base import Layout, Shard
@@ -27,6 +28,7 @@ from mezo_dist.engines.lockstep.fanout import FanOut
 from mezo_dist.engines.lockstep.materialise import Materialiser
 from mezo_dist.engines.lockstep.passes import ForwardPass
 from mezo_dist.engines.lockstep.unshard import UnshardSchedule
+from mezo_dist.engines.units import find_blocks
 
 OPTIMIZER_PREFIX = "optimizer:"
 """Prefix of the names under which an optimiser's state is saved; no parameter's name has a colon."""
@@ -61,6 +63,7 @@ class Engine:
         width: items that share one gather of the weights and one making of the variants; more of them cost activation
             memory. All that are given to `evaluate` if None.
         prefetch: gather a unit while the one before it computes; one unit more is held in memory.
+        compile: compile the model's blocks; only where weights are whole (`mezo_dist.engines.compiled`).
 
     Attributes:
         trainable: names of the weights that variants shift and that updates change.
@@ -79,10 +82,12 @@ class Engine:
         stochastic_rounding: bool = False,
         width: int | None = None,
         prefetch: bool = False,
+        compile: Compile = "off",
     ) -> None:
         self.model = model.eval()
         self.law = law
-        self.layout = layout or Replicated(model)
+        self.compile = compile
+        self.layout = layout or Replicated(model, whole_blocks=compile != "off")
         self.width = width
         self.compute_dtype = compute_dtype
         self.stochastic_rounding = stochastic_rounding
@@ -94,7 +99,8 @@ class Engine:
         if not self.layout.is_sharded and compute_dtype is None:  # frozen weights serve as they are
             hooked_modules = [hooked for hooked in hooked_modules if any(weight.trainable for weight in hooked.weights)]
         self._unshard = UnshardSchedule(self.layout, prefetch=prefetch)
-        self._materialise = Materialiser(law, compute_dtype, self.layout, self._need)
+        compiled = compiled_units(iter(hooked_modules), find_blocks(model) if compile != "off" else (), compile)
+        self._materialise = Materialiser(law, compute_dtype, self.layout, self._need, compiled)
         self._fanout = FanOut(hooked_modules, self._materialise)
         self._anchor = Anchor(self.layout, self.trainable)
 

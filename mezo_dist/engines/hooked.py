@@ -8,7 +8,7 @@ scratch is as small as the largest hooked module, and still in the cache when th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,9 @@ class HookedModule:
     """The module owns weights and also contains blocks that are hooked modules of their own."""
 
 
-def find_hooked_modules(model: nn.Module, *, include_frozen: bool) -> list[HookedModule]:
+def find_hooked_modules(
+    model: nn.Module, *, include_frozen: bool, whole: Collection[nn.Module] = ()
+) -> list[HookedModule]:
     """All hooked modules of ``model``, in its order of modules.
 
     A module that owns weights is a hooked module. If modules inside it own weights too, the whole subtree is one hooked
@@ -70,6 +72,7 @@ def find_hooked_modules(model: nn.Module, *, include_frozen: bool) -> list[Hooke
     Args:
         model: any module, not wrapped yet.
         include_frozen: also modules without trainable weights (needed when all weights are cast for the forward).
+        whole: modules that are hooked modules with all weights inside of them, whatever these are (compiled blocks).
     """
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
@@ -83,11 +86,11 @@ def find_hooked_modules(model: nn.Module, *, include_frozen: bool) -> list[Hooke
     def visit(module: nn.Module, path: str) -> None:
         direct = weights.get(module, ())
         inner = [w for m in module.modules() if m is not module for w in weights.get(m, ())]
-        spans = bool(direct and inner) and (
+        spans = module not in whole and bool(direct and inner) and (
             any(isinstance(m, nn.ModuleList) for m in module.modules())
             or {w.name for w in direct} <= {w.name for w in inner}
         )
-        is_hooked = bool(direct) or isinstance(module, OPAQUE)
+        is_hooked = bool(direct) or isinstance(module, OPAQUE) or module in whole
         if is_hooked:
             used = direct if spans else (*direct, *inner)
             if include_frozen or any(w.trainable for w in used):

@@ -29,13 +29,14 @@ class Unit:
     """Used at several ends of the model (tied weights): once gathered it stays whole until the pass ends."""
 
 
-def find_units(model: nn.Module, block_classes: Sequence[str] = ()) -> list[Unit]:
+def find_units(model: nn.Module, block_classes: Sequence[str] = (), *, whole_blocks: bool = False) -> list[Unit]:
     """All units of ``model``, in its order of modules. Every parameter belongs to exactly one.
 
     Args:
         model: any module, not sharded yet.
         block_classes: names of the classes of its blocks. If there are none, the model's own ``_no_split_modules``
             names them; failing that, they are the members of the largest ``nn.ModuleList`` of modules of one class.
+        whole_blocks: a block is one hooked module, with all of its weights.
 
     Raises:
         UserError: no module is of one of ``block_classes``.
@@ -43,7 +44,7 @@ def find_units(model: nn.Module, block_classes: Sequence[str] = ()) -> list[Unit
     blocks = find_blocks(model, block_classes)
     block_of = {inner: block for block in blocks for inner in block.modules()}
     groups: dict[nn.Module, list[HookedModule]] = {}
-    for hooked in find_hooked_modules(model, include_frozen=True):
+    for hooked in find_hooked_modules(model, include_frozen=True, whole=set(blocks) if whole_blocks else ()):
         groups.setdefault(block_of.get(hooked.module, hooked.module), []).append(hooked)
     return [_unit(modules, [s for m in modules for s in groups[m]]) for modules in _join_tied(groups)]
 

@@ -59,7 +59,8 @@ def with_rates(machine: Machine, data: JsonObject, dtype: str) -> Machine:
     """
     origin = f"measured on {data['host']}, {data['date']}, {data['threads']} thread(s), {data['device']}"
     rates = {name: data["rates"][name] for name in RATES}
-    return replace(machine, flops=data["flops"][dtype], origin=origin, **rates)
+    gpu = not str(data["device"]).startswith("CPU")
+    return replace(machine, flops=data["flops"][dtype], gpu=gpu, origin=origin, **rates)
 
 
 def measure() -> JsonObject:

@@ -43,6 +43,8 @@ class Machine:
     """Seconds to read an element of a weight, add to it, and write one variant of it."""
     call: float = 2e-5
     """Seconds that one module of one waiting pass takes beside its arithmetic: switching passes, Python, launches."""
+    gpu: bool = True
+    """Ranks compute on GPUs, where variants of several modules are made together."""
     runtime: int = 1 * GIB
     """Bytes that Python, torch, and the context of the device take in every rank."""
     reduce: Reduce = "ring"

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mezo_dist.engines.scratch import leading, padded
 from mezo_dist.engines.waiting import numbers_held, tokens_that_fit
 from mezo_dist.planning.activations import at_boundary, block_places
 from mezo_dist.planning.machine import GIB, Machine
@@ -27,7 +28,6 @@ from mezo_dist.planning.shapes import ModelShape, ModuleShape
 from mezo_dist.planning.weights import anchor_copy, resident_weights, unit_bytes
 from mezo_dist.planning.writing import writing
 
-ALIGNMENT = 64
 FP32 = 4
 
 
@@ -73,7 +73,7 @@ def memory_of(shape: ModelShape, setting: Setting, machine: Machine) -> Memory:
     for step in rounds:
         width = width_of(shape, setting, step, free)
         for base in step.bases:
-            scratch = scratch_bytes(shape, setting, base, width)
+            scratch = scratch_bytes(shape, setting, base, width, gpu=machine.gpu)
             moments = [*_moments(shape, setting, base, width, ranks)]
             if setting.reads == "texts":
                 moments += [writing(shape, setting, base, width, machine, free)]
@@ -127,33 +127,47 @@ def frozen_layers(shape: ModelShape) -> int:
     return next((i for i, unit in enumerate(blocks) if any(w.trainable for w in unit.weights)), len(blocks))
 
 
-def scratch_bytes(shape: ModelShape, setting: Setting, base: BasePasses, width: int) -> int:
+def scratch_bytes(
+    shape: ModelShape, setting: Setting, base: BasePasses, width: int, *, gpu: bool = False
+) -> int:
     """The buffer in which variants are made, as large as the module that needs most of it: its weights, once for every
     variant that has weights of its own. Of an embedding only the rows of the batch, of a head only those that are read.
+    On a GPU modules of a unit are made together, as far as `mezo_dist.engines.scratch` says, and an embedding has a row
+    for every token, not for every different one.
+
+    The engine's other buffers there are a few kilobytes: thin factors of the directions that are being added, and tables
+    of addresses. Activations are the model's own, and PyTorch's allocator gives their memory out again.
 
     Args:
         shape: the model.
         setting: how the run goes.
         base: its variants.
         width: micro-batches in lock step.
+        gpu: the engine's weights are on a GPU.
     """
     copies = base.variants if setting.compute is not None else base.copies
-    sizes = (_variant_bytes(module, shape, setting, width) for unit in shape.units for module in unit.modules
-             if setting.is_sharded or setting.compute or any(w.trainable for w in module.weights))  # fmt: skip
-    return copies * max(sizes, default=0)
+    largest = 0
+    for unit in shape.units:
+        modules = [module for module in unit.modules
+                   if setting.is_sharded or setting.compute or any(w.trainable for w in module.weights)]  # fmt: skip
+        sizes = [copies * _variant_bytes(module, shape, setting, width, gpu=gpu) for module in modules]
+        while sizes:
+            number = leading(sizes) if gpu and unit.is_block else 1
+            largest, sizes = max(largest, sum(sizes[:number])), sizes[number:]
+    return largest
 
 
-def _variant_bytes(module: ModuleShape, shape: ModelShape, setting: Setting, width: int) -> int:
-    """Bytes of one variant of a module."""
+def _variant_bytes(module: ModuleShape, shape: ModelShape, setting: Setting, width: int, *, gpu: bool) -> int:
+    """Bytes of one variant of a module; arguments as those of `scratch_bytes`."""
     itemsize = setting.pass_bytes if setting.compute else setting.gather_bytes
     rows = None
     if module.kind == "embedding":
         tokens = width * setting.micro_batch * setting.tokens
-        rows = expected_rows(module.weights[0].shape[0], tokens)
+        rows = tokens if gpu else expected_rows(module.weights[0].shape[0], tokens)
     elif setting.reads == "labels" and module.weights[0].shape[0] == shape.vocabulary:
         rows = 2
     sizes = (w.size if rows is None else rows * math.prod(w.shape[1:]) for w in module.weights)
-    return sum(math.ceil(size * itemsize / ALIGNMENT) * ALIGNMENT for size in sizes)
+    return sum(padded(size * itemsize) for size in sizes)
 
 
 def expected_rows(vocabulary: int, tokens: int) -> int:

@@ -322,6 +322,9 @@ def _run_model(
     settings, pretrained = loaded.config.train, loaded.pretrained
     if not settings.frozen_cache_gib or all(parameter.requires_grad for parameter in pretrained.model.parameters()):
         return run_whole
+    if settings.compile != "off":
+        log.info("frozen blocks are computed every time: train.compile compiles whole blocks")
+        return run_whole
     if loaded.engine.layout.is_sharded:
         log.info("frozen blocks are computed every time: ranks must gather alike, whatever samples they remember")
         return run_whole

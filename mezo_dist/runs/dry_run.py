@@ -287,6 +287,6 @@ def _planned(run: Run, measured: Measured) -> str:
         width=config.train.width or width,
     )
     hosts = max(1, run.comm.world_size // run.comm.ranks_here)
-    memory = memory_of(shape, setting, Machine(hosts, run.comm.world_size // hosts))
+    memory = memory_of(shape, setting, Machine(hosts, run.comm.world_size // hosts, gpu=torch.cuda.is_available()))
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.parts.items() if size > 0.005 * GIB)
     return f"{memory.total / GIB:.2f} GiB when {memory.when}: {parts}"

@@ -91,6 +91,7 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
         compute_dtype=dtype_of(config.model.compute) if config.model.compute else None,
         stochastic_rounding=config.model.weights == "bfloat16",
         prefetch=config.layout.prefetch,
+        compile=config.train.compile,
     )
     if pretrained.source is not None:
         with patience(f"reading the shards of {model.name}"):
@@ -169,4 +170,4 @@ def _layout(config: RunConfig, model: nn.Module, comm: Communicator) -> Layout:
 
         ds_config = read_config(config.located().layout.ds_config, config.model.weights)
         return Zero(model, comm, ds_config, block_classes=layout.blocks, prefetch=layout.prefetch)
-    return Replicated(model)
+    return Replicated(model, whole_blocks=config.train.compile != "off")

@@ -119,7 +119,8 @@ def cut(
 
 
 def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
-    """The same with their tensors on ``device``, by one copy; they stay as they are where it is the host.
+    """The same with their tensors on ``device``, by one copy; they stay as they are where it is the host. What they hold
+    stays known to the host (`devices.known`).
 
     Args:
         micro_batches: in host memory.
@@ -127,8 +128,10 @@ def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> list
     """
     if device.type == "cpu":
         return list(micro_batches)
-    tensors = (tensor for item in micro_batches for part in (item.inputs, item.targets) for tensor in part.values())
-    there = iter(devices.upload([*tensors], device))
+    tensors = [tensor for item in micro_batches for part in (item.inputs, item.targets) for tensor in part.values()]
+    copies = devices.upload(tensors, device)
+    devices.remember(copies, tensors)
+    there = iter(copies)
     return [
         replace(
             item,

@@ -99,6 +99,14 @@ def test_what_is_left_to_do_on_one_token_is_done_on_one_token(
     )
 
 
+def test_attention_to_one_token_is_noticed_where_it_hardly_moves_logits() -> None:
+    """Logits of a model with small weights are small all over; and without padding no mask's shape tells."""
+    groups = [(batch.inputs, batch.targets["position"]) for batch in batches(1)]
+    run = attach_frozen_cache(with_frozen_blocks("bert"), groups, GIB)
+    assert isinstance(run, FrozenCache)
+    assert not run.narrow
+
+
 def test_bits_do_not_depend_on_who_came_before_or_on_the_memory() -> None:
     """Micro-batches of another composition find, and leave, the same hidden states; so does a memory that forgets."""
     mixed = cut([SAMPLES[i] for i in (5, 1, 3, 0, 2, 4)], 3, 0, collate)

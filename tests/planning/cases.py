@@ -78,7 +78,7 @@ class Figures:
 
 def planned(case: Case, ranks: int) -> Figures:
     """What the plan says of the steps that `measured` takes."""
-    shape, machine = case.shape(), Machine(ranks_per_host=ranks, runtime=0)
+    shape, machine = case.shape(), Machine(ranks_per_host=ranks, runtime=0, gpu=False)
     memory = memory_of(shape, case.setting, machine)
     steps = rounds_of(case.setting, ranks)
     gathered = sum(

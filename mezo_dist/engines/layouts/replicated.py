@@ -18,14 +18,19 @@ from mezo_dist.engines.units import Unit, find_units
 
 @final
 class Replicated:
-    """See `mezo_dist.engines.layouts.base.Layout`."""
+    """See `mezo_dist.engines.layouts.base.Layout`.
+
+    Args:
+        model: the model.
+        whole_blocks: see `find_units`.
+    """
 
     is_sharded = False
     gather_dtype = None
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, whole_blocks: bool = False) -> None:
         self._model = model
-        self.units = find_units(model)
+        self.units = find_units(model, whole_blocks=whole_blocks)
 
     def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
         """See `Layout.describe`."""

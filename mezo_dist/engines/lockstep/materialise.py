@@ -1,10 +1,13 @@
-"""Makes the weights of variants: those of one hooked module at a time, into scratch, just before they are used."""
+"""Makes the weights of variants into scratch, just before they are used: those of one hooked module at a time, while the
+cache holds them; on a GPU, where a launch costs more than a small module, those of several modules of a unit together.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, final
 
 import torch
@@ -23,11 +26,8 @@ from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with
 from mezo_dist.engines.lockstep.passes import Call, Read
 from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
 from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
+from mezo_dist.engines.scratch import ALIGNMENT, leading, padded
 from mezo_dist.errors import UserError
-
-ALIGNMENT = 64
-"""Bytes. Matrix kernels may give other bits for operands that are not aligned to their vector registers."""
-
 
 _Todo = dict[tuple[Combination, ...], list[Part]]
 """Combinations, and the weights that they are added to together, each with one output for each of them."""
@@ -49,6 +49,7 @@ class Materialiser:
         compute_dtype: dtype of what is made; the weights' own if None.
         layout: where the weights live.
         need: makes the unit of a hooked module whole (and keeps the one that is whole now, if told so).
+        compiled: forwards of modules that stand in for their own.
 
     Attributes:
         shifts: what each variant of the current passes adds to the weights; set it before they run.
@@ -57,7 +58,14 @@ class Materialiser:
         only: names of the weights that shifts, and directions per sample, move; all trainable ones if None.
     """
 
-    def __init__(self, law: Law, compute_dtype: torch.dtype | None, layout: Layout, need: Need) -> None:
+    def __init__(
+        self,
+        law: Law,
+        compute_dtype: torch.dtype | None,
+        layout: Layout,
+        need: Need,
+        compiled: Mapping[nn.Module, Callable[[Call, list[Tensor]], object]],
+    ) -> None:
         self.shifts: list[Combination] = []
         self.only: frozenset[str] | None = None
         self.factors = Factors(law)
@@ -66,11 +74,16 @@ class Materialiser:
         self._compute_dtype = compute_dtype
         self._layout = layout
         self._need = need
+        self._compiled = compiled
         # Weights stay where they are while passes run, so variants without a shift may use them themselves. Not so on
         # sharded layouts, whose gathered weights are released when the passes have gone on.
         self._keep_sources = not layout.is_sharded
         self._scratch = torch.empty(0)
         self._most = 0
+        self._unit_of = {hooked.module: unit for unit in layout.units for hooked in unit.hooked_modules}
+        self._served: list[HookedModule] = []
+        self._following: dict[nn.Module, list[HookedModule]] = {}
+        self._made: dict[nn.Module, dict[int, list[Tensor]]] = {}
 
     def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
         """The weights of a module under every variant among its calls.
@@ -99,29 +112,88 @@ class Materialiser:
             real: its forward.
         """
         others = frozenset(weight.name for weight in hooked.weights) - {matrix.name}
-        served = self._serve_weights(_restricted(hooked, others), calls, real)
+        served = self._serve_weights(_restricted(hooked, others), calls, real, alone=True)
         unmoved = served.forward or functools.partial(on_tensors, hooked, real)
         forward = with_shift(self.factors, hooked, matrix, self.shifts, unmoved, head_rows(hooked.module))
         return Served(served.tensors, forward)
 
-    def _serve_weights(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
+    def _serve_weights(
+        self, hooked: HookedModule, calls: Sequence[Call], real: Forward, *, alone: bool = False
+    ) -> Served:
+        """The weights themselves.
+
+        Args:
+            hooked: the module.
+            calls: those that wait.
+            real: its forward.
+            alone: no other modules' weights are made with them.
+        """
         rows = plan_sparse_rows(hooked, calls, real)
         variants = sorted({call.caller.variant for call in calls})
-        sources = [_source(weight.tensor.detach(), rows) for weight in hooked.weights]
-        must_copy = (hooked.spans_blocks and not self._keep_sources) or not all(map(_aligned, sources))
-        copies = len(variants) if must_copy or self._compute_dtype else sum(bool(self.shifts[v]) for v in variants)
-        allocate = torch.empty_like if hooked.spans_blocks else self._scratch_for(sources, copies)
-        tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
-        todo: _Todo = {}
-        for weight, source in zip(hooked.weights, sources, strict=True):
-            for v, tensor in self._variants_of(weight, source, rows, variants, allocate, must_copy, todo).items():
-                tensors[v].append(tensor)
-        self._do(todo)
-        forward = None if rows is None else rows.forward
+        alone = alone or rows is not None or hooked.spans_blocks or self.describe(hooked.weights[0])[1].type == "cpu"
+        if not alone:
+            self._served.append(hooked)
+        tensors = {} if alone else self._made.get(hooked.module, {})
+        if not tensors.keys() >= set(variants):
+            self._made.clear()
+            group = [hooked] if alone else self._together(hooked, len(variants))
+            made = self._make(group, rows, variants)
+            tensors = made[hooked.module]
+            if len(group) > 1:
+                self._made = made
+        forward = self._compiled.get(hooked.module) if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
             shared = forward or functools.partial(on_tensors, hooked, real)
             forward = with_sample_directions(self.factors, hooked, calls, real, shared, head_rows(hooked.module))
-        return Served(tensors, forward)
+        return Served({v: tensors[v] for v in variants}, forward)
+
+    def _together(self, hooked: HookedModule, num_variants: int) -> list[HookedModule]:
+        """The module, and those of its unit that the passes before this one called after it: as many as are worth a
+        launch of their own.
+
+        Args:
+            hooked: the module.
+            num_variants: that are made of each weight.
+        """
+        following = self._following.get(hooked.module, [])
+        group = [hooked, *(h if self.only is None else _restricted(h, self.only) for h in following)]
+        sizes = [num_variants * self._bytes_of([weight.tensor for weight in some.weights]) for some in group]
+        return group[: leading(sizes)]
+
+    def _make(
+        self, group: Sequence[HookedModule], rows: Rows | None, variants: Sequence[int]
+    ) -> dict[nn.Module, dict[int, list[Tensor]]]:
+        """All weights of some modules under every variant, in one go.
+
+        Args:
+            group: the modules.
+            rows: the needed rows of a single module's weights, if not all.
+            variants: numbers of the variants, ascending.
+        """
+        sources = {hooked: [_source(weight.tensor.detach(), rows) for weight in hooked.weights] for hooked in group}
+        must_copy = {
+            hooked: (hooked.spans_blocks and not self._keep_sources) or not all(map(_aligned, some))
+            for hooked, some in sources.items()
+        }
+        moved = sum(bool(self.shifts[v]) for v in variants)
+        need = sum(
+            self._bytes_of(some) * (len(variants) if must_copy[hooked] or self._compute_dtype else moved)
+            for hooked, some in sources.items()
+        )
+        allocate: Callable[..., Tensor] = torch.empty_like
+        if not group[0].spans_blocks:
+            allocate = self._scratch_for(need, sources[group[0]][0].device)
+        todo: _Todo = {}
+        made: dict[nn.Module, dict[int, list[Tensor]]] = {}
+        for hooked, some in sources.items():
+            tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
+            for weight, source in zip(hooked.weights, some, strict=True):
+                under = self._variants_of(weight, source, rows, variants, allocate, must_copy[hooked], todo)
+                for v, tensor in under.items():
+                    tensors[v].append(tensor)
+            made[hooked.module] = tensors
+        self._do(todo)
+        return made
 
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
         """One weight under every variant among ``reads``, not in scratch: a reader does not say when it is done with
@@ -201,23 +273,45 @@ class Materialiser:
         if 2 * self._most < self._scratch.numel():
             self._scratch = torch.empty(0)
         self._most = 0
+        self._made.clear()
+        if self._served:
+            self._following = self._orders()
+            self._served = []
 
-    def _scratch_for(self, sources: Sequence[Tensor], copies: int) -> Callable[..., Tensor]:
+    def _orders(self) -> dict[nn.Module, list[HookedModule]]:
+        """What followed on each module in its unit, in these passes."""
+        following: dict[nn.Module, list[HookedModule]] = {}
+        unrestricted = {h.module: h for unit in self._layout.units for h in unit.hooked_modules}
+        order = [unrestricted[hooked.module] for hooked in self._served]
+        for number, hooked in enumerate(order):
+            unit = self._unit_of[hooked.module]
+            rest = itertools.takewhile(lambda other: self._unit_of[other.module] is unit, order[number + 1 :])
+            following.setdefault(hooked.module, list(dict.fromkeys(other for other in rest if other is not hooked)))
+        return following
+
+    def _bytes_of(self, sources: Sequence[Tensor]) -> int:
+        """Bytes of one variant of some weights."""
+        return sum(padded(source.numel() * (self._compute_dtype or source.dtype).itemsize) for source in sources)
+
+    def _scratch_for(self, need: int, device: torch.device) -> Callable[..., Tensor]:
         """An allocator that hands out pieces of one buffer. The buffer is kept from one hooked module to the next,
-        because fresh memory costs page faults."""
-        sizes = (source.numel() * (self._compute_dtype or source.dtype).itemsize for source in sources)
-        need = sum(map(_padded, sizes)) * copies
+        because fresh memory costs page faults.
+
+        Args:
+            need: bytes of all that is handed out.
+            device: where.
+        """
         self._most = max(self._most, need)
-        if self._scratch.numel() < need or self._scratch.device != sources[0].device:
+        if self._scratch.numel() < need or self._scratch.device != device:
             self._scratch = torch.empty(0)  # the old buffer goes before the new one comes
-            self._scratch = torch.empty(need, dtype=torch.uint8, device=sources[0].device)
+            self._scratch = torch.empty(need, dtype=torch.uint8, device=device)
         used = 0
 
         def allocate(like: Tensor, dtype: torch.dtype) -> Tensor:
             nonlocal used
             num_bytes = like.numel() * dtype.itemsize
             piece = self._scratch[used : used + num_bytes].view(dtype).view(like.shape)
-            used += _padded(num_bytes)
+            used += padded(num_bytes)
             return piece
 
         return allocate
@@ -235,7 +329,3 @@ def _source(tensor: Tensor, rows: Rows | None) -> Tensor:
 
 def _aligned(tensor: Tensor) -> bool:
     return devices.address(tensor) % ALIGNMENT == 0
-
-
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from mezo_dist.directions import devices
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.engines.lockstep.passes import any_goes_on
 from mezo_dist.errors import UserError
@@ -73,14 +74,14 @@ def decode(
         max_new_tokens=decoding.max_new_tokens, do_sample=False, pad_token_id=decoding.pad_id, use_cache=True
     )
     with _own_settings_aside(model):
-        sequences = model.generate(  # type: ignore[operator]
+        model.generate(  # type: ignore[operator]
             **inputs,
             generation_config=settings,
             logits_processor=LogitsProcessorList(choose),
             stopping_criteria=StoppingCriteriaList([texts]),
             synced_gpus=False,
         )
-    return texts.cut(sequences)
+    return texts.cut()
 
 
 _aside: WeakKeyDictionary[nn.Module, tuple[GenerationConfig, int]] = WeakKeyDictionary()
@@ -122,13 +123,18 @@ class _Texts(StoppingCriteria):
     def __init__(self, decoding: Decoding, start: int, num_samples: int, ended: Ended) -> None:
         self._decoding, self._start, self._ended = decoding, start, ended
         self._lengths: list[int | None] = [None] * num_samples
+        self._texts: list[list[int]] = [[] for _ in range(num_samples)]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        new = input_ids[:, self._start :].tolist()
-        for i, tokens in enumerate(new):
+        # The one read of a token: which text ends is for the host to say. (``generate`` then asks the device whether
+        # all have ended, by a second one, behind nothing but this answer.)
+        written = self._start + len(self._texts[0])
+        (new,) = devices.read([input_ids[:, written:]])
+        for i, tokens in enumerate(new.tolist()):
+            self._texts[i] += tokens
             if self._lengths[i] is None:
-                self._lengths[i] = self._length(tokens)
-        is_full = len(new[0]) >= self._decoding.max_new_tokens
+                self._lengths[i] = self._length(self._texts[i])
+        is_full = len(self._texts[0]) >= self._decoding.max_new_tokens
         done = not any_goes_on(not is_full and None in self._lengths)
         return torch.full((len(new),), done, dtype=torch.bool, device=input_ids.device)
 
@@ -137,10 +143,9 @@ class _Texts(StoppingCriteria):
             return len(tokens) - 1
         return len(tokens) if self._ended(tokens) else None
 
-    def cut(self, sequences: Tensor) -> list[list[int]]:
+    def cut(self) -> list[list[int]]:
         """The new tokens of each text up to its end."""
-        new = sequences[:, self._start :].tolist()
-        return [tokens[:length] for tokens, length in zip(new, self._lengths, strict=True)]
+        return [tokens[:length] for tokens, length in zip(self._texts, self._lengths, strict=True)]
 
 
 class _Draw(LogitsProcessor):
@@ -165,7 +170,7 @@ class _Draw(LogitsProcessor):
             least = logits.topk(min(self._decoding.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         noise = [_gumbel(derive_seed(seed, "token", place), logits.shape[-1]) for seed in self._seeds]
-        return logits + torch.stack(noise).to(logits.device)
+        return logits + devices.upload([torch.stack(noise)], logits.device)[0]
 
 
 def _gumbel(seed: int, size: int) -> Tensor:
