@@ -20,4 +20,4 @@ shift 2
 set -x # show what runs
 exec torchrun --nnodes "$hosts" --nproc-per-node "${PROCESSES:-1}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$first:${PORT:-29500}" \
-    -m mezo_dist train "$@" --output.if_exists=resume
+    -m -- mezo_dist train "$@" --output.if_exists=resume

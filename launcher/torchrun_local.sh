@@ -19,5 +19,6 @@ num_threads=$((num_cores > num_processes ? num_cores / num_processes : 1))
 
 set -x # show what runs
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$num_threads}
-# --standalone finds a free port, so that two jobs can run side by side.
-exec torchrun --standalone --nproc-per-node "$num_processes" -m mezo_dist train "$@"
+# --standalone finds a free port, so that two jobs can run side by side. After --, options are ours: torchrun would take
+# --monitor for the beginning of its own --monitor-interval.
+exec torchrun --standalone --nproc-per-node "$num_processes" -m -- mezo_dist train "$@"

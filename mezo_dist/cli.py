@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mezo-dist",
         description="Fine-tune language models with forward passes only (MeZO, MeZO-SVRG), on one process or many.",
-        epilog="Many processes: torchrun --nproc-per-node 2 -m mezo_dist train CONFIG",
+        epilog="Many processes: torchrun --nproc-per-node 2 -m -- mezo_dist train CONFIG",
     )
     parser.add_argument("--version", action="version", version=f"mezo_dist {mezo_dist.__version__}")
     # DeepSpeed's launcher puts this option before the command. It is in the environment, too, and read there.

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,16 +67,28 @@ def init(arguments: argparse.Namespace) -> None:
     print(f"  mezo-dist tasks show {task} --model={arguments.model}\n  mezo-dist train {config}")
 
 
-def train(arguments: argparse.Namespace) -> None:
-    from mezo_dist.config import reader
+def _help(given: Sequence[str]) -> None:
+    """Explain the settings, or those of a section; with those of the algorithm that is given, or that the config
+    names."""
+    from mezo_dist.config import yaml_file
     from mezo_dist.config.help import help_text
 
+    items = [part for item in given for part in (item.split("=", 1) if item.startswith("--help=") else [item])]
+    names = [item.partition("=")[2] for item in items if item.removeprefix("--").startswith("algorithm.name=")]
+    if not names and not items[0].startswith("-"):
+        held = yaml_file.read(Path(items[0]), "config file").get("algorithm")
+        names = [str(held["name"])] if isinstance(held, dict) and "name" in held else []
+    after = items[items.index("-h" if "-h" in items else "--help") + 1 :]
+    section = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else None
+    print(help_text(names[-1] if names else "mezo-svrg", section))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from mezo_dist.config import reader
+
     given = ["--output.if_exists=replace" if item == "--force-new" else item for item in arguments.arguments]
-    if "-h" in given or "--help" in given:
-        names = [item.partition("=")[2] for item in given if item.removeprefix("--").startswith("algorithm.name=")]
-        after = given[given.index("-h" if "-h" in given else "--help") + 1 :]
-        section = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else None
-        print(help_text(names[-1] if names else "mezo-svrg", section))
+    if any(item in ("-h", "--help") or item.startswith("--help=") for item in given):
+        _help(given)
         return
     is_dry, given = "--dry-run" in given, [item for item in given if item != "--dry-run"]
     if not given or given[0].startswith("-"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import itertools
@@ -57,8 +58,12 @@ def help_text(algorithm: str = "mezo-svrg", section: str | None = None) -> str:
     kinds = [text for kind in KINDS if (text := _kind_help(kind, {**chosen, "task": kind}, section))]
     texts = [text for text in (parser.format_help(), *kinds) if text]
     if not texts:
+        near = difflib.get_close_matches(str(section), [*sections, *settings], 1)
+        hint = f"; did you mean {near[0]!r}" if near else ""
+        if section in EVERY:
+            hint = f"; give --algorithm.name={section} --help algorithm"
         raise UserError(
-            f"--help: there is no section or setting {section!r}; sections are {', '.join([GENERAL, *sections])}"
+            f"--help: there is no section or setting {section!r}{hint}; sections are {', '.join([GENERAL, *sections])}"
         )
     return "\n".join(texts if section is not None else [*texts, EPILOG])
 

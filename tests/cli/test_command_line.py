@@ -83,7 +83,16 @@ def test_help_of_a_section(section: str, shown: str, hidden: str, capsys: pytest
 
 def test_help_of_a_section_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help", "layuot"]) == 2
-    assert "there is no section or setting 'layuot'; sections are general, model, " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "there is no section or setting 'layuot'; did you mean 'layout'; sections are general, model, " in error
+    assert cli.main(["train", "--help=adamw"]) == 2
+    assert "give --algorithm.name=adamw --help algorithm" in capsys.readouterr().err
+
+
+def test_help_is_about_the_algorithm_of_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("algorithm: {name: adamw}")
+    assert cli.main(["train", str(tmp_path / "mine.yaml"), "--help", "algorithm"]) == 0
+    assert "--algorithm.beta2" in capsys.readouterr().out
 
 
 def test_help_is_free_of_markup_and_of_what_cannot_be_used() -> None:

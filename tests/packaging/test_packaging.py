@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from torch.distributed.run import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
@@ -251,12 +252,14 @@ def test_local_launcher_starts_torchrun_with_a_share_of_the_cores(tmp_path: Path
         "--nproc-per-node",
         "100000",
         "-m",
+        "--",
         "mezo_dist",
         "train",
         "my config.yaml",
-        "--x=1",
+        "--monitor=[csv]",
     ]
-    assert output(script, "100000", "my config.yaml", "--x=1", env=env).splitlines() == ["1", *command]
+    assert output(script, "100000", "my config.yaml", "--monitor=[csv]", env=env).splitlines() == ["1", *command]
+    assert parse_args(command).training_script_args == command[-3:]  # not torchrun's --monitor-interval
     assert output(script, "1", "c.yaml", env=env).splitlines()[0] == str(os.cpu_count())
     assert output(script, "1", "c.yaml", env=env | {"OMP_NUM_THREADS": "7"}).splitlines()[0] == "7"
     assert run(script, "c.yaml").returncode == 2
