@@ -75,7 +75,7 @@ def _help(given: Sequence[str]) -> None:
 
     items = [part for item in given for part in (item.split("=", 1) if item.startswith("--help=") else [item])]
     names = [item.partition("=")[2] for item in items if item.removeprefix("--").startswith("algorithm.name=")]
-    if not names and not items[0].startswith("-"):
+    if not names and Path(items[0]).is_file():
         held = yaml_file.read(Path(items[0]), "config file").get("algorithm")
         names = [str(held["name"])] if isinstance(held, dict) and "name" in held else []
     after = items[items.index("-h" if "-h" in items else "--help") + 1 :]
