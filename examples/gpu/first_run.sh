@@ -3,15 +3,16 @@
 #
 #     examples/gpu/first_run.sh PART [--rehearse] [arguments of the part]
 #
-# PART: tests, directions, steps, memory, generation, evidence. Results: $OUT (default first_run)/PART.json, and a table
-# on the console. --rehearse: the same on the CPU, with tiny shapes. Nothing is fetched from a network.
+# PART: tests, trajectory, directions, ncu, steps, memory, generation, evidence, paper. Results: PART.json and PART.md in
+# $OUT (default first_run), and rows on the console. --rehearse: the same on the CPU, with tiny shapes. Nothing is fetched
+# from a network.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 out=${OUT:-first_run}
 python=${PYTHON:-python}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-part=${1:?name a part: tests, directions, steps, memory, generation, evidence}
+part=${1:?name a part: tests, trajectory, directions, ncu, steps, memory, generation, evidence, paper}
 shift
 rehearse=
 if [ "${1:-}" = --rehearse ]; then
@@ -20,13 +21,27 @@ if [ "${1:-}" = --rehearse ]; then
 fi
 mkdir -p "$out"
 case $part in
-tests) # the bits of every kernel equal the reference, on the GPU where there is one
-    [ -z "$rehearse" ] || set -- -k 'test_is_the_implementation_for_cuda or test_what_would_wait' "$@"
-    cd "$root"
-    timeout 480 "$python" -m pytest tests/directions/test_gpu.py tests/gpu -q --junitxml="$out/tests.xml" "$@"
-    ;;
-directions | steps | memory | generation)
+tests | trajectory | directions | steps | memory | generation | paper)
+    # paper goes on where it was; call it as often as there is time
     timeout 480 "$python" "$here/parts.py" "$part" $rehearse --out "$out" "$@"
+    ;;
+ncu) # the kernel of `directions` that is furthest from a copy, under NVIDIA's profiler
+    worst=$("$python" - "$out/directions.json" <<'END'
+import json, sys
+rows = json.load(open(sys.argv[1]))["rows"]
+print(min((row for row in rows if ":" in row["what"]), key=lambda row: row["of a copy"])["what"])
+END
+    )
+    echo "worst of $out/directions.json: $worst"
+    if command -v ncu >/dev/null; then
+        timeout 480 ncu --set full -k regex:kernel -c 20 --csv --log-file "$out/ncu.csv" \
+            "$python" "$here/parts.py" directions --only "$worst" $rehearse --out "$out/ncu" "$@"
+    elif [ -n "$rehearse" ]; then # as far as it goes without a profiler
+        "$python" "$here/parts.py" directions --only "$worst" --rehearse --out "$out/ncu" "$@"
+    else
+        echo "ncu is not here; it comes with the CUDA toolkit" >&2
+        exit 1
+    fi
     ;;
 evidence) # starts again where it was; call it as often as there is time
     preset=gpu

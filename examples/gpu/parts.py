@@ -1,9 +1,10 @@
-"""Parts 2 to 5 of the first half hour on a GPU (see first_run.sh): what directions, steps, memory and texts cost.
+"""Parts of the first half hour on a GPU (see first_run.sh): whether bits are right, and what directions, steps, memory
+and texts cost.
 
-    python examples/gpu/parts.py directions|steps|memory|generation [--shapes opt-1.3b ...] [--rehearse] [--out FOLDER]
+    python examples/gpu/parts.py PART [--shapes opt-1.3b ...] [--only WORD] [--rehearse] [--out FOLDER]
 
-Each part prints a table and writes FOLDER/PART.json. With ``--rehearse`` the same code runs on the CPU with tiny
-shapes.
+Each part prints rows as they come, and writes FOLDER/PART.json and a table, FOLDER/PART.md. With ``--rehearse`` the same
+code runs on the CPU with tiny shapes. Parts: tests, trajectory, directions, steps, memory, generation, paper.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -30,17 +34,22 @@ from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import Part
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
+from mezo_dist.config import reader
 from mezo_dist.runs.evaluation import Evaluator
+from mezo_dist.runs.training import train
 from mezo_dist.tasks.classification.label_words import LabelWords
 from mezo_dist.tasks.generation.decode import Decoding, decode
+from mezo_dist.testing import write_tiny_config
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 from baselines import in_place_lozo, textbook_mezo  # noqa: E402
 from shapes import SHAPES, config_of, make_batch  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 LAWS = {"gaussian": Law("gaussian"), "rademacher": Law("rademacher"), "lowrank": Law("lowrank", 2)}
 PUBLISHED = {"opt-13b": "zo-vllm: 88 ms (low-rank, in LoRA slots); the usual code: 630 ms"}
+LARGE = ["opt-30b", "opt-66b"]
 SAMPLES, TOKENS = 16, 40
 GIB = 2**30
 
@@ -48,8 +57,8 @@ GIB = 2**30
 class Machine:
     """Where parts run, and how large."""
 
-    def __init__(self, *, rehearse: bool) -> None:
-        self.rehearse = rehearse
+    def __init__(self, out: Path, *, rehearse: bool, only: str = "") -> None:
+        self.out, self.rehearse, self.only = out, rehearse, only
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.dtype = torch.float32 if rehearse else torch.bfloat16
 
@@ -84,6 +93,66 @@ class Machine:
             return AutoModelForCausalLM.from_config(config_of(shape), dtype=self.dtype).eval()
 
 
+def tests(machine: Machine, shapes: list[str]) -> Iterator[Row]:
+    """The bits of every kernel against the reference, where there is a GPU; and what else is tested of GPUs."""
+    xml = machine.out / "tests.xml"
+    paths = ["tests/directions/test_gpu.py", "tests/gpu"]
+    some = ["-k", "test_is_the_implementation_for_cuda or test_what_would_wait"] if machine.rehearse else []
+    command = [sys.executable, "-m", "pytest", "-q", *paths, *some, f"--junitxml={xml.resolve()}"]
+    subprocess.run(command, cwd=ROOT, check=False)
+    suite = ElementTree.parse(xml).getroot()[0]
+    yield {"what": "all", **{name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}}
+    for case in suite.iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            yield {"what": case.attrib["name"], "tests": 1, "failures": 1, "errors": 0, "skipped": 0}
+
+
+def trajectory(machine: Machine, shapes: list[str]) -> Iterator[Row]:
+    """The same steps on the CPU and on the GPU. One update has the same bits on both (lowrank: but for the last bits of
+    products); losses are rounded otherwise, and so are all steps after the first."""
+    number = 3 if machine.rehearse else 20
+    for name, law in LAWS.items():
+        models = [_small_model(torch.device("cpu")), _small_model(machine.device)]
+        updated = []
+        for model in models:
+            Engine(model, law).add(Combination.single(5, 1e-3), 0)
+            updated.append(torch.cat([p.detach().cpu().view(-1) for p in model.parameters()]))
+        equal = (updated[0] == updated[1]).double().mean().item()
+        apart = (updated[0] - updated[1]).abs().max().item()
+        losses = [_losses(model, law, number) for model in models]
+        differences = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in zip(*losses, strict=True)]
+        yield {
+            "law": name,
+            "equal weights after one update": equal,
+            "largest difference of weights": apart,
+            "difference of losses, first step": differences[0],
+            f"difference of losses, step {number}": differences[-1],
+        }
+
+
+def _small_model(device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_of("tiny"), dtype=torch.float32).eval().to(device)
+
+
+def _losses(model: nn.Module, law: Law, number: int) -> list[tuple[float, ...]]:
+    """Of the variants of each step."""
+    with torch.no_grad():
+        objective = LabelWords(model, [100, 200], make_batch(1, 2))
+    planner, engine = MeZOPlanner(MeZO(lr=1e-4), Problem(0, number, 4, 4, has_16bit_weights=False)), Engine(model, law)
+    evaluator, progress = Evaluator(engine, objective, Communicator()), Progress(planner.init())
+    losses: list[tuple[float, ...]] = []
+
+    def evaluate(request: Evaluation, place: int) -> Losses | None:
+        found = evaluator.losses(request, [make_batch(4, 16)], (progress.step, place))
+        losses.append(found.mean if found is not None else ())
+        return found
+
+    for _ in range(number):
+        take_step(planner, progress, evaluate, engine, 0)
+    return losses
+
+
 def directions(machine: Machine, shapes: list[str]) -> Iterator[Row]:
     """GB/s of what must be moved, against a copy of the same bytes and against `normal_` and `add_`."""
     side = 64 if machine.rehearse else 16384
@@ -112,7 +181,7 @@ def directions(machine: Machine, shapes: list[str]) -> Iterator[Row]:
         ("scale", 2 * size, lambda: LAWS["gaussian"].scale(weight, 0.999, param_id=1)),
     ]
     copy = None
-    for name, moved, run in cases:
+    for name, moved, run in (case for case in cases if case[0] == "copy" or machine.only in case[0]):
         rate = moved / machine.seconds(run) / 1e9
         copy = copy or rate
         yield {"what": name, "GB/s": rate, "of a copy": rate / copy}
@@ -170,12 +239,15 @@ def steps(machine: Machine, shapes: list[str]) -> Iterator[Row]:
 
 
 def memory(machine: Machine, shapes: list[str]) -> Iterator[Row]:
-    """Peak against a forward pass; the largest shape with MeZO-SVRG that fits comes out as the last one without
-    ``full``."""
+    """Peak against a forward pass. Of shapes beyond those of `steps` MeZO-SVRG alone is looked at; the largest that fits
+    with it comes out as the last one without ``full``."""
     for shape in shapes:
+        is_large = shape in LARGE
         try:
             model, forward = machine.model(shape), None
             for name, (run, calls) in methods(machine, model).items():
+                if is_large and name not in ("forward", "svrg cycle of 2"):
+                    continue
                 peak = machine.peak_gib(lambda run=run, calls=calls: [run() for _ in range(calls)])
                 forward = forward or peak
                 ratio = None if peak is None or forward is None else peak / forward
@@ -210,7 +282,48 @@ def generation(machine: Machine, shapes: list[str]) -> Iterator[Row]:
         yield {"shape": shape, "generate tokens/s": written / alone, "both signs tokens/s": 2 * written / signs}
 
 
-PARTS = {"directions": directions, "steps": steps, "memory": memory, "generation": generation}
+PAPER = {
+    "mezo": {"name": "mezo", "lr": 3e-5, "eps": 1e-3},
+    "mezo-svrg": {"name": "mezo-svrg", "lr": 3e-6, "anchor_lr": 3e-5, "eps": 1e-3},
+    "adamw": {"name": "adamw", "lr": 3e-5},
+}
+"""Rates from the middle of the grids of the studies' preset `gpu`; nobody has tried them with so many steps."""
+STEPS = {"mezo": 100_000, "mezo-svrg": 20_000, "adamw": 2_000}
+"""200,000 forward passes of 64 samples with MeZO, and as many of as many samples with MeZO-SVRG, whose cycle of an anchor
+(of 512 samples) and a step takes 20 of them in two steps."""
+
+
+def paper(machine: Machine, shapes: list[str]) -> Iterator[Row]:
+    """The setting of the MeZO-SVRG paper as far as the models at hand go: MiniLM-L6 with a fresh head, all weights, 512
+    samples, batch 64. A run that SIGTERM cut short (`timeout` sends it) goes on where it was the next time."""
+    for name, algorithm in PAPER.items():
+        if machine.only not in name:
+            continue
+        folder = machine.out / f"paper-{name}"
+        data = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
+        if machine.rehearse:
+            tiny = yaml.safe_load(write_tiny_config(machine.out / "tiny", "bert", "mezo", batch_size=8).read_text())
+            data |= {"model": {**tiny["model"], "head": "classifier"}, "task": tiny["task"], "train": tiny["train"]}
+        data["algorithm"] = algorithm
+        data["train"]["steps"] = 2 if machine.rehearse else STEPS[name]
+        path = machine.out / f"paper-{name}.yaml"
+        path.write_text(yaml.safe_dump(data))
+        if not (folder / "results.json").exists():
+            train(reader.load(path, [f"output.dir={folder}"]), Communicator(), quiet=True)
+        results = json.loads((folder / "results.json").read_text())
+        figures = {when: results[when]["accuracy"] for when in ("before", "validation", "after")}
+        yield {"algorithm": name, "steps": results["steps"], "training_s": results["training_s"], **figures}
+
+
+PARTS = {
+    "tests": tests,
+    "trajectory": trajectory,
+    "directions": directions,
+    "steps": steps,
+    "memory": memory,
+    "generation": generation,
+    "paper": paper,
+}
 
 
 def main() -> None:
@@ -218,11 +331,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all from OPT-125M on if left out")
+    parser.add_argument("--only", default="", help="rows whose name has this in it (directions, paper)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("first_run"), help="folder of the results")
     options = parser.parse_args()
-    machine = Machine(rehearse=options.rehearse)
-    every = ["opt-125m", "opt-1.3b", "opt-6.7b", "opt-13b"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine = Machine(options.out, rehearse=options.rehearse, only=options.only)
+    every = ["opt-125m", "opt-1.3b", "opt-6.7b", "opt-13b", *(LARGE if options.part == "memory" else ())]
     shapes = options.shapes or (["tiny"] if options.rehearse else every)
     about = {
         "part": options.part,
@@ -230,12 +345,18 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if machine.device.type == "cuda" else "cpu",
         "rehearsal": options.rehearse,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for row in PARTS[options.part](machine, shapes):
         rows.append(row)
         print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
         (options.out / f"{options.part}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        (options.out / f"{options.part}.md").write_text(_table(rows))
+
+
+def _table(rows: list[Row]) -> str:
+    """In Markdown."""
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *([_shown(row.get(name, "")) for name in rows[0]] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _shown(value: object) -> str:
