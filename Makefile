@@ -22,9 +22,14 @@ BIN := .venv/bin
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-25s %s\n", $$1, $$2 }' Makefile
 
+# In two acts: MeZO, and MeZO-SVRG on the same weights and sentences in half as many forward passes; then one report.
+newest = $$(ls -td runs/$(1) runs/$(1)-[0-9]* 2>/dev/null | head -1)
+LAUNCH := PATH="$(CURDIR)/$(BIN):$$PATH" launcher/torchrun_local.sh 2
 quickstart: .venv/installed-demo ## fine-tune a real model on real sentences, on two processes; takes minutes
 	$(BIN)/python -m mezo_dist.assets demo:smollm2-135m demo:movie-sentences
-	PATH="$(CURDIR)/$(BIN):$$PATH" launcher/torchrun_local.sh 2 configs/quickstart.yaml $(ARGS)
+	$(LAUNCH) configs/quickstart.yaml $(ARGS)
+	$(LAUNCH) configs/mezo-svrg.yaml --train.steps=170 $(ARGS)
+	$(if $(findstring output.dir,$(ARGS)),,$(BIN)/mezo-dist report $(call newest,quickstart) $(call newest,mezo-svrg) --to runs/quickstart.html)
 
 # In the order of the folders, for launches and faults take longest and must not come last.
 test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it

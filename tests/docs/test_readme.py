@@ -132,7 +132,11 @@ def test_make_targets_exist_and_start_what_the_readme_says() -> None:
         if HOW[command] == MAKE:
             assert "No rule" not in call([*shlex.split(command), "--dry-run"], ROOT)
     plan = call(["make", "quickstart", "--dry-run"], ROOT)
-    assert "torchrun_local.sh 2 configs/quickstart.yaml" in plan
+    first, second, report = (
+        plan.index(part) for part in ("2 configs/quickstart.yaml", "2 configs/mezo-svrg.yaml", "report")
+    )
+    assert first < second < report
+    assert " report " not in call(["make", "quickstart", "--dry-run", "ARGS=--output.dir=elsewhere"], ROOT)
 
 
 @pytest.mark.assets
