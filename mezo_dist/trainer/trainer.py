@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from mezo_dist.trainer.optimizer import StagedOptimizer
 with needs("mezo_dist[trainer]", "accelerate, on which Trainer stands"):
     from accelerate.utils import AutocastKwargs
 
+log = logging.getLogger(__name__)
+
 
 class MeZOTrainer(Trainer):
     """A `transformers.Trainer` that fine-tunes by forward passes only.
@@ -42,7 +45,7 @@ class MeZOTrainer(Trainer):
     MeZO are smaller (1e-7 to 1e-5 where all weights are trained), and runs have more steps.
 
     With ``gradient_accumulation_steps`` the micro-batches of a step are evaluated along the same directions, and their
-    losses add up as those of Trainer do. Under torchrun or ``accelerate launch`` every process evaluates its part of
+    losses add up as those of Trainer do (means stay means). Under torchrun or ``accelerate launch`` every process evaluates its part of
     the batch; only losses are exchanged, all processes make the same update, and nothing is wrapped around the model
     (no DDP). bf16 weights are rounded stochastically; ``bf16=True`` computes fp32 weights in autocast.
 
@@ -216,6 +219,8 @@ class MeZOTrainer(Trainer):
             return chosen.micro_batches, functools.partial(self._mezo_loss, chosen)
 
         with self.compute_loss_context_manager(), self.accelerator.autocast():
+            if len(items) > 1 or join().world_size > 1:  # or a sum of losses is their mean
+                self._mezo_learn_dividing(share)
             loss = optimizer.stage(batch_of)
         return torch.tensor(loss, device=self.args.device)
 
@@ -348,9 +353,18 @@ class MeZOTrainer(Trainer):
         batches, num_items = self.get_batch_samples(iter(inputs), len(inputs), self.args.device)
         most = self._mezo_full.num_micro_batches / join().world_size
         share = Share([self._prepare_inputs(batch) for batch in batches], num_items, most, is_full=True)
+        self._mezo_learn_dividing(share)
+        return share
+
+    def _mezo_learn_dividing(self, share: Share) -> None:
+        """See `_mezo_try_dividing`; what is known is not tried again. Collective."""
         if self._mezo_divides is None and self._mezo_is_told(share):
             self._mezo_divides = self._mezo_try_dividing(share)
-        return share
+            if self._mezo_divides is False:
+                log.warning(
+                    "the losses are not divided by num_items_in_batch, which they are told: they are taken for means "
+                    "of micro-batches (Trainer adds them up: its loss grows with gradient_accumulation_steps)"
+                )
 
     def _mezo_is_told(self, share: Share) -> bool:
         """Losses are told what to divide by."""
@@ -358,8 +372,8 @@ class MeZOTrainer(Trainer):
 
     def _mezo_try_dividing(self, share: Share) -> bool | None:
         """Whether losses are divided by ``num_items_in_batch``; None if those of this batch do not tell. Many models
-        take it and give means all the same (most classifiers): Trainer lets that be, but an anchor's loss would grow
-        with the number of its micro-batches. Collective: the first rank whose loss tells decides for all.
+        take it and give means all the same (most classifiers): Trainer lets that be, but a loss, and with it the step,
+        would grow with the number of micro-batches. Collective: the first rank whose loss tells decides for all.
         """
 
         def both(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
@@ -374,7 +388,8 @@ class MeZOTrainer(Trainer):
         return next((vote for vote in votes if vote is not None), None)
 
     def _mezo_loss(self, share: Share, model: nn.Module, inputs: Mapping[str, Any]) -> Loss:
-        """The loss of a micro-batch such that the mean over those of all ranks is Trainer's loss of the batch.
+        """The loss of a micro-batch such that the mean over those of all ranks is Trainer's loss of the batch (but for
+        losses that Trainer adds up though they are means, see `_mezo_try_dividing`).
 
         Args:
             share: the batch that it belongs to.
@@ -393,7 +408,7 @@ class MeZOTrainer(Trainer):
         is_sum = getattr(self, "loss_is_scaled_for_ga", None)
         if is_sum is None:
             is_sum = normalised or (self.compute_loss_func is not None and not share.is_full)
-        if is_sum and not (share.is_full and self._mezo_divides is False):
+        if is_sum and self._mezo_divides is not False:
             return loss.double() * share.most  # without another rounding
         return (loss, num_samples_of(inputs)) if share.is_full else loss
 

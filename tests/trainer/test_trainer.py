@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_is_seen(tmp_path: Path) -> None:
     def sometimes(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         calls["evaluations"] += 1
         loss = per_token(outputs, labels, num_items_in_batch)
-        return loss * math.nan if 4 < calls["evaluations"] <= 8 else loss
+        return loss * math.nan if 6 < calls["evaluations"] <= 10 else loss  # 2: whether they are divided
 
     done = trainer(tmp_path / "one", MeZO(), compute_loss_func=sometimes, probe=False)
     done.train()
@@ -372,6 +372,22 @@ def test_an_anchor_of_losses_that_divide_by_nothing(is_own: bool, tmp_path: Path
     done = trainer(tmp_path, settings, data=rows, model=model, **options)
     done.train()
     assert losses(done)[0] == pytest.approx(losses(done)[1], rel=0.3), "of all samples, and of two"
+
+
+def test_losses_that_divide_by_nothing_do_not_grow_with_accumulation(tmp_path: Path) -> None:
+    """Trainer adds them up, and so its loss does."""
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    rows = [{"input_ids": torch.arange(4, 12) + k, "labels": torch.tensor(k % 2)} for k in range(12)]
+    first = []
+    for number, accumulated in enumerate((1, 3)):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(vocab_size=64, **size))
+        sizes = {"per_device_train_batch_size": 6 // accumulated, "gradient_accumulation_steps": accumulated}
+        options: dict[str, Any] = {**sizes, "learning_rate": 1e-12, "save_strategy": "no", "max_steps": 1}
+        done = trainer(tmp_path / str(number), data=rows, model=model, **options)
+        done.train()
+        first += losses(done)[:1]
+    assert first[1] == pytest.approx(first[0], abs=1e-5)
 
 
 def test_a_full_batch_whose_first_labels_do_not_count(tmp_path: Path) -> None:
