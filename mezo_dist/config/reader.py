@@ -35,6 +35,7 @@ from mezo_dist.json_types import Json
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+OTHER_ALGORITHM = "--algorithm='{{name: {}, lr: ...}}' takes the place of the whole section"
 MAX_FAULTS = 10
 PATHS = {"model": "model.name", "task": "task.data", "layout": "layout.ds_config"}
 """Settings that may be paths, by the section of each."""
@@ -46,8 +47,9 @@ UNION_MEMBER = re.compile(r"bool|str|int|float|literal\[.*")
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config file and apply overrides: ``--train.steps=10``, ``--train.steps 10`` or ``train.steps=10``.
 
-    The task may be the path of a task file, or the name of one that ships. Relative paths start at the folder of the
-    file that they are written in; as an override, at the current one.
+    The task may be the path of a task file, or the name of one that ships. Another algorithm than the file's, whose
+    settings are others, is given as a whole: ``--algorithm='{name: adamw, lr: 0.001}'``, or by its name, if no setting of
+    it is. Relative paths start at the folder of the file that they are written in; as an override, at the current one.
 
     Raises:
         UserError: a file is missing or not YAML, a setting is unknown, missing, of the wrong type or contradicts
@@ -75,6 +77,10 @@ def _loaded(data: dict[str, Json], folder: Path, source: str, overrides: Sequenc
     if "task" in options:
         data["task"], folder = options.pop("task"), Path()
     given = _Given(source, source, options)
+    if "algorithm" in options:
+        other = yaml_file.parse(options.pop("algorithm"), "command line: algorithm")
+        data["algorithm"] = {"name": other} if isinstance(other, str) else other
+        given = dataclasses.replace(given, algorithm="command line")
     if isinstance(file := data.get("task"), str):
         task = task_file(file, folder)
         data["task"], given = yaml_file.read(task, "task file"), dataclasses.replace(given, task=str(task))
@@ -98,11 +104,14 @@ class _Given:
     task: str
     options: Mapping[str, str]
     """Setting -> text, from the command line."""
+    algorithm: str | None = None
+    """Of the whole section, if not in the config."""
 
     def where(self, name: str) -> str:
         if name in self.options:
             return "command line"
-        return self.task if name.split(".")[0] == "task" else self.config
+        section = name.split(".")[0]
+        return self.task if section == "task" else (section == "algorithm" and self.algorithm) or self.config
 
 
 def _options(overrides: Sequence[str]) -> dict[str, str]:
@@ -132,6 +141,8 @@ def _build(data: Mapping[str, Json], given: _Given) -> RunConfig:
             name, text = _fault(detail, settings, chosen)
             faults.setdefault(name, f"{given.where(name)}: {text}")  # one of each setting
         more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+        if "algorithm.name" in given.options and any(name.startswith("algorithm.") for name in faults):
+            more.append(OTHER_ALGORITHM.format(given.options["algorithm.name"]))
         raise UserError("\n".join([*list(faults.values())[:MAX_FAULTS], *more, HELP])) from error
 
 

@@ -294,8 +294,10 @@ def _check_complete(report: JsonObject, kind: ModelKind, name: str) -> None:
     missing = _shortened(", ".join(sorted(report["missing_keys"])))
     misshapen = _shortened(", ".join(sorted(key for key, *_ in report["mismatched_keys"])))
     if misshapen:
+        fix = "; a head has as many outputs as classes: give the task as many labels, or start from the base model"
         raise UserError(
             f"model.name: in the checkpoint {name!r} these weights have another shape than needed: {misshapen}"
+            f"{fix if kind == 'classifier' else ''}"
         )
     if missing and kind != "classifier":
         raise UserError(f"model.kind: the checkpoint {name!r} lacks weights that kind: {kind} needs: {missing}")

@@ -21,6 +21,7 @@ _REFUSED = {
     "(from_pretrained(..., dtype='bfloat16'))",
     "neftune_noise_alpha": "forward passes run in eval mode, as noise would differ between the sides of an estimate; "
     "leave it out",
+    "activation_offloading": "nothing is kept for a backward pass; leave it out",
     "parallelism_config": "weights are whole in every process, or cut by layout=mezo_dist.shard(...); leave it out",
 }
 """Name of an argument that must not be set -> what to do instead."""

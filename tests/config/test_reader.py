@@ -128,7 +128,18 @@ def test_an_override_of_the_name_keeps_settings_that_both_have(write_config: Wri
 def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config: Write) -> None:
     path = write_config(CONFIG.replace("mezo,", "mezo-svrg, anchor_lr: 1e-3,"))
     expected = "run.yaml: algorithm.anchor_lr is a setting of mezo-svrg and mezo-svrg-released, not of mezo"
-    assert fault(path, "--algorithm.name=mezo").startswith(expected)
+    message = fault(path, "--algorithm.name=mezo")
+    assert message.startswith(expected)
+    assert "--algorithm='{name: mezo, lr: ...}' takes the place of the whole section" in message
+
+
+def test_another_algorithm_takes_the_place_of_the_whole_section(write_config: Write) -> None:
+    path = write_config(CONFIG.replace("mezo,", "mezo-svrg, anchor_lr: 1e-3,"))
+    assert load(path, ["--algorithm={name: mezo, lr: 0.25}"]).algorithm == MeZO(lr=0.25)
+    assert load(path, ["--algorithm", "mezo", "--algorithm.lr=0.5"]).algorithm == MeZO(lr=0.5)
+    expected = "command line: algorithm.q is a setting of mezo-svrg and mezo-svrg-released, not of mezo"
+    assert fault(path, "--algorithm={name: mezo, lr: 1, q: 2}").startswith(expected)
+    assert fault(path, "--algorithm=[1]").startswith("command line: algorithm.name: [1] does not exist")
 
 
 @pytest.mark.parametrize(

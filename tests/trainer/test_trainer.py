@@ -297,6 +297,9 @@ def test_what_only_machines_with_gpus_can_ask_for_is_refused(tmp_path: Path) -> 
     args.fp16, args.gradient_checkpointing = False, True  # given as such, it warns under transformers 5.23
     with pytest.raises(UserError, match="gradient_checkpointing: there is no backward pass"):
         MeZOTrainer(tiny_model("llama-tied"), args, train_dataset=DATA)
+    args.gradient_checkpointing, args.activation_offloading = False, True  # of TRL's configs
+    with pytest.raises(UserError, match="activation_offloading: nothing is kept for a backward pass"):
+        MeZOTrainer(tiny_model("llama-tied"), args, train_dataset=DATA)
     args.gradient_checkpointing, args.deepspeed = False, {"zero_optimization": {"stage": 3}}
     with pytest.raises(UserError, match=r"deepspeed: .*shard\(model, 'zero'\)"):
         MeZOTrainer(tiny_model("llama-tied"), args, train_dataset=DATA)
