@@ -157,9 +157,7 @@ class PlayedGpu(TorchDispatchMode):
         self.counts.buffers += "empty" in name and _is_ours(sys._getframe())
         if name == "_fused_sdp_choice":
             return 0  # attention by its definition, for which torch needs no kernel of its own
-        if (device is not None and device.type == "cpu") or (
-            name == "copy_" and not isinstance(args[0], DeviceTensor)
-        ):
+        if (device is not None and device.type == "cpu") or (name == "copy_" and not isinstance(args[0], DeviceTensor)):
             self.counts.reads += 1
         else:
             self._check(func, name, args, kwargs)

@@ -278,7 +278,9 @@ def test_buffers_are_kept_and_as_large_as_planned(gpu: PlayedGpu, law: str) -> N
     with gpu:
         for step in range(5):
             gpu.counts, shift = Counts(), Combination.single(step, 1e-3)
-            engine.evaluate([Variant(shift), Variant(-shift)], [item], lambda model, item: model(item.ids).logits.mean())
+            engine.evaluate(
+                [Variant(shift), Variant(-shift)], [item], lambda model, item: model(item.ids).logits.mean()
+            )
             engine.add(shift, step)
             buffers.append(gpu.counts.buffers)
     assert buffers[0] > 0
