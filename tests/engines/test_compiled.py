@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def test_compiled_blocks_give_the_same_outputs(name: str, monkeypatch: pytest.Mo
     weights, and items of several lengths."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     model, items, forward = make(name)
-    model.config.use_cache = False
+    config: Any = model.config
+    config.use_cache = False
     before, modules = state(model), attributes(model)
     engine = Engine(model, Law("gaussian"), compile="units")
     assert engine._materialise._compiled

@@ -65,7 +65,7 @@ class DeviceTensor(Tensor):
     """A tensor on the device that is not there."""
 
     there: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(there: Tensor) -> DeviceTensor:
@@ -83,12 +83,13 @@ class DeviceTensor(Tensor):
         return tensor
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """Assigning to it is no operation that could be seen otherwise."""
         return self.detach()
 
     @data.setter
-    def data(self, other: DeviceTensor) -> None:
+    def data(self, other: Tensor) -> None:
+        assert isinstance(other, DeviceTensor)
         Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.there = other.there
 
