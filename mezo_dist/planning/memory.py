@@ -151,6 +151,7 @@ def scratch_bytes(shape: ModelShape, setting: Setting, base: BasePasses, width: 
         sizes = [copies * _variant_bytes(module, shape, setting, width, gpu=gpu) for module in modules]
         while sizes:
             number = leading(sizes) if gpu and unit.is_block else 1
+            number = len(sizes) if setting.compiled and unit.is_block else number
             largest, sizes = max(largest, sum(sizes[:number])), sizes[number:]
     return largest
 
