@@ -3,8 +3,8 @@ and texts cost.
 
     python examples/gpu/parts.py PART [--shapes opt-1.3b ...] [--only WORD] [--rehearse] [--out FOLDER]
 
-Each part prints rows as they come, and writes FOLDER/PART.json and a table, FOLDER/PART.md. With ``--rehearse`` the same
-code runs on the CPU with tiny shapes. Parts: tests, trajectory, directions, steps, memory, generation, paper.
+Each part prints rows as they come, and writes FOLDER/PART.json and a table, FOLDER/PART.md. With ``--rehearse`` the
+same code runs on the CPU with tiny shapes. Parts: tests, trajectory, directions, steps, memory, generation, paper.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from mezo_dist.algorithms.base import Algorithm, Evaluation, Losses, Problem, Va
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
 from mezo_dist.algorithms.step import Progress, take_step
 from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
+from mezo_dist.config import reader
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import Part
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
-from mezo_dist.config import reader
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.runs.training import train
 from mezo_dist.tasks.classification.label_words import LabelWords
@@ -239,8 +239,8 @@ def steps(machine: Machine, shapes: list[str]) -> Iterator[Row]:
 
 
 def memory(machine: Machine, shapes: list[str]) -> Iterator[Row]:
-    """Peak against a forward pass. Of shapes beyond those of `steps` MeZO-SVRG alone is looked at; the largest that fits
-    with it comes out as the last one without ``full``."""
+    """Peak against a forward pass. Of shapes beyond those of `steps` MeZO-SVRG alone is looked at; the largest that
+    fits with it comes out as the last one without ``full``."""
     for shape in shapes:
         is_large = shape in LARGE
         try:
@@ -289,8 +289,8 @@ PAPER = {
 }
 """Rates from the middle of the grids of the studies' preset `gpu`; nobody has tried them with so many steps."""
 STEPS = {"mezo": 100_000, "mezo-svrg": 20_000, "adamw": 2_000}
-"""200,000 forward passes of 64 samples with MeZO, and as many of as many samples with MeZO-SVRG, whose cycle of an anchor
-(of 512 samples) and a step takes 20 of them in two steps."""
+"""200,000 forward passes of 64 samples with MeZO, and as many with MeZO-SVRG, whose cycle of an anchor (of 512 samples)
+and a step takes 20 of them in two steps."""
 
 
 def paper(machine: Machine, shapes: list[str]) -> Iterator[Row]:

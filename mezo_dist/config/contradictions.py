@@ -48,14 +48,15 @@ def _check_compile(config: RunConfig) -> None:
     fix = "set train.compile to off"
     if config.layout.name != "replicated":
         raise ValueError(
-            f"train.compile: blocks of layout.name: {config.layout.name} are gathered by hooks that cannot be compiled; "
-            f"{fix}, or layout.name to replicated"
+            f"train.compile: blocks of layout.name: {config.layout.name} are gathered by hooks that cannot be compiled;"
+            f" {fix}, or layout.name to replicated"
         )
     if config.model.quantise is not None:
         raise ValueError(f"train.compile: is not for quantised weights (model.quantise); {fix}")
     if getattr(config.algorithm, "per_sample", False):
         raise ValueError(
-            f"train.compile: directions per sample are applied inside of blocks; {fix}, or algorithm.per_sample to false"
+            f"train.compile: directions per sample are applied inside of blocks; {fix}, or algorithm.per_sample to "
+            "false"
         )
     if isinstance(config.algorithm, FirstOrder):
         raise ValueError(
@@ -64,7 +65,8 @@ def _check_compile(config: RunConfig) -> None:
         )
     if config.task.kind == "generation" and config.train.objective != "loss":
         raise ValueError(
-            f"train.compile: texts are written by the model's own code (train.objective: {config.train.objective}); {fix}"
+            f"train.compile: texts are written by the model's own code (train.objective: {config.train.objective}); "
+            f"{fix}"
         )
 
 

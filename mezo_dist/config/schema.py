@@ -189,12 +189,12 @@ class TrainConfig:
     too: they are in its ``calibration.json``, unless its head has a bias, which then holds them."""
     compile: Literal["off", "units", "graphs"] = "off"
     """Compile the model's blocks by torch.compile, for the forward passes of variants. ``units``: fewer and larger
-    kernels; ``graphs``: these are recorded as CUDA graphs and replayed, on a GPU. Compiled blocks round differently, and
-    other code may be compiled on another machine: losses, and so estimates and trajectories, then have other last bits
-    than with ``off``, on another kind of machine, or where a run was resumed; on any number of processes of one kind
-    they are what they are on one. Updates are not compiled, so a trajectory is replayed to the same bits in any case.
-    All variants of a whole block are held at a time. Not measured on a GPU yet, and so off. Only for ``layout.name:
-    replicated``; without the frozen cache."""
+    kernels; ``graphs``: these are recorded as CUDA graphs and replayed, on a GPU. Compiled blocks round differently,
+    and other code may be compiled for other lengths or on another machine. So the promise of equal bits falls for
+    losses, and for the estimates made of them: their last bits differ from those with ``off``, and may differ with the
+    number of processes, and where a run was resumed. Updates are not compiled: a trajectory is replayed to the same
+    bits in any case. All variants of a whole block are held at a time. Not measured on a GPU yet, and so off. Only for
+    ``layout.name: replicated``; there is no frozen cache then."""
     gradient_checkpointing: bool = False
     """For ``algorithm.name: sgd`` and ``adamw``: keep only the inputs of the model's blocks for the backward pass, and
     compute the rest again there. It takes less memory and one forward pass more per step."""

@@ -86,9 +86,13 @@ def find_hooked_modules(
     def visit(module: nn.Module, path: str) -> None:
         direct = weights.get(module, ())
         inner = [w for m in module.modules() if m is not module for w in weights.get(m, ())]
-        spans = module not in whole and bool(direct and inner) and (
-            any(isinstance(m, nn.ModuleList) for m in module.modules())
-            or {w.name for w in direct} <= {w.name for w in inner}
+        spans = (
+            module not in whole
+            and bool(direct and inner)
+            and (
+                any(isinstance(m, nn.ModuleList) for m in module.modules())
+                or {w.name for w in direct} <= {w.name for w in inner}
+            )
         )
         is_hooked = bool(direct) or isinstance(module, OPAQUE) or module in whole
         if is_hooked:

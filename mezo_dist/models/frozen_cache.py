@@ -267,5 +267,5 @@ def _agrees(model: nn.Module, cache: FrozenCache, probe: Group, whole: Tensor) -
     if short.shape != whole.shape:
         return False
     largest = [tensor.abs().max() for tensor in (short.float() - whole.float(), whole.float())]
-    error, size = devices.read(largest)
-    return bool(error <= TOLERANCE[4 if whole.dtype.itemsize >= 4 else 2] * size)
+    off, size = devices.read(largest)
+    return bool(off <= TOLERANCE[4 if whole.dtype.itemsize >= 4 else 2] * size)

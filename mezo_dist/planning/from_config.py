@@ -60,6 +60,7 @@ def setting_of(config: RunConfig, notes: list[str]) -> Setting:
         joint=joint,
         columns=columns,
         frozen_cache=round(train.frozen_cache_gib * 2**30),
+        compiled=train.compile != "off",
         num_train=num_train,
     )
 

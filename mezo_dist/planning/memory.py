@@ -127,16 +127,14 @@ def frozen_layers(shape: ModelShape) -> int:
     return next((i for i, unit in enumerate(blocks) if any(w.trainable for w in unit.weights)), len(blocks))
 
 
-def scratch_bytes(
-    shape: ModelShape, setting: Setting, base: BasePasses, width: int, *, gpu: bool = False
-) -> int:
+def scratch_bytes(shape: ModelShape, setting: Setting, base: BasePasses, width: int, *, gpu: bool = False) -> int:
     """The buffer in which variants are made, as large as the module that needs most of it: its weights, once for every
     variant that has weights of its own. Of an embedding only the rows of the batch, of a head only those that are read.
-    On a GPU modules of a unit are made together, as far as `mezo_dist.engines.scratch` says, and an embedding has a row
-    for every token, not for every different one.
+    On a GPU modules of a unit are made together, as far as `mezo_dist.engines.scratch` says, and an embedding has a
+    row for every token, not for every different one.
 
-    The engine's other buffers there are a few kilobytes: thin factors of the directions that are being added, and tables
-    of addresses. Activations are the model's own, and PyTorch's allocator gives their memory out again.
+    The engine's other buffers there are a few kilobytes: thin factors of the directions that are being added, and
+    tables of addresses. Activations are the model's own, and PyTorch's allocator gives their memory out again.
 
     Args:
         shape: the model.
@@ -153,6 +151,7 @@ def scratch_bytes(
         sizes = [copies * _variant_bytes(module, shape, setting, width, gpu=gpu) for module in modules]
         while sizes:
             number = leading(sizes) if gpu and unit.is_block else 1
+            number = len(sizes) if setting.compiled and unit.is_block else number
             largest, sizes = max(largest, sum(sizes[:number])), sizes[number:]
     return largest
 

@@ -50,6 +50,8 @@ class Setting:
     """Numbers that the model says of each sample, where losses are joint."""
     frozen_cache: int = 2**30
     """Bytes for the frozen cache, at most."""
+    compiled: bool = False
+    """Blocks are compiled (``train.compile``), so that the variants of a whole block are made together."""
     num_train: int | None = None
     """Training samples, for what the frozen cache holds."""
 

@@ -119,8 +119,8 @@ def cut(
 
 
 def on_device(micro_batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
-    """The same with their tensors on ``device``, by one copy; they stay as they are where it is the host. What they hold
-    stays known to the host (`devices.known`).
+    """The same with their tensors on ``device``, by one copy; they stay as they are where it is the host. What they
+    hold stays known to the host (`devices.known`).
 
     Args:
         micro_batches: in host memory.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,16 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2", "bert", "t5"))])
+@pytest.mark.parametrize(
+    "name", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2", "bert", "t5"))]
+)
 def test_compiled_blocks_give_the_same_outputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks as torch's tracer sees them, run by torch's own operations: with the engine's hooks, shared buffers, tied
     weights, and items of several lengths."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     model, items, forward = make(name)
-    model.config.use_cache = False
+    config: Any = model.config
+    config.use_cache = False
     before, modules = state(model), attributes(model)
     engine = Engine(model, Law("gaussian"), compile="units")
     assert engine._materialise._compiled
@@ -55,13 +59,15 @@ def test_a_run_with_compiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, how in (("plain", "off"), ("compiled", "units"), ("again", "units")):
         config = reader.load(path, [*options, f"output.dir={tmp_path / name}", f"train.compile={how}"])
         folder = train(config, Communicator(), quiet=True)
-        losses[name] = [x for s in trajectory.read(folder / trajectory.FILE).steps for round in s.rounds for x in round.mean]
+        losses[name] = [
+            x for s in trajectory.read(folder / trajectory.FILE).steps for round in s.rounds for x in round.mean
+        ]
     assert losses["compiled"] == losses["again"]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
 def test_graphs_need_a_gpu() -> None:
-    with pytest.raises(UserError, match="train.compile: graphs needs a GPU.*set it to units or off"):
+    with pytest.raises(UserError, match=r"train.compile: graphs needs a GPU.*set it to units or off"):
         Engine(make("llama")[0], Law("gaussian"), compile="graphs")
 
 
@@ -72,5 +78,5 @@ def test_what_torch_cannot_compile_names_the_setting(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compiled, "BACKEND", broken)
     model, items, forward = make("llama")
     engine = Engine(model, Law("gaussian"), compile="units")
-    with pytest.raises(UserError, match="train.compile: torch cannot compile a LlamaDecoderLayer.*set it to off"):
+    with pytest.raises(UserError, match=r"train.compile: torch cannot compile a LlamaDecoderLayer.*set it to off"):
         engine.evaluate(VARIANTS, items, forward)

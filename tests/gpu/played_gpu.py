@@ -65,7 +65,7 @@ class DeviceTensor(Tensor):
     """A tensor on the device that is not there."""
 
     there: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(there: Tensor) -> DeviceTensor:
@@ -83,12 +83,13 @@ class DeviceTensor(Tensor):
         return tensor
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """Assigning to it is no operation that could be seen otherwise."""
         return self.detach()
 
     @data.setter
-    def data(self, other: DeviceTensor) -> None:
+    def data(self, other: Tensor) -> None:
+        assert isinstance(other, DeviceTensor)
         Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.there = other.there
 
@@ -157,9 +158,7 @@ class PlayedGpu(TorchDispatchMode):
         self.counts.buffers += "empty" in name and _is_ours(sys._getframe())
         if name == "_fused_sdp_choice":
             return 0  # attention by its definition, for which torch needs no kernel of its own
-        if (device is not None and device.type == "cpu") or (
-            name == "copy_" and not isinstance(args[0], DeviceTensor)
-        ):
+        if (device is not None and device.type == "cpu") or (name == "copy_" and not isinstance(args[0], DeviceTensor)):
             self.counts.reads += 1
         else:
             self._check(func, name, args, kwargs)

@@ -52,6 +52,7 @@ NO_TORCH = [
     "mezo_dist.config.reader",
     "mezo_dist.algorithms",
     "mezo_dist.directions.combination",
+    "mezo_dist.engines.scratch",
     "mezo_dist.engines.waiting",
     "mezo_dist.planning.command",
     "mezo_dist.simulation.command",

@@ -21,7 +21,7 @@ from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.first_order import first_order
 from mezo_dist.planning.from_config import setting_of
 from mezo_dist.planning.machine import GIB, Machine, parse_bytes, parse_flops, parse_rate
-from mezo_dist.planning.memory import expected_rows, memory_of
+from mezo_dist.planning.memory import expected_rows, memory_of, scratch_bytes
 from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.rounds import MARKS, rounds_of
 from mezo_dist.planning.setting import Setting
@@ -139,6 +139,24 @@ def test_directions_are_made_for_trainable_weights_alone() -> None:
     (step,) = rounds_of(setting, 1)
     few = work_of(shape.trained(("*layer_norm*",)), setting, 1, step, 2)
     assert few.generated == 2 * 2 * shape.trained(("*layer_norm*",)).num_trainable  # for the passes, and for the update
+
+
+def test_scratch_on_a_gpu_holds_modules_that_are_made_together() -> None:
+    """Up to 256 MiB of them; one module alone where it is larger; a whole block where that is compiled."""
+    setting = Setting(micro_batch=1, tokens=1)
+    (base,) = rounds_of(setting, 1)[0].bases
+    sizes = {}
+    for name in ("opt-125m", "opt-13b"):
+        shape = named(name)
+        compiled = replace(setting, compiled=True)
+        cases = ((setting, False), (setting, True), (compiled, True))
+        sizes[name] = [scratch_bytes(shape, some, base, 1, gpu=gpu) for some, gpu in cases]
+    h = 768
+    block = 2 * 2 * (12 * h * h + 13 * h)
+    assert sizes["opt-125m"] == [2 * 2 * (4 * h * h + 4 * h), block, block]
+    h = 5120
+    assert sizes["opt-13b"][0] == sizes["opt-13b"][1] == 2 * 2 * (4 * h * h + 4 * h)
+    assert sizes["opt-13b"][2] == 2 * 2 * (12 * h * h + 13 * h)
 
 
 def test_rows_of_random_tokens() -> None:

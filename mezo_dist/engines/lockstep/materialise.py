@@ -1,12 +1,11 @@
-"""Makes the weights of variants into scratch, just before they are used: those of one hooked module at a time, while the
-cache holds them; on a GPU, where a launch costs more than a small module, those of several modules of a unit together.
-"""
+"""Makes the weights of variants into scratch, just before they are used: those of one hooked module at a time, while
+the cache holds them; on a GPU, where a launch costs more than a small module, those of several modules of a unit
+together."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, final
 
@@ -82,6 +81,7 @@ class Materialiser:
         self._most = 0
         self._unit_of = {hooked.module: unit for unit in layout.units for hooked in unit.hooked_modules}
         self._served: list[HookedModule] = []
+        self._order: list[nn.Module] = []
         self._following: dict[nn.Module, list[HookedModule]] = {}
         self._made: dict[nn.Module, dict[int, list[Tensor]]] = {}
 
@@ -274,19 +274,21 @@ class Materialiser:
             self._scratch = torch.empty(0)
         self._most = 0
         self._made.clear()
-        if self._served:
-            self._following = self._orders()
-            self._served = []
+        if self._served and [hooked.module for hooked in self._served] != self._order:
+            self._order = [hooked.module for hooked in self._served]
+            self._following = self._followers()
+        self._served = []
 
-    def _orders(self) -> dict[nn.Module, list[HookedModule]]:
+    def _followers(self) -> dict[nn.Module, list[HookedModule]]:
         """What followed on each module in its unit, in these passes."""
         following: dict[nn.Module, list[HookedModule]] = {}
         unrestricted = {h.module: h for unit in self._layout.units for h in unit.hooked_modules}
-        order = [unrestricted[hooked.module] for hooked in self._served]
+        order = [unrestricted[module] for module in self._order]
         for number, hooked in enumerate(order):
-            unit = self._unit_of[hooked.module]
-            rest = itertools.takewhile(lambda other: self._unit_of[other.module] is unit, order[number + 1 :])
-            following.setdefault(hooked.module, list(dict.fromkeys(other for other in rest if other is not hooked)))
+            units = [self._unit_of[other.module] for other in order[number:]]
+            end = next((k for k, unit in enumerate(units) if unit is not units[0]), len(units))
+            rest = [other for other in order[number + 1 : number + end] if other is not hooked]
+            following.setdefault(hooked.module, list(dict.fromkeys(rest)))
         return following
 
     def _bytes_of(self, sources: Sequence[Tensor]) -> int:
