@@ -48,8 +48,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config file and apply overrides: ``--train.steps=10``, ``--train.steps 10`` or ``train.steps=10``.
 
     The task may be the path of a task file, or the name of one that ships. Another algorithm than the file's, whose
-    settings are others, is given as a whole: ``--algorithm='{name: adamw, lr: 0.001}'``, or by its name, if no setting of
-    it is. Relative paths start at the folder of the file that they are written in; as an override, at the current one.
+    settings are others, is given as a whole: ``--algorithm='{name: adamw, lr: 0.001}'``, or ``--algorithm=adamw`` and
+    its settings one by one. Relative paths start at the folder of the file that they are written in; as an override,
+    at the current one.
 
     Raises:
         UserError: a file is missing or not YAML, a setting is unknown, missing, of the wrong type or contradicts
