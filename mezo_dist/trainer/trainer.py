@@ -46,8 +46,9 @@ class MeZOTrainer(Trainer):
 
     With ``gradient_accumulation_steps`` the micro-batches of a step are evaluated along the same directions, and their
     losses add up as those of Trainer do (means stay means). Under torchrun or ``accelerate launch`` every process
-    evaluates its part of the batch; only losses are exchanged, all processes make the same update, and nothing is wrapped around the model
-    (no DDP). bf16 weights are rounded stochastically; ``bf16=True`` computes fp32 weights in autocast.
+    evaluates its part of the batch; only losses are exchanged, all processes make the same update, and nothing is
+    wrapped around the model (no DDP). bf16 weights are rounded stochastically; ``bf16=True`` computes fp32 weights in
+    autocast.
 
     ``trajectory.jsonl`` in ``output_dir`` logs every step, and lies beside every checkpoint: base model + this file =
     the trained model (`mezo_dist.replay`). Going on with ``resume_from_checkpoint`` gives the same bits as not having
