@@ -249,18 +249,24 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(nan, b.isnan()) and torch.equal(a.view(integer)[~nan], b.view(integer)[~nan])
 
 
-@pytest.fixture(scope="module", params=["interpreter", *(["cuda"] if torch.cuda.is_available() else [])])
-def results(request: pytest.FixtureRequest) -> dict[str, str]:
-    """By case: what is wrong."""
+def interpreted(script: str, way: str) -> dict[str, str]:
+    """What a test file prints when it runs as a script, in the interpreter or on a GPU: by case, what is wrong."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"  # the tensors are small
     environment["PYTHONPATH"] = str(Path(mezo_dist.__file__).parents[1])
-    if request.param == "interpreter":
+    if way == "interpreter":
         environment["TRITON_INTERPRET"] = "1"
-    device = "cpu" if request.param == "interpreter" else "cuda"
-    child = subprocess.run([sys.executable, __file__, device], env=environment, capture_output=True, text=True)
+    device = "cpu" if way == "interpreter" else "cuda"
+    child = subprocess.run([sys.executable, script, device], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+    result: dict[str, str] = json.loads(child.stdout)
+    return result
+
+
+@pytest.fixture(scope="module", params=["interpreter", *(["cuda"] if torch.cuda.is_available() else [])])
+def results(request: pytest.FixtureRequest) -> dict[str, str]:
+    """By case: what is wrong."""
+    return interpreted(__file__, request.param)
 
 
 @pytest.mark.parametrize("name", [*CASES, *GROUPS, *FACTORS])
@@ -275,7 +281,8 @@ class Driver:
     capability: int
 
     def get_current_device(self) -> int:
-        return 0
+        """Triton remembers by device what it compiled, so each capability is another one."""
+        return self.capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -297,7 +304,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int],
         kernels: list[tuple[str, Any]] = []
 
         def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-            kernels.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **constants, **gpu.OPTIONS)))
+            kernels.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, **{**gpu.OPTIONS, **constants})))
 
         monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))

@@ -198,8 +198,8 @@ def advance_lowrank(parts: Sequence[Part], updates: Sequence[Update], *, rank: i
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
-    """Every launch of a kernel goes through here."""
-    kernel[grid](*arguments, **constants, **OPTIONS)
+    """Every launch of a kernel goes through here; ``constants`` go before `OPTIONS`."""
+    kernel[grid](*arguments, **{**OPTIONS, **constants})
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:

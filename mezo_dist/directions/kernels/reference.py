@@ -104,6 +104,40 @@ def add_lowrank(
         output.view(-1).copy_(total.to(output.dtype))
 
 
+def linear(
+    weight: Tensor,
+    combinations: Sequence[Combination],
+    inputs: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    param_id: int,
+    bits: BitLayout,
+    offset: int = 0,
+) -> list[Tensor]:
+    """A linear layer on variants of its weight: each is made by `add`, products are added up in fp32 with the bias, and
+    rounded once. `fused_linear.linear` has the same weights bit for bit, and sums in another order.
+
+    Args:
+        weight: fp32, bf16 or fp16 [output features, input features]: a whole parameter, or rows of it.
+        combinations: of each variant.
+        inputs: for each variant [n, input features], of the dtype that weights are cast to.
+        biases: for each variant [output features], of the inputs' dtype; None: no bias.
+        param_id: see `mezo_dist.directions.seeds.param_id`.
+        bits: bit layout of the directions.
+        offset: index of the weight's first element in the flattened parameter.
+
+    Returns:
+        For each variant [n, output features], of the inputs' dtype.
+    """
+    outputs = []
+    for v, (combination, x) in enumerate(zip(combinations, inputs, strict=True)):
+        moved = torch.empty_like(weight, dtype=x.dtype)
+        add(weight, [combination], [moved], param_id=param_id, offsets=[offset], bits=bits, rounding_seed=None)
+        y = x.float() @ moved.float().T
+        outputs.append((y if biases is None else y + biases[v].float()).to(x.dtype))
+    return outputs
+
+
 def _rounding_bits(seed: int, param_id: int, first_chunk: int, num_chunks: int) -> Tensor:
     """16 random bits per element from stream 1, in the ``gaussian`` bit layout: int64 [num_chunks * 1024].
 

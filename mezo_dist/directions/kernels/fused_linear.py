@@ -1,0 +1,201 @@
+"""A linear layer on variants of its weight that exist in registers alone (Triton).
+
+`mezo_dist.directions.kernels.gpu` writes variants of a weight to memory, from where a matrix product reads them. Here
+the product makes them itself: a program (`fused_linear_kernel`) reads a tile of the weight once for both signs of a
+direction, makes the direction's bits, rounds the weight of each variant as `add` would, bit for bit, and multiplies
+each variant's input by it. No variant is ever written to memory.
+
+Products are added up in fp32, then comes the bias, then one rounding: an output differs from that of another matrix
+product on the same weights by the order of the sum. It has the same bits in every call, and whatever other variants
+are computed beside it.
+
+It has NEVER RUN ON A REAL GPU so far, and no speed is known. Its weights and sums are checked in Triton's interpreter,
+its code as compiled for sm_80, sm_90 and sm_100. What is known on paper: every tile of inputs makes the bits anew. For
+rademacher directions that is a few instructions per weight, for gaussian ones ten and a look-up in a table, which only
+short inputs can afford. Two variants go into one launch, because the sums of more do not stay in registers. Where the
+number of input features is not a multiple of 128 (of 1024 for gaussian directions) tiles are not filled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from mezo_dist.directions.bits import CHUNK, RADEMACHER, BitLayout
+from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.kernels import fused_linear_kernel, gpu
+
+MOST_OUTPUTS = 2
+"""Variants of one launch."""
+MOST_TERMS = 4
+"""Directions of a variant: the code is unrolled for them."""
+IS_INTERPRETED = not isinstance(fused_linear_kernel.linear_kernel, triton.JITFunction)
+"""Triton decides at import whether it compiles or interprets."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much one program computes, and with what."""
+
+    inputs: int
+    """Rows of each input."""
+    rows: int
+    """Rows of the weight: output features."""
+    blocks: int = 16
+    """Generator blocks of a gaussian chunk at a time."""
+    warps: int = 8
+    stages: int = 2
+    """Tiles of the inputs and the weight that are on their way at a time."""
+
+
+TILES = {"rademacher": Tile(128, 64), "gaussian": Tile(64, 32)}
+FP32_TILE = Tile(32, 32, stages=1)
+"""Where variants are fp32: their products are no work for tensor cores, which would round them to 11 bits."""
+
+
+def linear(
+    weight: Tensor,
+    combinations: Sequence[Combination],
+    inputs: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    param_id: int,
+    bits: BitLayout,
+    offset: int = 0,
+) -> list[Tensor]:
+    """``inputs[v] cast(weight + combinations[v])^T + biases[v]`` for every v; see `reference.linear`, the definition.
+
+    Args:
+        weight: fp32, bf16 or fp16 [output features, input features], contiguous: a whole parameter, or rows of it.
+        combinations: of each variant, with at most `MOST_TERMS` terms.
+        inputs: for each variant [n, input features], contiguous, of the dtype that weights are cast to.
+        biases: for each variant [output features], contiguous, of the inputs' dtype; None: no bias.
+        param_id: see `seeds.param_id`.
+        bits: bit layout of the directions.
+        offset: index of the weight's first element in the flattened parameter.
+
+    Returns:
+        For each variant [n, output features], of the inputs' dtype.
+
+    Raises:
+        ValueError: tensors or combinations that are not as described, or a bit layout that is not known.
+    """
+    gpu._check_known(bits)
+    _check(weight, combinations, inputs, biases)
+    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for x in inputs]
+    for places in _launches(combinations, inputs):
+        if outputs[places[0]].numel():
+            _launch(
+                weight,
+                [combinations[v] for v in places],
+                tuple(inputs[v] for v in places),
+                tuple(outputs[v] for v in places),
+                None if biases is None else tuple(biases[v] for v in places),
+                param_id,
+                bits,
+                offset,
+            )
+    return outputs
+
+
+def _check(
+    weight: Tensor, combinations: Sequence[Combination], inputs: Sequence[Tensor], biases: Sequence[Tensor] | None
+) -> None:
+    """Raises ValueError for what `linear` does not take; its arguments."""
+    dtype = inputs[0].dtype
+    if weight.dtype not in gpu.CODES or dtype not in gpu.CODES or not weight.is_contiguous():
+        raise ValueError(f"weights and inputs must be contiguous fp32, bf16 or fp16, not {weight.dtype} and {dtype}")
+    for x in inputs:
+        if x.dtype != dtype or x.dim() != 2 or x.shape[1] != weight.shape[1] or not x.is_contiguous():
+            raise ValueError(f"inputs must be contiguous [n, {weight.shape[1]}] of {dtype}, not {tuple(x.shape)}")
+    for bias in biases or ():
+        if bias.dtype != dtype or bias.shape != weight.shape[:1] or not bias.is_contiguous():
+            raise ValueError(f"biases must be contiguous [{weight.shape[0]}] of {dtype}, not {tuple(bias.shape)}")
+    if any(len(combination) > MOST_TERMS for combination in combinations):
+        raise ValueError(f"a variant has more than {MOST_TERMS} directions")
+
+
+def _launches(combinations: Sequence[Combination], inputs: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places of variants that are computed together: those of the same directions and of inputs of one size, in order.
+
+    Args:
+        combinations: of each variant.
+        inputs: of each variant.
+    """
+    alike: dict[object, list[int]] = {}
+    for v, (combination, x) in enumerate(zip(combinations, inputs, strict=True)):
+        alike.setdefault((tuple(seed for seed, _ in combination.terms), x.shape[0]), []).append(v)
+    for places in alike.values():
+        yield from (places[start : start + MOST_OUTPUTS] for start in range(0, len(places), MOST_OUTPUTS))
+
+
+def _launch(
+    weight: Tensor,
+    combinations: Sequence[Combination],
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...] | None,
+    param_id: int,
+    bits: BitLayout,
+    offset: int,
+) -> None:
+    """Launch `fused_linear_kernel.linear_kernel`.
+
+    Args:
+        weight: see `linear`.
+        combinations: of each variant, of the same directions.
+        inputs: of each variant, of one size.
+        outputs: where results go.
+        biases: of each variant, or None.
+        param_id: see `linear`.
+        bits: see `linear`.
+        offset: see `linear`.
+    """
+    (num_rows, num_columns), num_inputs = weight.shape, inputs[0].shape[0]
+    tile = FP32_TILE if inputs[0].dtype == torch.float32 else TILES[_name(bits)]
+    span = 128 if _name(bits) == "rademacher" else CHUNK
+    period = span // math.gcd(span, num_columns)
+    tiles = -(-num_inputs // tile.inputs) * -(--(-num_rows // period) // tile.rows) * min(period, num_rows)
+    with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
+        where = gpu._place(weight)
+        seeds, coefficients, _ = gpu._terms(gpu._key([(combinations, None)]), *where)
+        gpu.launch(
+            fused_linear_kernel.linear_kernel,
+            (tiles,),
+            weight,
+            inputs,
+            outputs,
+            biases or inputs,
+            gpu._half_table(*where),
+            seeds,
+            coefficients,
+            num_inputs,
+            num_rows,
+            num_columns,
+            offset,
+            param_id,
+            bits.stream,
+            SOURCE=gpu.CODES[weight.dtype],
+            TARGET=gpu.CODES[inputs[0].dtype],
+            GAUSSIAN=span == CHUNK,
+            NUM_TERMS=len(seeds),
+            NUM_OUTPUTS=len(outputs),
+            HAS_BIAS=biases is not None,
+            PERIOD=period,
+            WHOLE=period == 1 and offset % span == 0,
+            INTERPRETED=IS_INTERPRETED,
+            TILE_INPUTS=tile.inputs,
+            TILE_ROWS=tile.rows,
+            TILE_BLOCKS=tile.blocks,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def _name(bits: BitLayout) -> str:
+    return "rademacher" if bits.values is RADEMACHER.values else "gaussian"
