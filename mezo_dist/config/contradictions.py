@@ -33,6 +33,8 @@ def check_contradictions(config: RunConfig) -> None:
     config.task.check_head(config.model.head)
     if config.train.calibrate:
         config.task.check_calibration()
+    if config.layout.linear == "registers":
+        _check_registers(config)
     _check_first_order(config)
     _check_compile(config)
     if config.train.objective == "metric":
@@ -68,6 +70,22 @@ def _check_compile(config: RunConfig) -> None:
             f"train.compile: texts are written by the model's own code (train.objective: {config.train.objective}); "
             f"{fix}"
         )
+
+
+def _check_registers(config: RunConfig) -> None:
+    reason = ""
+    if isinstance(config.algorithm, FirstOrder):
+        reason = f"is about variants of weights, of which algorithm.name: {config.algorithm.name} has none"
+    elif config.model.quantise is not None:
+        reason = f"perturbs linear layers, and model.quantise: {config.model.quantise} freezes them"
+    elif config.model.peft.method is not None:
+        reason = f"is for large matrices, and model.peft.method: {config.model.peft.method} trains small ones"
+    elif config.law == "lowrank":
+        reason = "makes the bits of law: gaussian and rademacher, and those of lowrank are products of thin factors"
+    elif config.train.compile != "off":
+        reason = f"computes linear layers one by one, and train.compile: {config.train.compile} compiles whole blocks"
+    if reason:
+        raise ValueError(f"layout.linear: registers {reason}; set it to materialised")
 
 
 def _check_auto_rate(config: RunConfig) -> None:

@@ -139,6 +139,17 @@ class LayoutConfig:
     """Keep shards in host memory, for ``fsdp``. (``zero`` takes this from ``ds_config``.)"""
     prefetch: bool = False
     """Gather a block's weights while the block before it computes. One more block is held in memory."""
+    linear: Literal["materialised", "registers"] = "materialised"
+    """How linear layers get variants of their weights, for ``replicated``. ``materialised``: variants are written to
+    memory before a matrix product reads them. ``registers``: a kernel of our own (Triton) makes them within the
+    product, so that both signs of a direction take one read of the weights and no memory; for ``law: gaussian`` and
+    ``rademacher`` on an NVIDIA GPU. It has never run on a GPU, and is off until it is measured on one
+    (``examples/gpu``). Variants have the same bits either way, but sums are in another order: losses are no longer
+    equal bit for bit to those of ``materialised``, of other layouts and of the CPU, and so a run with the same seed
+    takes slightly other steps. They are equal from one time to the next on the same machine. The trajectory records
+    losses, so that replay, resuming and audits give the weights bit for bit, with either setting. Other modules and
+    what the kernel does not know (output heads of which some rows are computed, variants of more than four directions)
+    are materialised, and the log says so. ``mezo-dist plan`` counts memory as if all were."""
     ds_config: str | None = None
     """DeepSpeed config for ``zero``: a JSON file, of which the section ``zero_optimization`` counts."""
 
@@ -147,6 +158,11 @@ class LayoutConfig:
         for setting, owner in owners.items():
             if self.name != owner and getattr(self, setting) not in (None, False, 1):
                 raise ValueError(f"layout.{setting}: is a setting of layout.name: {owner}, not of {self.name}")
+        if self.linear == "registers" and self.name != "replicated":
+            raise ValueError(
+                f"layout.linear: registers needs whole weights, and layout.name: {self.name} shards them; set it to "
+                "materialised"
+            )
         check_ranges(self, "layout.", replicate=(1, 10**6))
         check_lines(self, "layout.", "ds_config")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar, final
+from typing import Any, Literal, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from mezo_dist.engines.hooked import HookedModule
 from mezo_dist.engines.layouts.base import Layout, Shard
 from mezo_dist.engines.layouts.replicated import Replicated
 from mezo_dist.engines.lockstep.fanout import FanOut
+from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.materialise import Materialiser
 from mezo_dist.engines.lockstep.passes import ForwardPass
 from mezo_dist.engines.lockstep.unshard import UnshardSchedule
@@ -64,6 +65,12 @@ class Engine:
             memory. All that are given to `evaluate` if None.
         prefetch: gather a unit while the one before it computes; one unit more is held in memory.
         compile: compile the model's blocks; only where weights are whole (`mezo_dist.engines.compiled`).
+        linear: how linear layers get variants of their weights: from scratch, where these are made
+            (``materialised``), or in registers, as parts of the product (`mezo_dist.engines.lockstep.in_registers`),
+            which sums in another order.
+
+    Raises:
+        UserError: ``registers``, where no layer can be computed so.
 
     Attributes:
         trainable: names of the weights that variants shift and that updates change.
@@ -83,6 +90,7 @@ class Engine:
         width: int | None = None,
         prefetch: bool = False,
         compile: Compile = "off",
+        linear: Literal["materialised", "registers"] = "materialised",
     ) -> None:
         self.model = model.eval()
         self.law = law
@@ -100,7 +108,8 @@ class Engine:
             hooked_modules = [hooked for hooked in hooked_modules if any(weight.trainable for weight in hooked.weights)]
         self._unshard = UnshardSchedule(self.layout, prefetch=prefetch)
         compiled = compiled_units(iter(hooked_modules), find_blocks(model) if compile != "off" else (), compile)
-        self._materialise = Materialiser(law, compute_dtype, self.layout, self._need, compiled)
+        in_registers = InRegisters(law, compute_dtype, self.layout) if linear == "registers" else None
+        self._materialise = Materialiser(law, compute_dtype, self.layout, self._need, compiled, in_registers)
         self._fanout = FanOut(hooked_modules, self._materialise)
         self._anchor = Anchor(self.layout, self.trainable)
 

@@ -69,6 +69,8 @@ def open_run(folder: Path, num_steps: int | None, comm: Communicator, *, trust_r
         )
     if comm.world_size == 1:
         config = dataclasses.replace(config, layout=LayoutConfig())  # the same bits, and no processes to shard over
+    else:  # the weights are what counts here, and perhaps there is no GPU
+        config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, linear="materialised"))
     return OpenedRun(folder, log, config, wanted, num_steps)
 
 

@@ -92,6 +92,7 @@ def load_base(config: RunConfig, comm: Communicator) -> LoadedModel:
         stochastic_rounding=config.model.weights == "bfloat16",
         prefetch=config.layout.prefetch,
         compile=config.train.compile,
+        linear=config.layout.linear,
     )
     if pretrained.source is not None:
         with patience(f"reading the shards of {model.name}"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,7 +71,7 @@ def arguments(case: Case) -> tuple[Tensor, list[Tensor], list[Tensor] | None]:
     weight.view(-1)[:4] = torch.tensor([1 + 2.0**-8, -1 - 3 * 2.0**-8, 1 + 2.0**-11, -0.0])  # ties, and a zero
     picked = torch.linspace(0, num_columns - 1, min(num_columns, MOST_HOTS)).round().long()
     inputs = [
-        torch.cat([torch.eye(num_columns)[picked], torch.randn(case.sizes[v % len(case.sizes)], num_columns)])
+        torch.cat([torch.eye(num_columns)[picked], torch.randn(case.sizes[v % len(case.sizes)], num_columns, generator=draw)])
         for v in range(case.variants)
     ]
     biases = [torch.randn(num_rows, generator=draw).to(case.inputs) for _ in inputs] if case.has_bias else None
@@ -86,16 +85,18 @@ def run_case(case: Case, device: str) -> str:
     weight, inputs, biases = arguments(case)
     common: dict[str, Any] = {"param_id": PARAM_ID, "bits": case.bits, "offset": case.offset}
 
-    def calls(biases: list[Tensor] | None) -> list[list[Tensor]]:
-        there = None if biases is None else [bias.to(device) for bias in biases]
-        several = [weight.to(device), combinations(case), [x.to(device) for x in inputs], there]
-        kernel = [y.cpu() for y in fused_linear.linear(*several, **common)]
-        return [kernel, reference.linear(weight, combinations(case), inputs, biases, **common)]
-
+    outputs = fused_linear.linear(
+        weight.to(device),
+        combinations(case),
+        [x.to(device) for x in inputs],
+        None if biases is None else [bias.to(device) for bias in biases],
+        **common,
+    )
+    wanted = reference.linear(weight, combinations(case), inputs, biases, **common)
     num_picked = min(case.shape[1], MOST_HOTS)
     wrong = []
-    for v, (y, expected) in enumerate(zip(*calls(biases), strict=True)):
-        x, moved = inputs[v], torch.empty_like(weight, dtype=case.inputs)
+    for v, (output, expected) in enumerate(zip(outputs, wanted, strict=True)):
+        y, x, moved = output.cpu(), inputs[v], torch.empty_like(weight, dtype=case.inputs)
         reference.add(weight, [combinations(case)[v]], [moved], param_id=PARAM_ID, offsets=[case.offset],
                       bits=case.bits, rounding_seed=None)  # fmt: skip
         # One product and zeros are added up exactly; then the bias, and one rounding, are the same as the reference's.

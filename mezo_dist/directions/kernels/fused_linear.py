@@ -29,11 +29,10 @@ from torch import Tensor
 from mezo_dist.directions.bits import CHUNK, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import fused_linear_kernel, gpu
+from mezo_dist.directions.registers import MOST_TERMS
 
 MOST_OUTPUTS = 2
 """Variants of one launch."""
-MOST_TERMS = 4
-"""Directions of a variant: the code is unrolled for them."""
 IS_INTERPRETED = not isinstance(fused_linear_kernel.linear_kernel, triton.JITFunction)
 """Triton decides at import whether it compiles or interprets."""
 
@@ -72,7 +71,7 @@ def linear(
 
     Args:
         weight: fp32, bf16 or fp16 [output features, input features], contiguous: a whole parameter, or rows of it.
-        combinations: of each variant, with at most `MOST_TERMS` terms.
+        combinations: of each variant, with at most `registers.MOST_TERMS` terms.
         inputs: for each variant [n, input features], contiguous, of the dtype that weights are cast to.
         biases: for each variant [output features], contiguous, of the inputs' dtype; None: no bias.
         param_id: see `seeds.param_id`.
@@ -160,7 +159,8 @@ def _launch(
     tile = FP32_TILE if inputs[0].dtype == torch.float32 else TILES[_name(bits)]
     span = 128 if _name(bits) == "rademacher" else CHUNK
     period = span // math.gcd(span, num_columns)
-    tiles = -(-num_inputs // tile.inputs) * -(--(-num_rows // period) // tile.rows) * min(period, num_rows)
+    rows_alike = triton.cdiv(num_rows, period)  # rows that begin at the same place of a span
+    tiles = triton.cdiv(num_inputs, tile.inputs) * triton.cdiv(rows_alike, tile.rows) * min(period, num_rows)
     with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
         where = gpu._place(weight)
         seeds, coefficients, _ = gpu._terms(gpu._key([(combinations, None)]), *where)

@@ -19,7 +19,7 @@ import triton.language as tl
 from mezo_dist.directions.bits import CHUNK
 from mezo_dist.directions.kernels.gpu_kernels import GAUSSIAN_BLOCKS, HALF_TABLE, _cast, _philox, _to_fp32
 
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 
 CHUNK_SIZE = tl.constexpr(CHUNK)
 SIGNS = tl.constexpr(128)
@@ -212,14 +212,16 @@ def linear_kernel(
                 seed = tl.load(seeds + k).to(tl.uint64, bitcast=True)
                 words = words + (_philox((first_span + i).to(tl.uint64), seed, param_id, stream),)  # noqa: RUF005
             for part in tl.static_range(4):
-                values = ()
-                for k in tl.static_range(NUM_TERMS):
-                    values = values + (_signs(words[k][part]),)  # noqa: RUF005
-                columns = i * SPAN - phase + part * 32 + tl.arange(0, 32)
-                sums = _multiplied(
-                    sums, weight, inputs, values, factors, rows, columns, row_inside, places, num_columns,
-                    SOURCE, TARGET, NUM_TERMS, NUM_OUTPUTS, not WHOLE, INTERPRETED,
-                )  # fmt: skip
+                first = i * SPAN - phase + part * 32
+                if WHOLE or ((first < num_columns) & (first + 32 > 0)):
+                    values = ()
+                    for k in tl.static_range(NUM_TERMS):
+                        values = values + (_signs(words[k][part]),)  # noqa: RUF005
+                    columns = first + tl.arange(0, 32)
+                    sums = _multiplied(
+                        sums, weight, inputs, values, factors, rows, columns, row_inside, places, num_columns,
+                        SOURCE, TARGET, NUM_TERMS, NUM_OUTPUTS, not WHOLE, INTERPRETED,
+                    )  # fmt: skip
 
     place = input_row.to(tl.int64)[:, None] * num_rows + row[None, :]
     inside = input_inside[:, None] & row_inside[None, :]

@@ -35,10 +35,10 @@ from mezo_dist.errors import UserError
 class Served:
     """The weights of one hooked module for all variants among its calls.
 
-    ``tensors[variant]`` has one tensor per ``hooked.weights``. Those of a hooked module that spans blocks must stay
-    valid while its forward runs; those of other hooked modules until the next hooked module is served. ``forward``, if
-    given, replaces the hooked module's real forward (a lookup in a few rows in place of the whole table): it takes the
-    call and its tensors."""
+    ``tensors[variant]`` has one tensor per ``hooked.weights``, or none where ``forward`` needs none. Those of a hooked
+    module that spans blocks must stay valid while its forward runs; those of other hooked modules until the next hooked
+    module is served. ``forward``, if given, replaces the hooked module's real forward (a lookup in a few rows in place
+    of the whole table): it takes the call and its tensors."""
 
     tensors: dict[int, list[Tensor]]
     forward: Callable[[Call, list[Tensor]], object] | None = None

@@ -21,6 +21,7 @@ from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.lockstep.fanout import Served, on_tensors
 from mezo_dist.engines.lockstep.forwards import Forward
 from mezo_dist.engines.lockstep.head_slice import head_rows
+from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
 from mezo_dist.engines.lockstep.passes import Call, Read
 from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
@@ -49,6 +50,7 @@ class Materialiser:
         layout: where the weights live.
         need: makes the unit of a hooked module whole (and keeps the one that is whole now, if told so).
         compiled: forwards of modules that stand in for their own.
+        in_registers: computes linear layers on variants that are not made in scratch; None: nobody does.
 
     Attributes:
         shifts: what each variant of the current passes adds to the weights; set it before they run.
@@ -64,6 +66,7 @@ class Materialiser:
         layout: Layout,
         need: Need,
         compiled: Mapping[nn.Module, Callable[[Call, list[Tensor]], object]],
+        in_registers: InRegisters | None = None,
     ) -> None:
         self.shifts: list[Combination] = []
         self.only: frozenset[str] | None = None
@@ -74,6 +77,7 @@ class Materialiser:
         self._layout = layout
         self._need = need
         self._compiled = compiled
+        self._in_registers = in_registers
         # Weights stay where they are while passes run, so variants without a shift may use them themselves. Not so on
         # sharded layouts, whose gathered weights are released when the passes have gone on.
         self._keep_sources = not layout.is_sharded
@@ -98,6 +102,9 @@ class Materialiser:
             hooked = _restricted(hooked, self.only)
         if self.in_activations and (matrix := shifts_in_activations(hooked)):
             return self._serve_in_activations(hooked, matrix, calls, real)
+        if self._in_registers is not None:
+            usual = functools.partial(self._serve_weights, alone=True)  # layers are not made before others need theirs
+            return self._in_registers.serve(hooked, calls, real, self.shifts, usual)
         return self._serve_weights(hooked, calls, real)
 
     def _serve_in_activations(

@@ -1,0 +1,167 @@
+"""Linear layers whose variants exist in registers alone, in place of scratch (the setting ``layout.linear``).
+
+The product of a layer's input with a variant of its weight makes that variant itself, tile by tile
+(`mezo_dist.directions.registers`). Variants that do not move the weight, all other modules, and linear layers that the
+kernel does not know go the usual way; the log says once for each reason which.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from mezo_dist.directions import registers
+from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.law import Law
+from mezo_dist.directions.parts import Part
+from mezo_dist.engines.hooked import HookedModule, Weight
+from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.lockstep.fanout import Served, on_tensors
+from mezo_dist.engines.lockstep.forwards import Forward
+from mezo_dist.engines.lockstep.head_slice import head_rows
+from mezo_dist.engines.lockstep.passes import Call
+from mezo_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+ServeWeights = Callable[[HookedModule, Sequence[Call], Forward], Served]
+
+
+@final
+class InRegisters:
+    """Serves linear layers without scratch.
+
+    Args:
+        law: what the directions are.
+        compute_dtype: dtype of the variants; the weights' own if None.
+        layout: where the weights live.
+
+    Raises:
+        UserError: no layer can be computed so with this law or layout, or on this device.
+    """
+
+    def __init__(self, law: Law, compute_dtype: torch.dtype | None, layout: Layout) -> None:
+        device = layout.describe(layout.units[0].hooked_modules[0].weights[0])[1]
+        why = (
+            "needs whole weights, and this layout shards them" if layout.is_sharded else registers.why_not(law, device)
+        )
+        if why:
+            raise UserError(f"layout.linear: registers {why}; set it to materialised")
+        self._law = law
+        self._compute_dtype = compute_dtype
+        self._said: set[str] = set()
+
+    def serve(
+        self,
+        hooked: HookedModule,
+        calls: Sequence[Call],
+        real: Forward,
+        shifts: Sequence[Combination],
+        serve_weights: ServeWeights,
+    ) -> Served:
+        """What a module computes for the calls that wait for it.
+
+        Args:
+            hooked: the module.
+            calls: its waiting calls.
+            real: its own forward.
+            shifts: of each variant.
+            serve_weights: the usual way, for some of the calls.
+        """
+        matrix = next((w for w in hooked.weights if w.attribute == "weight" and w.trainable), None)
+        moved = [call for call in calls if matrix is not None and shifts[call.caller.variant]]
+        if matrix is None or not moved:
+            return serve_weights(hooked, calls, real)
+        if why := self._objection(hooked, matrix, moved, real, shifts):
+            if why not in self._said:
+                self._said.add(why)
+                log.info(
+                    "layout.linear: variants of %s (and perhaps of other weights) are materialised: %s",
+                    matrix.name,
+                    why,
+                )
+            return serve_weights(hooked, calls, real)
+        outputs = dict(zip(moved, self._outputs(hooked, matrix, moved, shifts), strict=True))
+        rest = [call for call in calls if call not in outputs]
+        served = serve_weights(hooked, rest, real) if rest else Served({})
+        others = served.forward or functools.partial(on_tensors, hooked, real)
+
+        def forward(call: Call, tensors: list[Tensor]) -> object:
+            return outputs.pop(call) if call in outputs else others(call, tensors)
+
+        return Served({**served.tensors, **{call.caller.variant: [] for call in moved}}, forward)
+
+    def _objection(
+        self,
+        hooked: HookedModule,
+        matrix: Weight,
+        moved: Sequence[Call],
+        real: Forward,
+        shifts: Sequence[Combination],
+    ) -> str:
+        """Why calls cannot be computed in registers; "" if they can.
+
+        Args:
+            hooked: the module.
+            matrix: its weight.
+            moved: the calls whose variants move it.
+            real: the module's own forward.
+            shifts: of each variant.
+        """
+        if hooked.kind is not nn.Linear:
+            return "not a linear layer"
+        if head_rows(hooked.module) is not None:
+            return "of an output head only some rows are computed"
+        if getattr(real, "__func__", None) is not nn.Linear.forward:
+            return "a linear layer whose forward is another one"
+        weight, dtype = matrix.tensor, self._compute_dtype or matrix.tensor.dtype
+        if weight.dtype not in registers.DTYPES or dtype not in registers.DTYPES or not weight.is_contiguous():
+            return "a weight that is not contiguous fp32, bf16 or fp16"
+        if any(len(shifts[call.caller.variant]) > registers.MOST_TERMS for call in moved):
+            return f"a variant of more than {registers.MOST_TERMS} directions"
+        if torch.is_autocast_enabled(weight.device.type):
+            return "autocast chooses another dtype"
+        if not all(_is_usual(call, weight, dtype) for call in moved):
+            return "an input that is not one tensor of the dtype of the passes"
+        return ""
+
+    def _outputs(
+        self, hooked: HookedModule, matrix: Weight, moved: Sequence[Call], shifts: Sequence[Combination]
+    ) -> list[Tensor]:
+        """What the layer gives for each call.
+
+        Args:
+            hooked: the layer.
+            matrix: its weight.
+            moved: the calls.
+            shifts: of each variant.
+        """
+        inputs = [call.args[0].detach() for call in moved]
+        bias = next((w for w in hooked.weights if w.attribute == "bias"), None)
+        biases = None
+        if bias is not None:
+            wanted = dict.fromkeys(shifts[call.caller.variant] if bias.trainable else ZERO for call in moved)
+            made = {shift: torch.empty_like(bias.tensor, dtype=inputs[0].dtype) for shift in wanted}
+            part = Part(bias.tensor.detach(), tuple(made.values()), bias.param_id, bias.shape)
+            self._law.add_parts([part], list(made))
+            biases = [made[shifts[call.caller.variant] if bias.trainable else ZERO] for call in moved]
+        return registers.linear(
+            self._law,
+            matrix.tensor.detach(),
+            [shifts[call.caller.variant] for call in moved],
+            inputs,
+            biases,
+            param_id=matrix.param_id,
+        )
+
+
+def _is_usual(call: Call, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a call has one input, and nothing about it is special."""
+    if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], Tensor):
+        return False
+    x = call.args[0]
+    return x.dtype == dtype and x.device == weight.device and x.dim() > 0 and x.shape[-1] == weight.shape[1]
