@@ -4,7 +4,8 @@ and texts cost.
     python examples/gpu/parts.py PART [--shapes opt-1.3b ...] [--only WORD] [--rehearse] [--out FOLDER]
 
 Each part prints rows as they come, and writes FOLDER/PART.json and a table, FOLDER/PART.md. With ``--rehearse`` the
-same code runs on the CPU with tiny shapes. Parts: tests, trajectory, directions, steps, memory, generation, paper.
+same code runs on the CPU with tiny shapes. Parts: tests, trajectory, directions, linear, steps, memory, generation,
+paper.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from mezo_dist.testing import write_tiny_config
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 from baselines import in_place_lozo, textbook_mezo  # noqa: E402
+from layers import linear  # noqa: E402
 from shapes import SHAPES, config_of, make_batch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,7 @@ class Machine:
         self.out, self.rehearse, self.only = out, rehearse, only
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.dtype = torch.float32 if rehearse else torch.bfloat16
+        self.linear = "materialised" if rehearse else "registers"  # whose kernel is for GPUs
 
     def seconds(self, run: Callable[[], object], repeats: int = 5) -> float:
         """Median time of a call, after two that count for nothing."""
@@ -96,7 +99,7 @@ class Machine:
 def tests(machine: Machine, shapes: list[str]) -> Iterator[Row]:
     """The bits of every kernel against the reference, where there is a GPU; and what else is tested of GPUs."""
     xml = machine.out / "tests.xml"
-    paths = ["tests/directions/test_gpu.py", "tests/gpu"]
+    paths = ["tests/directions/test_gpu.py", "tests/directions/test_fused_linear.py", "tests/gpu"]
     some = ["-k", "test_is_the_implementation_for_cuda or test_what_would_wait"] if machine.rehearse else []
     command = [sys.executable, "-m", "pytest", "-q", *paths, *some, f"--junitxml={xml.resolve()}"]
     subprocess.run(command, cwd=ROOT, check=False)
@@ -206,8 +209,9 @@ def methods(machine: Machine, model: nn.Module) -> dict[str, tuple[Callable[[], 
         objective = LabelWords(model, [100, 200], make_batch(1, 2))
     batch, stochastic = make_batch(samples, tokens), machine.dtype == torch.bfloat16
 
-    def ours(law: Law, planner: Algorithm[Any]) -> Callable[[], object]:
-        return stepper(Engine(model, law, stochastic_rounding=stochastic), planner, objective, samples, tokens)
+    def ours(law: Law, planner: Algorithm[Any], linear: Any = "materialised") -> Callable[[], object]:
+        engine = Engine(model, law, stochastic_rounding=stochastic, linear=linear)
+        return stepper(engine, planner, objective, samples, tokens)
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -219,6 +223,7 @@ def methods(machine: Machine, model: nn.Module) -> dict[str, tuple[Callable[[], 
     return {
         "forward": (loss, 1),
         **{f"mezo {name}": (ours(law, MeZOPlanner(mezo, problem)), 1) for name, law in LAWS.items()},
+        "mezo in registers": (ours(LAWS["rademacher"], MeZOPlanner(mezo, problem), machine.linear), 1),
         "mezo per sample": (ours(LAWS["lowrank"], MeZOPlanner(per_sample, problem)), 1),
         "svrg cycle of 2": (ours(LAWS["rademacher"], SVRGPlanner(svrg, problem)), 2),
         "textbook MeZO": (lambda: textbook_mezo(model, loss, next(numbers)), 1),
@@ -319,6 +324,7 @@ PARTS = {
     "tests": tests,
     "trajectory": trajectory,
     "directions": directions,
+    "linear": linear,
     "steps": steps,
     "memory": memory,
     "generation": generation,

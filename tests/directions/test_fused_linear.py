@@ -71,7 +71,9 @@ def arguments(case: Case) -> tuple[Tensor, list[Tensor], list[Tensor] | None]:
     weight.view(-1)[:4] = torch.tensor([1 + 2.0**-8, -1 - 3 * 2.0**-8, 1 + 2.0**-11, -0.0])  # ties, and a zero
     picked = torch.linspace(0, num_columns - 1, min(num_columns, MOST_HOTS)).round().long()
     inputs = [
-        torch.cat([torch.eye(num_columns)[picked], torch.randn(case.sizes[v % len(case.sizes)], num_columns, generator=draw)])
+        torch.cat(
+            [torch.eye(num_columns)[picked], torch.randn(case.sizes[v % len(case.sizes)], num_columns, generator=draw)]
+        )
         for v in range(case.variants)
     ]
     biases = [torch.randn(num_rows, generator=draw).to(case.inputs) for _ in inputs] if case.has_bias else None

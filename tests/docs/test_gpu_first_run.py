@@ -13,7 +13,8 @@ import pytest
 
 from tests.forked import ROOT
 
-METHODS = {"forward", "mezo gaussian", "mezo rademacher", "mezo lowrank", "mezo per sample", "svrg cycle of 2",
+METHODS = {"forward", "mezo gaussian", "mezo rademacher", "mezo lowrank", "mezo in registers", "mezo per sample",
+           "svrg cycle of 2",
            "textbook MeZO", "in-place LOZO"}  # fmt: skip
 
 
@@ -31,6 +32,8 @@ def test_every_part_runs_and_leaves_its_results(tmp_path: Path, monkeypatch: pyt
     assert all(row["GB/s"] > 0 for row in rows["directions"])
     assert {row["method"] for row in rows["steps"]} == {row["method"] for row in rows["memory"]} == METHODS
     assert all(row["forwards"] > 0 for row in rows["steps"])
+    assert {row["law"] for row in rows["linear"]} == {"gaussian", "rademacher"}
+    assert all(0 <= row["error"] < 1e-5 and row["materialised ms"] > 0 for row in rows["linear"])
     assert rows["generation"][0]["both signs tokens/s"] > 0
     for row in rows["trajectory"]:  # on one device
         assert row["equal weights after one update"] == 1

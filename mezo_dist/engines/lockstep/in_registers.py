@@ -73,17 +73,10 @@ class InRegisters:
             serve_weights: the usual way, for some of the calls.
         """
         matrix = next((w for w in hooked.weights if w.attribute == "weight" and w.trainable), None)
-        moved = [call for call in calls if matrix is not None and shifts[call.caller.variant]]
-        if matrix is None or not moved:
+        if matrix is None:
             return serve_weights(hooked, calls, real)
-        if why := self._objection(hooked, matrix, moved, real, shifts):
-            if why not in self._said:
-                self._said.add(why)
-                log.info(
-                    "layout.linear: variants of %s (and perhaps of other weights) are materialised: %s",
-                    matrix.name,
-                    why,
-                )
+        moved = [call for call in calls if self._takes(hooked, matrix, call, real, shifts[call.caller.variant])]
+        if not moved:
             return serve_weights(hooked, calls, real)
         outputs = dict(zip(moved, self._outputs(hooked, matrix, moved, shifts), strict=True))
         rest = [call for call in calls if call not in outputs]
@@ -93,41 +86,29 @@ class InRegisters:
         def forward(call: Call, tensors: list[Tensor]) -> object:
             return outputs.pop(call) if call in outputs else others(call, tensors)
 
-        return Served({**served.tensors, **{call.caller.variant: [] for call in moved}}, forward)
+        return Served({call.caller.variant: [] for call in moved} | served.tensors, forward)
 
-    def _objection(
-        self,
-        hooked: HookedModule,
-        matrix: Weight,
-        moved: Sequence[Call],
-        real: Forward,
-        shifts: Sequence[Combination],
-    ) -> str:
-        """Why calls cannot be computed in registers; "" if they can.
+    def _takes(self, hooked: HookedModule, matrix: Weight, call: Call, real: Forward, shift: Combination) -> bool:
+        """Whether a call is computed in registers. Where its variant moves the weight, and it is not, the log says why.
 
         Args:
             hooked: the module.
             matrix: its weight.
-            moved: the calls whose variants move it.
+            call: the call.
             real: the module's own forward.
-            shifts: of each variant.
+            shift: of the call's variant.
         """
-        if hooked.kind is not nn.Linear:
-            return "not a linear layer"
-        if head_rows(hooked.module) is not None:
-            return "of an output head only some rows are computed"
-        if getattr(real, "__func__", None) is not nn.Linear.forward:
-            return "a linear layer whose forward is another one"
-        weight, dtype = matrix.tensor, self._compute_dtype or matrix.tensor.dtype
-        if weight.dtype not in registers.DTYPES or dtype not in registers.DTYPES or not weight.is_contiguous():
-            return "a weight that is not contiguous fp32, bf16 or fp16"
-        if any(len(shifts[call.caller.variant]) > registers.MOST_TERMS for call in moved):
-            return f"a variant of more than {registers.MOST_TERMS} directions"
-        if torch.is_autocast_enabled(weight.device.type):
-            return "autocast chooses another dtype"
-        if not all(_is_usual(call, weight, dtype) for call in moved):
-            return "an input that is not one tensor of the dtype of the passes"
-        return ""
+        if not shift:
+            return False
+        why = _why_not(hooked, matrix.tensor, call, real, self._compute_dtype or matrix.tensor.dtype)
+        if not why and len(shift) > registers.MOST_TERMS:
+            why = f"a variant of more than {registers.MOST_TERMS} directions"
+        if why and why not in self._said:
+            self._said.add(why)
+            log.info(
+                "layout.linear: variants of %s (and perhaps of other weights) are materialised: %s", matrix.name, why
+            )
+        return not why
 
     def _outputs(
         self, hooked: HookedModule, matrix: Weight, moved: Sequence[Call], shifts: Sequence[Combination]
@@ -159,9 +140,27 @@ class InRegisters:
         )
 
 
-def _is_usual(call: Call, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a call has one input, and nothing about it is special."""
-    if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], Tensor):
-        return False
-    x = call.args[0]
-    return x.dtype == dtype and x.device == weight.device and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+def _why_not(hooked: HookedModule, weight: Tensor, call: Call, real: Forward, dtype: torch.dtype) -> str:
+    """Why a call cannot be computed in registers, whatever its variant; "" if it can.
+
+    Args:
+        hooked: the module.
+        weight: its weight.
+        call: the call.
+        real: the module's own forward.
+        dtype: of the variants.
+    """
+    if hooked.kind is not nn.Linear:
+        return "not a linear layer"
+    if head_rows(hooked.module) is not None:
+        return "of an output head only some rows are computed"
+    if getattr(real, "__func__", None) is not nn.Linear.forward:
+        return "a linear layer whose forward is another one"
+    if weight.dtype not in registers.DTYPES or dtype not in registers.DTYPES or not weight.is_contiguous():
+        return "a weight that is not contiguous fp32, bf16 or fp16"
+    if torch.is_autocast_enabled(weight.device.type):
+        return "autocast chooses another dtype"
+    x = call.args[0] if len(call.args) == 1 and not call.kwargs else None
+    if not isinstance(x, Tensor) or (x.dtype, x.device, *x.shape[-1:]) != (dtype, weight.device, weight.shape[1]):
+        return "an input that is not one tensor of the dtype of the passes"
+    return ""
