@@ -1,4 +1,4 @@
-"""The part `linear` of the first half hour: what a linear layer costs that perturbs in registers (``layout.linear``)."""
+"""The part `linear` of the first half hour: what a linear layer costs that perturbs in registers (`layout.linear`)."""
 
 from __future__ import annotations
 

@@ -126,7 +126,9 @@ class InRegisters:
         biases = None
         if bias is not None:
             wanted = dict.fromkeys(shifts[call.caller.variant] if bias.trainable else ZERO for call in moved)
-            made = {shift: torch.empty_like(bias.tensor, dtype=inputs[0].dtype) for shift in wanted}
+            # In one tensor, so that they lie as far from one another in every step: tables of addresses are remembered.
+            rows = torch.empty(len(wanted), *bias.shape, dtype=inputs[0].dtype, device=inputs[0].device)
+            made = dict(zip(wanted, rows, strict=True))
             part = Part(bias.tensor.detach(), tuple(made.values()), bias.param_id, bias.shape)
             self._law.add_parts([part], list(made))
             biases = [made[shifts[call.caller.variant] if bias.trainable else ZERO] for call in moved]
