@@ -48,7 +48,7 @@ def test_a_launch_for_both_signs_of_a_layer_and_nothing_to_wait_for(gpu: PlayedG
     ids = DeviceTensor.of(torch.arange(16).view(2, 8))
     results = {}
     for linear in ("materialised", "registers"):
-        engine = Engine(model, Law("rademacher"), linear=linear)  # type: ignore[arg-type]
+        engine = Engine(model, Law("rademacher"), linear=linear)
         for seed in (3, 4):
             shift = Combination.single(seed, 1e-2)
             with gpu:
