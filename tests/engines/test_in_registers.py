@@ -192,6 +192,7 @@ def test_low_rank_directions_and_shards_are_refused(monkeypatch: pytest.MonkeyPa
     [
         (["layout.name=fsdp"], "layout.name: fsdp shards them; set it to materialised"),
         (["layout.name=zero"], "layout.name: zero shards them; set it to materialised"),
+        (["train.compile=units"], "train.compile: units compiles whole blocks; set it to materialised"),
         (["law=lowrank"], "those of lowrank are products of thin factors; set it to materialised"),
         (["model.peft.method=lora"], "model.peft.method: lora trains small ones; set it to materialised"),
         (

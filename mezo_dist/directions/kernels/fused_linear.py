@@ -11,9 +11,9 @@ are computed beside it.
 
 It has NEVER RUN ON A REAL GPU so far, and no speed is known. Its weights and sums are checked in Triton's interpreter,
 its code as compiled for sm_80, sm_90 and sm_100. What is known on paper: every tile of inputs makes the bits anew. For
-rademacher directions that is a few instructions per weight, for gaussian ones ten and a look-up in a table, which only
-short inputs can afford. Two variants go into one launch, because the sums of more do not stay in registers. Where the
-number of input features is not a multiple of 128 (of 1024 for gaussian directions) tiles are not filled.
+rademacher directions that is a few instructions per weight, for gaussian ones ten and a look-up in a table, which
+only few inputs can afford. Two variants go into one launch, for the sums of more do not stay in registers; each pair of
+signs reads the weight once. Where the number of input features is no multiple of 128, tiles are not filled.
 """
 
 from __future__ import annotations
@@ -157,6 +157,8 @@ def _launch(
     """
     (num_rows, num_columns), num_inputs = weight.shape, inputs[0].shape[0]
     tile = FP32_TILE if inputs[0].dtype == torch.float32 else TILES[_name(bits)]
+    # fp32 weights on their way beside 16-bit inputs would take more shared memory than smaller GPUs have.
+    stages = 1 if weight.dtype == torch.float32 else tile.stages
     span = 128 if _name(bits) == "rademacher" else CHUNK
     period = span // math.gcd(span, num_columns)
     rows_alike = triton.cdiv(num_rows, period)  # rows that begin at the same place of a span
@@ -193,7 +195,7 @@ def _launch(
             TILE_ROWS=tile.rows,
             TILE_BLOCKS=tile.blocks,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=stages,
         )
 
 
