@@ -181,6 +181,18 @@ def test_a_value_where_a_section_should_be(write_config: Write, value: str) -> N
             ["algorithm.per_sample=true", "law=lowrank", "train.calibrate=true"],
             "train.calibrate: needs directions that all samples of a batch share; set algorithm.per_sample to false",
         ),
+        (
+            ["train.compile=units", "layout.name=fsdp"],
+            "train.compile: blocks of layout.name: fsdp are gathered by hooks that cannot be compiled; set",
+        ),
+        (
+            ["train.compile=graphs", "algorithm.per_sample=true", "law=lowrank"],
+            "train.compile: directions per sample are applied inside of blocks; set train.compile to off",
+        ),
+        (
+            ["train.compile=units", "model.quantise=int8", "model.peft.method=lora"],
+            "train.compile: is not for quantised weights (model.quantise); set train.compile to off",
+        ),
         (["model.head=classifier"], "task.plain: missing; model.head: classifier needs a text without prompt"),
         (["model.head=classifier", "task.plain=['{{ text }}']", "model.kind=masked"], "model.kind: masked is for"),
         (["task.splits.test.size=0"], "task.splits.test.size: must be at least 1, not 0"),
