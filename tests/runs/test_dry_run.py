@@ -18,7 +18,7 @@ from mezo_dist.runs import dry_run, training
 from mezo_dist.runs.build import build_run
 from mezo_dist.runs.dry_run import Measured, Pace, _evaluating, _whole
 from mezo_dist.storage.foreseen import look_at_folder
-from mezo_dist.storage.run_folder import claim_folder
+from mezo_dist.storage.run_folder import LOCK, claim_folder
 from mezo_dist.testing import spawn, write_tiny_config
 
 
@@ -99,6 +99,9 @@ def test_the_folder_that_would_be_used(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"is in use by another job \(process \d+"):
                 look_at_folder(config, comm)
         assert look_at_folder(new, comm).folder == folder.with_name("run-2")
+    assert look_at_folder(error, comm).folder == folder
+    folder.mkdir()  # what was claimed for nothing is gone
+    (folder / LOCK).touch()
     assert look_at_folder(error, comm).folder == folder  # the lock file alone is no run
     (folder / "trajectory.jsonl").write_text("damaged")
     assert look_at_folder(replace, comm).log is None
