@@ -98,7 +98,7 @@ def choices(num_blocks: int) -> list[Choice]:
         if k <= num_blocks
     ]
     return [
-        Choice(LIMIT, (*svrg, "algorithm.annealing.divisor=1", "train.calibrate=true"), 3.2e-5),
+        Choice(LIMIT, (*svrg, "algorithm.annealing.divisor=1", "train.calibrate=true"), 3.2e-4),
         Choice("AdamW, all weights", (adamw,), 3.2e-5),
         Choice("AdamW, all weights, checkpointing, batch 1", (adamw, again, *single), 1e-5),
         Choice("SGD, all weights", (sgd,), 3.2e-3),
