@@ -101,6 +101,7 @@ def tests(machine: Machine, shapes: list[str]) -> Iterator[Row]:
     xml = machine.out / "tests.xml"
     paths = ["tests/directions/test_gpu.py", "tests/directions/test_fused_linear.py", "tests/gpu"]
     some = ["-k", "test_is_the_implementation_for_cuda or test_what_would_wait"] if machine.rehearse else []
+    xml.unlink(missing_ok=True)  # of a call before, which this one must not be taken for
     command = [sys.executable, "-m", "pytest", "-q", *paths, *some, f"--junitxml={xml.resolve()}"]
     subprocess.run(command, cwd=ROOT, check=False)
     suite = ElementTree.parse(xml).getroot()[0]
@@ -108,6 +109,8 @@ def tests(machine: Machine, shapes: list[str]) -> Iterator[Row]:
     for case in suite.iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             yield {"what": case.attrib["name"], "tests": 1, "failures": 1, "errors": 0, "skipped": 0}
+    if int(suite.attrib["failures"]) + int(suite.attrib["errors"]):
+        raise SystemExit(1)
 
 
 def trajectory(machine: Machine, shapes: list[str]) -> Iterator[Row]:

@@ -63,4 +63,4 @@ def linear(
 
     flat = [x.reshape(-1, x.shape[-1]).contiguous() for x in inputs]
     outputs = fused_linear.linear(weight, combinations, flat, biases, param_id=param_id, bits=law._bits)
-    return [y.view(*x.shape[:-1], -1) for x, y in zip(inputs, outputs, strict=True)]
+    return [y.view(*x.shape[:-1], weight.shape[0]) for x, y in zip(inputs, outputs, strict=True)]

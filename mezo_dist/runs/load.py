@@ -67,9 +67,11 @@ def open_run(folder: Path, num_steps: int | None, comm: Communicator, *, trust_r
             f"{folder}: model {config.model.name} brings code of its own. A run folder from somebody else must not "
             "start that unasked: add --trust-remote-code if you do trust it"
         )
+    # The weights are what counts here, and they are the same. Perhaps there is no GPU for graphs, or no compiler.
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile="off"))
     if comm.world_size == 1:
         config = dataclasses.replace(config, layout=LayoutConfig())  # the same bits, and no processes to shard over
-    else:  # the weights are what counts here, and perhaps there is no GPU
+    else:
         config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, linear="materialised"))
     return OpenedRun(folder, log, config, wanted, num_steps)
 

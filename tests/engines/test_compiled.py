@@ -16,6 +16,7 @@ from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines import compiled
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
+from mezo_dist.runs.load import audit, open_run
 from mezo_dist.runs.training import train
 from mezo_dist.storage import trajectory
 from mezo_dist.testing import write_tiny_config
@@ -64,6 +65,13 @@ def test_a_run_with_compiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ]
     assert losses["compiled"] == losses["again"]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    with monkeypatch.context() as elsewhere:  # where there is no compiler, and no GPU for graphs
+
+        def refused(*_: object, **options: object) -> None:
+            raise UserError("train.compile: not here")
+
+        elsewhere.setattr(compiled, "CompiledUnit", refused)
+        audit(open_run(folder, None, Communicator()), Communicator())  # raises if weights are others
 
 
 def test_graphs_need_a_gpu() -> None:

@@ -174,6 +174,13 @@ def test_in_registers(results: dict[str, str], name: str) -> None:
     assert results[name] == ""
 
 
+def test_no_samples_give_no_outputs() -> None:
+    """As an expert that is called for no tokens gets them."""
+    inputs = [torch.empty(2, 0, 128)]
+    (output,) = registers.linear(Law("gaussian"), torch.ones(3, 128), [SHIFT], inputs, None, param_id=1)
+    assert output.shape == (2, 0, 3)
+
+
 def test_a_cpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"layout.linear: registers needs weights on an NVIDIA GPU.* on cpu; set it to"):
         Engine(tiny_model("opt"), Law("gaussian"), linear="registers")

@@ -166,3 +166,25 @@ def test_no_scratch_is_allocated_after_the_second_step(monkeypatch: pytest.Monke
         per_step.append(len(sizes))
     assert per_step[0] > 0
     assert per_step[2:] == [0] * 4
+
+
+class Counting(dict[nn.Module, Any]):
+    """A dict that counts how often it is looked into."""
+
+    number = 0
+
+    def __getitem__(self, module: nn.Module) -> Any:
+        self.number += 1
+        return super().__getitem__(module)
+
+
+def test_what_follows_is_learnt_in_time_that_grows_with_the_calls_alone() -> None:
+    """Decoding calls all modules once per token, and another number of tokens is another order."""
+    materialiser = Engine(tiny_model("llama"), Law("gaussian"))._materialise
+    materialiser._unit_of = units = Counting(materialiser._unit_of)
+    materialiser._order = [*units]
+    once = materialiser._followers()
+    assert any(once.values())
+    materialiser._order, units.number = [*units] * 200, 0
+    assert materialiser._followers() == once
+    assert units.number < 2 * len(materialiser._order)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from mezo_dist.config import reader
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.kernels import gpu as kernels
 from mezo_dist.directions.law import Law
+from mezo_dist.directions.parts import Part
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines import scratch
 from mezo_dist.engines.engine import Engine
@@ -267,6 +268,32 @@ def test_groups_change_no_bits_and_are_as_large_as_planned(gpu: PlayedGpu, monke
     assert all(torch.equal(a, b) for other in losses[1:] for a, b in zip(losses[0], other, strict=True))
     table = 2 * 4 * 32 * 16
     assert sizes == [7 * matrix + 2 * vector, max(table, 2 * matrix), table]
+
+
+def test_no_matrices_are_made_beside_those_that_are_shifted_in_activations(
+    gpu: PlayedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the passes before made them together with a norm."""
+    engine = Engine(deep_model(gpu, 2), LAWS["lowrank"])
+    item = Item(DeviceTensor.of(torch.arange(16).view(2, 8)))
+    dimensions: list[int] = []
+    add_parts = Law.add_parts
+
+    def recorded(law: Law, parts: Sequence[Part], *args: Any, **options: Any) -> None:
+        dimensions.extend(len(part.shape) for part in parts)
+        add_parts(law, parts, *args, **options)
+
+    monkeypatch.setattr(Law, "add_parts", recorded)
+
+    def evaluated() -> set[int]:
+        dimensions.clear()
+        with gpu.waiting():
+            engine.evaluate([Variant(Combination.single(3, 1e-2))], [item], lambda m, x: m(x.ids, use_cache=False))
+        return set(dimensions)
+
+    assert [evaluated() for _ in range(2)] == [{1, 2}] * 2
+    with engine.called_often():
+        assert evaluated() == {1}
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, final
 
@@ -84,6 +85,7 @@ class Materialiser:
         self._scratch = torch.empty(0)
         self._most = 0
         self._unit_of = {hooked.module: unit for unit in layout.units for hooked in unit.hooked_modules}
+        self._unrestricted = {hooked.module: hooked for unit in layout.units for hooked in unit.hooked_modules}
         self._served: list[HookedModule] = []
         self._order: list[nn.Module] = []
         self._following: dict[nn.Module, list[HookedModule]] = {}
@@ -163,6 +165,8 @@ class Materialiser:
             num_variants: that are made of each weight.
         """
         following = self._following.get(hooked.module, [])
+        if self.in_activations:  # passes before this one may have needed these matrices, and this one does not
+            following = [other for other in following if not shifts_in_activations(other)]
         group = [hooked, *(h if self.only is None else _restricted(h, self.only) for h in following)]
         sizes = [num_variants * self._bytes_of([weight.tensor for weight in some.weights]) for some in group]
         return group[: leading(sizes)]
@@ -287,15 +291,17 @@ class Materialiser:
         self._served = []
 
     def _followers(self) -> dict[nn.Module, list[HookedModule]]:
-        """What followed on each module in its unit, in these passes."""
+        """What followed on the first call of each module, in its unit, until it was called again. (Texts that are
+        decoded call all modules once per token, so what is looked at must not grow with the square of the calls.)"""
         following: dict[nn.Module, list[HookedModule]] = {}
-        unrestricted = {h.module: h for unit in self._layout.units for h in unit.hooked_modules}
-        order = [unrestricted[module] for module in self._order]
-        for number, hooked in enumerate(order):
-            units = [self._unit_of[other.module] for other in order[number:]]
-            end = next((k for k, unit in enumerate(units) if unit is not units[0]), len(units))
-            rest = [other for other in order[number + 1 : number + end] if other is not hooked]
-            following.setdefault(hooked.module, list(dict.fromkeys(rest)))
+        for number, module in enumerate(self._order):
+            if module not in following:
+                rest: dict[nn.Module, None] = {}
+                for other in itertools.islice(self._order, number + 1, None):
+                    if other is module or self._unit_of[other] is not self._unit_of[module]:
+                        break
+                    rest[other] = None
+                following[module] = [self._unrestricted[other] for other in rest]
         return following
 
     def _bytes_of(self, sources: Sequence[Tensor]) -> int:
