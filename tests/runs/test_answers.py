@@ -95,12 +95,18 @@ def test_answers_before_a_break_are_kept(tmp_path: Path) -> None:
     assert answers(folder) == kept
 
 
-@pytest.mark.parametrize("damage", [None, "{", '{"samples": {"asked": [7]}}', "[]", '{"samples": {"asked": [{}]}}'])
-def test_answers_before_that_cannot_be_read_are_none(
-    tmp_path: Path, damage: str | None, caplog: pytest.LogCaptureFixture
+def test_where_nothing_was_answered_before_there_is_nothing_to_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if damage is not None:
-        (tmp_path / "answers.json").write_text(damage)
+    assert _before_in(tmp_path) == {}
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("damage", ["{", '{"samples": {"asked": [7]}}', "[]", '{"samples": {"asked": [{}]}}'])
+def test_answers_before_that_cannot_be_read_are_none(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "answers.json").write_text(damage)
     assert _before_in(tmp_path) == {}
     assert "the answers before training cannot be read" in caplog.text
 
