@@ -210,7 +210,7 @@ class TrainConfig:
     losses, and for the estimates made of them: their last bits differ from those with ``off``, and may differ with the
     number of processes, and where a run was resumed. Updates are not compiled: a trajectory is replayed to the same
     bits in any case. All variants of a whole block are held at a time. Not measured on a GPU yet, and so off. Only for
-    ``layout.name: replicated``; there is no frozen cache then."""
+    ``layout.name: replicated``; there is no frozen cache then. Commands that open a run folder do not compile."""
     gradient_checkpointing: bool = False
     """For ``algorithm.name: sgd`` and ``adamw``: keep only the inputs of the model's blocks for the backward pass, and
     compute the rest again there. It takes less memory and one forward pass more per step."""
