@@ -14,18 +14,16 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import transformers
+
+from mezo_dist.studies import results
+from mezo_dist.studies.command import BUSY
 
 ROOT = Path(__file__).resolve().parents[2]
-BUSY = 0.5
-"""Load per core, averaged over a minute, from which seconds say little."""
 
 
 def parser(doc: str | None, *, whole_doc: bool = False) -> argparse.ArgumentParser:
@@ -63,22 +61,9 @@ def parse(
 
 
 def about() -> dict[str, object]:
-    """Where and when figures come from."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "commit": commit or "unknown",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"),
-        "load": round(os.getloadavg()[0], 2),
-    }
+    """Where and when figures come from, as in studies, and the command."""
+    command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+    return {"command": command, **results.about(""), "machine": machine()}
 
 
 def machine() -> str:

@@ -80,10 +80,15 @@ def read_run(study: Study, case: Case, folder: Path) -> Measured:
 def line_of(case: Case, repeat: int, measured: Measured) -> JsonObject:
     """The line of results.jsonl of one run."""
     return {"key": case.key, "repeat": repeat, "case": dataclasses.asdict(case), **dataclasses.asdict(measured),
-            **_about(measured.device)}  # fmt: skip
+            **about(measured.device)}  # fmt: skip
 
 
-def _about(device: str) -> JsonObject:
+def about(device: str) -> JsonObject:
+    """Where and when figures come from: ``commit``, ``versions``, ``machine``, ``date``, and ``load`` of the machine.
+
+    Args:
+        device: what computed them.
+    """
     root = Path(mezo_dist.__file__).resolve().parents[1]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
