@@ -3,16 +3,16 @@
 #
 #     examples/gpu/first_run.sh PART [--rehearse] [arguments of the part]
 #
-# PART: tests, trajectory, directions, linear, ncu, steps, memory, generation, evidence, paper. Results: PART.json and
-# PART.md in $OUT (default first_run), and rows on the console. --rehearse: the same on the CPU, with tiny shapes. Nothing
-# is fetched from a network.
+# PART: tests, trajectory, runs, directions, linear, ncu, steps, memory, generation, compile, evidence, paper. Results:
+# PART.json and PART.md in $OUT (default first_run), and rows on the console. --rehearse: the same on the CPU, with tiny
+# shapes. Nothing is fetched from a network.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 out=${OUT:-first_run}
 python=${PYTHON:-python}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-part=${1:?name a part: tests, trajectory, directions, linear, ncu, steps, memory, generation, evidence, paper}
+part=${1:?name a part: tests, trajectory, directions, linear, ncu, steps, memory, generation, compile, evidence, paper}
 shift
 rehearse=
 if [ "${1:-}" = --rehearse ]; then
@@ -21,7 +21,7 @@ if [ "${1:-}" = --rehearse ]; then
 fi
 mkdir -p "$out"
 case $part in
-tests | trajectory | directions | linear | steps | memory | generation | paper)
+tests | trajectory | runs | directions | linear | steps | memory | generation | compile | paper)
     # paper goes on where it was; call it as often as there is time
     timeout 480 "$python" "$here/parts.py" "$part" $rehearse --out "$out" "$@"
     ;;

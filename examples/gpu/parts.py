@@ -4,8 +4,8 @@ and texts cost.
     python examples/gpu/parts.py PART [--shapes opt-1.3b ...] [--only WORD] [--rehearse] [--out FOLDER]
 
 Each part prints rows as they come, and writes FOLDER/PART.json and a table, FOLDER/PART.md. With ``--rehearse`` the
-same code runs on the CPU with tiny shapes. Parts: tests, trajectory, directions, linear, steps, memory, generation,
-paper.
+same code runs on the CPU with tiny shapes. Parts: tests, trajectory, runs, directions, linear, steps, memory,
+generation, compile, paper.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from mezo_dist.testing import write_tiny_config
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 from baselines import in_place_lozo, textbook_mezo  # noqa: E402
+from compiled import compile_modes  # noqa: E402
 from layers import linear  # noqa: E402
+from runs import runs  # noqa: E402
 from shapes import SHAPES, config_of, make_batch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,6 +229,7 @@ def methods(machine: Machine, model: nn.Module) -> dict[str, tuple[Callable[[], 
         "forward": (loss, 1),
         **{f"mezo {name}": (ours(law, MeZOPlanner(mezo, problem)), 1) for name, law in LAWS.items()},
         "mezo in registers": (ours(LAWS["rademacher"], MeZOPlanner(mezo, problem), machine.linear), 1),
+        "mezo gaussian in registers": (ours(LAWS["gaussian"], MeZOPlanner(mezo, problem), machine.linear), 1),
         "mezo per sample": (ours(LAWS["lowrank"], MeZOPlanner(per_sample, problem)), 1),
         "svrg cycle of 2": (ours(LAWS["rademacher"], SVRGPlanner(svrg, problem)), 2),
         "textbook MeZO": (lambda: textbook_mezo(model, loss, next(numbers)), 1),
@@ -326,11 +329,13 @@ def paper(machine: Machine, shapes: list[str]) -> Iterator[Row]:
 PARTS = {
     "tests": tests,
     "trajectory": trajectory,
+    "runs": runs,
     "directions": directions,
     "linear": linear,
     "steps": steps,
     "memory": memory,
     "generation": generation,
+    "compile": compile_modes,
     "paper": paper,
 }
 

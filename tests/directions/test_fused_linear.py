@@ -19,7 +19,7 @@ from torch import Tensor
 from mezo_dist.directions.bits import FACTOR_U, GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import reference
-from tests.directions.test_gpu import BF16, FAR, FP16, FP32, FUSED, PARAM_ID, compiled, interpreted, resources
+from tests.directions.test_gpu import BF16, FAR, FP16, FP32, FUSED, PARAM_ID, compiled, every, interpreted, resources
 
 __all__ = ["compiled"]
 MOST_HOTS = 48
@@ -203,12 +203,15 @@ def test_machine_code(
     assert shared <= 163 * 1024  # what a program can have on an A100
 
 
+def run(name: str, device: str) -> str:
+    """What is wrong in the case with this name."""
+    return run_case(CASES[name], device) if name in CASES else run_company(device)
+
+
 if __name__ == "__main__":
     from mezo_dist.directions.kernels import fused_linear
 
-    device = sys.argv[1]
-    if device == "cpu":  # larger steps, for an operation costs the interpreter as much on any number of elements
+    if sys.argv[1] == "cpu":  # larger steps, for an operation costs the interpreter as much on any number of elements
         fused_linear.TILES["gaussian"] = replace(fused_linear.TILES["gaussian"], blocks=64)
         fused_linear.FP32_TILE = replace(fused_linear.FP32_TILE, inputs=64, blocks=64)
-    wrong = {name: run_case(case, device) for name, case in CASES.items()}
-    print(json.dumps({**wrong, "company": run_company(device)}))
+    print(json.dumps(every(run, [*CASES, "company"], sys.argv[1])))

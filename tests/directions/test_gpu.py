@@ -6,13 +6,16 @@ at import whether to compile or to interpret, so the cases run in a process of t
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -403,8 +406,21 @@ def test_refuses_an_unknown_law() -> None:
         gpu.add(torch.ones(1, 4), [ZERO], [torch.ones(1, 4)], param_id=1, offsets=(0,), bits=bits, rounding_seed=None)
 
 
+def run(name: str, device: str) -> str:
+    """What is wrong in the case with this name."""
+    if name in CASES:
+        return run_case(CASES[name], device)
+    return run_group(GROUPS[name], device) if name in GROUPS else run_factors(FACTORS[name], device)
+
+
+def every(run: Callable[[str, str], str], names: Iterable[str], device: str) -> dict[str, str]:
+    """By case: what is wrong. On a GPU in several processes, for most of the time goes into compiling."""
+    names = list(names)
+    if device == "cpu":
+        return {name: run(name, device) for name in names}
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(names, pool.map(run, names, itertools.repeat(device)), strict=True))
+
+
 if __name__ == "__main__":
-    wrong = {name: run_case(case, sys.argv[1]) for name, case in CASES.items()}
-    wrong |= {name: run_group(group, sys.argv[1]) for name, group in GROUPS.items()}
-    wrong |= {name: run_factors(law, sys.argv[1]) for name, law in FACTORS.items()}
-    print(json.dumps(wrong))
+    print(json.dumps(every(run, [*CASES, *GROUPS, *FACTORS], sys.argv[1])))
