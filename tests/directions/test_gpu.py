@@ -125,7 +125,8 @@ class Group:
 
     dtype: torch.dtype = FP32
     law: Law = Law("gaussian")
-    sizes: tuple[int, ...] = (700, 3, 1024)  # columns are 20, so that shards and rows start anywhere
+    sizes: tuple[int, ...] = (700, 3, 1024)
+    columns: int = 20  # so that shards and rows start anywhere
     offset: int = 0
     rows: tuple[int, ...] = ()
     outputs: tuple[torch.dtype, ...] = ()  # none: in place
@@ -146,20 +147,24 @@ def _groups() -> Iterator[tuple[str, Group]]:
             yield f"{name}-advance-{dtype}", Group(dtype, law, sizes, offset=33, updates=2)
         yield f"{name}-advance-stochastic", Group(BF16, law, sizes, offset=33, updates=2, is_stochastic=True)
         yield f"{name}-add-stochastic", Group(FP32, law, (900, 3), outputs=(BF16,), offset=33, is_stochastic=True)
+    for columns in (1100, 4000):  # chunks that lie in one row, and such that go across its end
+        wide = Group(BF16, Law("lowrank", 2), (9000, 3), columns, 777 * columns // 2)
+        yield f"lowrank-{columns}-parts", replace(wide, outputs=(FP32, BF16))
+        yield f"lowrank-{columns}-advance", replace(wide, updates=2, is_stochastic=True)
+        yield f"lowrank-{columns}-rows", replace(wide, sizes=(3 * columns,), offset=0, rows=(7, 8, 1), outputs=(BF16,))
     yield "scale", Group(offset=33, factor=0.97)
     yield "scale-stochastic", Group(BF16, offset=33, factor=0.97, is_stochastic=True)
     yield "advance-many-terms", Group(FP16, Law("lowrank", 2), (60,), updates=4, most_terms=5)
 
 
 GROUPS = dict(_groups())
-COLUMNS = 20
 
 
 def run_group(group: Group, device: str) -> str:
     """What is wrong with what the kernels do to many tensors; "" if nothing."""
     from mezo_dist.directions.kernels import gpu
 
-    law, shape = group.law, torch.Size((3000, COLUMNS))
+    law, shape = group.law, torch.Size((3000, group.columns))
     draw = torch.Generator().manual_seed(2)
     updates = [
         (
@@ -347,8 +352,8 @@ def test_machine_code(case: Case, compiled: Callable[[int], list[tuple[str, Any]
     lanes_in_a_row = re.findall(r"(#\w+) = #ttg.blocked<\{sizePerThread = \[1\], threadsPerWarp = \[32\]", layouts)
     stores = re.findall(r"tt\.store .*, (#\w+)>", layouts)
     loads = re.findall(r"tt\.load .*cacheModifier = cg.*, (#\w+)>", layouts)
-    assert len(loads) == 1
-    assert len(stores) == len(outputs)
+    assert len(loads) == 2  # of chunks that are whole, and of others
+    assert len(stores) == 2 * len(outputs)
     assert {*stores, *loads} == {*lanes_in_a_row}
 
 

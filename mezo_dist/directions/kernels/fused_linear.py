@@ -84,7 +84,7 @@ def linear(
     Raises:
         ValueError: tensors or combinations that are not as described, or a bit layout that is not known.
     """
-    gpu._check_known(bits)
+    gpu._law(bits)  # which refuses what is not known
     _check(weight, combinations, inputs, biases)
     outputs = [x.new_empty(x.shape[0], weight.shape[0]) for x in inputs]
     for places in _launches(combinations, inputs):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mezo_dist.directions.bits import CHUNK
-from mezo_dist.directions.kernels.gpu_kernels import GAUSSIAN_BLOCKS, HALF_TABLE, _cast, _philox, _to_fp32
+from mezo_dist.directions.kernels.gpu_values import GAUSSIAN_BLOCKS, HALF_TABLE, _cast, _philox, _to_fp32
 
 # mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 

@@ -56,14 +56,15 @@ Update = tuple[Combination, "int | None"]
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4, "num_stages": 1}
 """num_stages: nothing can be pipelined; a program is short, and other programs hide its latency."""
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LAWS = {"gaussian": 0, "rademacher": 1, "lowrank": 2}
 MOST_PARTS = 32
 """Tensors of one launch."""
 MOST_OUTPUTS = 8
 """Outputs of each tensor in one launch: their sums are in registers."""
 MOST_TERMS = 64
 """Low-rank directions of one launch: their factors are in memory."""
-TILE_ROWS, TILE_COLUMNS = 4, 128
-"""Tile of a low-rank direction."""
+TILE_CHUNKS = 4
+"""Chunks of a tile."""
 AFTER_ALL = 2**62
 """First tile of table rows that are no tensors."""
 
@@ -103,9 +104,9 @@ def add_parts(
         bits: bit layout of the directions.
         rounding_seed: for bf16 outputs that are to be rounded stochastically.
     """
-    _check_known(bits)
+    law = _law(bits)
     for some, chosen in _launches(parts, combinations):
-        _launch_add(some, [(chosen, rounding_seed)], bits, many=False)
+        _launch_add(some, [(chosen, rounding_seed)], law, stream=bits.stream)
 
 
 def advance_parts(parts: Sequence[Part], updates: Sequence[Update], *, bits: BitLayout) -> None:
@@ -116,10 +117,10 @@ def advance_parts(parts: Sequence[Part], updates: Sequence[Update], *, bits: Bit
         updates: (combination, seed of stochastic rounding or None), one after another.
         bits: bit layout of the directions.
     """
-    _check_known(bits)
+    law = _law(bits)
     todo = [([combination], seed) for combination, seed in updates if combination]
     for some, _ in _launches(parts, [ZERO]) if todo else ():
-        _launch_add(some, todo, bits, many=True)
+        _launch_add(some, todo, law, stream=bits.stream, many=True)
 
 
 def scale_parts(parts: Sequence[Part], factor: float, *, rounding_seed: int | None) -> None:
@@ -131,7 +132,7 @@ def scale_parts(parts: Sequence[Part], factor: float, *, rounding_seed: int | No
         rounding_seed: for bf16 weights that are to be rounded stochastically.
     """
     for some, _ in _launches(parts, [ZERO]):
-        _launch_add(some, [([ZERO], rounding_seed)], GAUSSIAN, many=False, factor=factor)
+        _launch_add(some, [([ZERO], rounding_seed)], LAWS["gaussian"], factor=factor)
 
 
 def fill(bits: BitLayout, seeds: Sequence[int], param_id: int, size: int, device: torch.device) -> Tensor:
@@ -181,7 +182,7 @@ def add_lowrank(
         rounding_seed: for bf16 outputs that are to be rounded stochastically.
     """
     for some, chosen in _launches(parts, combinations):
-        _launch_lowrank(some, [(chosen, rounding_seed)], rank, many=False)
+        _launch_add(some, [(chosen, rounding_seed)], LAWS["lowrank"], rank=rank)
 
 
 def advance_lowrank(parts: Sequence[Part], updates: Sequence[Update], *, rank: int) -> None:
@@ -194,7 +195,7 @@ def advance_lowrank(parts: Sequence[Part], updates: Sequence[Update], *, rank: i
     """
     for some, _ in _launches(parts, [ZERO]):
         for group in _few_terms([([c], seed) for c, seed in updates if c]):
-            _launch_lowrank(some, group, rank, many=True)
+            _launch_add(some, group, LAWS["lowrank"], rank=rank, many=True)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
@@ -206,9 +207,12 @@ def _place(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, devices.stream_of(tensor.device)
 
 
-def _check_known(bits: BitLayout) -> None:
-    if bits.values not in (GAUSSIAN.values, RADEMACHER.values):
-        raise ValueError(f"the GPU kernel does not know the bit layout {bits.name!r}")
+def _law(bits: BitLayout) -> int:
+    """Raises ValueError for a bit layout that kernels do not know."""
+    for law in (GAUSSIAN, RADEMACHER):
+        if bits.values is law.values:
+            return LAWS[law.name]
+    raise ValueError(f"the GPU kernel does not know the bit layout {bits.name!r}")
 
 
 def _few_terms(updates: list[tuple[list[Combination], int | None]]) -> Iterator[list[tuple[list[Combination], Any]]]:
@@ -255,38 +259,49 @@ def _launches(
 def _launch_add(
     parts: Sequence[Part],
     updates: Sequence[tuple[Sequence[Combination], int | None]],
-    bits: BitLayout,
+    law: int,
     *,
-    many: bool,
+    stream: int = 0,
+    rank: int = 0,
+    many: bool = False,
     factor: float | None = None,
 ) -> None:
-    """Launch `gpu_kernels.add_kernel`.
+    """Launch `gpu_kernels.add_kernel`, of low-rank directions after their factors were made.
 
     Args:
         parts: tensors of the same dtypes.
         updates: (one combination per output, seed of stochastic rounding or None); more than one only with ``many``.
-        bits: bit layout of the directions.
+        law: see `gpu_kernels`.
+        stream: of the generator; not for low-rank directions.
+        rank: of low-rank directions.
         many: see the kernel.
         factor: what weights are multiplied by first, if not None.
     """
-    weight, outputs = parts[0].weight, parts[0].outputs
-    longest = max(part.weight.numel() // part.num_pieces for part in parts)
-    # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
-    wide = bits.values is RADEMACHER.values and longest >= 2 * CHUNK and len(outputs) <= 2
-    chunks = 2 if wide else 1
-    weights, targets = (
-        _relative([part.weight for part in parts]),
-        _relative([o for part in parts for o in part.outputs]),
-    )
-    rows, first = [], 0
-    for part, place in zip(parts, weights, strict=True):
-        length = part.weight.numel() // part.num_pieces
-        tiles, stride = _tiles(length, chunks), 0 if part.rows is None else part.columns
-        rows.append((first, place, stride, part.offset, length, tiles, part.param_id, *_next(targets, len(outputs))))
-        first += part.num_pieces * tiles
+    weight, outputs, has_rows = parts[0].weight, parts[0].outputs, parts[0].rows is not None
+    weights, targets = [p.weight for p in parts], [o for p in parts for o in p.outputs]
     with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
         where = _place(weight)
         seeds, coefficients, rounding = _terms(_key(updates), *where)
+        thin, filled = weight, []
+        if rank:
+            filled, size = _layout_of_factors(parts, rank, len(seeds))
+            thin = _workspace(size, *where)
+            if len(seeds):
+                _launch_fill(thin, filled, seeds, GAUSSIAN, parts[0].rows)
+        rows, first, places = [], 0, _relative(targets)
+        for number, (part, place) in enumerate(zip(parts, _relative(weights), strict=True)):
+            length = part.weight.numel() // part.num_pieces
+            tiles, stride = _tiles(length, TILE_CHUNKS), 0 if part.rows is None else part.columns
+            factors = [0] * 5
+            if rank:
+                u, v = filled[2 * number : 2 * number + 2]
+                first_row = part.offset // part.columns if part.rows is None else 0
+                factors = [4 * u.place, 4 * v.place, first_row, u.size // rank, part.columns]
+            rows.append((
+                first, place, stride, part.offset, length, tiles, part.param_id,
+                *factors, *itertools.islice(places, len(outputs)),
+            ))  # fmt: skip
+            first += part.num_pieces * tiles
         launch(
             gpu_kernels.add_kernel,
             (first,),
@@ -294,77 +309,29 @@ def _launch_add(
             devices.address(weight),
             devices.address(outputs[0]),
             0 if parts[0].rows is None else devices.address(parts[0].rows),
+            devices.address(thin),
             _half_table(*where),
             seeds,
             coefficients,
             rounding,
             len(seeds),
-            bits.stream,
+            stream,
             updates[0][1] or 0,
             1.0 if factor is None else factor,
             GROUP=_power_of_two(len(rows)),
             SOURCE=CODES[weight.dtype],
-            TARGETS=_targets(outputs),
+            TARGETS=sum(CODES[output.dtype] << (2 * v) for v, output in enumerate(outputs)),
             NUM_OUTPUTS=len(outputs),
-            GAUSSIAN=bits.values is GAUSSIAN.values,
-            STOCHASTIC=updates[0][1] is not None,
-            MANY=many,
-            SCALED=factor is not None,
-            CHUNKS=chunks,
-        )
-
-
-def _launch_lowrank(
-    parts: Sequence[Part], updates: Sequence[tuple[Sequence[Combination], int | None]], rank: int, *, many: bool
-) -> None:
-    """Make the factors, and launch `gpu_kernels.lowrank_kernel`.
-
-    Args:
-        parts: matrices of the same dtypes.
-        updates: see `_launch_add`.
-        rank: number of columns of the factors.
-        many: see the kernel.
-    """
-    weight, outputs = parts[0].weight, parts[0].outputs
-    with torch.cuda.device_of(weight):
-        where = _place(weight)
-        seeds, coefficients, rounding = _terms(_key(updates), *where)
-        filled, size = _layout_of_factors(parts, rank, len(seeds))
-        thin = _workspace(size, *where)
-        if len(seeds):
-            _launch_fill(thin, filled, seeds, GAUSSIAN, parts[0].rows)
-        weights, targets = _relative([part.weight for part in parts]), _relative([o for p in parts for o in p.outputs])
-        pairs = zip(parts, weights, filled[::2], filled[1::2], strict=True)
-        rows, first = [], 0
-        for part, place, u, v in pairs:
-            tiles = -(-part.columns // TILE_COLUMNS)
-            num_rows = u.size // rank
-            first_row = part.offset // part.columns if part.rows is None else 0
-            rows.append((
-                first, place, 0, part.offset, part.weight.numel(), tiles, part.param_id,
-                4 * u.place, 4 * v.place, first_row, num_rows, part.columns, *_next(targets, len(outputs)),
-            ))  # fmt: skip
-            first += -(-num_rows // TILE_ROWS) * tiles
-        launch(
-            gpu_kernels.lowrank_kernel,
-            (first,),
-            _table(tuple(rows), *where),
-            devices.address(weight),
-            devices.address(outputs[0]),
-            devices.address(thin),
-            coefficients,
-            rounding,
-            len(seeds),
-            updates[0][1] or 0,
-            GROUP=_power_of_two(len(rows)),
-            SOURCE=CODES[weight.dtype],
-            TARGETS=_targets(outputs),
-            NUM_OUTPUTS=len(outputs),
+            LAW=law,
             RANK=rank,
             STOCHASTIC=updates[0][1] is not None,
             MANY=many,
-            TILE_ROWS=TILE_ROWS,
-            TILE_COLUMNS=TILE_COLUMNS,
+            SCALED=factor is not None,
+            DENSE=all(len(combination) == len(seeds) for combination in updates[0][0]),
+            HAS_ROWS=has_rows,
+            # Few calls of the generator serve many rademacher elements, if their sums have room in registers.
+            CHUNKS=2 if law == LAWS["rademacher"] and len(outputs) <= 2 else 1,
+            TILE_CHUNKS=TILE_CHUNKS,
         )
 
 
@@ -448,8 +415,8 @@ def _launch_fill(
                 _half_table(*where),
                 seeds,
                 GROUP=_power_of_two(len(table)),
-                GAUSSIAN=bits.values is GAUSSIAN.values,
-                CHUNKS=1,
+                LAW=_law(bits),
+                HAS_ROWS=rows is not None,
             )
 
 
@@ -476,17 +443,9 @@ def _relative(tensors: Sequence[Tensor]) -> Iterator[int]:
     return (devices.address(tensor) - first for tensor in tensors)
 
 
-def _next(numbers: Iterator[int], count: int) -> Iterator[int]:
-    return itertools.islice(numbers, count)
-
-
 def _tiles(length: int, chunks: int) -> int:
     """Tiles that a row can touch, at worst."""
     return -(-(length + CHUNK - 1) // (chunks * CHUNK))
-
-
-def _targets(outputs: Sequence[Tensor]) -> int:
-    return sum(CODES[output.dtype] << (2 * v) for v, output in enumerate(outputs))
 
 
 def _power_of_two(number: int) -> int:
