@@ -3,9 +3,9 @@
 #
 #     examples/gpu/first_run.sh PART [--rehearse] [arguments of the part]
 #
-# PART: tests, trajectory, runs, directions, linear, ncu, steps, memory, generation, compile, evidence, paper. Results:
-# PART.json and PART.md in $OUT (default first_run), and rows on the console. --rehearse: the same on the CPU, with tiny
-# shapes. Nothing is fetched from a network.
+# PART: tests, trajectory, runs, directions, linear, ncu, steps, memory, generation, compile, profile, evidence, paper.
+# Results: PART.json and PART.md in $OUT (default first_run), and rows on the console. --rehearse: the same on the CPU,
+# with tiny shapes. Nothing is fetched from a network.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -21,7 +21,7 @@ if [ "${1:-}" = --rehearse ]; then
 fi
 mkdir -p "$out"
 case $part in
-tests | trajectory | runs | directions | linear | steps | memory | generation | compile | paper)
+tests | trajectory | runs | directions | linear | steps | memory | generation | compile | profile | paper)
     # paper goes on where it was; call it as often as there is time
     timeout 480 "$python" "$here/parts.py" "$part" $rehearse --out "$out" "$@"
     ;;

@@ -5,7 +5,7 @@ and texts cost.
 
 Each part prints rows as they come, and writes FOLDER/PART.json and a table, FOLDER/PART.md. With ``--rehearse`` the
 same code runs on the CPU with tiny shapes. Parts: tests, trajectory, runs, directions, linear, steps, memory,
-generation, compile, paper.
+generation, compile, profile, paper.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ben
 from baselines import in_place_lozo, textbook_mezo  # noqa: E402
 from compiled import compile_modes  # noqa: E402
 from layers import linear  # noqa: E402
+from profiled import profiles  # noqa: E402
 from runs import runs  # noqa: E402
 from shapes import SHAPES, config_of, make_batch  # noqa: E402
 
@@ -336,6 +337,7 @@ PARTS = {
     "memory": memory,
     "generation": generation,
     "compile": compile_modes,
+    "profile": lambda machine, shapes: profiles(machine, shapes, methods),
     "paper": paper,
 }
 
@@ -345,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all from OPT-125M on if left out")
-    parser.add_argument("--only", default="", help="rows whose name has this in it (directions, paper)")
+    parser.add_argument("--only", default="", help="rows whose name has this in it (directions, profile, paper)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("first_run"), help="folder of the results")
     options = parser.parse_args()
