@@ -36,11 +36,12 @@ def linear(machine: Machine, shapes: list[str]) -> Iterator[dict[str, Any]]:
         hidden, wide = config_of(shape).hidden_size, config_of(shape).ffn_dim
         for rows, columns in ((hidden, hidden), (wide, hidden), (hidden, wide)):
             for bits in (RADEMACHER, GAUSSIAN):
-                row = {"shape": shape, "matrix": f"{rows} x {columns}", "law": bits.name}
-                yield row | both_ways(machine, rows, columns, bits)
+                for inputs in (1, 4, TOKENS):  # tokens of each sample: 1 where texts are written
+                    row = {"shape": shape, "matrix": f"{rows} x {columns}", "law": bits.name, "tokens": inputs}
+                    yield row | both_ways(machine, rows, columns, bits, inputs)
 
 
-def both_ways(machine: Machine, rows: int, columns: int, bits: BitLayout) -> dict[str, Any]:
+def both_ways(machine: Machine, rows: int, columns: int, bits: BitLayout, tokens: int) -> dict[str, Any]:
     """Milliseconds of both signs of one layer, and how far the outputs lie apart.
 
     Args:
@@ -48,8 +49,9 @@ def both_ways(machine: Machine, rows: int, columns: int, bits: BitLayout) -> dic
         rows: output features.
         columns: input features.
         bits: bit layout of the direction.
+        tokens: of each sample.
     """
-    samples, tokens = (2, 8) if machine.rehearse else (SAMPLES, TOKENS)
+    samples = 2 if machine.rehearse else SAMPLES
     weight = torch.randn(rows, columns, device=machine.device).to(machine.dtype) / columns**0.5
     x = torch.randn(samples * tokens, columns, device=machine.device).to(machine.dtype)
     both = [Combination.single(1, 1e-3), Combination.single(1, -1e-3)]

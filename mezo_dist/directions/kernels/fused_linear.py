@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -53,6 +53,8 @@ class Tile:
 
 
 TILES = {"rademacher": Tile(128, 64), "gaussian": Tile(64, 32)}
+FEW = 32
+"""Rows of an input that are few: texts that are being written have one each. Reading weights is most of the work then."""
 FP32_TILE = Tile(32, 32, stages=1)
 """Where variants are fp32: their products are no work for tensor cores, which would round them to 11 bits."""
 
@@ -156,7 +158,7 @@ def _launch(
         offset: see `linear`.
     """
     (num_rows, num_columns), num_inputs = weight.shape, inputs[0].shape[0]
-    tile = FP32_TILE if inputs[0].dtype == torch.float32 else TILES[_name(bits)]
+    tile = _tile(_name(bits), inputs[0].dtype, num_inputs)
     # fp32 weights on their way beside 16-bit inputs would take more shared memory than smaller GPUs have.
     stages = 1 if weight.dtype == torch.float32 else tile.stages
     span = 128 if _name(bits) == "rademacher" else CHUNK
@@ -197,6 +199,21 @@ def _launch(
             num_warps=tile.warps,
             num_stages=stages,
         )
+
+
+def _tile(name: str, dtype: torch.dtype, num_inputs: int) -> Tile:
+    """What one program computes.
+
+    Args:
+        name: of the bit layout.
+        dtype: of the inputs.
+        num_inputs: rows of each input.
+    """
+    if dtype == torch.float32:
+        return FP32_TILE
+    if num_inputs <= FEW:  # small tiles, for there must be enough of them to occupy a GPU
+        return replace(TILES[name], inputs=16 if num_inputs <= 16 else FEW, rows=32, warps=4, stages=3)
+    return TILES[name]
 
 
 def _name(bits: BitLayout) -> str:
