@@ -54,7 +54,7 @@ class Tile:
 
 TILES = {"rademacher": Tile(128, 64), "gaussian": Tile(64, 32)}
 FEW = 32
-"""Rows of an input that are few: texts that are being written have one each, and most of the work is reading weights."""
+"""Rows of an input that are few: texts being written have one each, and most of the work is reading weights."""
 FP32_TILE = Tile(32, 32, stages=1)
 """Where variants are fp32: their products are no work for tensor cores, which would round them to 11 bits."""
 
