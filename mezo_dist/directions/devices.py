@@ -77,6 +77,12 @@ def known(tensors: Sequence[Tensor]) -> list[Tensor]:
     return read([getattr(tensor, _ORIGINAL, tensor) for tensor in tensors])
 
 
+def takes_launches(device: torch.device) -> bool:
+    """Work on ``device`` is told to it launch by launch, which costs the host more than small work costs the device: so
+    what can be done together is."""
+    return device.type != "cpu"
+
+
 def address(tensor: Tensor) -> int:
     """Where a tensor's elements lie. (Tests that play a device which is not there put another function here.)"""
     return tensor.data_ptr()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
 from mezo_dist.algorithms.decay import decays
+from mezo_dist.directions import devices
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import Part
@@ -314,7 +315,7 @@ class Engine:
         for shard in shards:
             stochastic = self._is_rounded_stochastically(shard)
             part = Part(shard.tensor, (shard.tensor,), shard.param_id, shard.shape, shard.offset)
-            if not shard.stays or shard.tensor.device.type == "cpu":
+            if not shard.stays or not devices.takes_launches(shard.tensor.device):
                 yield stochastic, [part]
                 continue
             groups.setdefault(stochastic, []).append(part)

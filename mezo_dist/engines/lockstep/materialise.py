@@ -139,7 +139,8 @@ class Materialiser:
         """
         rows = plan_sparse_rows(hooked, calls, real)
         variants = sorted({call.caller.variant for call in calls})
-        alone = alone or rows is not None or hooked.spans_blocks or self.describe(hooked.weights[0])[1].type == "cpu"
+        alone = alone or rows is not None or hooked.spans_blocks
+        alone = alone or not devices.takes_launches(self.describe(hooked.weights[0])[1])
         if not alone:
             self._served.append(hooked)
         tensors = {} if alone else self._made.get(hooked.module, {})
