@@ -121,13 +121,19 @@ def _weights_by_module(model: nn.Module) -> dict[nn.Module, tuple[Weight, ...]]:
     }
 
 
+def as_parameter(weight: Weight, tensor: Tensor) -> nn.Parameter:
+    """``tensor`` as its module expects it. (Some kernels are chosen by requires_grad, so that stays as it was.)"""
+    if type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter):  # what `isinstance` asks takes longer
+        return tensor
+    return nn.Parameter(tensor, requires_grad=weight.trainable)
+
+
 def swap(weights: tuple[Weight, ...], tensors: Sequence[Tensor]) -> list[nn.Parameter]:
     """Make the modules use ``tensors`` in place of their weights (no copy, nothing is written). Returns these."""
     before = [weight.tensor for weight in weights]
     for weight, tensor in zip(weights, tensors, strict=True):
-        if not isinstance(tensor, nn.Parameter):  # some kernels are chosen by requires_grad, so that stays as it was
-            tensor = nn.Parameter(tensor, requires_grad=weight.trainable)
-        dict.__setitem__(weight.owner._parameters, weight.attribute, tensor)  # passes may not write there, see `reads`
+        # passes may not write there, see `reads`
+        dict.__setitem__(weight.owner._parameters, weight.attribute, as_parameter(weight, tensor))
     return before
 
 

@@ -8,7 +8,7 @@ code that only asks for ``weight.dtype`` costs nothing, and is told the dtype of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
@@ -23,6 +23,8 @@ Resolve = Callable[[], Tensor]
 
 _PROPERTIES = "dtype device shape ndim layout requires_grad is_cuda is_cpu is_meta is_sparse is_quantized itemsize"
 _METHODS = "size dim numel nelement ndimension element_size is_floating_point is_complex __len__"
+_NO_HANDLES = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str, torch.dtype, torch.device})
+"""Types of values that are no handles, and have none inside."""
 _DESCRIBING = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
     *(getattr(Tensor, name) for name in _METHODS.split()),
@@ -92,6 +94,9 @@ def _writes(name: str) -> bool:
 
 def resolved(values: NestT) -> NestT:
     """``values`` (any nest of containers) with weights in place of handles."""
+    leaves: Iterable[object] = values.values() if type(values) is dict else values if type(values) is tuple else (values,)
+    if all(type(leaf) in _NO_HANDLES for leaf in leaves):  # the arguments of most modules; a nest takes 50 us
+        return values
     nest: NestT = pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
     return nest
 
