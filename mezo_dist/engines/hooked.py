@@ -8,6 +8,7 @@ scratch is as small as the largest hooked module, and still in the cache when th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,11 @@ class HookedModule:
     """Place in the model's order of modules."""
     spans_blocks: bool
     """The module owns weights and also contains blocks that are hooked modules of their own."""
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """Of the weights."""
+        return frozenset(weight.name for weight in self.weights)
 
 
 def find_hooked_modules(

@@ -8,7 +8,7 @@ code that only asks for ``weight.dtype`` costs nothing, and is told the dtype of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
@@ -20,6 +20,8 @@ from mezo_dist.engines.hooked import HookedModule, Weight
 NestT = TypeVar("NestT")
 Resolve = Callable[[], Tensor]
 """The weight that a handle stands for, as the pass sees it that is running."""
+Reader = Callable[[HookedModule, Weight], "Tensor | None"]
+"""What code gets that reads a weight of a hooked module; None: what is there."""
 
 _PROPERTIES = "dtype device shape ndim layout requires_grad is_cuda is_cpu is_meta is_sparse is_quantized itemsize"
 _METHODS = "size dim numel nelement ndimension element_size is_floating_point is_complex __len__"
@@ -107,18 +109,19 @@ class InterceptedParameters(dict[str, "nn.Parameter | None"]):
     would compute with it, too (``torch.func.functional_call`` does so); the engine itself writes by `swap`.
 
     Args:
-        owner: the module.
-        hooked: the hooked module that its weights belong to.
+        before: what was there.
+        hooked: the hooked module that the weights belong to.
+        weights: they, by attribute.
         read: None for code that is to get what is in the dict; else the handle that it gets.
     """
 
     def __init__(
-        self, owner: nn.Module, hooked: HookedModule, read: Callable[[HookedModule, Weight], Tensor | None]
+        self, before: dict[str, nn.Parameter | None], hooked: HookedModule, weights: Mapping[str, Weight], read: Reader
     ) -> None:
-        super().__init__(owner._parameters)
+        super().__init__(before)
         self._hooked = hooked
+        self._weights = weights
         self._read = read
-        self._weights = {weight.attribute: weight for weight in hooked.weights if weight.owner is owner}
 
     def __getitem__(self, name: str) -> Any:
         weight = self._weights.get(name)
@@ -161,17 +164,28 @@ class InterceptedParameters(dict[str, "nn.Parameter | None"]):
         return {name: self[name] for name in self}.values()
 
 
-def intercept(
-    hooked: HookedModule, read: Callable[[HookedModule, Weight], Tensor | None]
-) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter | None]]]:
-    """Intercept reads of the parameters of all modules whose weights ``hooked`` has.
+def owners_of(hooked: HookedModule) -> list[tuple[nn.Module, dict[str, Weight]]]:
+    """The modules whose weights ``hooked`` has, with these by attribute."""
+    owners: dict[nn.Module, dict[str, Weight]] = {}
+    for weight in hooked.weights:
+        owners.setdefault(weight.owner, {})[weight.attribute] = weight
+    return [*owners.items()]
 
-    Yields what `stop_intercepting` needs.
+
+def intercept(
+    owner: nn.Module, hooked: HookedModule, weights: Mapping[str, Weight], read: Reader
+) -> dict[str, nn.Parameter | None]:
+    """Intercept reads of the parameters of a module. Returns what `stop_intercepting` needs.
+
+    Args:
+        owner: the module.
+        hooked: the hooked module that its weights belong to.
+        weights: they, by attribute.
+        read: see `InterceptedParameters`.
     """
-    for owner in dict.fromkeys(weight.owner for weight in hooked.weights):
-        before = owner._parameters
-        owner.__dict__["_parameters"] = InterceptedParameters(owner, hooked, read)
-        yield owner, before
+    before = owner._parameters
+    owner.__dict__["_parameters"] = InterceptedParameters(before, hooked, weights, read)
+    return before
 
 
 def stop_intercepting(owner: nn.Module, before: dict[str, nn.Parameter | None]) -> None:
