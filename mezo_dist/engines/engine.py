@@ -217,7 +217,7 @@ class Engine:
             forward: calls the model.
             filler: the micro-batch of a rank that has none left.
         """
-        self._materialise.shifts = [variant.shift for variant in variants]
+        self._materialise.begin([variant.shift for variant in variants])
         passes = [
             ForwardPass(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
             for item in items

@@ -49,7 +49,7 @@ from mezo_dist.directions.bits import (
 )
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import gpu_kernels
-from mezo_dist.directions.parts import Part
+from mezo_dist.directions.parts import Part, kept_as, remembered
 
 Update = tuple[Combination, "int | None"]
 """A combination, and the seed of its stochastic rounding or None."""
@@ -203,6 +203,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: 
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """A device and its current stream: what is brought there is remembered for both."""
     return tensor.device, devices.stream_of(tensor.device)
 
 
@@ -225,18 +226,31 @@ def _few_terms(updates: list[tuple[list[Combination], int | None]]) -> Iterator[
 
 def _launches(
     parts: Sequence[Part], combinations: Sequence[Combination]
-) -> Iterator[tuple[list[Part], list[Combination]]]:
-    """What one launch each does: some tensors of the same dtypes and rows, and some of their outputs. An output that is
-    the weight itself comes last, for the others read what it was.
+) -> Iterator[tuple[Sequence[Part], list[Combination]]]:
+    """What one launch each does: some tensors, and some of their outputs with the combinations that go there.
 
     Args:
         parts: the tensors.
         combinations: one per output.
     """
-    parts = [part for part in parts if part.weight.numel()]
+    number = len(combinations)
+    for some, chosen in remembered(parts, ("launches", number), functools.partial(_dealt, parts, number)):
+        yield some, [combinations[v] for v in chosen]
+
+
+def _dealt(parts: Sequence[Part], num_outputs: int) -> list[tuple[Sequence[Part], list[int]]]:
+    """What one launch each works on: some tensors of the same dtypes and rows, and the numbers of their outputs in
+    ``parts``. An output that is the weight itself comes last, for the others read what it was.
+
+    Args:
+        parts: the tensors.
+        num_outputs: of each of them.
+    """
     alike: dict[object, list[Part]] = {}
     for part in parts:
-        alike.setdefault((part.weight.dtype, *(out.dtype for out in part.outputs), id(part.rows)), []).append(part)
+        if part.weight.numel():
+            alike.setdefault((part.weight.dtype, *(out.dtype for out in part.outputs), id(part.rows)), []).append(part)
+    dealt: list[tuple[Sequence[Part], list[int]]] = []
     for same in alike.values():
         for first in range(0, len(same), MOST_PARTS):
             some = same[first : first + MOST_PARTS]
@@ -246,10 +260,47 @@ def _launches(
                 for v, output in enumerate(part.outputs)
                 if devices.address(output) == devices.address(part.weight)
             }
-            places = sorted(range(len(combinations)), key=lambda v: (v in in_place, v))
+            places = sorted(range(num_outputs), key=lambda v: (v in in_place, v))
             for start in range(0, len(places), MOST_OUTPUTS):
                 chosen = places[start : start + MOST_OUTPUTS]
-                yield [part.with_outputs(chosen) for part in some], [combinations[v] for v in chosen]
+                dealt.append((kept_as(parts, [part.with_outputs(chosen) for part in some]), chosen))
+    return dealt
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The tensors of one launch, as its kernel is told of them."""
+
+    table: Tensor
+    """See `_table`."""
+    num_tiles: int
+    weight: int
+    """Address that those of weights count from."""
+    output: int
+    """Address that those of outputs count from."""
+    rows: int
+    """Address of the numbers of rows; 0: none."""
+    constants: dict[str, int]
+    """What kernels are compiled for."""
+
+
+def _group(parts: Sequence[Part], table: Tensor, num_tiles: int) -> _Group:
+    """Some tensors, for a launch.
+
+    Args:
+        parts: the tensors.
+        table: of their launch.
+        num_tiles: of all of them.
+    """
+    weight, outputs, rows = parts[0].weight, parts[0].outputs, parts[0].rows
+    constants = {
+        "GROUP": _power_of_two(len(parts)),
+        "SOURCE": CODES[weight.dtype],
+        "TARGETS": _targets(outputs),
+        "NUM_OUTPUTS": len(outputs),
+    }
+    rows_at = 0 if rows is None else devices.address(rows)
+    return _Group(table, num_tiles, devices.address(weight), devices.address(outputs[0]), rows_at, constants)
 
 
 def _launch_add(
@@ -269,11 +320,48 @@ def _launch_add(
         many: see the kernel.
         factor: what weights are multiplied by first, if not None.
     """
-    weight, outputs = parts[0].weight, parts[0].outputs
+    with torch.cuda.device_of(parts[0].weight):  # Triton launches on the current device; CPU tensors have none
+        where = _place(parts[0].weight)
+        is_rademacher = bits.values is RADEMACHER.values
+        find_out = functools.partial(_add_group, parts, is_rademacher, where)
+        group, chunks = remembered(parts, ("add", is_rademacher, where), find_out)
+        seeds, coefficients, rounding = _terms(_key(updates), *where)
+        launch(
+            gpu_kernels.add_kernel,
+            (group.num_tiles,),
+            group.table,
+            group.weight,
+            group.output,
+            group.rows,
+            _half_table(*where),
+            seeds,
+            coefficients,
+            rounding,
+            len(seeds),
+            bits.stream,
+            updates[0][1] or 0,
+            1.0 if factor is None else factor,
+            **group.constants,
+            GAUSSIAN=bits.values is GAUSSIAN.values,
+            STOCHASTIC=updates[0][1] is not None,
+            MANY=many,
+            SCALED=factor is not None,
+            CHUNKS=chunks,
+        )
+
+
+def _add_group(parts: Sequence[Part], is_rademacher: bool, where: tuple[torch.device, int]) -> tuple[_Group, int]:
+    """Tensors as `gpu_kernels.add_kernel` is told of them, and chunks of its tiles.
+
+    Args:
+        parts: the tensors.
+        is_rademacher: whether their directions are.
+        where: see `_place`.
+    """
+    outputs = parts[0].outputs
     longest = max(part.weight.numel() // part.num_pieces for part in parts)
     # A lane needs a whole block for 8 gaussian elements, but 128 lanes need only 8 blocks for 1024 bits.
-    wide = bits.values is RADEMACHER.values and longest >= 2 * CHUNK and len(outputs) <= 2
-    chunks = 2 if wide else 1
+    chunks = 2 if is_rademacher and longest >= 2 * CHUNK and len(outputs) <= 2 else 1
     weights, targets = (
         _relative([part.weight for part in parts]),
         _relative([o for part in parts for o in part.outputs]),
@@ -284,34 +372,7 @@ def _launch_add(
         tiles, stride = _tiles(length, chunks), 0 if part.rows is None else part.columns
         rows.append((first, place, stride, part.offset, length, tiles, part.param_id, *_next(targets, len(outputs))))
         first += part.num_pieces * tiles
-    with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
-        where = _place(weight)
-        seeds, coefficients, rounding = _terms(_key(updates), *where)
-        launch(
-            gpu_kernels.add_kernel,
-            (first,),
-            _table(tuple(rows), *where),
-            devices.address(weight),
-            devices.address(outputs[0]),
-            0 if parts[0].rows is None else devices.address(parts[0].rows),
-            _half_table(*where),
-            seeds,
-            coefficients,
-            rounding,
-            len(seeds),
-            bits.stream,
-            updates[0][1] or 0,
-            1.0 if factor is None else factor,
-            GROUP=_power_of_two(len(rows)),
-            SOURCE=CODES[weight.dtype],
-            TARGETS=_targets(outputs),
-            NUM_OUTPUTS=len(outputs),
-            GAUSSIAN=bits.values is GAUSSIAN.values,
-            STOCHASTIC=updates[0][1] is not None,
-            MANY=many,
-            SCALED=factor is not None,
-            CHUNKS=chunks,
-        )
+    return _group(parts, _table(tuple(rows), *where), first), chunks
 
 
 def _launch_lowrank(
@@ -325,47 +386,59 @@ def _launch_lowrank(
         rank: number of columns of the factors.
         many: see the kernel.
     """
-    weight, outputs = parts[0].weight, parts[0].outputs
-    with torch.cuda.device_of(weight):
-        where = _place(weight)
+    with torch.cuda.device_of(parts[0].weight):  # Triton launches on the current device; CPU tensors have none
+        where = _place(parts[0].weight)
         seeds, coefficients, rounding = _terms(_key(updates), *where)
-        filled, size = _layout_of_factors(parts, rank, len(seeds))
+        number = len(seeds)
+        find_out = functools.partial(_lowrank_group, parts, rank, number, where)
+        group, filled, size = remembered(parts, ("lowrank", rank, number, where), find_out)
         thin = _workspace(size, *where)
-        if len(seeds):
+        if number:
             _launch_fill(thin, filled, seeds, GAUSSIAN, parts[0].rows)
-        weights, targets = _relative([part.weight for part in parts]), _relative([o for p in parts for o in p.outputs])
-        pairs = zip(parts, weights, filled[::2], filled[1::2], strict=True)
-        rows, first = [], 0
-        for part, place, u, v in pairs:
-            tiles = -(-part.columns // TILE_COLUMNS)
-            num_rows = u.size // rank
-            first_row = part.offset // part.columns if part.rows is None else 0
-            rows.append((
-                first, place, 0, part.offset, part.weight.numel(), tiles, part.param_id,
-                4 * u.place, 4 * v.place, first_row, num_rows, part.columns, *_next(targets, len(outputs)),
-            ))  # fmt: skip
-            first += -(-num_rows // TILE_ROWS) * tiles
         launch(
             gpu_kernels.lowrank_kernel,
-            (first,),
-            _table(tuple(rows), *where),
-            devices.address(weight),
-            devices.address(outputs[0]),
+            (group.num_tiles,),
+            group.table,
+            group.weight,
+            group.output,
             devices.address(thin),
             coefficients,
             rounding,
-            len(seeds),
+            number,
             updates[0][1] or 0,
-            GROUP=_power_of_two(len(rows)),
-            SOURCE=CODES[weight.dtype],
-            TARGETS=_targets(outputs),
-            NUM_OUTPUTS=len(outputs),
+            **group.constants,
             RANK=rank,
             STOCHASTIC=updates[0][1] is not None,
             MANY=many,
             TILE_ROWS=TILE_ROWS,
             TILE_COLUMNS=TILE_COLUMNS,
         )
+
+
+def _lowrank_group(
+    parts: Sequence[Part], rank: int, num_seeds: int, where: tuple[torch.device, int]
+) -> tuple[_Group, list[_Filled], int]:
+    """Matrices as `gpu_kernels.lowrank_kernel` is told of them; and where their factors go, see `_layout_of_factors`.
+
+    Args:
+        parts: the matrices.
+        rank: number of columns of the factors.
+        num_seeds: number of directions.
+        where: see `_place`.
+    """
+    filled, size = _layout_of_factors(parts, rank, num_seeds)
+    weights, targets = _relative([part.weight for part in parts]), _relative([o for p in parts for o in p.outputs])
+    rows, first = [], 0
+    for part, place, u, v in zip(parts, weights, filled[::2], filled[1::2], strict=True):
+        tiles = -(-part.columns // TILE_COLUMNS)
+        num_rows = u.size // rank
+        first_row = part.offset // part.columns if part.rows is None else 0
+        rows.append((
+            first, place, 0, part.offset, part.weight.numel(), tiles, part.param_id,
+            4 * u.place, 4 * v.place, first_row, num_rows, part.columns, *_next(targets, len(part.outputs)),
+        ))  # fmt: skip
+        first += -(-num_rows // TILE_ROWS) * tiles
+    return _group(parts, _table(tuple(rows), *where), first), filled, size
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ code that only asks for ``weight.dtype`` costs nothing, and is told the dtype of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
@@ -96,11 +96,12 @@ def _writes(name: str) -> bool:
 
 def resolved(values: NestT) -> NestT:
     """``values`` (any nest of containers) with weights in place of handles."""
-    leaves: Iterable[object] = values.values() if type(values) is dict else values if type(values) is tuple else (values,)
+    nest: Any = values
+    leaves = nest.values() if type(nest) is dict else nest if type(nest) is tuple else (nest,)
     if all(type(leaf) in _NO_HANDLES for leaf in leaves):  # the arguments of most modules; a nest takes 50 us
         return values
-    nest: NestT = pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
-    return nest
+    plain: NestT = pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
+    return plain
 
 
 @final
