@@ -26,9 +26,10 @@ from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
 from mezo_dist.engines.lockstep.passes import Call, Read
 from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
-from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, Whereabouts, same_shifts, shifts_of
+from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, same_shifts, shifts_of
 from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
 from mezo_dist.engines.scratch import ALIGNMENT, leading, padded
+from mezo_dist.engines.whereabouts import Whereabouts
 from mezo_dist.errors import UserError
 
 _Todo = dict[tuple[int, ...], list[Part]]

@@ -10,39 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
-from mezo_dist.directions import devices
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import KeptParts
-from mezo_dist.engines.hooked import Weight
+from mezo_dist.engines.whereabouts import Whereabouts
 
 MOST_PLANS = 4096
 """Plans that are kept: those of a few kinds of rounds, for models of some hundred modules."""
 UNMOVED = -1
 """In place of the number of a variant: no shift."""
-
-
-@final
-class Whereabouts:
-    """Where weights are, to be compared with where they are later.
-
-    Args:
-        weights: the weights.
-    """
-
-    def __init__(self, weights: Iterable[Weight]) -> None:
-        self._seen = [(weight, tensor := weight.tensor, _state(tensor)) for weight in weights]
-
-    def unchanged(self) -> bool:
-        """Whether all of them are the same tensors in the same memory."""
-        return all(weight.tensor is tensor and _state(tensor) == state for weight, tensor, state in self._seen)
-
-
-def _state(tensor: Tensor) -> tuple[int, torch.dtype, bool]:
-    return devices.address(tensor), tensor.dtype, tensor.is_contiguous()
 
 
 @dataclass(frozen=True, eq=False)
