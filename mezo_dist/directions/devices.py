@@ -77,6 +77,12 @@ def known(tensors: Sequence[Tensor]) -> list[Tensor]:
     return read([getattr(tensor, _ORIGINAL, tensor) for tensor in tensors])
 
 
+def takes_launches(device: torch.device) -> bool:
+    """Work on ``device`` is told to it launch by launch, which costs the host more than small work costs the device: so
+    what can be done together is."""
+    return device.type != "cpu"
+
+
 def address(tensor: Tensor) -> int:
     """Where a tensor's elements lie. (Tests that play a device which is not there put another function here.)"""
     return tensor.data_ptr()
@@ -89,7 +95,13 @@ def memory(tensor: Tensor) -> int:
 
 def stream_of(device: torch.device) -> int:
     """The current stream: memory that outlives a call is reused only on the stream that it was allocated on."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream: int = torch._C._cuda_getCurrentRawStream(
+        index
+    )  # as Triton asks; an object of torch takes ten times as long
+    return stream
 
 
 def same_memory(tensor: Tensor) -> tuple[object, ...]:

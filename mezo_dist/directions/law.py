@@ -11,7 +11,8 @@ direction need not exist as weights: a linear layer can apply it to its input, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -23,7 +24,7 @@ from mezo_dist.directions import lowrank
 from mezo_dist.directions.add import add, advance, check, handles_parts, implementation
 from mezo_dist.directions.bits import GAUSSIAN, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import ZERO, Combination
-from mezo_dist.directions.parts import Part
+from mezo_dist.directions.parts import Part, kept_as, remembered
 
 CPU = torch.device("cpu")
 SCALED_AT_ONCE = 1 << 20
@@ -114,9 +115,9 @@ class Law:
             combinations: the same for all of them.
             rounding_seed: for bf16 outputs that are to be rounded stochastically.
         """
+        is_stochastic = rounding_seed is not None
         for kernels, thin, some in self._sorted(parts, any(combinations)):
-            for part in some:
-                check(part.weight, part.outputs, is_stochastic=rounding_seed is not None)
+            remembered(some, ("checked", is_stochastic), functools.partial(_check, some, is_stochastic=is_stochastic))
             if thin and handles_parts(kernels):
                 kernels.add_lowrank(some, combinations, rank=self.rank, rounding_seed=rounding_seed)
             elif handles_parts(kernels):
@@ -205,14 +206,11 @@ class Law:
         for part in parts:
             _scale(part, factor, rounding_seed)
 
-    def _sorted(self, parts: Sequence[Part], moved: bool) -> Iterator[tuple[ModuleType, bool, list[Part]]]:
+    def _sorted(self, parts: Sequence[Part], moved: bool) -> Sequence[tuple[ModuleType, bool, Sequence[Part]]]:
         """The kernels of the parts' device, with the parts whose directions are products of thin factors (True), and
         the others. ``moved``: combinations are not all zero."""
-        thin = [moved and self.is_lowrank and len(part.shape) >= 2 for part in parts]
-        for kind in (True, False):
-            some = [part for part, is_thin in zip(parts, thin, strict=True) if is_thin == kind and part.weight.numel()]
-            if some:
-                yield implementation(some[0].weight.device.type), kind, some
+        splits = moved and self.is_lowrank
+        return remembered(parts, ("sorted", splits), functools.partial(_by_thinness, parts, splits))
 
     def factors(
         self, seeds: Sequence[int], param_id: int, shape: torch.Size, device: torch.device = CPU
@@ -252,6 +250,22 @@ class Law:
             values: Tensor = kernels.fill(self._bits, seeds, param_id, size, device)
             return values
         return lowrank.fill(self._bits, seeds, param_id, 0, size).to(device)
+
+
+def _by_thinness(parts: Sequence[Part], splits: bool) -> list[tuple[ModuleType, bool, Sequence[Part]]]:
+    """See `Law._sorted`. ``splits``: directions of matrices are products of thin factors."""
+    thin = [splits and len(part.shape) >= 2 for part in parts]
+    sorted_parts: list[tuple[ModuleType, bool, Sequence[Part]]] = []
+    for kind in (True, False):
+        some = [part for part, is_thin in zip(parts, thin, strict=True) if is_thin == kind and part.weight.numel()]
+        if some:
+            sorted_parts.append((implementation(some[0].weight.device.type), kind, kept_as(parts, some)))
+    return sorted_parts
+
+
+def _check(parts: Sequence[Part], *, is_stochastic: bool) -> None:
+    for part in parts:
+        check(part.weight, part.outputs, is_stochastic=is_stochastic)
 
 
 def _scale(part: Part, factor: float, rounding_seed: int | None) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,3 +43,37 @@ class Part:
     def with_outputs(self, places: Sequence[int]) -> Part:
         """The same with some of the outputs; a part without a list of outputs stays as it is."""
         return replace(self, outputs=tuple(self.outputs[v] for v in places))
+
+
+@final
+class KeptParts(tuple[Part, ...]):
+    """Parts that are worked on again and again, while all of their tensors stay where they are: what is found out about
+    them is remembered with them (`remembered`)."""
+
+    _known: dict[object, Any]
+
+    def __new__(cls, parts: Iterable[Part]) -> KeptParts:
+        kept = super().__new__(cls, parts)
+        kept._known = {}
+        return kept
+
+
+def remembered(parts: Sequence[Part], key: object, find_out: Callable[[], ResultT]) -> ResultT:
+    """What ``find_out`` gives; of parts that are kept, what it gave when it was called first.
+
+    Args:
+        parts: what it is about.
+        key: what it is, of all that is remembered of ``parts``.
+        find_out: finds it out.
+    """
+    if not isinstance(parts, KeptParts):
+        return find_out()
+    if key not in parts._known:
+        parts._known[key] = find_out()
+    result: ResultT = parts._known[key]
+    return result
+
+
+def kept_as(parts: Sequence[Part], some: Sequence[Part]) -> Sequence[Part]:
+    """``some`` of ``parts``, kept if these are."""
+    return KeptParts(some) if isinstance(parts, KeptParts) else some

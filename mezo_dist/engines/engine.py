@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Variant
-from mezo_dist.algorithms.decay import decays
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
-from mezo_dist.directions.parts import Part
 from mezo_dist.engines.anchor import Anchor
 from mezo_dist.engines.compiled import Compile, compiled_units
 from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
@@ -30,11 +28,10 @@ from mezo_dist.engines.lockstep.materialise import Materialiser
 from mezo_dist.engines.lockstep.passes import ForwardPass
 from mezo_dist.engines.lockstep.unshard import UnshardSchedule
 from mezo_dist.engines.units import find_blocks
+from mezo_dist.engines.update_parts import UpdateParts
 
 OPTIMIZER_PREFIX = "optimizer:"
 """Prefix of the names under which an optimiser's state is saved; no parameter's name has a colon."""
-PARTS_AT_ONCE = 32
-"""Shards on a GPU that are changed together: as many as one launch of a kernel takes."""
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -111,6 +108,7 @@ class Engine:
         in_registers = InRegisters(law, compute_dtype, self.layout) if linear == "registers" else None
         self._materialise = Materialiser(law, compute_dtype, self.layout, self._need, compiled, in_registers)
         self._fanout = FanOut(hooked_modules, self._materialise)
+        self._update_parts = UpdateParts(self.layout, self.trainable, stochastic_rounding=stochastic_rounding)
         self._anchor = Anchor(self.layout, self.trainable)
 
     def evaluate(
@@ -216,7 +214,7 @@ class Engine:
             forward: calls the model.
             filler: the micro-batch of a rank that has none left.
         """
-        self._materialise.shifts = [variant.shift for variant in variants]
+        self._materialise.begin([variant.shift for variant in variants])
         passes = [
             ForwardPass(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
             for item in items
@@ -278,10 +276,9 @@ class Engine:
             updates: combinations, and seeds of stochastic rounding.
             only: names of the trainable weights that are changed; all if None.
         """
-        names = self.trainable if only is None else set(only).intersection(self.trainable)
         if not updates:
             return
-        for stochastic, parts in self._parts(shard for shard in self.shards() if shard.name in names):
+        for stochastic, parts in self._update_parts.groups(only):
             self.law.advance_parts(
                 parts, [(combination, seed if stochastic else None) for combination, seed in updates]
             )
@@ -300,30 +297,8 @@ class Engine:
             exempt_vectors: leave weights with fewer than two dimensions alone.
             only: names of the trainable weights that are changed; all if None.
         """
-        names = self.trainable if only is None else set(only).intersection(self.trainable)
-        shards = (shard for shard in self.shards() if shard.name in names)
-        if exempt_vectors:
-            shards = (shard for shard in shards if decays(shard.name, len(shard.shape)))
-        for stochastic, parts in self._parts(shards):
+        for stochastic, parts in self._update_parts.groups(only, exempt_vectors=exempt_vectors):
             self.law.scale_parts(parts, factor, rounding_seed=rounding_seed if stochastic else None)
-
-    def _parts(self, shards: Iterable[Shard]) -> Iterator[tuple[bool, list[Part]]]:
-        """What may be changed together, and whether it is rounded stochastically: on a GPU many shards, which one
-        launch of a kernel changes; elsewhere one after another."""
-        groups: dict[bool, list[Part]] = {}
-        for shard in shards:
-            stochastic = self._is_rounded_stochastically(shard)
-            part = Part(shard.tensor, (shard.tensor,), shard.param_id, shard.shape, shard.offset)
-            if not shard.stays or shard.tensor.device.type == "cpu":
-                yield stochastic, [part]
-                continue
-            groups.setdefault(stochastic, []).append(part)
-            if len(groups[stochastic]) == PARTS_AT_ONCE:
-                yield stochastic, groups.pop(stochastic)
-        yield from groups.items()
-
-    def _is_rounded_stochastically(self, shard: Shard) -> bool:
-        return self.stochastic_rounding and shard.tensor.dtype == torch.bfloat16
 
     @torch.no_grad()
     def copy_anchor(self) -> None:

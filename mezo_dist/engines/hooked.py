@@ -8,6 +8,7 @@ scratch is as small as the largest hooked module, and still in the cache when th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,11 @@ class HookedModule:
     """Place in the model's order of modules."""
     spans_blocks: bool
     """The module owns weights and also contains blocks that are hooked modules of their own."""
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """Of the weights."""
+        return frozenset(weight.name for weight in self.weights)
 
 
 def find_hooked_modules(
@@ -121,13 +127,19 @@ def _weights_by_module(model: nn.Module) -> dict[nn.Module, tuple[Weight, ...]]:
     }
 
 
+def as_parameter(weight: Weight, tensor: Tensor) -> nn.Parameter:
+    """``tensor`` as its module expects it. (Some kernels are chosen by requires_grad, so that stays as it was.)"""
+    if type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter):  # what `isinstance` asks takes longer
+        return tensor
+    return nn.Parameter(tensor, requires_grad=weight.trainable)
+
+
 def swap(weights: tuple[Weight, ...], tensors: Sequence[Tensor]) -> list[nn.Parameter]:
     """Make the modules use ``tensors`` in place of their weights (no copy, nothing is written). Returns these."""
     before = [weight.tensor for weight in weights]
     for weight, tensor in zip(weights, tensors, strict=True):
-        if not isinstance(tensor, nn.Parameter):  # some kernels are chosen by requires_grad, so that stays as it was
-            tensor = nn.Parameter(tensor, requires_grad=weight.trainable)
-        dict.__setitem__(weight.owner._parameters, weight.attribute, tensor)  # passes may not write there, see `reads`
+        # passes may not write there, see `reads`
+        dict.__setitem__(weight.owner._parameters, weight.attribute, as_parameter(weight, tensor))
     return before
 
 

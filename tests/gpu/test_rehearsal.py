@@ -227,8 +227,8 @@ def test_launches_of_a_deep_model(gpu: PlayedGpu, law: str, capsys: pytest.Captu
     ours = {name: count for name, count in deep.items() if name.startswith("triton")}
     ends = 2  # embedding and output head; the norm before the head is a vector
     if law == "lowrank":
-        assert ours.pop("triton lowrank_kernel") == ours.pop("triton fill_kernel") == 32 + ends
-        assert ours == {"triton add_kernel": 32 + 1}
+        assert ours.pop("triton fill_kernel") == 32 + ends
+        assert ours == {"triton add_kernel": 32 + ends + 32 + 1}
     else:
         assert ours == {"triton add_kernel": 32 + ends + 1}
     assert sum(deep[name] for name in deep if not name.startswith("triton")) <= 32 * 100

@@ -49,7 +49,7 @@ from mezo_dist.directions.bits import (
 )
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import gpu_kernels
-from mezo_dist.directions.parts import Part
+from mezo_dist.directions.parts import Part, kept_as, remembered
 
 Update = tuple[Combination, "int | None"]
 """A combination, and the seed of its stochastic rounding or None."""
@@ -204,6 +204,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: 
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """A device and its current stream: what is brought there is remembered for both."""
     return tensor.device, devices.stream_of(tensor.device)
 
 
@@ -229,18 +230,31 @@ def _few_terms(updates: list[tuple[list[Combination], int | None]]) -> Iterator[
 
 def _launches(
     parts: Sequence[Part], combinations: Sequence[Combination]
-) -> Iterator[tuple[list[Part], list[Combination]]]:
-    """What one launch each does: some tensors of the same dtypes and rows, and some of their outputs. An output that is
-    the weight itself comes last, for the others read what it was.
+) -> Iterator[tuple[Sequence[Part], list[Combination]]]:
+    """What one launch each does: some tensors, and some of their outputs with the combinations that go there.
 
     Args:
         parts: the tensors.
         combinations: one per output.
     """
-    parts = [part for part in parts if part.weight.numel()]
+    number = len(combinations)
+    for some, chosen in remembered(parts, ("launches", number), functools.partial(_dealt, parts, number)):
+        yield some, [combinations[v] for v in chosen]
+
+
+def _dealt(parts: Sequence[Part], num_outputs: int) -> list[tuple[Sequence[Part], list[int]]]:
+    """What one launch each works on: some tensors of the same dtypes and rows, and the numbers of their outputs in
+    ``parts``. An output that is the weight itself comes last, for the others read what it was.
+
+    Args:
+        parts: the tensors.
+        num_outputs: of each of them.
+    """
     alike: dict[object, list[Part]] = {}
     for part in parts:
-        alike.setdefault((part.weight.dtype, *(out.dtype for out in part.outputs), id(part.rows)), []).append(part)
+        if part.weight.numel():
+            alike.setdefault((part.weight.dtype, *(out.dtype for out in part.outputs), id(part.rows)), []).append(part)
+    dealt: list[tuple[Sequence[Part], list[int]]] = []
     for same in alike.values():
         for first in range(0, len(same), MOST_PARTS):
             some = same[first : first + MOST_PARTS]
@@ -250,10 +264,11 @@ def _launches(
                 for v, output in enumerate(part.outputs)
                 if devices.address(output) == devices.address(part.weight)
             }
-            places = sorted(range(len(combinations)), key=lambda v: (v in in_place, v))
+            places = sorted(range(num_outputs), key=lambda v: (v in in_place, v))
             for start in range(0, len(places), MOST_OUTPUTS):
                 chosen = places[start : start + MOST_OUTPUTS]
-                yield [part.with_outputs(chosen) for part in some], [combinations[v] for v in chosen]
+                dealt.append((kept_as(parts, [part.with_outputs(chosen) for part in some]), chosen))
+    return dealt
 
 
 def _launch_add(
@@ -277,39 +292,26 @@ def _launch_add(
         many: see the kernel.
         factor: what weights are multiplied by first, if not None.
     """
-    weight, outputs, has_rows = parts[0].weight, parts[0].outputs, parts[0].rows is not None
-    weights, targets = [p.weight for p in parts], [o for p in parts for o in p.outputs]
-    with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
-        where = _place(weight)
+    with torch.cuda.device_of(parts[0].weight):  # Triton launches on the current device; CPU tensors have none
+        where = _place(parts[0].weight)
         seeds, coefficients, rounding = _terms(_key(updates), *where)
-        thin, filled = weight, []
-        if rank:
-            filled, size = _layout_of_factors(parts, rank, len(seeds))
-            thin = _workspace(size, *where)
-            if len(seeds):
-                _launch_fill(thin, filled, seeds, GAUSSIAN, parts[0].rows)
-        rows, first, places = [], 0, _relative(targets)
-        for number, (part, place) in enumerate(zip(parts, _relative(weights), strict=True)):
-            length = part.weight.numel() // part.num_pieces
-            tiles, stride = _tiles(length, TILE_CHUNKS), 0 if part.rows is None else part.columns
-            factors = [0] * 5
-            if rank:
-                u, v = filled[2 * number : 2 * number + 2]
-                first_row = part.offset // part.columns if part.rows is None else 0
-                factors = [4 * u.place, 4 * v.place, first_row, u.size // rank, part.columns]
-            rows.append((
-                first, place, stride, part.offset, length, tiles, part.param_id,
-                *factors, *itertools.islice(places, len(outputs)),
-            ))  # fmt: skip
-            first += part.num_pieces * tiles
+        num_thin = len(seeds) if rank else 0
+        group = remembered(
+            parts, ("add", rank, num_thin, where), functools.partial(_group, parts, rank, num_thin, where)
+        )
+        thin = 0
+        if num_thin:
+            workspace = _workspace(group.thin_size, *where)
+            _launch_fill(workspace, group.thin, seeds, GAUSSIAN, parts[0].rows)
+            thin = devices.address(workspace)
         launch(
             gpu_kernels.add_kernel,
-            (first,),
-            _table(tuple(rows), *where),
-            devices.address(weight),
-            devices.address(outputs[0]),
-            0 if parts[0].rows is None else devices.address(parts[0].rows),
-            devices.address(thin),
+            (group.num_tiles,),
+            group.table,
+            group.weight,
+            group.output,
+            group.rows,
+            thin,
             _half_table(*where),
             seeds,
             coefficients,
@@ -318,19 +320,15 @@ def _launch_add(
             stream,
             updates[0][1] or 0,
             1.0 if factor is None else factor,
-            GROUP=_power_of_two(len(rows)),
-            SOURCE=CODES[weight.dtype],
-            TARGETS=sum(CODES[output.dtype] << (2 * v) for v, output in enumerate(outputs)),
-            NUM_OUTPUTS=len(outputs),
+            **group.constants,
             LAW=law,
             RANK=rank,
             STOCHASTIC=updates[0][1] is not None,
             MANY=many,
             SCALED=factor is not None,
             DENSE=all(len(combination) == len(seeds) for combination in updates[0][0]),
-            HAS_ROWS=has_rows,
             # Few calls of the generator serve many rademacher elements, if their sums have room in registers.
-            CHUNKS=2 if law == LAWS["rademacher"] and len(outputs) <= 2 else 1,
+            CHUNKS=2 if law == LAWS["rademacher"] and len(parts[0].outputs) <= 2 else 1,
             TILE_CHUNKS=TILE_CHUNKS,
         )
 
@@ -356,6 +354,64 @@ class _Filled:
     def size(self) -> int:
         """Elements per direction."""
         return self.pieces * self.length
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The tensors of one launch, as `gpu_kernels.add_kernel` is told of them."""
+
+    table: Tensor
+    """See `_table`."""
+    num_tiles: int
+    weight: int
+    """Address that those of weights count from."""
+    output: int
+    """Address that those of outputs count from."""
+    rows: int
+    """Address of the numbers of rows; 0: none."""
+    thin: list[_Filled]
+    """Factors of low-rank directions, of `_layout_of_factors`."""
+    thin_size: int
+    """Elements of all of them."""
+    constants: dict[str, int]
+    """What the kernel is compiled for."""
+
+
+def _group(parts: Sequence[Part], rank: int, num_thin: int, where: tuple[torch.device, int]) -> _Group:
+    """Some tensors, for a launch.
+
+    Args:
+        parts: the tensors, of the same dtypes.
+        rank: of low-rank directions; 0: others.
+        num_thin: number of low-rank directions.
+        where: see `_place`.
+    """
+    weight, outputs, numbers = parts[0].weight, parts[0].outputs, parts[0].rows
+    thin, thin_size = _layout_of_factors(parts, rank, num_thin)
+    weights, targets = _relative([part.weight for part in parts]), _relative([o for p in parts for o in p.outputs])
+    rows, first = [], 0
+    for part, place, u, v in zip(parts, weights, thin[::2], thin[1::2], strict=True):
+        length = part.weight.numel() // part.num_pieces
+        tiles, stride = _tiles(length, TILE_CHUNKS), 0 if numbers is None else part.columns
+        factors = [0] * 5
+        if rank:
+            first_row = part.offset // part.columns if numbers is None else 0
+            factors = [4 * u.place, 4 * v.place, first_row, u.size // rank, part.columns]
+        rows.append((
+            first, place, stride, part.offset, length, tiles, part.param_id,
+            *factors, *itertools.islice(targets, len(outputs)),
+        ))  # fmt: skip
+        first += part.num_pieces * tiles
+    constants = {
+        "GROUP": _power_of_two(len(parts)),
+        "SOURCE": CODES[weight.dtype],
+        "TARGETS": sum(CODES[output.dtype] << (2 * v) for v, output in enumerate(outputs)),
+        "NUM_OUTPUTS": len(outputs),
+        "HAS_ROWS": numbers is not None,
+    }
+    rows_at = 0 if numbers is None else devices.address(numbers)
+    at, out = devices.address(weight), devices.address(outputs[0])
+    return _Group(_table(tuple(rows), *where), first, at, out, rows_at, thin, thin_size, constants)
 
 
 def _layout_of_factors(parts: Sequence[Part], rank: int, num_seeds: int) -> tuple[list[_Filled], int]:

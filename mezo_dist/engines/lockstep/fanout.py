@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import greenlet
 import torch
@@ -27,7 +27,7 @@ from mezo_dist.directions import devices
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, forward_below, remove_layer
 from mezo_dist.engines.lockstep.passes import Agree, Call, Coroutine, ForwardPass, Open, Raised, Read, is_inside
-from mezo_dist.engines.lockstep.reads import WeightHandle, intercept, resolved, stop_intercepting
+from mezo_dist.engines.lockstep.reads import WeightHandle, intercept, owners_of, resolved, stop_intercepting
 from mezo_dist.errors import UserError
 
 
@@ -80,7 +80,7 @@ class FanOut:
     """
 
     def __init__(self, hooked_modules: Sequence[HookedModule], server: Server) -> None:
-        self._hooked_modules = hooked_modules
+        self._hooks = [(hooked, functools.partial(_wait, hooked), owners_of(hooked)) for hooked in hooked_modules]
         self._server = server
         self._serving: Call | None = None
         self.weights_served: set[str] = set()
@@ -99,12 +99,7 @@ class FanOut:
         """
         if is_inside():
             raise UserError("a forward pass (a loss function) evaluates variants of weights itself, which it must not")
-        with contextlib.ExitStack() as hooks:
-            for hooked in self._hooked_modules:
-                add_layer(hooked.module, Layer.FAN_OUT, functools.partial(_wait, hooked))
-                hooks.callback(remove_layer, hooked.module, Layer.FAN_OUT)
-                for owner, before in intercept(hooked, self._handle):
-                    hooks.callback(stop_intercepting, owner, before)
+        with self._hooked():
             self.served_last = set()
             if not self.weights_served:
                 self.served_first = self.served_last
@@ -113,9 +108,27 @@ class FanOut:
             finally:
                 self.weights_served |= self.served_last
 
+    @contextlib.contextmanager
+    def _hooked(self) -> Iterator[None]:
+        """Within, calls of the hooked modules and reads of their weights come to this fan-out."""
+        layered: list[nn.Module] = []
+        intercepted: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        try:
+            for hooked, wait, owners in self._hooks:
+                add_layer(hooked.module, Layer.FAN_OUT, wait)
+                layered.append(hooked.module)
+                for owner, weights in owners:
+                    intercepted.append((owner, intercept(owner, hooked, weights, self._handle)))
+            yield
+        finally:
+            for owner, before in reversed(intercepted):
+                stop_intercepting(owner, before)
+            for module in reversed(layered):
+                remove_layer(module, Layer.FAN_OUT)
+
     def _run(self, passes: Sequence[ForwardPass]) -> list[object]:
         results: list[object] = [None] * len(passes)
-        waiting: dict[tuple[int, int], list[Call] | list[Read] | list[Agree]] = {}
+        waiting: dict[tuple[int, int], list[Any]] = {}
         coroutines = [Coroutine(index, forward_pass) for index, forward_pass in enumerate(passes)]
         autocast = _autocast()
 
@@ -149,24 +162,25 @@ class FanOut:
                     caller.throw(greenlet.GreenletExit())
         return results
 
-    def _serve(self, requests: list[Call] | list[Read] | list[Agree]) -> Iterator[tuple[Coroutine, object]]:
+    def _serve(self, requests: list[Any]) -> Iterator[tuple[Coroutine, object]]:
         """Each waiting pass with what it waits for, computed when it is asked for: the pass goes on while it is hot."""
-        agrees = [request for request in requests if isinstance(request, Agree)]
-        if agrees:  # all passes that have not ended wait here, for this place is served last
-            goes_on = self._server.any_goes_on([request.goes_on for request in agrees])
-            yield from ((request.caller, goes_on) for request in agrees)
-            return
-        reads = [request for request in requests if isinstance(request, Read)]
-        calls = [request for request in requests if isinstance(request, Call)]
-        if reads:
-            self.served_last.add(reads[0].weight.name)
-            by_variant = self._server.read(reads, nested=False)
-            yield from ((read.caller, by_variant[read.caller.variant]) for read in reads)
-            return
-        hooked = calls[0].hooked
-        self.served_last.update(weight.name for weight in hooked.weights)
+        first = requests[0]  # what waits at one place is of one kind
+        if isinstance(first, Call):
+            yield from self._serve_calls(first.hooked, requests)
+        elif isinstance(first, Read):
+            self.served_last.add(first.weight.name)
+            by_variant = self._server.read(requests, nested=False)
+            yield from ((read.caller, by_variant[read.caller.variant]) for read in requests)
+        else:  # all passes that have not ended wait here, for this place is served last
+            goes_on = self._server.any_goes_on([request.goes_on for request in requests])
+            yield from ((request.caller, goes_on) for request in requests)
+
+    def _serve_calls(self, hooked: HookedModule, calls: Sequence[Call]) -> Iterator[tuple[Coroutine, object]]:
+        """`_serve` for calls of one module."""
+        self.served_last.update(hooked.names)
         real = forward_below(hooked.module, Layer.FAN_OUT)
         served = self._server.serve(hooked, calls, real)
+        forward = served.forward or functools.partial(on_tensors, hooked, real)
         for call in calls:
             tensors = served.tensors[call.caller.variant]
             if hooked.spans_blocks:  # its forward will call other hooked modules, so it must run inside the coroutine
@@ -174,7 +188,6 @@ class FanOut:
                 continue
             self._serving = call
             try:
-                forward = served.forward or functools.partial(on_tensors, hooked, real)
                 outcome = _unshared(call.context.run(forward, call, tensors), tensors)
             except Exception as error:  # noqa: BLE001 (raised again inside the pass, where its traceback belongs)
                 outcome = Raised(error)

@@ -48,12 +48,23 @@ class _Stack:
         self.layers: dict[Layer, Around] = {}
         self.top: Forward = self.original
 
+    def change(self, layer: Layer, around: Around | None) -> None:
+        """Put a layer in, or (None) take it out."""
+        if around is None:
+            del self.layers[layer]
+        else:
+            self.layers[layer] = around
+        self.top = self.below(None)
+
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.top(*args, **kwargs)
 
-    def below(self, limit: int) -> Forward:
+    def below(self, limit: Layer | None) -> Forward:
+        """What the module computes without ``limit`` and the layers outside of it; None: with all of them."""
         forward = self.original
-        for layer in sorted(layer for layer in self.layers if layer < limit):
+        for layer in sorted(self.layers) if len(self.layers) > 1 else self.layers:
+            if limit is not None and layer >= limit:
+                break
             forward = functools.partial(self.layers[layer], self.module, forward)
         return forward
 
@@ -66,34 +77,33 @@ def add_layer(module: nn.Module, layer: Layer, around: Around) -> None:
         layer: its place; what was there before is replaced.
         around: what is called in place of the forward.
     """
-    stack = vars(module).get("forward")
+    attributes = module.__dict__  # a Module's own way to set an attribute takes ten times as long
+    stack = attributes.get("forward")
     if not isinstance(stack, _Stack):
-        stack = _Stack(module)
-        module.forward = stack
-    stack.layers[layer] = around
-    stack.top = stack.below(max(Layer) + 1)
+        stack = attributes["forward"] = _Stack(module)
+    stack.change(layer, around)
 
 
 def remove_layer(module: nn.Module, layer: Layer) -> None:
     """Take a layer off; after the last one the module has the forward that it had before."""
-    stack = vars(module)["forward"]
-    del stack.layers[layer]
-    stack.top = stack.below(max(Layer) + 1)
+    attributes = module.__dict__
+    stack = attributes["forward"]
+    stack.change(layer, None)
     if stack.layers:
         return
     if stack.is_replaced:
-        module.forward = stack.original
+        attributes["forward"] = stack.original
     else:
-        del module.forward  # it was the class's method
+        del attributes["forward"]  # it was the class's method
 
 
 def layer_of(module: nn.Module, layer: Layer) -> Around | None:
     """What `add_layer` put there, if anything."""
-    stack = vars(module).get("forward")
+    stack = module.__dict__.get("forward")
     return stack.layers.get(layer) if isinstance(stack, _Stack) else None
 
 
 def forward_below(module: nn.Module, layer: Layer) -> Forward:
     """What ``module`` computes without ``layer`` and the layers outside of it."""
-    stack = vars(module).get("forward")
+    stack = module.__dict__.get("forward")
     return stack.below(layer) if isinstance(stack, _Stack) else module.forward

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.directions import devices
-from mezo_dist.directions.combination import ZERO, Combination
+from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
-from mezo_dist.directions.parts import Part
-from mezo_dist.engines.hooked import HookedModule, Weight
+from mezo_dist.directions.parts import KeptParts, Part
+from mezo_dist.engines.hooked import HookedModule, Weight, as_parameter
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.lockstep.fanout import Served, on_tensors
 from mezo_dist.engines.lockstep.forwards import Forward
@@ -26,12 +26,15 @@ from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
 from mezo_dist.engines.lockstep.passes import Call, Read
 from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
+from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, same_shifts, shifts_of
 from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
 from mezo_dist.engines.scratch import ALIGNMENT, leading, padded
+from mezo_dist.engines.whereabouts import Whereabouts
 from mezo_dist.errors import UserError
 
-_Todo = dict[tuple[Combination, ...], list[Part]]
-"""Combinations, and the weights that they are added to together, each with one output for each of them."""
+_Todo = dict[tuple[int, ...], list[Part]]
+"""Numbers of variants (or `UNMOVED`) whose shifts are added together, and the weights that they are added to, each with
+one output for each of them."""
 
 
 class Need(Protocol):
@@ -54,7 +57,6 @@ class Materialiser:
         in_registers: computes linear layers on variants that are not made in scratch; None: nobody does.
 
     Attributes:
-        shifts: what each variant of the current passes adds to the weights; set it before they run.
         factors: what directions per sample, and shifts in activation space, are made of.
         in_activations: shifts of matrices are added to what their layers give, where law and layer allow it.
         only: names of the weights that shifts, and directions per sample, move; all trainable ones if None.
@@ -69,7 +71,8 @@ class Materialiser:
         compiled: Mapping[nn.Module, Callable[[Call, list[Tensor]], object]],
         in_registers: InRegisters | None = None,
     ) -> None:
-        self.shifts: list[Combination] = []
+        self._shifts: Sequence[Combination] = ()
+        self._same: tuple[int, ...] = ()
         self.only: frozenset[str] | None = None
         self.factors = Factors(law)
         self.in_activations = False
@@ -84,12 +87,17 @@ class Materialiser:
         self._keep_sources = not layout.is_sharded
         self._scratch = torch.empty(0)
         self._most = 0
+        self._plans = Plans()
         self._unit_of = {hooked.module: unit for unit in layout.units for hooked in unit.hooked_modules}
         self._unrestricted = {hooked.module: hooked for unit in layout.units for hooked in unit.hooked_modules}
         self._served: list[HookedModule] = []
         self._order: list[nn.Module] = []
         self._following: dict[nn.Module, list[HookedModule]] = {}
-        self._made: dict[nn.Module, dict[int, list[Tensor]]] = {}
+        self._made: Mapping[nn.Module, dict[int, list[Tensor]]] = {}
+
+    def begin(self, shifts: Sequence[Combination]) -> None:
+        """Passes are about to run. ``shifts``: what each of their variants adds to the weights."""
+        self._shifts, self._same = shifts, same_shifts(shifts)
 
     def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
         """The weights of a module under every variant among its calls.
@@ -106,7 +114,7 @@ class Materialiser:
             return self._serve_in_activations(hooked, matrix, calls, real)
         if self._in_registers is not None:
             usual = functools.partial(self._serve_weights, alone=True)  # layers are not made before others need theirs
-            return self._in_registers.serve(hooked, calls, real, self.shifts, usual)
+            return self._in_registers.serve(hooked, calls, real, self._shifts, usual)
         return self._serve_weights(hooked, calls, real)
 
     def _serve_in_activations(
@@ -123,7 +131,7 @@ class Materialiser:
         others = frozenset(weight.name for weight in hooked.weights) - {matrix.name}
         served = self._serve_weights(_restricted(hooked, others), calls, real, alone=True)
         unmoved = served.forward or functools.partial(on_tensors, hooked, real)
-        forward = with_shift(self.factors, hooked, matrix, self.shifts, unmoved, head_rows(hooked.module))
+        forward = with_shift(self.factors, hooked, matrix, self._shifts, unmoved, head_rows(hooked.module))
         return Served(served.tensors, forward)
 
     def _serve_weights(
@@ -139,22 +147,42 @@ class Materialiser:
         """
         rows = plan_sparse_rows(hooked, calls, real)
         variants = sorted({call.caller.variant for call in calls})
-        alone = alone or rows is not None or hooked.spans_blocks or self.describe(hooked.weights[0])[1].type == "cpu"
-        if not alone:
+        if alone or rows is not None or hooked.spans_blocks or not self._takes_launches(hooked):
+            self._made = self._make([hooked], rows, variants)
+        else:
             self._served.append(hooked)
-        tensors = {} if alone else self._made.get(hooked.module, {})
-        if not tensors.keys() >= set(variants):
-            self._made.clear()
-            group = [hooked] if alone else self._together(hooked, len(variants))
-            made = self._make(group, rows, variants)
-            tensors = made[hooked.module]
-            if len(group) > 1:
-                self._made = made
+            if not self._made.get(hooked.module, {}).keys() >= set(variants):
+                self._made = self._make_together(hooked, variants)
+        tensors = self._made[hooked.module]
         forward = self._compiled.get(hooked.module) if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
             shared = forward or functools.partial(on_tensors, hooked, real)
             forward = with_sample_directions(self.factors, hooked, calls, real, shared, head_rows(hooked.module))
         return Served({v: tensors[v] for v in variants}, forward)
+
+    def _takes_launches(self, hooked: HookedModule) -> bool:
+        return devices.takes_launches(self.describe(hooked.weights[0])[1])
+
+    def _make_together(
+        self, hooked: HookedModule, variants: Sequence[int]
+    ) -> Mapping[nn.Module, dict[int, list[Tensor]]]:
+        """The weights of a module, and of those that follow it, under every variant: by a plan, where there is one.
+
+        Args:
+            hooked: the module.
+            variants: numbers of the variants, ascending.
+        """
+        if self.only is not None or not self._keep_sources:  # other weights every time
+            return self._make(self._together(hooked, len(variants)), None, variants)
+        key = (hooked.module, self.in_activations, tuple(variants), self._same)
+        plan = self._plans.find(key, self._scratch)
+        if plan is None:
+            self._made = {}
+            plan = self._plan(self._together(hooked, len(variants)), None, variants)
+            self._plans.keep(key, plan)
+        self._most = max(self._most, plan.num_bytes)
+        plan.run(self._law, self._shifts)
+        return plan.made
 
     def _together(self, hooked: HookedModule, num_variants: int) -> list[HookedModule]:
         """The module, and those of its unit that the passes before this one called after it: as many as are worth a
@@ -173,7 +201,7 @@ class Materialiser:
 
     def _make(
         self, group: Sequence[HookedModule], rows: Rows | None, variants: Sequence[int]
-    ) -> dict[nn.Module, dict[int, list[Tensor]]]:
+    ) -> Mapping[nn.Module, dict[int, list[Tensor]]]:
         """All weights of some modules under every variant, in one go.
 
         Args:
@@ -181,12 +209,20 @@ class Materialiser:
             rows: the needed rows of a single module's weights, if not all.
             variants: numbers of the variants, ascending.
         """
-        sources = {hooked: [_source(weight.tensor.detach(), rows) for weight in hooked.weights] for hooked in group}
+        self._made = {}  # they are in the same scratch
+        plan = self._plan(group, rows, variants)
+        plan.run(self._law, self._shifts)
+        return plan.made
+
+    def _plan(self, group: Sequence[HookedModule], rows: Rows | None, variants: Sequence[int]) -> Plan:
+        """How all weights of some modules are made under every variant. Arguments are those of `_make`."""
+        # Parameters themselves, for a plan must not hold memory that these have left.
+        sources = {hooked: [_source(weight.tensor, rows) for weight in hooked.weights] for hooked in group}
         must_copy = {
             hooked: (hooked.spans_blocks and not self._keep_sources) or not all(map(_aligned, some))
             for hooked, some in sources.items()
         }
-        moved = sum(bool(self.shifts[v]) for v in variants)
+        moved = sum(self._same[v] != UNMOVED for v in variants)
         need = sum(
             self._bytes_of(some) * (len(variants) if must_copy[hooked] or self._compute_dtype else moved)
             for hooked, some in sources.items()
@@ -201,10 +237,11 @@ class Materialiser:
             for weight, source in zip(hooked.weights, some, strict=True):
                 under = self._variants_of(weight, source, rows, variants, allocate, must_copy[hooked], todo)
                 for v, tensor in under.items():
-                    tensors[v].append(tensor)
+                    tensors[v].append(as_parameter(weight, tensor))
             made[hooked.module] = tensors
-        self._do(todo)
-        return made
+        fills = [(numbers, KeptParts(parts)) for numbers, parts in todo.items()]
+        whereabouts = Whereabouts(weight for hooked in group for weight in hooked.weights)
+        return Plan(made, fills, need, self._scratch, whereabouts)
 
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
         """One weight under every variant among ``reads``, not in scratch: a reader does not say when it is done with
@@ -226,7 +263,8 @@ class Materialiser:
         must_copy = not self._keep_sources or not _aligned(source)
         todo: _Todo = {}
         tensors = self._variants_of(weight, source, None, variants, torch.empty_like, must_copy, todo)
-        self._do(todo)
+        for numbers, parts in todo.items():
+            self._law.add_parts(parts, shifts_of(numbers, self._shifts))
         return {v: nn.Parameter(tensor, requires_grad=weight.trainable) for v, tensor in tensors.items()}
 
     def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
@@ -252,7 +290,7 @@ class Materialiser:
         todo: _Todo,
     ) -> dict[int, Tensor]:
         """One weight (or its needed rows) under every variant. Variants with the same shift share one tensor, and those
-        that do not move the weight share the weight itself. The tensors are filled by `_do`.
+        that do not move the weight share the weight itself. The tensors are yet to be filled.
 
         Args:
             weight: the weight.
@@ -264,30 +302,28 @@ class Materialiser:
             todo: gets what is to be computed.
         """
         dtype = self._compute_dtype if self._compute_dtype and source.is_floating_point() else source.dtype
-        shifts = {v: self.shifts[v] if weight.trainable else ZERO for v in variants}
+        numbers = {v: self._same[v] if weight.trainable else UNMOVED for v in variants}
         must_copy = must_copy or dtype != source.dtype
-        moved = [shift for shift in dict.fromkeys(shifts.values()) if shift or must_copy]
-        outputs = {shift: allocate(source, dtype=dtype) for shift in moved}
+        moved = [number for number in dict.fromkeys(numbers.values()) if number != UNMOVED or must_copy]
+        outputs = {number: allocate(source, dtype=dtype) for number in moved}
         if moved:
             indices = None if rows is None else rows.indices
             part = Part(source, tuple(outputs.values()), weight.param_id, weight.shape, rows=indices)
             todo.setdefault(tuple(moved), []).append(part)
-        return {v: outputs.get(shift, source) for v, shift in shifts.items()}
-
-    def _do(self, todo: _Todo) -> None:
-        for combinations, parts in todo.items():
-            self._law.add_parts(parts, combinations)
+        return {v: outputs.get(number, source) for v, number in numbers.items()}
 
     def end(self) -> None:
         """The passes are over. The scratch stays for the next ones, unless these needed less than half of it: then
         others before them (those that tried out whole logits, say) were the last to need it all."""
         if 2 * self._most < self._scratch.numel():
             self._scratch = torch.empty(0)
+            self._plans.clear()
         self._most = 0
-        self._made.clear()
+        self._made = {}
         if self._served and [hooked.module for hooked in self._served] != self._order:
             self._order = [hooked.module for hooked in self._served]
             self._following = self._followers()
+            self._plans.clear()
         self._served = []
 
     def _followers(self) -> dict[nn.Module, list[HookedModule]]:
@@ -318,7 +354,8 @@ class Materialiser:
         """
         self._most = max(self._most, need)
         if self._scratch.numel() < need or self._scratch.device != device:
-            self._scratch = torch.empty(0)  # the old buffer goes before the new one comes
+            self._scratch = torch.empty(0)  # the old buffer goes before the new one comes, and what has views of it
+            self._plans.clear()
             self._scratch = torch.empty(need, dtype=torch.uint8, device=device)
         used = 0
 

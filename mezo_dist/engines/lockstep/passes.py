@@ -25,7 +25,7 @@ class ForwardPass:
     """With a direction per sample: what to add to the variant for each sample of this pass."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # frozen ones take three times as long to make
 class Call:
     """A pass waits for a hooked module's forward to be computed on its variant."""
 

@@ -8,7 +8,7 @@ code that only asks for ``weight.dtype`` costs nothing, and is told the dtype of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
@@ -20,9 +20,13 @@ from mezo_dist.engines.hooked import HookedModule, Weight
 NestT = TypeVar("NestT")
 Resolve = Callable[[], Tensor]
 """The weight that a handle stands for, as the pass sees it that is running."""
+Reader = Callable[[HookedModule, Weight], "Tensor | None"]
+"""What code gets that reads a weight of a hooked module; None: what is there."""
 
 _PROPERTIES = "dtype device shape ndim layout requires_grad is_cuda is_cpu is_meta is_sparse is_quantized itemsize"
 _METHODS = "size dim numel nelement ndimension element_size is_floating_point is_complex __len__"
+_NO_HANDLES = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str, torch.dtype, torch.device})
+"""Types of values that are no handles, and have none inside."""
 _DESCRIBING = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES.split()),
     *(getattr(Tensor, name) for name in _METHODS.split()),
@@ -92,8 +96,12 @@ def _writes(name: str) -> bool:
 
 def resolved(values: NestT) -> NestT:
     """``values`` (any nest of containers) with weights in place of handles."""
-    nest: NestT = pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
-    return nest
+    nest: Any = values
+    leaves = nest.values() if type(nest) is dict else nest if type(nest) is tuple else (nest,)
+    if all(type(leaf) in _NO_HANDLES for leaf in leaves):  # the arguments of most modules; a nest takes 50 us
+        return values
+    plain: NestT = pytree.tree_map_only(WeightHandle, WeightHandle.value, values)
+    return plain
 
 
 @final
@@ -102,18 +110,19 @@ class InterceptedParameters(dict[str, "nn.Parameter | None"]):
     would compute with it, too (``torch.func.functional_call`` does so); the engine itself writes by `swap`.
 
     Args:
-        owner: the module.
-        hooked: the hooked module that its weights belong to.
+        before: what was there.
+        hooked: the hooked module that the weights belong to.
+        weights: they, by attribute.
         read: None for code that is to get what is in the dict; else the handle that it gets.
     """
 
     def __init__(
-        self, owner: nn.Module, hooked: HookedModule, read: Callable[[HookedModule, Weight], Tensor | None]
+        self, before: dict[str, nn.Parameter | None], hooked: HookedModule, weights: Mapping[str, Weight], read: Reader
     ) -> None:
-        super().__init__(owner._parameters)
+        super().__init__(before)
         self._hooked = hooked
+        self._weights = weights
         self._read = read
-        self._weights = {weight.attribute: weight for weight in hooked.weights if weight.owner is owner}
 
     def __getitem__(self, name: str) -> Any:
         weight = self._weights.get(name)
@@ -156,17 +165,28 @@ class InterceptedParameters(dict[str, "nn.Parameter | None"]):
         return {name: self[name] for name in self}.values()
 
 
-def intercept(
-    hooked: HookedModule, read: Callable[[HookedModule, Weight], Tensor | None]
-) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter | None]]]:
-    """Intercept reads of the parameters of all modules whose weights ``hooked`` has.
+def owners_of(hooked: HookedModule) -> list[tuple[nn.Module, dict[str, Weight]]]:
+    """The modules whose weights ``hooked`` has, with these by attribute."""
+    owners: dict[nn.Module, dict[str, Weight]] = {}
+    for weight in hooked.weights:
+        owners.setdefault(weight.owner, {})[weight.attribute] = weight
+    return [*owners.items()]
 
-    Yields what `stop_intercepting` needs.
+
+def intercept(
+    owner: nn.Module, hooked: HookedModule, weights: Mapping[str, Weight], read: Reader
+) -> dict[str, nn.Parameter | None]:
+    """Intercept reads of the parameters of a module. Returns what `stop_intercepting` needs.
+
+    Args:
+        owner: the module.
+        hooked: the hooked module that its weights belong to.
+        weights: they, by attribute.
+        read: see `InterceptedParameters`.
     """
-    for owner in dict.fromkeys(weight.owner for weight in hooked.weights):
-        before = owner._parameters
-        owner.__dict__["_parameters"] = InterceptedParameters(owner, hooked, read)
-        yield owner, before
+    before = owner._parameters
+    owner.__dict__["_parameters"] = InterceptedParameters(before, hooked, weights, read)
+    return before
 
 
 def stop_intercepting(owner: nn.Module, before: dict[str, nn.Parameter | None]) -> None:

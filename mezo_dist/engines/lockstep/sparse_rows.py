@@ -47,7 +47,7 @@ def plan_sparse_rows(hooked: HookedModule, calls: Sequence[Call], real: Callable
         return None
     if any(len(call.args) != 1 or call.kwargs for call in calls):
         return None
-    if calls[0].args[0].device.type != "cpu":
+    if devices.takes_launches(calls[0].args[0].device):
         return _every_token(calls)
     indices = torch.unique(torch.cat([call.args[0].reshape(-1) for call in calls]))
 
