@@ -65,6 +65,9 @@ MOST_TERMS = 64
 """Low-rank directions of one launch: their factors are in memory."""
 TILE_CHUNKS = 4
 """Chunks of a tile."""
+TOGETHER = {0: 1, 1: 2, 2: 1}
+"""Chunks that are worked on together, by law, if no more than two outputs want registers for their sums. Few calls of
+the generator serve many rademacher elements."""
 AFTER_ALL = 2**62
 """First tile of table rows that are no tensors."""
 
@@ -327,8 +330,7 @@ def _launch_add(
             MANY=many,
             SCALED=factor is not None,
             DENSE=all(len(combination) == len(seeds) for combination in updates[0][0]),
-            # Few calls of the generator serve many rademacher elements, if their sums have room in registers.
-            CHUNKS=2 if law == LAWS["rademacher"] and len(parts[0].outputs) <= 2 else 1,
+            CHUNKS=TOGETHER[law] if len(parts[0].outputs) <= 2 else 1,
             TILE_CHUNKS=TILE_CHUNKS,
         )
 
