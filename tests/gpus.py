@@ -14,13 +14,17 @@ import pytest
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _AT_START = os.environ.get(VISIBLE)
+kept = False
+"""This process sees a GPU."""
 
 
 def keep() -> None:
     """Let this process go on seeing the GPUs that it sees, and processes that it starts from now on none."""
+    global kept
     import torch  # not where tests are only dealt out, which is in the process that starts pytest-xdist's workers
 
     if torch.cuda.is_available():
+        kept = True
         torch.cuda.init()
         torch.cuda.device_count()  # torch remembers the answer from now on
     os.environ[VISIBLE] = ""
