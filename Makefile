@@ -36,13 +36,11 @@ test: .venv/installed-dev ## run the whole test suite, ruff and mypy among it
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # PyPI's build of an old torch brings 3 GB of CUDA libraries; it is taken where the CPU build cannot be had.
-# What these versions warn of in their own code (torch.jit; peft, of models without a folder) is no fault of ours.
 OLDEST := .venv-oldest/bin
 OLDEST_TESTS ?= tests/algorithms tests/config tests/directions tests/engines tests/models tests/optim tests/storage tests/trainer
 OLDEST_TORCH := $(shell grep '^torch==' constraints-oldest.txt)
 OLDEST_TRANSFORMERS := $(shell grep '^transformers==' constraints-oldest.txt)
-OLDEST_OPTIONS := -W 'ignore:`torch.jit.script' -W 'ignore:Could not find a config file' \
-  -m "not assets and not distributed and not slow"
+OLDEST_OPTIONS := -m "not assets and not distributed and not slow"
 test-oldest: .venv-oldest/installed ## unit and engine tests with the oldest versions that setup.cfg allows
 	$(OLDEST)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -p no:cacheprovider \
 	  $(OLDEST_OPTIONS) $(OLDEST_TESTS) $(ARGS)

@@ -31,6 +31,7 @@ from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.kernels import reference
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import Part
+from tests import gpus
 
 if sys.platform != "linux":
     pytest.skip("Triton exists for Linux", allow_module_level=True)
@@ -259,9 +260,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def interpreted(script: str, way: str) -> dict[str, str]:
     """What a test file prints when it runs as a script, in the interpreter or on a GPU: by case, what is wrong."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in gpus.environment().items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"  # the tensors are small
-    environment["PYTHONPATH"] = str(Path(mezo_dist.__file__).parents[1])
+    paths = [str(Path(mezo_dist.__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     if way == "interpreter":
         environment["TRITON_INTERPRET"] = "1"
     device = "cpu" if way == "interpreter" else "cuda"
@@ -418,10 +420,24 @@ def run(name: str, device: str) -> str:
     return run_group(GROUPS[name], device) if name in GROUPS else run_factors(FACTORS[name], device)
 
 
+def read_numbers_of_arrays() -> None:
+    """Let Triton 3.6's interpreter know where a loop ends: numpy 2.5 makes no number of an array of one element."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
 def every(run: Callable[[str, str], str], names: Iterable[str], device: str) -> dict[str, str]:
     """By case: what is wrong. On a GPU in several processes, for most of the time goes into compiling."""
     names = list(names)
     if device == "cpu":
+        read_numbers_of_arrays()
         return {name: run(name, device) for name in names}
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
         return dict(zip(names, pool.map(run, names, itertools.repeat(device)), strict=True))

@@ -13,8 +13,8 @@ import pytest
 
 from tests.forked import ROOT
 
-METHODS = {"forward", "mezo gaussian", "mezo rademacher", "mezo lowrank", "mezo in registers", "mezo per sample",
-           "svrg cycle of 2", "textbook MeZO", "in-place LOZO"}  # fmt: skip
+METHODS = {"forward", "mezo gaussian", "mezo rademacher", "mezo lowrank", "mezo in registers",
+           "mezo gaussian in registers", "mezo per sample", "svrg cycle of 2", "textbook MeZO", "in-place LOZO"}  # fmt: skip
 
 
 def test_every_part_runs_and_leaves_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

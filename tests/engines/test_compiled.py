@@ -74,6 +74,7 @@ def test_a_run_with_compiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         audit(open_run(folder, None, Communicator()), Communicator())  # raises if weights are others
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_graphs_need_a_gpu() -> None:
     with pytest.raises(UserError, match=r"train.compile: graphs needs a GPU.*set it to units or off"):
         Engine(make("llama")[0], Law("gaussian"), compile="graphs")

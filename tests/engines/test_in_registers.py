@@ -31,7 +31,7 @@ from mezo_dist.runs.load import audit, open_run
 from mezo_dist.runs.training import train
 from mezo_dist.storage.run_folder import read_log
 from mezo_dist.testing import tiny_model, write_tiny_config
-from tests.directions.test_gpu import interpreted
+from tests.directions.test_gpu import interpreted, read_numbers_of_arrays
 
 SHIFT = Combination.single(3, 0.05)
 BOTH = [Variant(SHIFT), Variant(-SHIFT)]
@@ -227,5 +227,6 @@ def counted(*args: Any, **options: Any) -> list[Tensor]:
 
 
 if __name__ == "__main__":
+    read_numbers_of_arrays()
     linear, registers.linear = registers.linear, counted
     print(json.dumps({name: case() for name, case in CASES.items() if name in (sys.argv[2:] or CASES)}))

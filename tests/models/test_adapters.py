@@ -90,18 +90,20 @@ def test_peft_loads_what_is_exported(root: Path, name: str) -> None:
     assert package == "peft"
     loader: Any = getattr(peft, loader_name)
     options: dict[str, Any] = {"num_labels": 2} if run.pretrained.kind == "classifier" else {}
-    dtype = next(run.pretrained.model.parameters()).dtype
-    loaded = loader.from_pretrained(folder, dtype=dtype, **options).eval()
+    model = run.pretrained.model
+    dtype, device = model.dtype, model.device
+    loaded = loader.from_pretrained(folder, dtype=dtype, **options).eval().to(device)
     if run.pretrained.kind != "classifier":
         run.evaluator.forward._head_slice.detach()  # type: ignore[attr-defined]
     with torch.no_grad():
-        logits, wanted = (m(**batch.inputs).logits for m in (loaded, run.pretrained.model))
+        inputs = {name: values.to(device) for name, values in batch.inputs.items()}
+        logits, wanted = (m(**inputs).logits for m in (loaded, model))
     if dtype == torch.float32:
         assert torch.equal(logits, wanted)
     torch.testing.assert_close(logits, wanted, rtol=2e-2, atol=2e-3)  # peft computes adapters in fp32
     if "lora" in name and dtype == torch.float32:
         with torch.no_grad():
-            merged = loaded.merge_and_unload()(**batch.inputs).logits
+            merged = loaded.merge_and_unload()(**inputs).logits
         torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -187,14 +187,15 @@ def test_adapters_of_a_model_with_added_tokens_and_tied_embeddings_merge(tmp_pat
     base.save_pretrained(tmp_path / "model")
     options = ["output.test=false", "algorithm.lr=1e-2", "model.peft.method=lora"]
     training.train(reader.load(config, options), Communicator())
-    ids = tokenizer("a dull slow film . It was new1", return_tensors="pt")["input_ids"]
     run = loaded_run(tmp_path / "run")
+    device = run.pretrained.model.device
+    ids = tokenizer("a dull slow film . It was new1", return_tensors="pt")["input_ids"].to(device)
     run.evaluator.forward._head_slice.detach()  # type: ignore[attr-defined]
     with torch.no_grad():
         live = run.pretrained.model(input_ids=ids).logits
-        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "model").to(device)
         assert torch.equal(adapted(input_ids=ids).logits, live)
-        assert not torch.equal(base(input_ids=ids).logits, live)
+        assert not torch.equal(base.to(device)(input_ids=ids).logits, live)
         adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-        merged = t.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        merged = t.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").to(device)
         assert torch.allclose(merged(input_ids=ids).logits, live, atol=1e-6)

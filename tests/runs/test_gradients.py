@@ -70,7 +70,8 @@ def opened(path: Path, comm: Communicator, *options: str) -> Run:
 
 
 def gradient_of(run: Run) -> dict[str, Tensor]:
-    return {n: p.grad for n, p in run.pretrained.model.named_parameters() if p.grad is not None}
+    """On the CPU, by parameter name."""
+    return {n: p.grad.cpu() for n, p in run.pretrained.model.named_parameters() if p.grad is not None}
 
 
 def direction(run: Run, seed: int) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ SETTINGS: dict[str, MeZO | MeZOSVRG] = {
 }
 
 
+@pytest.mark.usefixtures("no_gpu")  # as the trainers of these tests
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_makes_the_steps_of_a_run(name: str, tmp_path: Path) -> None:
     """With the data in the run's order and the losses of its task: the same losses, updates and weights."""
