@@ -268,10 +268,19 @@ def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Te
         hooked: the module.
         real: its forward.
         call: the call with its arguments.
-        tensors: one tensor per weight of the module.
+        tensors: one parameter per weight of the module.
     """
-    with swapped(hooked.weights, tensors):
+    if hooked.owner is None:
+        with swapped(hooked.weights, tensors):
+            return real(*call.args, **call.kwargs)
+    attributes = hooked.owner.__dict__
+    before = attributes["_parameters"]
+    attributes["_parameters"] = parameters = dict.copy(before)  # a plain dict, whose look-ups are fast
+    parameters.update(zip(hooked.attributes, tensors, strict=True))
+    try:
         return real(*call.args, **call.kwargs)
+    finally:
+        attributes["_parameters"] = before
 
 
 def _unshared(output: object, scratch: list[Tensor]) -> object:
