@@ -64,6 +64,17 @@ class HookedModule:
         """Of the weights."""
         return frozenset(weight.name for weight in self.weights)
 
+    @functools.cached_property
+    def attributes(self) -> tuple[str, ...]:
+        """Under which the owners of the weights have them."""
+        return tuple(weight.attribute for weight in self.weights)
+
+    @functools.cached_property
+    def owner(self) -> nn.Module | None:
+        """The module that owns all of the weights, if it is one."""
+        owners = {weight.owner for weight in self.weights}
+        return owners.pop() if len(owners) == 1 else None
+
 
 def find_hooked_modules(
     model: nn.Module, *, include_frozen: bool, whole: Collection[nn.Module] = ()

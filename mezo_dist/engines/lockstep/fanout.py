@@ -56,6 +56,15 @@ class Server(Protocol):
             real: its own forward.
         """
 
+    def at_hand(self, hooked: HookedModule, caller: Coroutine) -> list[Tensor] | None:
+        """The weights of a module for a pass that comes to it, if they were made with those of a module before it, and
+        its own forward needs nothing else. They stay until the next module is served.
+
+        Args:
+            hooked: the module.
+            caller: the pass.
+        """
+
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
         """One weight, by variant, for all who wait for it; valid as long as it is referenced.
 
@@ -80,7 +89,7 @@ class FanOut:
     """
 
     def __init__(self, hooked_modules: Sequence[HookedModule], server: Server) -> None:
-        self._hooks = [(hooked, functools.partial(_wait, hooked), owners_of(hooked)) for hooked in hooked_modules]
+        self._hooks = [(hooked, functools.partial(self._call, hooked), owners_of(hooked)) for hooked in hooked_modules]
         self._server = server
         self._serving: Call | None = None
         self.weights_served: set[str] = set()
@@ -188,6 +197,7 @@ class FanOut:
                 continue
             self._serving = call
             try:
+                assert call.context is not None
                 outcome = _unshared(call.context.run(forward, call, tensors), tensors)
             except Exception as error:  # noqa: BLE001 (raised again inside the pass, where its traceback belongs)
                 outcome = Raised(error)
@@ -195,13 +205,49 @@ class FanOut:
                 self._serving = None
             yield call.caller, outcome
 
+    def _call(self, hooked: HookedModule, module: nn.Module, inner: Forward, *args: object, **kwargs: object) -> object:
+        """The layer around a hooked module's forward: a call from inside a pass waits until it is served, unless its
+        weights are at hand.
+
+        Args:
+            hooked: the module, with its weights.
+            module: the module itself.
+            inner: the forward inside of this layer.
+        """
+        caller = greenlet.getcurrent()
+        if self._serving is not None or not isinstance(caller, Coroutine):
+            return inner(*args, **kwargs)
+        if caller.has_read:
+            args, kwargs = resolved(args), resolved(kwargs)
+        tensors = self._server.at_hand(hooked, caller)
+        if tensors is not None:
+            self.served_last.update(hooked.names)
+            self._serving = call = Call(caller, hooked, args, kwargs)
+            try:
+                return _unshared(on_tensors(hooked, inner, call, tensors), tensors)
+            finally:
+                self._serving = None
+        outcome = caller.wait(Call(caller, hooked, args, kwargs, copy_context()))
+        if not hooked.spans_blocks:
+            return outcome
+        opened = Open(hooked, outcome)
+        caller.open.append(opened)
+        opened.enter()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            opened.leave()
+            caller.open.pop()
+
     def _handle(self, hooked: HookedModule, weight: Weight) -> WeightHandle | None:
         """See `InterceptedParameters`: the hub and the module's own forward see what is there, passes see handles."""
         caller = greenlet.getcurrent()
-        if not isinstance(caller, Coroutine):
-            if self._serving is None or self._serving.hooked is hooked:
+        if self._serving is not None:
+            if self._serving.hooked is hooked:
                 return None
             caller = self._serving.caller
+        elif not isinstance(caller, Coroutine):
+            return None
         elif any(opened.hooked is hooked for opened in caller.open):
             return None
         caller.has_read = True
@@ -209,11 +255,11 @@ class FanOut:
         return WeightHandle.make(weight, dtype, device, functools.partial(self._resolve, hooked, weight))
 
     def _resolve(self, hooked: HookedModule, weight: Weight) -> Tensor:
-        caller = greenlet.getcurrent()
-        if isinstance(caller, Coroutine):
+        caller, call = greenlet.getcurrent(), self._serving
+        if call is None and isinstance(caller, Coroutine):
             tensor: Tensor = caller.wait(Read(caller, hooked, weight))
             return tensor
-        call, self._serving = self._serving, None
+        self._serving = None
         if call is None:
             raise RuntimeError(f"a forward pass left the weight {weight.name} to code that runs after it")
         try:  # another module's forward reads it: no pass can wait here
@@ -235,32 +281,6 @@ def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-def _wait(hooked: HookedModule, module: nn.Module, inner: Forward, *args: object, **kwargs: object) -> object:
-    """The layer around a hooked module's forward: a call from inside a pass waits until it is served.
-
-    Args:
-        hooked: the module, with its weights.
-        module: the module itself.
-        inner: the forward inside of this layer.
-    """
-    caller = greenlet.getcurrent()
-    if not isinstance(caller, Coroutine):
-        return inner(*args, **kwargs)
-    if caller.has_read:
-        args, kwargs = resolved(args), resolved(kwargs)
-    outcome = caller.wait(Call(caller, hooked, args, kwargs, copy_context()))
-    if not hooked.spans_blocks:
-        return outcome
-    opened = Open(hooked, outcome)
-    caller.open.append(opened)
-    opened.enter()
-    try:
-        return inner(*args, **kwargs)
-    finally:
-        opened.leave()
-        caller.open.pop()
-
-
 def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Tensor]) -> object:
     """The hooked module's real forward with ``tensors`` in place of its weights.
 
@@ -268,10 +288,19 @@ def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Te
         hooked: the module.
         real: its forward.
         call: the call with its arguments.
-        tensors: one tensor per weight of the module.
+        tensors: one parameter per weight of the module.
     """
-    with swapped(hooked.weights, tensors):
+    if hooked.owner is None:
+        with swapped(hooked.weights, tensors):
+            return real(*call.args, **call.kwargs)
+    attributes = hooked.owner.__dict__
+    before = attributes["_parameters"]
+    attributes["_parameters"] = parameters = dict.copy(before)  # a plain dict, whose look-ups are fast
+    parameters.update(zip(hooked.attributes, tensors, strict=True))
+    try:
         return real(*call.args, **call.kwargs)
+    finally:
+        attributes["_parameters"] = before
 
 
 def _unshared(output: object, scratch: list[Tensor]) -> object:

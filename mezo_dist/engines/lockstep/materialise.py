@@ -24,10 +24,10 @@ from mezo_dist.engines.lockstep.forwards import Forward
 from mezo_dist.engines.lockstep.head_slice import head_rows
 from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
-from mezo_dist.engines.lockstep.passes import Call, Read
+from mezo_dist.engines.lockstep.passes import Call, Coroutine, Read
 from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
 from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, same_shifts, shifts_of
-from mezo_dist.engines.lockstep.sparse_rows import Rows, plan_sparse_rows
+from mezo_dist.engines.lockstep.sparse_rows import Rows, may_need_rows, plan_sparse_rows
 from mezo_dist.engines.scratch import ALIGNMENT, leading, padded
 from mezo_dist.engines.whereabouts import Whereabouts
 from mezo_dist.errors import UserError
@@ -94,6 +94,8 @@ class Materialiser:
         self._order: list[nn.Module] = []
         self._following: dict[nn.Module, list[HookedModule]] = {}
         self._made: Mapping[nn.Module, dict[int, list[Tensor]]] = {}
+        self._at_hand: Mapping[nn.Module, dict[int, list[Tensor]]] = {}
+        self._came: set[nn.Module] = set()
 
     def begin(self, shifts: Sequence[Combination]) -> None:
         """Passes are about to run. ``shifts``: what each of their variants adds to the weights."""
@@ -116,6 +118,16 @@ class Materialiser:
             usual = functools.partial(self._serve_weights, alone=True)  # layers are not made before others need theirs
             return self._in_registers.serve(hooked, calls, real, self._shifts, usual)
         return self._serve_weights(hooked, calls, real)
+
+    def at_hand(self, hooked: HookedModule, caller: Coroutine) -> list[Tensor] | None:
+        """See `Server.at_hand`."""
+        made = self._at_hand.get(hooked.module)
+        if made is None or caller.sample_shifts or may_need_rows(hooked.module):
+            return None
+        if hooked.module not in self._came:
+            self._came.add(hooked.module)
+            self._served.append(hooked)
+        return made.get(caller.variant)
 
     def _serve_in_activations(
         self, hooked: HookedModule, matrix: Weight, calls: Sequence[Call], real: Forward
@@ -147,12 +159,16 @@ class Materialiser:
         """
         rows = plan_sparse_rows(hooked, calls, real)
         variants = sorted({call.caller.variant for call in calls})
+        self._at_hand = {}
         if alone or rows is not None or hooked.spans_blocks or not self._takes_launches(hooked):
             self._made = self._make([hooked], rows, variants)
         else:
             self._served.append(hooked)
             if not self._made.get(hooked.module, {}).keys() >= set(variants):
                 self._made = self._make_together(hooked, variants)
+                self._came = {hooked.module}
+            if self._keep_sources and not self._compiled:
+                self._at_hand = self._made
         tensors = self._made[hooked.module]
         forward = self._compiled.get(hooked.module) if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
@@ -319,7 +335,7 @@ class Materialiser:
             self._scratch = torch.empty(0)
             self._plans.clear()
         self._most = 0
-        self._made = {}
+        self._made = self._at_hand = {}
         if self._served and [hooked.module for hooked in self._served] != self._order:
             self._order = [hooked.module for hooked in self._served]
             self._following = self._followers()

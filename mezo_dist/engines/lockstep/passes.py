@@ -33,8 +33,8 @@ class Call:
     hooked: HookedModule
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    context: Context
-    """The context variables of the pass: the forward runs outside of the pass, but with these."""
+    context: Context | None = None
+    """The context variables of the pass: where the forward runs outside of it, it runs with these."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,11 @@ def plan_sparse_rows(hooked: HookedModule, calls: Sequence[Call], real: Callable
     return Rows(indices, look_up)
 
 
+def may_need_rows(module: nn.Module) -> bool:
+    """Whether there may be calls of ``module`` for which `plan_sparse_rows` has rows."""
+    return isinstance(module, nn.Embedding) or head_rows(module) is not None
+
+
 def _every_token(calls: Sequence[Call]) -> Rows:
     """A row for every token, the same one again for the same token: to find out which of them are different, the host
     would have to wait for the device. Passes on the same micro-batch share their rows."""
