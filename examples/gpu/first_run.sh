@@ -34,7 +34,10 @@ END
     )
     echo "worst of $out/directions.json: $worst"
     if command -v ncu >/dev/null; then
-        timeout 480 ncu --set full -k regex:kernel -c 20 --csv --log-file "$out/ncu.csv" \
+        # clocks stay as they are, and few sections, or each kernel would run dozens of times
+        timeout 480 ncu --clock-control none --section SpeedOfLight --section MemoryWorkloadAnalysis \
+            --section SchedulerStats --section WarpStateStats --section InstructionStats --section Occupancy \
+            -k regex:_kernel -c 2 --csv --log-file "$out/ncu.csv" \
             "$python" "$here/parts.py" directions --only "$worst" $rehearse --out "$out/ncu" "$@"
     elif [ -n "$rehearse" ]; then # as far as it goes without a profiler
         "$python" "$here/parts.py" directions --only "$worst" --rehearse --out "$out/ncu" "$@"
