@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import final
 
-import torch
-from torch import Tensor
-
 from mezo_dist.directions import devices
 from mezo_dist.engines.hooked import Weight
 
@@ -21,12 +18,18 @@ class Whereabouts:
     """
 
     def __init__(self, weights: Iterable[Weight]) -> None:
-        self._seen = [(weight, tensor := weight.tensor, _state(tensor)) for weight in weights]
+        pairs = [(weight, weight.tensor) for weight in weights]
+        self._seen = [(w, tensor, devices.address(tensor), tensor.dtype, tensor.is_contiguous()) for w, tensor in pairs]
 
     def unchanged(self) -> bool:
         """Whether all of them are the same tensors in the same memory."""
-        return all(weight.tensor is tensor and _state(tensor) == state for weight, tensor, state in self._seen)
-
-
-def _state(tensor: Tensor) -> tuple[int, torch.dtype, bool]:
-    return devices.address(tensor), tensor.dtype, tensor.is_contiguous()
+        address = devices.address
+        for weight, tensor, place, dtype, is_contiguous in self._seen:  # the host does little else for a plan
+            if (
+                dict.get(weight.owner._parameters, weight.attribute) is not tensor
+                or address(tensor) != place
+                or tensor.dtype is not dtype
+                or tensor.is_contiguous() != is_contiguous
+            ):
+                return False
+        return True

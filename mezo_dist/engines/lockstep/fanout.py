@@ -27,7 +27,7 @@ from mezo_dist.directions import devices
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, forward_below, remove_layer
 from mezo_dist.engines.lockstep.passes import Agree, Call, Coroutine, ForwardPass, Open, Raised, Read, is_inside
-from mezo_dist.engines.lockstep.reads import WeightHandle, intercept, owners_of, resolved, stop_intercepting
+from mezo_dist.engines.lockstep.reads import InterceptedParameters, WeightHandle, interceptors, resolved
 from mezo_dist.errors import UserError
 
 
@@ -43,6 +43,11 @@ class Served:
     tensors: dict[int, list[Tensor]]
     forward: Callable[[Call, list[Tensor]], object] | None = None
 
+    @functools.cached_property
+    def memory(self) -> frozenset[int]:
+        """Where the storages of the tensors lie."""
+        return frozenset(devices.memory(tensor) for some in self.tensors.values() for tensor in some)
+
 
 class Server(Protocol):
     """Where a fan-out gets its weights from."""
@@ -56,9 +61,9 @@ class Server(Protocol):
             real: its own forward.
         """
 
-    def at_hand(self, hooked: HookedModule, caller: Coroutine) -> list[Tensor] | None:
-        """The weights of a module for a pass that comes to it, if they were made with those of a module before it, and
-        its own forward needs nothing else. They stay until the next module is served.
+    def at_hand(self, hooked: HookedModule, caller: Coroutine) -> Served | None:
+        """The weights of a module for a pass that comes to it (and for others), if they were made with those of a module
+        before it, and its own forward needs nothing else. They stay until the next module is served.
 
         Args:
             hooked: the module.
@@ -89,7 +94,10 @@ class FanOut:
     """
 
     def __init__(self, hooked_modules: Sequence[HookedModule], server: Server) -> None:
-        self._hooks = [(hooked, functools.partial(self._call, hooked), owners_of(hooked)) for hooked in hooked_modules]
+        self._hooks = [
+            (hooked.module, functools.partial(self._call, hooked), interceptors(hooked, self._handle))
+            for hooked in hooked_modules
+        ]
         self._server = server
         self._serving: Call | None = None
         self.weights_served: set[str] = set()
@@ -121,17 +129,17 @@ class FanOut:
     def _hooked(self) -> Iterator[None]:
         """Within, calls of the hooked modules and reads of their weights come to this fan-out."""
         layered: list[nn.Module] = []
-        intercepted: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        intercepted: list[tuple[InterceptedParameters, dict[str, nn.Parameter | None]]] = []
         try:
-            for hooked, wait, owners in self._hooks:
-                add_layer(hooked.module, Layer.FAN_OUT, wait)
-                layered.append(hooked.module)
-                for owner, weights in owners:
-                    intercepted.append((owner, intercept(owner, hooked, weights, self._handle)))
+            for module, call, owners in self._hooks:
+                add_layer(module, Layer.FAN_OUT, call)
+                layered.append(module)
+                for interceptor in owners:
+                    intercepted.append((interceptor, interceptor.put_in()))
             yield
         finally:
-            for owner, before in reversed(intercepted):
-                stop_intercepting(owner, before)
+            for interceptor, before in reversed(intercepted):
+                interceptor.take_out(before)
             for module in reversed(layered):
                 remove_layer(module, Layer.FAN_OUT)
 
@@ -198,7 +206,7 @@ class FanOut:
             self._serving = call
             try:
                 assert call.context is not None
-                outcome = _unshared(call.context.run(forward, call, tensors), tensors)
+                outcome = _unshared(call.context.run(forward, call, tensors), served.memory)
             except Exception as error:  # noqa: BLE001 (raised again inside the pass, where its traceback belongs)
                 outcome = Raised(error)
             finally:
@@ -218,13 +226,13 @@ class FanOut:
         if self._serving is not None or not isinstance(caller, Coroutine):
             return inner(*args, **kwargs)
         if caller.has_read:
-            args, kwargs = resolved(args), resolved(kwargs)
-        tensors = self._server.at_hand(hooked, caller)
-        if tensors is not None:
+            args, kwargs = resolved(args), resolved(kwargs) if kwargs else kwargs
+        served = self._server.at_hand(hooked, caller)
+        if served is not None:
             self.served_last.update(hooked.names)
             self._serving = call = Call(caller, hooked, args, kwargs)
             try:
-                return _unshared(on_tensors(hooked, inner, call, tensors), tensors)
+                return _unshared(on_tensors(hooked, inner, call, served.tensors[caller.variant]), served.memory)
             finally:
                 self._serving = None
         outcome = caller.wait(Call(caller, hooked, args, kwargs, copy_context()))
@@ -246,9 +254,7 @@ class FanOut:
             if self._serving.hooked is hooked:
                 return None
             caller = self._serving.caller
-        elif not isinstance(caller, Coroutine):
-            return None
-        elif any(opened.hooked is hooked for opened in caller.open):
+        elif not isinstance(caller, Coroutine) or any(opened.hooked is hooked for opened in caller.open):
             return None
         caller.has_read = True
         dtype, device = self._server.describe(weight)
@@ -303,9 +309,8 @@ def on_tensors(hooked: HookedModule, real: Forward, call: Call, tensors: list[Te
         attributes["_parameters"] = before
 
 
-def _unshared(output: object, scratch: list[Tensor]) -> object:
+def _unshared(output: object, storages: frozenset[int]) -> object:
     """``output``, with whatever in it is a view of the scratch copied, for the next hooked module overwrites that."""
-    storages = {devices.memory(tensor) for tensor in scratch}
 
     def kept(tensor: Tensor) -> Tensor:
         return tensor.clone() if devices.memory(tensor) in storages else tensor

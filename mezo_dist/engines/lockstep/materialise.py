@@ -93,8 +93,8 @@ class Materialiser:
         self._served: list[HookedModule] = []
         self._order: list[nn.Module] = []
         self._following: dict[nn.Module, list[HookedModule]] = {}
-        self._made: Mapping[nn.Module, dict[int, list[Tensor]]] = {}
-        self._at_hand: Mapping[nn.Module, dict[int, list[Tensor]]] = {}
+        self._made: Mapping[nn.Module, Served] = {}
+        self._at_hand: Mapping[nn.Module, Served] = {}
         self._came: set[nn.Module] = set()
 
     def begin(self, shifts: Sequence[Combination]) -> None:
@@ -119,15 +119,17 @@ class Materialiser:
             return self._in_registers.serve(hooked, calls, real, self._shifts, usual)
         return self._serve_weights(hooked, calls, real)
 
-    def at_hand(self, hooked: HookedModule, caller: Coroutine) -> list[Tensor] | None:
+    def at_hand(self, hooked: HookedModule, caller: Coroutine) -> Served | None:
         """See `Server.at_hand`."""
-        made = self._at_hand.get(hooked.module)
-        if made is None or caller.sample_shifts or may_need_rows(hooked.module):
+        served = self._at_hand.get(hooked.module)
+        if served is None or caller.sample_shifts or caller.variant not in served.tensors:
             return None
         if hooked.module not in self._came:
+            if may_need_rows(hooked.module):
+                return None
             self._came.add(hooked.module)
             self._served.append(hooked)
-        return made.get(caller.variant)
+        return served
 
     def _serve_in_activations(
         self, hooked: HookedModule, matrix: Weight, calls: Sequence[Call], real: Forward
@@ -164,24 +166,23 @@ class Materialiser:
             self._made = self._make([hooked], rows, variants)
         else:
             self._served.append(hooked)
-            if not self._made.get(hooked.module, {}).keys() >= set(variants):
+            served = self._made.get(hooked.module)
+            if served is None or not served.tensors.keys() >= set(variants):
                 self._made = self._make_together(hooked, variants)
                 self._came = {hooked.module}
             if self._keep_sources and not self._compiled:
                 self._at_hand = self._made
-        tensors = self._made[hooked.module]
+        served = self._made[hooked.module]
         forward = self._compiled.get(hooked.module) if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
             shared = forward or functools.partial(on_tensors, hooked, real)
             forward = with_sample_directions(self.factors, hooked, calls, real, shared, head_rows(hooked.module))
-        return Served({v: tensors[v] for v in variants}, forward)
+        return served if forward is None else Served(served.tensors, forward)
 
     def _takes_launches(self, hooked: HookedModule) -> bool:
         return devices.takes_launches(self.describe(hooked.weights[0])[1])
 
-    def _make_together(
-        self, hooked: HookedModule, variants: Sequence[int]
-    ) -> Mapping[nn.Module, dict[int, list[Tensor]]]:
+    def _make_together(self, hooked: HookedModule, variants: Sequence[int]) -> Mapping[nn.Module, Served]:
         """The weights of a module, and of those that follow it, under every variant: by a plan, where there is one.
 
         Args:
@@ -217,7 +218,7 @@ class Materialiser:
 
     def _make(
         self, group: Sequence[HookedModule], rows: Rows | None, variants: Sequence[int]
-    ) -> Mapping[nn.Module, dict[int, list[Tensor]]]:
+    ) -> Mapping[nn.Module, Served]:
         """All weights of some modules under every variant, in one go.
 
         Args:
@@ -247,14 +248,14 @@ class Materialiser:
         if not group[0].spans_blocks:
             allocate = self._scratch_for(need, sources[group[0]][0].device)
         todo: _Todo = {}
-        made: dict[nn.Module, dict[int, list[Tensor]]] = {}
+        made: dict[nn.Module, Served] = {}
         for hooked, some in sources.items():
             tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
             for weight, source in zip(hooked.weights, some, strict=True):
                 under = self._variants_of(weight, source, rows, variants, allocate, must_copy[hooked], todo)
                 for v, tensor in under.items():
                     tensors[v].append(as_parameter(weight, tensor))
-            made[hooked.module] = tensors
+            made[hooked.module] = Served(tensors)
         fills = [(numbers, KeptParts(parts)) for numbers, parts in todo.items()]
         whereabouts = Whereabouts(weight for hooked in group for weight in hooked.weights)
         return Plan(made, fills, need, self._scratch, whereabouts)

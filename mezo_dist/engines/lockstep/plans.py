@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import KeptParts
+from mezo_dist.engines.lockstep.fanout import Served
 from mezo_dist.engines.whereabouts import Whereabouts
 
 MOST_PLANS = 4096
@@ -27,8 +28,8 @@ UNMOVED = -1
 class Plan:
     """How some modules' weights are made under some variants, in one go."""
 
-    made: Mapping[nn.Module, dict[int, list[Tensor]]]
-    """By module and number of the variant, one tensor per weight: where it is made, or the weight itself."""
+    made: Mapping[nn.Module, Served]
+    """For each module where its weights are made, or the weights themselves."""
     fills: Sequence[tuple[tuple[int, ...], KeptParts]]
     """Numbers of the variants (or `UNMOVED`) whose shifts are added, and weights with an output for each of them."""
     num_bytes: int

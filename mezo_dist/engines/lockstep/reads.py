@@ -8,7 +8,7 @@ code that only asks for ``weight.dtype`` costs nothing, and is told the dtype of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, final
 
 import torch
@@ -110,19 +110,31 @@ class InterceptedParameters(dict[str, "nn.Parameter | None"]):
     would compute with it, too (``torch.func.functional_call`` does so); the engine itself writes by `swap`.
 
     Args:
-        before: what was there.
-        hooked: the hooked module that the weights belong to.
-        weights: they, by attribute.
+        owner: the module.
+        hooked: the hooked module that its weights belong to.
         read: None for code that is to get what is in the dict; else the handle that it gets.
     """
 
-    def __init__(
-        self, before: dict[str, nn.Parameter | None], hooked: HookedModule, weights: Mapping[str, Weight], read: Reader
-    ) -> None:
-        super().__init__(before)
+    def __init__(self, owner: nn.Module, hooked: HookedModule, read: Reader) -> None:
+        super().__init__()
+        self._owner = owner
         self._hooked = hooked
-        self._weights = weights
+        self._weights = {weight.attribute: weight for weight in hooked.weights if weight.owner is owner}
         self._read = read
+
+    def put_in(self) -> dict[str, nn.Parameter | None]:
+        """Take the place of the owner's dict. Returns what `take_out` needs."""
+        attributes = self._owner.__dict__
+        before: dict[str, nn.Parameter | None] = attributes["_parameters"]
+        dict.update(self, before)
+        attributes["_parameters"] = self
+        return before
+
+    def take_out(self, before: dict[str, nn.Parameter | None]) -> None:
+        """Undo `put_in`. What was put into the module since (sharded layouts do) stays there."""
+        dict.update(before, self)
+        self._owner.__dict__["_parameters"] = before
+        self.clear()
 
     def __getitem__(self, name: str) -> Any:
         weight = self._weights.get(name)
@@ -165,31 +177,12 @@ class InterceptedParameters(dict[str, "nn.Parameter | None"]):
         return {name: self[name] for name in self}.values()
 
 
-def owners_of(hooked: HookedModule) -> list[tuple[nn.Module, dict[str, Weight]]]:
-    """The modules whose weights ``hooked`` has, with these by attribute."""
-    owners: dict[nn.Module, dict[str, Weight]] = {}
-    for weight in hooked.weights:
-        owners.setdefault(weight.owner, {})[weight.attribute] = weight
-    return [*owners.items()]
-
-
-def intercept(
-    owner: nn.Module, hooked: HookedModule, weights: Mapping[str, Weight], read: Reader
-) -> dict[str, nn.Parameter | None]:
-    """Intercept reads of the parameters of a module. Returns what `stop_intercepting` needs.
+def interceptors(hooked: HookedModule, read: Reader) -> list[InterceptedParameters]:
+    """What intercepts reads of the parameters of all modules whose weights ``hooked`` has.
 
     Args:
-        owner: the module.
-        hooked: the hooked module that its weights belong to.
-        weights: they, by attribute.
+        hooked: the hooked module.
         read: see `InterceptedParameters`.
     """
-    before = owner._parameters
-    owner.__dict__["_parameters"] = InterceptedParameters(before, hooked, weights, read)
-    return before
-
-
-def stop_intercepting(owner: nn.Module, before: dict[str, nn.Parameter | None]) -> None:
-    """Undo `intercept`. What was put into the module since (sharded layouts do) stays there."""
-    before.update(owner._parameters)
-    owner.__dict__["_parameters"] = before
+    owners = dict.fromkeys(weight.owner for weight in hooked.weights)
+    return [InterceptedParameters(owner, hooked, read) for owner in owners]
