@@ -71,8 +71,8 @@ def without_gpu(counts: Counter[str]) -> Iterator[None]:
         counts["launches"] += 1
 
     with (
-        mock.patch.object(law, "implementation", lambda device_type: gpu),
-        mock.patch.object(devices, "takes_launches", lambda device: True),
+        mock.patch.object(law, "implementation", return_value=gpu),
+        mock.patch.object(devices, "takes_launches", return_value=True),
         mock.patch.object(gpu, "launch", launch),
     ):
         yield

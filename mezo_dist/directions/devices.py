@@ -98,9 +98,7 @@ def stream_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream: int = torch._C._cuda_getCurrentRawStream(
-        index
-    )  # as Triton asks; an object of torch takes ten times as long
+    stream: int = torch._C._cuda_getCurrentRawStream(index)  # as Triton asks; one as an object takes ten times as long
     return stream
 
 

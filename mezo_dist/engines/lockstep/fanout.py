@@ -62,7 +62,7 @@ class Server(Protocol):
         """
 
     def at_hand(self, hooked: HookedModule, caller: Coroutine) -> Served | None:
-        """The weights of a module for a pass that comes to it (and for others), if they were made with those of a module
+        """The weights of a module for a pass that comes to it, and for others, if they were made with those of a module
         before it, and its own forward needs nothing else. They stay until the next module is served.
 
         Args:
