@@ -1,4 +1,4 @@
-"""Ranks of torchrun, forked as `tests.forked` forks programs: torchrun looks into ``PYTHON_EXEC`` for the Python to start.
+"""Ranks of torchrun, forked as `tests.forked` forks programs: ``PYTHON_EXEC`` tells torchrun what to start.
 
 What it gets there is a script that takes milliseconds to start. It hands its arguments, its environment and its output
 over to this process, which has the program forked, and ends as that does. For tests whose subject is not how ranks

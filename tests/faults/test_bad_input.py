@@ -25,9 +25,6 @@ from tests.forked import Program
 ROOT = Path(__file__).resolve().parents[2]
 DATA_ROWS = 96
 TRAIN_ROWS = 30  # of the config of `write_tiny_config`
-PATIENCE_S = (
-    280  # for starting processes on a busy machine; half the time-out of collectives, so waiting that out shows
-)
 
 
 @pytest.fixture(scope="module")
