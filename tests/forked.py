@@ -41,7 +41,7 @@ class Program:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         given = dict(os.environ if environment is None else environment)
-        self._process = context.Process(target=_run, args=(self._arguments, str(folder), given, self._files))
+        self._process = context.Process(target=run, args=(self._arguments, str(folder), given, self._files))
         self._process.start()
 
     def __enter__(self) -> Program:
@@ -69,11 +69,19 @@ def output_of(arguments: Sequence[str], folder: Path = ROOT, environment: Mappin
     return output
 
 
-def _run(arguments: list[str], folder: str, environment: dict[str, str], files: Sequence[Path]) -> None:
+def run(arguments: list[str], folder: str, environment: dict[str, str], files: Sequence[Path | int]) -> None:
+    """What a forked process does: see `Program`.
+
+    Args:
+        arguments: what follows ``python``.
+        folder: where to run.
+        environment: all of it.
+        files: for standard output and error: paths, or file descriptors.
+    """
     import torch
 
-    for number, path in enumerate(files, start=1):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number, file in enumerate(files, start=1):
+        handle = file if isinstance(file, int) else os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, number)
         os.close(handle)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))

@@ -2,8 +2,8 @@
 
 Tests compute on a GPU where there is one, as users would. Processes that tests start see none: several would have to
 share it, which NCCL refuses, and the worlds of `mezo_dist.testing.spawn` are joined over gloo. So whatever a test holds
-against what another process computed must come from the CPU, too: tests that are marked `distributed` or `assets` see no
-GPU in this process either, nor do those that ask for the fixture `no_gpu`.
+against what another process computed must come from the CPU, too: tests that are marked `distributed` or `assets` see
+no GPU in this process either, nor do those that ask for the fixture `no_gpu`.
 """
 
 from __future__ import annotations

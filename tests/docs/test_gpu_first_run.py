@@ -8,18 +8,28 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.forked import ROOT
+from tests import forked_ranks
+from tests.forked import ROOT, Program
 
 METHODS = {"forward", "mezo gaussian", "mezo rademacher", "mezo lowrank", "mezo in registers",
-           "mezo gaussian in registers", "mezo per sample", "svrg cycle of 2", "textbook MeZO", "in-place LOZO"}  # fmt: skip
+           "mezo gaussian in registers", "mezo per sample", "svrg cycle of 2", "textbook MeZO",
+           "in-place LOZO"}  # fmt: skip
+
+
+def forked_run(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a Python program, without the seconds that it takes to start."""
+    with forked_ranks.environment() as ranks, Program(command[1:], environment={**env, **ranks}) as program:
+        return subprocess.CompletedProcess(command, *program.finish())
 
 
 def test_every_part_runs_and_leaves_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "gpu"))
-    parts = importlib.import_module("parts")
+    parts, runs = importlib.import_module("parts"), importlib.import_module("runs")
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=forked_run))
     rows = {}
     only = {"paper": ["--only", "mezo-svrg"]}
     for part in parts.PARTS.keys() - {"tests"}:

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from mezo_dist import cli
 from mezo_dist.config import reader
 from mezo_dist.testing import tiny_model, tiny_tokenizer
-from tests.forked import Program
+from tests import forked_ranks
+from tests.forked import Program, output_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("many-machines", "first-run", "model-and-data", "tasks", "algorithms", "nothing-is-lost", "library")
@@ -37,7 +38,7 @@ SMALL = [
     "--task.splits.validation.size=8",
     "--task.splits.test.size=8",
 ]
-SMALLER = ["--train.steps=1", "--output.test=false", "--output.export=false"]
+SMALLER = ["--train.steps=1", "--task.splits.validation.size=4", "--output.test=false", "--output.export=false"]
 """For sharded weights: every pass gathers the whole model."""
 
 RUN, SAME_WITHOUT_HUB, MAKE = "run", "check the settings", "see the Makefile's own test"
@@ -83,15 +84,16 @@ def commands() -> list[str]:
 
 
 def call(arguments: list[str], folder: Path) -> str:
-    """What a command prints, which must succeed; `mezo-dist` without the seconds that it takes to start."""
+    """What a command prints, which must succeed; `mezo-dist` and ranks without the seconds that they take to start."""
     if arguments[0] == "mezo-dist":
         with Program(["-m", "mezo_dist", *arguments[1:]], folder, {**os.environ, "OMP_NUM_THREADS": "1"}) as program:
             status, output, errors = program.finish()
         assert status == 0, f"{shlex.join(arguments)}\n{output}\n{errors}"
         return output + errors
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
+    with forked_ranks.environment() as env:
+        env = {**env, "PATH": path}
+        done = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -170,11 +172,8 @@ PRINTED = [r"[0-9a-f]{16}\n", r"tensor\(\[ (0\.9|1\.0)\d+, -(1\.9|2\.0)\d+,  (2\
 
 @pytest.mark.parametrize(("program", "printed"), list(zip(blocks("python"), PRINTED, strict=True)))
 def test_the_programs_run(program: str, printed: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(printed, done.stdout)  # torchao, which transformers imports if it is there, talks on stderr
+    output = output_of(["-c", program], tmp_path, {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert re.fullmatch(printed, output)
 
 
 def test_the_reward_yaml_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mezo_dist.storage import trajectory
 from mezo_dist.testing import write_tiny_model
+from tests import forked_ranks
 from tests.forked import ROOT, output_of
 
 PATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -51,12 +50,12 @@ def test_own_loop_under_accelerate_launch(tmp_path: Path) -> None:
     """Each of two processes gets its batches from accelerate, and both have the same weights."""
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
     launch += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, "-m", *launch, "examples/own_loop.py", str(tmp_path / "steps.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ranks = dict(re.findall(r"rank (\d) of 2: weights (\w{16})", done.stdout))
+    command = ["-m", *launch, "examples/own_loop.py", str(tmp_path / "steps.jsonl")]
+    with forked_ranks.environment() as environment:
+        output = output_of(command, environment={**environment, "PYTHONPATH": PATH})
+    ranks = dict(re.findall(r"rank (\d) of 2: weights (\w{16})", output))
     assert ranks.keys() == {"0", "1"}
     assert len(set(ranks.values())) == 1
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
     assert losses[-1] < losses[0] - 0.1
     assert len(trajectory.read(tmp_path / "steps.jsonl").steps) == 12 * 8

@@ -9,8 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ import pytest
 from mezo_dist import cli
 from mezo_dist.errors import UserError
 from mezo_dist.testing import write_tiny_config, write_tiny_model
+from tests import forked_ranks
 from tests.faults.jobs import start
+from tests.forked import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA_ROWS = 96
 TRAIN_ROWS = 30  # of the config of `write_tiny_config`
-PATIENCE_S = (
-    280  # for starting processes on a busy machine; half the time-out of collectives, so waiting that out shows
-)
 
 
 @pytest.fixture(scope="module")
@@ -219,17 +216,16 @@ def ours(output: str) -> list[str]:
 @pytest.mark.distributed
 def test_under_torchrun_rank_0_finds_the_fault_and_all_ranks_leave(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "trajectory.jsonl").touch()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "mezo_dist", "train", str(tiny / "config.yaml"), f"--output.dir={tmp_path}"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
-    assert done.returncode != 0
-    assert re.search(r"^mezo-dist \(rank \d\): error: output\.dir: .* already holds a run; go on ", done.stderr, re.M)
-    codes = set(re.findall(r"exitcode *: (-?\d+)", done.stderr))
+    with forked_ranks.environment() as ranks, Program(command, environment={**environment(), **ranks}) as program:
+        status, _, errors = program.finish()
+    assert status != 0
+    assert re.search(r"^mezo-dist \(rank \d\): error: output\.dir: .* already holds a run; go on ", errors, re.M)
+    codes = set(re.findall(r"exitcode *: (-?\d+)", errors))
     assert "2" in codes
     assert codes <= {"2", "75", "-15"}  # of a rank that misses the other, and of one that torchrun had to stop
-    assert not ours(done.stderr)
+    assert not ours(errors)
     assert list(tmp_path.iterdir()) == [tmp_path / "trajectory.jsonl"]
 
 

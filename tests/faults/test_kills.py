@@ -16,6 +16,7 @@ import pytest
 
 from mezo_dist.errors import LostRankError
 from mezo_dist.storage import trajectory
+from tests import forked_ranks
 from tests.faults.jobs import STEPS, Fault, arguments, kill_at_random, run, start, steps_of
 from tests.run_folders import results
 
@@ -104,8 +105,8 @@ def test_torchrun_restarts_what_was_killed(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     command = [*torchrun, "-m", "mezo_dist", *arguments(root, folder, f"--train.steps={STEPS}")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    with (tmp_path / "output").open("w") as output:
+    with (tmp_path / "output").open("w") as output, forked_ranks.environment() as environment:
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         try:
             killed = kill_once_under_way(launcher, folder)

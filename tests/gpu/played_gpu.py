@@ -263,7 +263,6 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedGpu]:
     Args:
         monkeypatch: undoes it all.
     """
-    _guard_like_that_of_meta_tensors(monkeypatch)
     there = PlayedGpu()
     data_ptr = Tensor.data_ptr
 
@@ -295,7 +294,8 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedGpu]:
     torch._C._set_only_lift_cpu_tensors(True)
     monkeypatch.setattr(PlayedGpu, "current", there)
     try:
-        yield there
+        with _guard_like_that_of_meta_tensors():
+            yield there
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
         _forget()
@@ -384,12 +384,15 @@ def _let_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "factors", factors_too)
 
 
-def _guard_like_that_of_meta_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch without CUDA has nothing that makes a GPU the current one, and some operations ask for it. Give it what it
-    has for meta tensors, which does nothing."""
-    if torch.version.cuda is not None:
-        return
+@contextlib.contextmanager
+def _guard_like_that_of_meta_tensors() -> Iterator[None]:
+    """Some operations make a GPU the current one. torch without CUDA has nothing to do that with, and torch with CUDA
+    asks for a driver: give it what it has for meta tensors, which does nothing."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     cuda, meta = 1, 14
-    guards[cuda] = guards[meta]
+    before, guards[cuda] = guards[cuda], guards[meta]
+    try:
+        yield
+    finally:
+        guards[cuda] = before

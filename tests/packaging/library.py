@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 NOT_NEEDED = (
-    "datasets tensorboard torchmetrics rich numba llvmlite pandas pyarrow scipy sklearn matplotlib peft deepspeed mpi4py "
-    "triton torchao bitsandbytes wandb mlflow"
+    "datasets tensorboard torchmetrics rich numba llvmlite pandas pyarrow scipy sklearn matplotlib peft deepspeed "
+    "mpi4py triton torchao bitsandbytes wandb mlflow"
 ).split()
 
 

@@ -17,6 +17,7 @@ from mezo_dist.studies import launch, rank, results
 from mezo_dist.studies.cases import Case, Study, read_study
 from mezo_dist.studies.prepare import num_steps, prepare
 from mezo_dist.studies.results import Measured
+from tests import forked_ranks
 from tests.forked import ROOT
 
 FOLDER = ROOT / "examples" / "scaling_study"
@@ -53,9 +54,13 @@ def test_shipped_studies(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.distributed
-def test_a_study_is_run_gone_on_with_and_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_is_run_gone_on_with_and_summed_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ["study", str(FOLDER / "tiny.yaml"), f"--to={tmp_path}"]
-    assert main([*given, "--only=1"]) == 0
+    with forked_ranks.python() as python:
+        monkeypatch.setenv("PYTHON_EXEC", python)
+        assert main([*given, "--only=1"]) == 0
     (line,) = (json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines())
     assert line["case"]["ranks"] == 2
     assert line["scalar_bytes"] == 256
