@@ -21,7 +21,7 @@ from mezo_dist.planning.choice import find, layouts, plan
 from mezo_dist.planning.first_order import first_order
 from mezo_dist.planning.from_config import setting_of
 from mezo_dist.planning.lookup import find_shape
-from mezo_dist.planning.machine import Machine, parse_bytes, parse_flops, parse_rate
+from mezo_dist.planning.machine import Machine, as_h200, parse_bytes, parse_flops, parse_rate
 from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.rounds import rounds_of
 from mezo_dist.planning.setting import Setting
@@ -164,7 +164,9 @@ def _machine(arguments: argparse.Namespace, setting: Setting) -> Machine:
         raise UserError(
             "--host-link: links the ranks of a host, of which there is one; give --ranks-per-host, or --link"
         )
-    data = None if arguments.rates == "h100" else remembered()
+    data = None if arguments.rates in ("h100", "h200") else remembered()
+    if arguments.rates == "h200":
+        machine = as_h200(machine)
     if data is None and arguments.rates == "here":
         raise UserError("--rates: nothing was measured on this machine yet; add --calibrate")
     if data is not None:

@@ -3,7 +3,8 @@
     step = passes + calls + directions + gathers + scalars
 
 * passes: operations over the rate of matrix products, but no less than reading the weights once for every pass takes;
-* calls: a constant for each call of a module by a pass (switching passes, Python, launches);
+* calls: a constant for each call of a module by a pass (switching passes, Python, launches); on a GPU, which works
+  meanwhile, what that is longer than passes and directions;
 * directions: elements made and written, at the rates of the fused kernel;
 * gathers: bytes over the slower of the links that they cross, and a latency for each hop and collective; with
   ``layout.prefetch`` what is longer than passes and directions;
@@ -54,11 +55,12 @@ def duration_of(
         traffic: its bytes.
     """
     reading = step.passes * setting.calls * shape.active_size * setting.pass_bytes / machine.bandwidth
-    computing = {
-        "passes": max(work.flops / machine.flops, reading),
-        "calls": work.calls * machine.call,
-        "directions": work.generated * machine.generate + work.written * machine.write,
-    }
+    passes = max(work.flops / machine.flops, reading)
+    directions = work.generated * machine.generate + work.written * machine.write
+    calls = work.calls * machine.call
+    if machine.gpu:
+        calls = max(0.0, calls - passes - directions)
+    computing = {"passes": passes, "calls": calls, "directions": directions}
     gathers = _gather_seconds(setting, machine, traffic)
     if setting.prefetch:
         gathers = max(0.0, gathers - sum(computing.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mezo_dist.errors import UserError
 from mezo_dist.planning.allreduce import Reduce
@@ -37,14 +37,15 @@ class Machine:
     """Floating-point operations per second of a rank's matrix products."""
     bandwidth: float = 2e12
     """Bytes per second of a rank's memory."""
-    generate: float = 8e-12
+    generate: float = 2e-12
     """Seconds to generate one element of one direction."""
-    write: float = 4e-12
+    write: float = 3e-13
     """Seconds to read an element of a weight, add to it, and write one variant of it."""
-    call: float = 2e-5
-    """Seconds that one module of one waiting pass takes beside its arithmetic: switching passes, Python, launches."""
+    call: float = 1.1e-4
+    """Seconds of the host for one module of one waiting pass: switching passes, Python, launches."""
     gpu: bool = True
-    """Ranks compute on GPUs, where variants of several modules are made together."""
+    """Ranks compute on GPUs, where variants of several modules are made together, and which work while the host
+    goes on."""
     runtime: int = 1 * GIB
     """Bytes that Python, torch, and the context of the device take in every rank."""
     reduce: Reduce = "ring"
@@ -60,7 +61,19 @@ class Machine:
 
 ASSUMED = """Assumed for an H100: 400 TFLOPS of 16-bit matrix products (40 % of the 989 of the data sheet, what
 published training runs reach), 2 TB/s of memory (60 % of 3.35), 300 GB/s from GPU to GPU (two thirds of NVLink's
-450). Not measured; `--calibrate` measures the machine at hand."""
+450). Making directions and calling modules as measured on an H200, which has the same processor; there it is memory
+that limits how variants are written, so an H100 is given more
+time for it. `--calibrate` measures the machine at hand."""
+
+
+def as_h200(machine: Machine) -> Machine:
+    """``machine`` with the rates of an H200, measured on one by `examples/gpu/first_run.sh` (2026-11-26, torch 2.11,
+    Triton 3.6, bf16): products of OPT-13B with 640 tokens; a copy; both signs and an update of a gaussian direction, in
+    two equations; the host's time of an OPT-1.3B step, which is longer there than the GPU's."""
+    return replace(
+        machine, flops=6.2e14, bandwidth=4.1e12, generate=2e-12, write=1e-13, call=1.1e-4,
+        origin="measured on an H200; links assumed",
+    )  # fmt: skip
 
 
 def parse_bytes(text: str, option: str) -> int:

@@ -40,7 +40,9 @@ def add_question(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--calibrate", action="store_true", help="measure the rates of this machine, and remember them"
     )
     machine.add_argument(
-        "--rates", choices=["here", "h100"], help="measured ones of this machine (if there are), or assumed ones"
+        "--rates",
+        choices=["here", "h100", "h200"],
+        help="measured ones of this machine (if there are), assumed ones, or those of an H200 that were measured",
     )
     run = parser.add_argument_group("the run; a config's own settings count where one is given")
     run.add_argument("--layout", nargs="+", choices=["replicated", "fsdp", "zero"], metavar="NAME",

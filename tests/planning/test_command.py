@@ -138,6 +138,14 @@ def test_a_config_json_that_is_none(content: str, tmp_path: Path, capsys: pytest
     assert "MODEL" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("shape", "measured"), [("opt-1.3b", 0.0508), ("opt-6.7b", 0.0794), ("opt-13b", 0.1203)])
+def test_steps_of_an_h200(shape: str, measured: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seconds that `examples/gpu/first_run.sh` measured on one; its rates come from other measurements."""
+    tokens = ["--batch", "16", "--micro-batch", "16", "--tokens", "40"]
+    plan = answered(capsys, shape, "--rates", "h200", "--layout", "replicated", "--algorithm", "mezo", *tokens)
+    assert plan["plans"][0]["seconds_per_step"] == pytest.approx(measured, rel=0.3)
+
+
 def test_measured_rates_are_remembered(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "measure", lambda: MEASURED)
     assert main(["plan", "--calibrate"]) == 0
