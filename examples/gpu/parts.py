@@ -11,6 +11,7 @@ generation, compile, profile, paper.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -211,12 +212,22 @@ def stepper(engine: Engine, planner: Algorithm[Any], objective: Any, samples: in
     return lambda: take_step(planner, progress, evaluate, engine, 0)
 
 
-def methods(machine: Machine, model: nn.Module) -> dict[str, tuple[Callable[[], object], int]]:
-    """By name: takes a step, and how many calls belong together."""
+def objective_of(model: nn.Module) -> LabelWords:
+    """Of two label words; it changes the model's head, so there is one for each model."""
+    with torch.no_grad():
+        return LabelWords(model, [100, 200], make_batch(1, 2))
+
+
+def methods(machine: Machine, model: nn.Module, objective: LabelWords) -> dict[str, tuple[Callable[[], object], int]]:
+    """By name: takes a step, and how many calls belong together.
+
+    Args:
+        machine: where.
+        model: which is trained.
+        objective: of `objective_of`.
+    """
     samples, tokens = (2, 8) if machine.rehearse else (SAMPLES, TOKENS)
     problem = Problem(0, 10**6, samples, samples, has_16bit_weights=machine.dtype == torch.bfloat16)
-    with torch.no_grad():
-        objective = LabelWords(model, [100, 200], make_batch(1, 2))
     batch, stochastic = make_batch(samples, tokens), machine.dtype == torch.bfloat16
 
     def ours(law: Law, planner: Algorithm[Any], linear: Any = "materialised") -> Callable[[], object]:
@@ -229,13 +240,14 @@ def methods(machine: Machine, model: nn.Module) -> dict[str, tuple[Callable[[], 
 
     numbers = iter(range(10**9))
     mezo, per_sample = MeZO(lr=1e-7), MeZO(lr=1e-7, per_sample=True)
-    svrg = MeZOSVRG(lr=1e-7, anchor_lr=1e-7)
+    svrg, replayed = (MeZOSVRG(lr=1e-7, anchor_lr=1e-7, anchor=anchor) for anchor in ("auto", "replay"))
     return {
         "forward": (loss, 1),
         **{f"mezo {name}": (ours(law, MeZOPlanner(mezo, problem)), 1) for name, law in LAWS.items()},
         "mezo in registers": (ours(LAWS["rademacher"], MeZOPlanner(mezo, problem), machine.linear), 1),
         "mezo per sample": (ours(LAWS["lowrank"], MeZOPlanner(per_sample, problem)), 1),
         "svrg cycle of 2": (ours(LAWS["rademacher"], SVRGPlanner(svrg, problem)), 2),
+        "svrg, anchor replayed": (ours(LAWS["rademacher"], SVRGPlanner(replayed, problem)), 2),
         "textbook MeZO": (lambda: textbook_mezo(model, loss, next(numbers)), 1),
         "in-place LOZO": (lambda: in_place_lozo(model, loss, next(numbers)), 1),
     }
@@ -245,7 +257,7 @@ def steps(machine: Machine, shapes: list[str]) -> Iterator[Row]:
     """Seconds of a step, and in forward passes."""
     for shape in shapes:
         model, forward = machine.model(shape), None
-        for name, (run, calls) in methods(machine, model).items():
+        for name, (run, calls) in methods(machine, model, objective_of(model)).items():
             seconds = machine.seconds(lambda run=run, calls=calls: [run() for _ in range(calls)])
             forward = forward or seconds
             row = {"shape": shape, "method": name, "ms": 1000 * seconds, "forwards": seconds / forward}
@@ -257,17 +269,22 @@ def memory(machine: Machine, shapes: list[str]) -> Iterator[Row]:
     """Peak against a forward pass. Of shapes beyond those of `steps` MeZO-SVRG alone is looked at; the largest that
     fits with it comes out as the last one without ``full``."""
     for shape in shapes:
-        is_large = shape in LARGE
+        is_large, forward = shape in LARGE, None
+        gc.collect()  # the model before
         try:
-            model, forward = machine.model(shape), None
-            for name, (run, calls) in methods(machine, model).items():
-                if is_large and name not in ("forward", "svrg cycle of 2"):
+            model = machine.model(shape)
+            objective = objective_of(model)
+            for name in methods(machine, model, objective):
+                if is_large and name not in ("forward", "svrg, anchor replayed"):
                     continue
+                gc.collect()  # an anchor that another method has stored
+                run, calls = methods(machine, model, objective)[name]
                 peak = machine.peak_gib(lambda run=run, calls=calls: [run() for _ in range(calls)])
                 forward = forward or peak
                 ratio = None if peak is None or forward is None else peak / forward
                 yield {"shape": shape, "method": name, "GiB": peak, "of a forward": ratio}
-            del model
+                del run
+            del model, objective
         except torch.OutOfMemoryError:
             yield {"shape": shape, "method": "full", "GiB": None, "of a forward": None}
             return
@@ -340,7 +357,9 @@ PARTS = {
     "memory": memory,
     "generation": generation,
     "compile": compile_modes,
-    "profile": lambda machine, shapes: profiles(machine, shapes, methods),
+    "profile": lambda machine, shapes: profiles(
+        machine, shapes, lambda there, model: methods(there, model, objective_of(model))
+    ),
     "paper": paper,
 }
 

@@ -278,7 +278,7 @@ PRESETS = {
         budget=8192, eps=1e-2, sizes={"test": 512}, contenders="per sample",
         max_tokens={"movie-sentences": 48, "tweets": 48},
     ),
-    # Never run: no GPU was there.
+    # Never run: the one GPU that was there, was there for minutes.
     "gpu": CurvePreset(
         {
             "prompts": Setting(('model.trainable=["*"]', "train.micro_batch=64"), 1e-3, 3e-3),

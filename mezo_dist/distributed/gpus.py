@@ -2,7 +2,7 @@
 
 Scalars travel through gloo on the CPU, weights through NCCL. A round is one message of 256 bytes, which is on the host
 already when it is sent: NCCL would take it to the GPU and back, and wait for the GPU a second time. (This was reasoned,
-not measured: no GPU was at hand.)
+not measured: several GPUs were never at hand.)
 """
 
 from __future__ import annotations
