@@ -16,7 +16,7 @@ from tests import forked_ranks
 from tests.forked import ROOT, Program
 
 METHODS = {"forward", "mezo gaussian", "mezo rademacher", "mezo lowrank", "mezo in registers",
-           "mezo gaussian in registers", "mezo per sample", "svrg cycle of 2", "textbook MeZO",
+           "mezo per sample", "svrg cycle of 2", "svrg, anchor replayed", "textbook MeZO",
            "in-place LOZO"}  # fmt: skip
 
 
