@@ -105,4 +105,4 @@ class Handle:
 
 
 def _received(handle: object) -> int:
-    return handle.detach()  # type: ignore[attr-defined, no-any-return]
+    return handle.detach()  # type: ignore[attr-defined]

@@ -143,13 +143,13 @@ class LayoutConfig:
     """How linear layers get variants of their weights, for ``replicated``. ``materialised``: variants are written to
     memory before a matrix product reads them. ``registers``: a kernel of our own (Triton) makes them within the
     product, so that both signs of a direction take one read of the weights and no memory; for ``law: gaussian`` and
-    ``rademacher`` on an NVIDIA GPU. It is off, for on an H200 it was faster only for ``rademacher`` and inputs
-    of few rows, and slower else (``examples/gpu``). Variants have the same bits either way, but sums are in another order: losses are no longer
-    equal bit for bit to those of ``materialised``, of other layouts and of the CPU, and so a run with the same seed
-    takes slightly other steps. They are equal from one time to the next on the same machine. The trajectory records
-    losses, so that replay, resuming and audits give the weights bit for bit, with either setting. Other modules and
-    what the kernel does not know (output heads of which some rows are computed, variants of more than four directions)
-    are materialised, and the log says so. ``mezo-dist plan`` counts memory as if all were."""
+    ``rademacher`` on an NVIDIA GPU. It is off, for on an H200 it was faster only for ``rademacher`` and inputs of few
+    rows, and slower else (``examples/gpu``). Variants have the same bits either way, but sums are in another order:
+    losses are no longer equal bit for bit to those of ``materialised``, of other layouts and of the CPU, and so a run
+    with the same seed takes slightly other steps. They are equal from one time to the next on the same machine. The
+    trajectory records losses, so that replay, resuming and audits give the weights bit for bit, with either setting.
+    Other modules and what the kernel does not know (output heads of which some rows are computed, variants of more than
+    four directions) are materialised, and the log says so. ``mezo-dist plan`` counts memory as if all were."""
     ds_config: str | None = None
     """DeepSpeed config for ``zero``: a JSON file, of which the section ``zero_optimization`` counts."""
 
@@ -210,7 +210,8 @@ class TrainConfig:
     losses, and for the estimates made of them: their last bits differ from those with ``off``, and may differ with the
     number of processes, and where a run was resumed. Updates are not compiled: a trajectory is replayed to the same
     bits in any case. All variants of a whole block are held at a time. On an H200 only ``graphs`` was faster than
-    ``off`` (``examples/gpu``). Only for ``layout.name: replicated``; there is no frozen cache then. Commands that open a run folder do not compile."""
+    ``off`` (``examples/gpu``). Only for ``layout.name: replicated``; there is no frozen cache then. Commands that open
+    a run folder do not compile."""
     gradient_checkpointing: bool = False
     """For ``algorithm.name: sgd`` and ``adamw``: keep only the inputs of the model's blocks for the backward pass, and
     compute the rest again there. It takes less memory and one forward pass more per step."""

@@ -15,9 +15,8 @@ import pytest
 from tests import forked_ranks
 from tests.forked import ROOT, Program
 
-METHODS = {"forward", "mezo gaussian", "mezo rademacher", "mezo lowrank", "mezo in registers",
-           "mezo per sample", "svrg cycle of 2", "svrg, anchor replayed", "textbook MeZO",
-           "in-place LOZO"}  # fmt: skip
+METHODS = {"forward", "mezo gaussian", "mezo rademacher", "mezo lowrank", "mezo in registers", "mezo per sample",
+           "svrg cycle of 2", "svrg, anchor replayed", "textbook MeZO", "in-place LOZO"}  # fmt: skip
 
 
 def forked_run(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:

@@ -91,7 +91,8 @@ def test_peft_loads_what_is_exported(root: Path, name: str) -> None:
     loader: Any = getattr(peft, loader_name)
     options: dict[str, Any] = {"num_labels": 2} if run.pretrained.kind == "classifier" else {}
     model = run.pretrained.model
-    dtype, device = model.dtype, model.device
+    weight = next(model.parameters())
+    dtype, device = weight.dtype, weight.device
     loaded = loader.from_pretrained(folder, dtype=dtype, **options).eval().to(device)
     if run.pretrained.kind != "classifier":
         run.evaluator.forward._head_slice.detach()  # type: ignore[attr-defined]

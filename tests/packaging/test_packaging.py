@@ -197,7 +197,8 @@ def test_pins_that_need_a_newer_python_say_so() -> None:
         except importlib.metadata.PackageNotFoundError:
             continue
         if distribution.version.split("+")[0] == version(pin):
-            needs = SpecifierSet(distribution.metadata.get("Requires-Python") or "")
+            about = distribution.metadata
+            needs = SpecifierSet(about["Requires-Python"] if "Requires-Python" in about else "")  # noqa: SIM401
             marker = None if needs.contains("3.10.13") else 'python_version >= "3.11"'
             assert marker == (pin.marker and str(pin.marker)), f"{pin}: the package needs Python {needs}"
 

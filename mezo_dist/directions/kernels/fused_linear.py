@@ -12,8 +12,9 @@ are computed beside it.
 Its weights and sums are checked on an H200 and in Triton's interpreter, its code as compiled for sm_80, sm_90 and
 sm_100. Every tile of inputs makes the bits anew. For rademacher directions that is a few instructions per weight, for
 gaussian ones ten and a look-up in a table. So on the H200 it was faster than materialised variants only for rademacher
-directions and inputs of 16 rows, and slower by far with 640 (``examples/gpu/README.md``). Two variants go into one launch, for the sums of more do not stay in registers; each pair of
-signs reads the weight once. Where the number of input features is no multiple of 128, tiles are not filled.
+directions and inputs of 16 rows, and slower by far with 640 (``examples/gpu/README.md``). Two variants go into one
+launch, for the sums of more do not stay in registers; each pair of signs reads the weight once. Where the number of
+input features is no multiple of 128, tiles are not filled.
 """
 
 from __future__ import annotations

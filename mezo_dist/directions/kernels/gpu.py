@@ -7,10 +7,10 @@ neighbouring elements, so that every load and store of weights and outputs is co
 lies. Tables are remembered, for a run works on the same tensors in every step, so that a step sends its seeds and
 coefficients to the GPU, and nothing else.
 
-Its bits were equal to the reference's on an H200; they are checked in Triton's interpreter, and its code as compiled for
-sm_80, sm_90 and sm_100. What limits it are instructions: some 40 for each element of both signs of a gaussian direction,
-at two thirds of the speed of a copy (``examples/gpu/README.md``). So chunks that are whole are worked on without masks
-and with 32-bit indices.
+Its bits were equal to the reference's on an H200; they are checked in Triton's interpreter, and its code as compiled
+for sm_80, sm_90 and sm_100. What limits it are instructions: some 40 for each element of both signs of a gaussian
+direction, at two thirds of the speed of a copy (``examples/gpu/README.md``). So chunks that are whole are worked on
+without masks and with 32-bit indices.
 
 What keeps the bits equal:
 
