@@ -18,7 +18,8 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.layouts.zero import Zero, check_buffers, read_config
+from mezo_dist.engines.layouts.zero import Zero
+from mezo_dist.engines.layouts.zero_config import check_buffers, read_config
 from mezo_dist.engines.units import find_units
 from mezo_dist.errors import UserError
 from mezo_dist.testing import spawn

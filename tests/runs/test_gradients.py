@@ -57,6 +57,9 @@ TOGETHER: dict[str, tuple[str, list[str]]] = {
     "shards": ("adamw", ["layout.name=fsdp"]),
     "shards, calibrated": ("calibrated", ["layout.name=fsdp"]),
     "shards, bf16 passes": ("bf16 passes", ["layout.name=fsdp"]),
+    "zero": ("adamw", ["layout.name=zero"]),
+    "zero, recomputed": ("sgd", ["layout.name=zero", "train.gradient_checkpointing=true"]),
+    "zero, calibrated": ("calibrated", ["layout.name=zero"]),
     "shards in two copies, recomputed": (
         "sgd",
         ["layout.name=fsdp", "layout.replicate=2", "layout.offload=true", "train.gradient_checkpointing=true"],
