@@ -194,7 +194,7 @@ def learn(comm: Communicator, root: Path, options: list[str]) -> dict[str, Any]:
         progress.after(result.update)
         losses.append(result.rounds[0].mean[0])
         norms.append(result.rounds[0].gradient_norm)
-    weights = {name: tensor.numpy().copy() for name, tensor in run.engine.named_weights()}
+    weights = {name: tensor.float().numpy().copy() for name, tensor in run.engine.named_weights()}
     comm.agree({"weights": run.engine.fingerprint()})
     return {"losses": losses, "norms": norms, "weights": weights}
 
