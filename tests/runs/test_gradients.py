@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ ALONE: dict[str, list[str]] = {
     "sgd": SGD,
     "calibrated": [*SGD, "train.calibrate=true"],
     "bf16 passes": [*SGD, *COMPUTE],
+    "LoRA": [*ADAMW, *LORA],
+    "a few weights": [*SGD, CASES["last block, recomputed"][0]],
 }
+ZERO = "layout.name=zero"
 TOGETHER: dict[str, tuple[str, list[str]]] = {
     "whole": ("adamw", []),
     "whole, calibrated": ("calibrated", []),
@@ -57,17 +61,24 @@ TOGETHER: dict[str, tuple[str, list[str]]] = {
     "shards": ("adamw", ["layout.name=fsdp"]),
     "shards, calibrated": ("calibrated", ["layout.name=fsdp"]),
     "shards, bf16 passes": ("bf16 passes", ["layout.name=fsdp"]),
-    "zero": ("adamw", ["layout.name=zero"]),
-    "zero, recomputed": ("sgd", ["layout.name=zero", "train.gradient_checkpointing=true"]),
-    "zero, calibrated": ("calibrated", ["layout.name=zero"]),
     "shards in two copies, recomputed": (
         "sgd",
         ["layout.name=fsdp", "layout.replicate=2", "layout.offload=true", "train.gradient_checkpointing=true"],
     ),
+    "zero": ("adamw", [ZERO, "layout.prefetch=true"]),
+    "zero, calibrated": ("calibrated", [ZERO]),
+    "zero, recomputed": ("sgd", [ZERO, "train.gradient_checkpointing=true"]),
+    "zero, LoRA in host memory, recomputed": (
+        "LoRA",
+        [ZERO, "layout.ds_config=offload.json", "train.gradient_checkpointing=true"],
+    ),
+    "zero, a few weights": ("a few weights", [ZERO]),
+    "zero, bf16 of fp32": ("bf16 passes", [ZERO, "model.weights=bfloat16"]),
 }
 
 
 def opened(path: Path, comm: Communicator, *options: str) -> Run:
+    options = tuple(option.replace("=offload", f"={path.parent}/offload") for option in options)
     config = reader.load(path, [f"output.dir={path.parent / 'run'}", *options])
     return with_gradients(build_run(config, comm))
 
@@ -211,6 +222,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A minibatch of 5 makes micro-batches of 2, 2 and 1, so that one of two ranks has less to do."""
     root = tmp_path_factory.mktemp("gradients")
     write_tiny_config(root, "llama-tied", "mezo", batch_size=5, micro_batch=2)
+    away = {"device": "cpu"}
+    (root / "offload.json").write_text(
+        json.dumps({"zero_optimization": {"offload_param": away, "offload_optimizer": away}})
+    )
     return root
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -203,6 +204,7 @@ def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config:
         import deepspeed
     except ImportError as error:
         raise UserError(f"layout.name: zero needs DeepSpeed: pip install 'mezo_dist[deepspeed]' ({error})") from error
+    warnings.filterwarnings("ignore", r"`torch.distributed.*_tensor` is deprecated", FutureWarning)  # DeepSpeed's calls
     os.environ.setdefault("LOCAL_RANK", "0")
     # DeepSpeed would compile an all-reduce through shared memory for CPUs; unused here, and only right on one host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
