@@ -4,6 +4,9 @@ DeepSpeed partitions gradients and the optimiser's state as the weights are, and
 weight's part of them is reached by the functions that it documents for that (``deepspeed.utils.safe_get_local_...``).
 What decides about a step stays with the run: DeepSpeed is given no scheduler, no limit of the gradient's norm and no
 number of micro-batches, and the optimiser inside of it is torch's.
+
+DeepSpeed gathers module by module, so the passes of all ranks must call the same modules. Models in which data choose
+among modules (experts in a ModuleList) make ranks wait for one another until the time-out; stacked experts do not.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _check_first_order(config: RunConfig) -> None:
         raise ValueError(f"law: is about random directions, of which algorithm.name: {name} has none; leave it out")
     if config.layout.name == "zero" and config.model.compute not in (None, config.model.weights):
         raise ValueError(
-            f"model.compute: DeepSpeed's engine (layout.name: zero) computes the gradients of algorithm.name: {name} in "
+            f"model.compute: DeepSpeed's engine (layout.name: zero) computes gradients for algorithm.name: {name} in "
             "the dtype of model.weights; leave it out and set model.weights to bfloat16, of which DeepSpeed updates a "
             "copy in float32, or set layout.name to fsdp"
         )

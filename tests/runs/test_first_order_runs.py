@@ -258,7 +258,7 @@ def test_passes_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
         (["law=lowrank"], "law: is about random directions, of which algorithm.name: adamw has none"),
         (
             ["layout.name=zero", "model.compute=bfloat16"],
-            "model.compute: DeepSpeed's engine (layout.name: zero) computes the gradients of algorithm.name: adamw in "
+            "model.compute: DeepSpeed's engine (layout.name: zero) computes gradients for algorithm.name: adamw in "
             "the dtype of model.weights; leave it out and set model.weights to bfloat16",
         ),
         (["layout.name=fsdp", "layout.gather=bfloat16"], "layout.gather: must be left out for algorithm.name: adamw"),

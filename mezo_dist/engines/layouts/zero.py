@@ -112,6 +112,11 @@ class Zero:
         """
         import deepspeed
 
+        if scalars := [name for name, weight in self._weights.items() if not weight.shape]:
+            raise UserError(
+                f"layout.name: DeepSpeed cannot train a model that has scalar weights ({scalars[0]}); use layout.name: "
+                "fsdp"
+            )
         size = sum(weight.shape.numel() for weight in self._weights.values() if weight.trainable)
         config = training_config(self._config, self._dtype, size, prefetch=self._prefetch)
         try:

@@ -204,6 +204,7 @@ def training_config(config: JsonObject, dtype: torch.dtype, num_trainable: int, 
         "memory_efficient_linear": False,
         "stage3_prefetch_bucket_size": PREFETCHED if prefetch else 0,
         "stage3_param_persistence_threshold": 0,  # between passes all weights lie in partitions, where the engine looks
+        "enable_sanity_checks": True,  # gradients of different weights are never added up
     }
     return {
         "train_micro_batch_size_per_gpu": 1,  # it knows no sizes of batches: losses are sums, divided later
