@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -99,6 +100,7 @@ def everywhere(comm: Communicator, root: Path, folder: Path) -> Parts:
     def anew(name: str, *more: str) -> None:
         train(root, "adamw", folder / name, *more, comm=comm)
 
+    gc.freeze()  # DeepSpeed collects garbage as it makes an engine
     halves = [ZERO, "model.weights=bfloat16"]
     return run_parts(
         {

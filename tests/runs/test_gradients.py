@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,7 @@ def everything(comm: Communicator, root: Path) -> Parts:
     parts: dict[str, Callable[[], Any]] = {
         name: functools.partial(learn, comm, root, [*ALONE[alone], *more]) for name, (alone, more) in TOGETHER.items()
     }
+    gc.freeze()  # DeepSpeed collects garbage as it makes an engine, which would look at all modules every time
     return run_parts({**parts, "experts": functools.partial(use_one_expert_after_the_other, comm)})
 
 

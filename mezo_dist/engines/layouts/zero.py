@@ -141,7 +141,7 @@ class Zero:
             raise RuntimeError("no engine of DeepSpeed's trains these weights")
         with self._hooks.put_back():
             yield
-        self._trainer.empty_partition_cache()  # what it has gathered and not used
+        self._trainer.optimizer.empty_partition_cache()  # what it has gathered; the engine's would collect garbage, too
 
     @torch.no_grad()
     def shards(self) -> Iterator[Shard]:
