@@ -33,7 +33,7 @@ def back_propagating(engine: Engine, *, recompute: bool) -> Iterator[None]:
         recompute: keep the inputs of blocks only, and compute the rest again in the backward pass.
 
     Raises:
-        UserError: the layout has no gradients, or there are no blocks to recompute.
+        UserError: there are no blocks to recompute.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(engine.layout.back_propagating())

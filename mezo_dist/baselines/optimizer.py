@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mezo_dist.algorithms import FirstOrder
-from mezo_dist.algorithms.decay import decays
-from mezo_dist.algorithms.first_order import SGD
+from mezo_dist.baselines.base import torch_optimizer
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import OPTIMIZER_PREFIX, Engine
 from mezo_dist.engines.layouts.base import Shard
@@ -21,30 +20,19 @@ from mezo_dist.engines.layouts.base import Shard
 
 @final
 class WeightOptimizer:
-    """torch.optim.SGD or AdamW over the trainable weights of an engine; on shards, each rank on its own.
+    """See `GradientOptimizer`: torch.optim.SGD or AdamW, whole or on FSDP2's shards, each rank on its own.
 
     Args:
         engine: owns the weights.
         settings: of the baseline.
     """
 
+    keeps_graphs = True
+
     def __init__(self, engine: Engine, settings: FirstOrder) -> None:
-        self._engine = engine
+        self._engine, self.model = engine, engine.model
         self._weights: dict[str, nn.Parameter] = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, weight in self._weights.items():
-            decaying = settings.weight_decay_all or decays(name, weight.dim())
-            groups.setdefault((decaying, isinstance(weight, DTensor)), []).append(weight)  # torch takes no mixture
-        listed = [
-            {"params": weights, "weight_decay": settings.weight_decay if decaying else 0.0}
-            for (decaying, _), weights in groups.items()
-        ]
-        self._torch: torch.optim.Optimizer
-        if isinstance(settings, SGD):
-            self._torch = torch.optim.SGD(listed, lr=settings.lr, momentum=settings.momentum)
-        else:
-            betas = (settings.beta1, settings.beta2)
-            self._torch = torch.optim.AdamW(listed, lr=settings.lr, betas=betas, eps=settings.epsilon)
+        self._torch = torch_optimizer(settings, self._weights)
         self._make_state()
 
     def _make_state(self) -> None:
@@ -53,20 +41,29 @@ class WeightOptimizer:
         for weight in self._weights.values():
             weight.grad = torch.zeros_like(weight)
         self.step(0.0, 1.0)
+        self._clear_state()
+
+    def _clear_state(self) -> None:
         for state in self._torch.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
 
     def start_at(self, steps: int) -> None:
-        """Say how many steps the state has seen, which a snapshot of it does not tell (AdamW counts them)."""
+        """See `GradientOptimizer.start_at`."""
+        if not steps:
+            self._clear_state()
         for state in self._torch.state.values():
             if "step" in state:
                 state["step"].fill_(float(steps))
 
     def forget_gradients(self) -> None:
-        """Free the gradients."""
+        """See `GradientOptimizer.forget_gradients`."""
         self._torch.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `GradientOptimizer.backward`."""
+        loss.backward()
 
     def step(self, lr: float, scale: float) -> None:
         """See `AttachedOptimizer.step`."""
@@ -87,17 +84,7 @@ class WeightOptimizer:
 
     @torch.no_grad()
     def sum_gradients(self, comm: Communicator, divisor: int, mark: int) -> float:
-        """Make the gradients of this rank's passes those of all ranks' passes together. Collective.
-
-        Args:
-            comm: the ranks.
-            divisor: what the sum over all passes is divided by.
-            mark: see `Communicator.round`.
-
-        Returns:
-            Norm of the gradient of all trainable weights, the same bits on all ranks; NaN or infinite if it is not
-            finite.
-        """
+        """See `GradientOptimizer.sum_gradients`."""
         for weight in self._weights.values():
             if weight.grad is None:  # no pass of this rank used it
                 weight.grad = torch.zeros_like(weight)

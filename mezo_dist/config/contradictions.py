@@ -117,10 +117,11 @@ def _check_first_order(config: RunConfig) -> None:
         )
     if config.law != "gaussian" or config.direction_rank != 1:
         raise ValueError(f"law: is about random directions, of which algorithm.name: {name} has none; leave it out")
-    if config.layout.name == "zero":
+    if config.layout.name == "zero" and config.model.compute not in (None, config.model.weights):
         raise ValueError(
-            f"layout.name: zero owns weights here and nothing else, so algorithm.name: {name} cannot train there; "
-            "use layout.name: fsdp, which shards weights, gradients and the optimiser's state as ZeRO-3 does"
+            f"model.compute: DeepSpeed's engine (layout.name: zero) computes gradients for algorithm.name: {name} in "
+            "the dtype of model.weights; leave it out and set model.weights to bfloat16, of which DeepSpeed updates a "
+            "copy in float32, or set layout.name to fsdp"
         )
     if config.layout.gather not in (None, config.model.compute or config.model.weights):
         raise ValueError(

@@ -77,10 +77,12 @@ class ModelConfig:
     kind: Literal["auto", "causal", "masked"] = "auto"
     """The language-model head that the model has, for ``label-words``. ``auto``: the one that its config names."""
     weights: Literal["float32", "bfloat16"] = "float32"
-    """dtype in which weights are kept and updated. Updates of bfloat16 weights are rounded stochastically. float16 is
-    not offered, as small updates are lost in it."""
+    """dtype in which weights are kept and updated. Updates of bfloat16 weights are rounded stochastically; those of
+    ``algorithm.name: sgd`` and ``adamw`` to nearest, or on ``layout.name: zero`` to a copy in float32, which is
+    DeepSpeed's. float16 is not offered, as small updates are lost in it."""
     compute: Literal["float32", "bfloat16", "float16"] | None = None
-    """dtype of the forward passes. Null: that of the weights."""
+    """dtype of the forward passes. Null: that of the weights, and so it must be for ``algorithm.name: sgd`` and
+    ``adamw`` on ``layout.name: zero``."""
     trainable: tuple[str, ...] = ("*",)
     """Weights to train: shell patterns over their names, such as ``*norm*`` or ``model.layers.2[0-9].*``."""
     freeze: tuple[str, ...] = ()
@@ -151,7 +153,10 @@ class LayoutConfig:
     Other modules and what the kernel does not know (output heads of which some rows are computed, variants of more than
     four directions) are materialised, and the log says so. ``mezo-dist plan`` counts memory as if all were."""
     ds_config: str | None = None
-    """DeepSpeed config for ``zero``: a JSON file, of which the section ``zero_optimization`` counts."""
+    """DeepSpeed config for ``zero``: a JSON file, of which the section ``zero_optimization`` counts: ``offload_param``,
+    and for ``algorithm.name: sgd`` and ``adamw`` also ``offload_optimizer`` (``device: cpu``) and the sizes of buckets,
+    sub-groups and what stays gathered. Settings of the run decide about steps, so an optimiser, a scheduler and
+    clipping are refused there."""
 
     def __post_init__(self) -> None:
         owners = {"replicate": "fsdp", "gather": "fsdp", "offload": "fsdp", "ds_config": "zero"}

@@ -63,7 +63,8 @@ def shard(
 
         options = {"replicate": replicate, "gather_dtype": gather_dtype, "offload": offload}
         return Fsdp(model, comm, block_classes=blocks, **options)  # type: ignore[arg-type]
-    from mezo_dist.engines.layouts.zero import Zero, read_config
+    from mezo_dist.engines.layouts.zero import Zero
+    from mezo_dist.engines.layouts.zero_config import read_config
 
     dtype = next(model.parameters()).dtype
     return Zero(model, comm, read_config(ds_config, str(dtype).removeprefix("torch.")), block_classes=blocks)

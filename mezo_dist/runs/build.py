@@ -14,6 +14,7 @@ from mezo_dist import algorithms
 from mezo_dist.algorithms import FirstOrder
 from mezo_dist.algorithms.base import Algorithm, Batch, Problem, Variant
 from mezo_dist.algorithms.decay import check_something_decays
+from mezo_dist.baselines.base import GradientOptimizer
 from mezo_dist.baselines.optimizer import WeightOptimizer
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.directions.seeds import derive_seed
@@ -190,17 +191,27 @@ def with_gradients(run: Run) -> Run:
     config = run.config
     if not isinstance(config.algorithm, FirstOrder):
         return run
-    if config.model.weights != "float32":
+    if config.model.weights != "float32" and config.layout.name != "zero":
         log.warning(
             "model.weights: %s: torch's optimisers round to nearest, so that steps below half of a weight's last bit "
             "are lost; float32 with model.compute: bfloat16 loses none",
             config.model.weights,
         )
-    optimizer = WeightOptimizer(run.engine, config.algorithm)
+    optimizer = _gradient_optimizer(run, config.algorithm)
     run.engine.optimizer = optimizer
     train = config.train
     gradients = Gradients(run.evaluator, optimizer, train.calibrate, train.gradient_checkpointing)
     return dataclasses.replace(run, gradients=gradients)
+
+
+def _gradient_optimizer(run: Run, settings: FirstOrder) -> GradientOptimizer:
+    if run.config.layout.name != "zero":
+        return WeightOptimizer(run.engine, settings)
+    from mezo_dist.baselines.zero_optimizer import ZeroOptimizer
+    from mezo_dist.engines.layouts.zero import Zero
+
+    assert isinstance(run.engine.layout, Zero)
+    return ZeroOptimizer(run.engine, run.engine.layout, run.comm, settings)
 
 
 def _settled_eps(loaded: LoadedModel, comm: Communicator) -> float | None:

@@ -7,16 +7,17 @@ number of ranks, so that runs on 1 and 2 processes differ in the last bits. All 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mezo_dist.algorithms.base import Losses
+from mezo_dist.algorithms.base import Losses, Variant
 from mezo_dist.baselines.backward import back_propagating
-from mezo_dist.baselines.optimizer import WeightOptimizer
+from mezo_dist.baselines.base import GradientOptimizer
 from mezo_dist.distributed.communicator import Communicator, fingerprint
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.loss_table import LossTable
@@ -42,15 +43,15 @@ class Gradients:
     """
 
     evaluator: Evaluator
-    optimizer: WeightOptimizer
+    optimizer: GradientOptimizer
     calibrated: bool
     recompute: bool
 
     @property
     def cost(self) -> int:
         """Forward passes that a sample's loss and gradient count as: a backward pass is two, computing blocks again is
-        one."""
-        return 4 if self.recompute else 3
+        one, and so is a pass of its own for the offsets."""
+        return 3 + self.recompute + (self.calibrated and not self.optimizer.keeps_graphs)
 
     @property
     def engine(self) -> Engine:
@@ -76,9 +77,10 @@ class Gradients:
             UserError: the loss depends on no trainable weight.
         """
         self.optimizer.forget_gradients()
-        back_propagate = self._calibrated if self.calibrated else self._plain
-        with back_propagating(self.engine, recompute=self.recompute), self.comm.explained("back-propagation"):
-            loss, weight = back_propagate(self._passes(batch), batch, mark)
+        back_propagate = self._plain
+        if self.calibrated:
+            back_propagate = self._calibrated if self.optimizer.keeps_graphs else self._calibrated_in_turn
+        loss, weight = back_propagate(self._passes(batch), batch, mark)
         if loss is None:
             self.optimizer.forget_gradients()
             return None
@@ -105,12 +107,13 @@ class Gradients:
             The mean loss, and what it is a mean over.
         """
         table = LossTable(1, 0, self.comm.world_size)
-        for item, counts in passes:
-            scores = self.evaluator.forward(self.engine.model, item)
-            if counts:
-                table.add(0, item.slots, scores.loss.detach(), scores.weight)
-            _backward(scores.loss.sum(), counts=counts)
-        losses = table.total(self.comm, fingerprint("gradient", *mark))
+        with self._back_propagating():
+            for item, counts in passes:
+                scores = self.evaluator.forward(self.optimizer.model, item)
+                if counts:
+                    table.add(0, item.slots, scores.loss.detach(), scores.weight)
+                self._backward(scores.loss.sum(), counts=counts)
+            losses = table.total(self.comm, fingerprint("gradient", *mark))
         return losses, table.weight
 
     def _calibrated(
@@ -119,30 +122,75 @@ class Gradients:
         """Back-propagate the loss at the offsets that fit the batch best, which is the calibrated loss's gradient: the
         offsets minimise it, so that they do not count (the envelope theorem). What the backward pass needs is kept for
         all of this rank's micro-batches until the offsets are known. Arguments and result are those of `_plain`."""
-        num_samples, columns = sum(len(item.slots) for item in batch), max(item.columns for item in batch)
+        num_samples, columns = _size(batch)
         table = torch.zeros(num_samples, columns, dtype=torch.int64)
         graphs: list[tuple[MicroBatch, Tensor, bool]] = []
-        for item, counts in passes:
-            logits = self.evaluator.forward(self.engine.model, item).payload
-            graphs.append((item, logits, counts))
-            if counts:
-                table[list(item.slots), : logits.shape[1]] = payload_bits(logits.detach())
-        payload = payload_of(self.comm.round(table, fingerprint("payload", *mark)))
-
-        def fitted(rows: Tensor) -> Tensor:
-            logits, labels = exact_logits(rows), by_slot(batch, "label")
-            offsets = best_offsets(logits, labels)
-            return torch.cat([loss_at(logits, labels, offsets).unsqueeze(-1), offsets], dim=-1)
-
-        values = self.evaluator.on_main(payload, fitted, (1 + columns,), mark)
-        offsets = torch.zeros(columns) if values is None else values[1:].float()
-        for item, logits, counts in graphs:  # also where there is no loss: sharded layouts wait for each backward pass
-            label = item.targets["label"].to(logits.device)
-            _backward(F.cross_entropy(logits + offsets.to(logits.device), label, reduction="sum"), counts=counts)
+        with self._back_propagating():
+            for item, counts in passes:
+                logits = self.evaluator.forward(self.optimizer.model, item).payload
+                graphs.append((item, logits, counts))
+                if counts:
+                    table[list(item.slots), : logits.shape[1]] = payload_bits(logits.detach())
+            payload = payload_of(self.comm.round(table, fingerprint("payload", *mark)))
+            values = self.evaluator.on_main(payload, lambda rows: _fitted(rows, batch), (1 + columns,), mark)
+            offsets = torch.zeros(columns) if values is None else values[1:].float()
+            for item, logits, counts in graphs:  # also where there is no loss: shards wait for each backward pass
+                self._backward(_shifted_loss(logits, item, offsets), counts=counts)
         return None if values is None else Losses((float(values[0]),)), num_samples
 
+    def _calibrated_in_turn(
+        self, passes: Passes, batch: Sequence[MicroBatch], mark: tuple[object, ...]
+    ) -> tuple[Losses | None, int]:
+        """`_calibrated` where a backward pass has to follow its forward pass: the offsets come from forward passes of
+        their own."""
+        num_samples, columns = _size(batch)
+        values = self.evaluator.compute(
+            [Variant()], batch, lambda payload: _fitted(payload[0], batch), (1 + columns,), mark
+        )
+        if values is None:
+            return None, num_samples
+        with self._back_propagating():
+            for item, counts in passes:
+                logits = self.evaluator.forward(self.optimizer.model, item).payload
+                self._backward(_shifted_loss(logits, item, values[1:].float()), counts=counts)
+        return Losses((float(values[0]),)), num_samples
 
-def _backward(loss: Tensor, *, counts: bool) -> None:
-    if not loss.requires_grad:
-        raise UserError("model.trainable: the loss depends on none of the weights that are to be trained")
-    (loss if counts else 0.0 * loss).backward()
+    @contextlib.contextmanager
+    def _back_propagating(self) -> Iterator[None]:
+        """Within, passes may be back-propagated through; they issue collectives of their own."""
+        with self.comm.explained("back-propagation"), back_propagating(self.engine, recompute=self.recompute):
+            yield
+
+    def _backward(self, loss: Tensor, *, counts: bool) -> None:
+        if not loss.requires_grad:
+            raise UserError("model.trainable: the loss depends on none of the weights that are to be trained")
+        self.optimizer.backward(loss if counts else 0.0 * loss)
+
+
+def _size(batch: Sequence[MicroBatch]) -> tuple[int, int]:
+    """Samples of a batch, and columns of their payload."""
+    return sum(len(item.slots) for item in batch), max(item.columns for item in batch)
+
+
+def _fitted(rows: Tensor, batch: Sequence[MicroBatch]) -> Tensor:
+    """The calibrated loss of a batch, and the offsets that minimise it: fp64 [1 + columns].
+
+    Args:
+        rows: fp32 [n, columns], the payload of its samples by slot.
+        batch: all micro-batches of the batch.
+    """
+    logits, labels = exact_logits(rows), by_slot(batch, "label")
+    offsets = best_offsets(logits, labels)
+    return torch.cat([loss_at(logits, labels, offsets).unsqueeze(-1), offsets], dim=-1)
+
+
+def _shifted_loss(logits: Tensor, item: MicroBatch, offsets: Tensor) -> Tensor:
+    """Sum of the losses of a micro-batch's samples, with offsets of the classes.
+
+    Args:
+        logits: [n, columns], of its samples.
+        item: the micro-batch.
+        offsets: fp32 [columns].
+    """
+    label = item.targets["label"].to(logits.device)
+    return F.cross_entropy(logits + offsets.to(logits.device), label, reduction="sum")

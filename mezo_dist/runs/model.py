@@ -65,7 +65,9 @@ class LoadedModel:
 def _kind_of_weights(config: RunConfig) -> str:
     """See `Header.weights`."""
     if isinstance(config.algorithm, FirstOrder):
-        return f"{config.model.weights}, by {config.algorithm.name} of torch, from snapshots alone"
+        has_masters = config.layout.name == "zero" and config.model.weights != "float32"
+        weights = f"{config.model.weights}{' of float32 (DeepSpeed)' if has_masters else ''}"
+        return f"{weights}, by {config.algorithm.name} of torch, from snapshots alone"
     return f"{config.model.weights}, {'stochastic rounding' if config.model.weights == 'bfloat16' else 'to nearest'}"
 
 
@@ -167,8 +169,10 @@ def _layout(config: RunConfig, model: nn.Module, comm: Communicator) -> Layout:
             offload=layout.offload,
         )
     if layout.name == "zero":
-        from mezo_dist.engines.layouts.zero import Zero, read_config
+        from mezo_dist.engines.layouts.zero import Zero
+        from mezo_dist.engines.layouts.zero_config import read_config
 
-        ds_config = read_config(config.located().layout.ds_config, config.model.weights)
+        gradients = isinstance(config.algorithm, FirstOrder)
+        ds_config = read_config(config.located().layout.ds_config, config.model.weights, gradients=gradients)
         return Zero(model, comm, ds_config, block_classes=layout.blocks, prefetch=layout.prefetch)
     return Replicated(model, whole_blocks=config.train.compile != "off")

@@ -204,7 +204,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
             "skipped_steps": float(progress.skipped),
             "forward_passes_per_step": float(num_forwards),
         }
-        if run.gradients is None:  # FSDP2's own gathers, for a gradient, are not counted
+        if run.gradients is None:  # gathers by FSDP2 and DeepSpeed, for a gradient, are not counted
             scalars |= {
                 "gathers/number_per_step": float(engine.gathers - gathers),
                 "gathers/bytes_per_step": float(engine.gathered_bytes - gathered),

@@ -174,8 +174,6 @@ def _contradiction(case: Case) -> str:
         return f"micro_batch: {case.micro_batch} samples are more than a step has ({case.samples})"
     if case.full_samples < case.samples:
         return f"full: {case.full} samples are fewer than a step has ({case.samples})"
-    if case.layout == "zero" and case.algorithm in ("sgd", "adamw"):
-        return f"algorithm: {case.algorithm} is not for layout zero"
     if case.tokens < 8:
         return f"tokens: at least 8, not {case.tokens}"
     return ""

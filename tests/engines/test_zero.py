@@ -18,7 +18,9 @@ from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.layouts.zero import Zero, check_buffers, read_config
+from mezo_dist.engines.hooked import Weight
+from mezo_dist.engines.layouts.zero import Zero
+from mezo_dist.engines.layouts.zero_config import check_buffers, read_config, training_config
 from mezo_dist.engines.units import find_units
 from mezo_dist.errors import UserError
 from mezo_dist.testing import spawn
@@ -63,6 +65,59 @@ def test_what_has_no_effect_is_said(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert read_config(write(tmp_path, config), "bfloat16") == config
     (record,) = caplog.records
     assert record.message.endswith("optimizer, zero_optimization.stage3_prefetch_bucket_size")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, "leave optimizer out: algorithm.name says which"),
+        ({"scheduler": {"type": "WarmupLR"}}, "leave scheduler out: algorithm.lr and algorithm.schedule are the rate"),
+        ({"gradient_clipping": 1.0}, "leave gradient_clipping out: algorithm.clip is the limit"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            "offload_param.device: nvme is for runs without",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device: nvme .* to cpu"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "gradients would be rounded to 8 bits"),
+    ],
+)
+def test_what_decides_about_steps_is_the_run(tmp_path: Path, config: Any, message: str) -> None:
+    assert read_config(write(tmp_path, config), "float32") == config, "forward passes have no steps of DeepSpeed's"
+    with pytest.raises(UserError, match=f"layout.ds_config: .*{message}"):
+        read_config(write(tmp_path, config), "float32", gradients=True)
+
+
+def test_what_the_engine_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    zero = {
+        "offload_optimizer": {"device": "cpu", "pin_memory": True, "ratio": 0.5},
+        "reduce_bucket_size": "auto",
+        "sub_group_size": 1000,
+        "stage3_param_persistence_threshold": 7,
+    }
+    theirs = {"zero_optimization": zero, "gradient_clipping": "auto", "train_batch_size": 64}
+    with caplog.at_level(logging.WARNING):
+        config = read_config(write(tmp_path, theirs), "bfloat16", gradients=True)
+    (record,) = caplog.records
+    left_out = "gradient_clipping, train_batch_size, zero_optimization.stage3_param_persistence_threshold"
+    assert record.message == f"layout.ds_config: no effect here, where settings of the run decide: {left_out}"
+    given = training_config(config, torch.bfloat16, 10, prefetch=False)
+    assert given["gradient_clipping"] == 0, "1 is DeepSpeed's default"
+    assert given["bf16"] == {"enabled": True}
+    section = given["zero_optimization"]
+    assert section["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert (section["reduce_bucket_size"], section["sub_group_size"]) == (10, 1000)
+    assert (section["stage3_param_persistence_threshold"], section["stage3_prefetch_bucket_size"]) == (0, 0)
+    assert "bf16" not in training_config({}, torch.float32, 10, prefetch=False)
+
+
+def test_a_model_with_scalars_is_not_trained_by_deepspeed() -> None:
+    """Before its engine is made, which fails on them."""
+    layout = Zero.__new__(Zero)
+    layout._weights = {"gain": Weight(nn.Module(), "gain", "gain", 1, torch.Size([]), True)}
+    with pytest.raises(
+        UserError, match=r"layout\.name: DeepSpeed cannot train a model that has scalar weights \(gain\)"
+    ):
+        layout.initialize(torch.optim.SGD([torch.zeros(1)]))
 
 
 # Offloading

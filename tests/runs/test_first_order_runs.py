@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from mezo_dist.monitoring.console import Monitor
 from mezo_dist.runs import training
 from mezo_dist.storage import trajectory
 from mezo_dist.testing import spawn, tiny_model, write_tiny_config
+from tests.parts import Parts, run_parts
 from tests.run_folders import results
 
 STEPS = 5
@@ -29,6 +31,7 @@ KINDS = {
 }
 EVERY = pytest.mark.parametrize("kind", KINDS)
 SNAPSHOTS = "output.snapshot_every=2"
+ZERO = "layout.name=zero"
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +53,9 @@ def train(root: Path, kind: str, folder: Path, *more: str, comm: Communicator | 
     return training.train(config, comm or Communicator(), quiet=True)
 
 
-def killed(root: Path, kind: str, to: Path, num_steps: int, snapshots: Sequence[int]) -> Path:
-    """A copy of the run as it would be if it had died after ``num_steps`` steps with these snapshots."""
-    shutil.copytree(root / kind / "run", to)
+def killed(run: Path, to: Path, num_steps: int, snapshots: Sequence[int]) -> Path:
+    """A copy of a run as it would be if it had died after ``num_steps`` steps with these snapshots."""
+    shutil.copytree(run, to)
     lines = (to / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
     stop = next(i for i, line in enumerate(lines) if line.startswith(b'{"step":%d,' % num_steps))
     (to / "trajectory.jsonl").write_bytes(b"".join(lines[:stop]) + b'{"step":')
@@ -73,7 +76,7 @@ def test_a_run_goes_on_from_its_last_snapshot_with_the_same_bits(
     num_steps: int,
     snapshots: Sequence[int],
 ) -> None:
-    folder = killed(root, kind, tmp_path / "run", num_steps, snapshots)
+    folder = killed(root / kind / "run", tmp_path / "run", num_steps, snapshots)
     train(root, kind, folder, "output.if_exists=resume")
     lost = num_steps - max(snapshots, default=0)
     assert (f"the {lost} step(s) after it are taken again" in caplog.text) == bool(lost)
@@ -85,15 +88,44 @@ def test_a_run_goes_on_from_its_last_snapshot_with_the_same_bits(
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
 
 
-def go_on_with_shards(comm: Communicator, root: Path, folder: Path) -> None:
-    train(root, "adamw", folder, "output.if_exists=resume", "layout.name=fsdp", comm=comm)
+def everywhere(comm: Communicator, root: Path, folder: Path) -> Parts:
+    """On two processes: the run that was killed goes on with shards, and so do runs on layout zero."""
+
+    def go_on(layout: str, source: Path, name: str, *more: str) -> None:
+        if comm.rank == 0:
+            killed(source, folder / name, 3, [2])
+        comm.synchronize("copied")
+        train(root, "adamw", folder / name, "output.if_exists=resume", layout, *more, comm=comm)
+
+    def anew(name: str, *more: str) -> None:
+        train(root, "adamw", folder / name, *more, comm=comm)
+
+    gc.freeze()  # DeepSpeed collects garbage as it makes an engine
+    halves = [ZERO, "model.weights=bfloat16"]
+    return run_parts(
+        {
+            "fsdp": lambda: go_on("layout.name=fsdp", root / "adamw" / "run", "fsdp"),
+            "zero": lambda: go_on(ZERO, root / "adamw" / "run", "zero"),
+            "zero whole": lambda: anew("zero whole", ZERO),
+            "zero resumed": lambda: go_on(ZERO, folder / "zero whole", "zero resumed"),
+            "bf16 whole": lambda: anew("bf16 whole", *halves),
+            "bf16 resumed": lambda: go_on(ZERO, folder / "bf16 whole", "bf16 resumed", halves[1]),
+        }
+    )
 
 
-@pytest.mark.distributed
-def test_a_run_goes_on_with_shards_on_two_processes(root: Path, tmp_path: Path) -> None:
-    """Sums of gradients are added in another order there, so that the last bits of losses may differ."""
-    folder = killed(root, "adamw", tmp_path / "run", 3, [2])
-    spawn(go_on_with_shards, 2, root, folder)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("everywhere")
+
+
+@pytest.fixture(scope="module")
+def parts(root: Path, folder: Path) -> Parts:
+    return spawn(everywhere, 2, root, folder, timeout_s=500)[0]
+
+
+def check_equal_but_for_rounding(root: Path, folder: Path) -> None:
+    """Sums of gradients are added in another order on two processes, so that the last bits of losses may differ."""
     whole, resumed = (trajectory.read(path / "trajectory.jsonl").steps for path in (root / "adamw" / "run", folder))
     assert resumed[:2] == whole[:2]
     assert [s.rounds[0].mean[0] for s in resumed] == pytest.approx([s.rounds[0].mean[0] for s in whole], rel=1e-4)
@@ -102,8 +134,44 @@ def test_a_run_goes_on_with_shards_on_two_processes(root: Path, tmp_path: Path) 
     assert after != results(root / "adamw" / "run")["before"]["loss"]
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["fsdp", "zero"])
+def test_a_run_goes_on_with_shards_on_two_processes(root: Path, folder: Path, parts: Parts, layout: str) -> None:
+    assert parts[layout] is None
+    check_equal_but_for_rounding(root, folder / layout)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["zero", "bf16"])
+def test_a_run_on_layout_zero_goes_on_with_the_same_bits(folder: Path, parts: Parts, kind: str) -> None:
+    """In bfloat16, too: DeepSpeed's weights in float32 are in the snapshot."""
+    assert parts[f"{kind} resumed"] is None
+    whole, resumed = folder / f"{kind} whole", folder / f"{kind} resumed"
+    assert results(resumed) == results(whole)
+    assert (resumed / "trajectory.jsonl").read_bytes() == (whole / "trajectory.jsonl").read_bytes()
+    for rank in (0, 1):
+        file = f"snapshots/step-00000005/rank-0000{rank}.safetensors"
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes()
+    names = json.loads((whole / "snapshots/step-00000005/snapshot.json").read_text())["weights"]
+    assert ("optimizer:master:model.norm.weight" in names) == (kind == "bf16")
+
+
+@pytest.mark.distributed
+def test_a_run_on_layout_zero_goes_on_without_shards(root: Path, folder: Path, parts: Parts, tmp_path: Path) -> None:
+    """Its snapshots are those of other layouts, but for DeepSpeed's weights in float32 of bfloat16 ones."""
+    assert parts["bf16 resumed"] is None
+    killed(folder / "zero whole", tmp_path / "run", 3, [2])
+    train(root, "adamw", tmp_path / "run", "output.if_exists=resume")
+    losses = results(tmp_path / "run")["after"]["loss"]
+    assert losses == pytest.approx(results(folder / "zero whole")["after"]["loss"], rel=1e-4)
+    killed(folder / "bf16 whole", tmp_path / "half", 3, [2])
+    other = r"another kind of weights \(bfloat16 of float32 \(DeepSpeed\), by adamw of torch.* there, bfloat16, by"
+    with pytest.raises(UserError, match=other):
+        train(root, "adamw", tmp_path / "half", "output.if_exists=resume", "model.weights=bfloat16")
+
+
 def test_a_damaged_optimiser_state_is_passed_over(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = killed(root, "adamw", tmp_path / "run", 4, [2, 4])
+    folder = killed(root / "adamw" / "run", tmp_path / "run", 4, [2, 4])
     index = folder / "snapshots/step-00000004/snapshot.json"
     content = json.loads(index.read_text())
     del content["weights"]["optimizer:exp_avg:model.norm.weight"]
@@ -190,7 +258,11 @@ def test_passes_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     [
         (["train.objective=metric"], "train.objective: metric has no gradient, which algorithm.name: adamw needs"),
         (["law=lowrank"], "law: is about random directions, of which algorithm.name: adamw has none"),
-        (["layout.name=zero"], "layout.name: zero owns weights here and nothing else"),
+        (
+            ["layout.name=zero", "model.compute=bfloat16"],
+            "model.compute: DeepSpeed's engine (layout.name: zero) computes gradients for algorithm.name: adamw in "
+            "the dtype of model.weights; leave it out and set model.weights to bfloat16",
+        ),
         (["layout.name=fsdp", "layout.gather=bfloat16"], "layout.gather: must be left out for algorithm.name: adamw"),
         (["algorithm.eps=1e-3"], "algorithm.eps is a setting of mezo and mezo-svrg and mezo-svrg-released, not of"),
         (["algorithm.directions=2"], "algorithm.directions is a setting of mezo and mezo-svrg, not of adamw"),

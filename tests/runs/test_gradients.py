@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,18 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezo_dist.algorithms.base import Evaluation, Variant
+from mezo_dist.algorithms.first_order import SGD as SGDSettings
 from mezo_dist.algorithms.step import Progress
+from mezo_dist.baselines.backward import back_propagating
 from mezo_dist.config import reader
 from mezo_dist.directions.combination import Combination
+from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.engines.engine import Engine
+from mezo_dist.errors import UserError
 from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.training import apply_step, evaluate_step
 from mezo_dist.testing import spawn, write_tiny_config, write_tiny_model
@@ -49,7 +56,10 @@ ALONE: dict[str, list[str]] = {
     "sgd": SGD,
     "calibrated": [*SGD, "train.calibrate=true"],
     "bf16 passes": [*SGD, *COMPUTE],
+    "LoRA": [*ADAMW, *LORA],
+    "a few weights": [*SGD, CASES["last block, recomputed"][0]],
 }
+ZERO = "layout.name=zero"
 TOGETHER: dict[str, tuple[str, list[str]]] = {
     "whole": ("adamw", []),
     "whole, calibrated": ("calibrated", []),
@@ -61,10 +71,20 @@ TOGETHER: dict[str, tuple[str, list[str]]] = {
         "sgd",
         ["layout.name=fsdp", "layout.replicate=2", "layout.offload=true", "train.gradient_checkpointing=true"],
     ),
+    "zero": ("adamw", [ZERO, "layout.prefetch=true"]),
+    "zero, calibrated": ("calibrated", [ZERO]),
+    "zero, recomputed": ("sgd", [ZERO, "train.gradient_checkpointing=true"]),
+    "zero, LoRA in host memory, recomputed": (
+        "LoRA",
+        [ZERO, "layout.ds_config=offload.json", "train.gradient_checkpointing=true"],
+    ),
+    "zero, a few weights": ("a few weights", [ZERO]),
+    "zero, bf16 of fp32": ("bf16 passes", [ZERO, "model.weights=bfloat16"]),
 }
 
 
 def opened(path: Path, comm: Communicator, *options: str) -> Run:
+    options = tuple(option.replace("=offload", f"={path.parent}/offload") for option in options)
     config = reader.load(path, [f"output.dir={path.parent / 'run'}", *options])
     return with_gradients(build_run(config, comm))
 
@@ -191,16 +211,57 @@ def learn(comm: Communicator, root: Path, options: list[str]) -> dict[str, Any]:
         progress.after(result.update)
         losses.append(result.rounds[0].mean[0])
         norms.append(result.rounds[0].gradient_norm)
-    weights = {name: tensor.numpy().copy() for name, tensor in run.engine.named_weights()}
+    weights = {name: tensor.float().numpy().copy() for name, tensor in run.engine.named_weights()}
     comm.agree({"weights": run.engine.fingerprint()})
     return {"losses": losses, "norms": norms, "weights": weights}
+
+
+class Experts(nn.Module):
+    """A model of which a pass uses one part, at will."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor, which: int) -> Tensor:
+        result: Tensor = self.experts[which](x)
+        return result
+
+
+def use_one_expert_after_the_other(comm: Communicator) -> dict[str, Any]:
+    """The weights after each step, and what is said of a step that DeepSpeed skips."""
+    from mezo_dist.baselines.zero_optimizer import ZeroOptimizer
+    from mezo_dist.engines.layouts.zero import Zero
+
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(2, 4)
+    layout = Zero(model, comm, {})
+    engine = Engine(model, Law("gaussian"), layout)
+    optimizer = ZeroOptimizer(engine, layout, comm, SGDSettings(lr=0.1))
+
+    def step(which: int) -> list[float]:
+        optimizer.forget_gradients()
+        with back_propagating(engine, recompute=False):
+            optimizer.backward(optimizer.model(x, which).square().sum())
+        optimizer.sum_gradients(comm, 2, which)
+        optimizer.step(0.1, 1.0)
+        return [float(tensor.double().sum()) for _, tensor in engine.named_weights()]
+
+    weights = [step(0), step(1)]
+    optimizer.model.was_step_applied = lambda: False  # on a GPU, where it adds squares up in float32
+    try:
+        step(0)
+    except UserError as error:
+        return {"weights": weights, "error": str(error)}
+    return {"weights": weights, "error": ""}
 
 
 def everything(comm: Communicator, root: Path) -> Parts:
     parts: dict[str, Callable[[], Any]] = {
         name: functools.partial(learn, comm, root, [*ALONE[alone], *more]) for name, (alone, more) in TOGETHER.items()
     }
-    return run_parts(parts)
+    gc.freeze()  # DeepSpeed collects garbage as it makes an engine, which would look at all modules every time
+    return run_parts({**parts, "experts": functools.partial(use_one_expert_after_the_other, comm)})
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +269,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A minibatch of 5 makes micro-batches of 2, 2 and 1, so that one of two ranks has less to do."""
     root = tmp_path_factory.mktemp("gradients")
     write_tiny_config(root, "llama-tied", "mezo", batch_size=5, micro_batch=2)
+    away = {"device": "cpu"}
+    (root / "offload.json").write_text(
+        json.dumps({"zero_optimization": {"offload_param": away, "offload_optimizer": away}})
+    )
     return root
 
 
@@ -239,3 +304,17 @@ def test_two_processes_learn_what_one_does(
         )
     assert two[1][name]["losses"] == together["losses"], "ranks agree, bit for bit"
     assert two[1][name]["norms"] == together["norms"]
+
+
+@pytest.mark.distributed
+def test_weights_that_a_step_of_deepspeed_does_not_use_stay_as_they_are(two: list[Parts]) -> None:
+    """It would use their last gradient again."""
+    first, second = two[0]["experts"]["weights"]
+    assert second[:2] == first[:2]
+    assert second[2] != first[2]
+    assert two[1]["experts"] == two[0]["experts"]
+
+
+@pytest.mark.distributed
+def test_a_step_that_deepspeed_skips_is_no_step(two: list[Parts]) -> None:
+    assert "DeepSpeed skipped a step, as the norm of its gradient is too large" in two[0]["experts"]["error"]

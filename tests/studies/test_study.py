@@ -147,7 +147,6 @@ def test_launchers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ("base: {replicate: 2}", "replicate"),
         ("base: {micro_batch: 9}", "micro_batch"),
         ("base: {full: 2}", "full"),
-        ("base: {layout: zero, algorithm: sgd}", "algorithm"),
         ("base: {tokens: 2}", "tokens"),
         ("matrix: {ranks: 2}", "list of values"),
         ("cases: [1]", "settings by name"),

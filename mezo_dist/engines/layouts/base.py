@@ -89,11 +89,7 @@ class Layout(Protocol):
     def back_propagating(self) -> AbstractContextManager[None]:
         """Within, the model is called and back-propagated through by itself, without `start`, `finish` and `release`:
         gradients of shards (DTensors) are means over the ranks when a backward pass ends, those of whole weights are
-        this rank's. All ranks run equally many passes.
-
-        Raises:
-            UserError: the layout has no gradients.
-        """
+        this rank's, and those of ZeRO's partitions are in DeepSpeed's engine. All ranks run equally many passes."""
 
     def shards(self) -> Iterator[Shard]:
         """What this rank owns of every parameter, frozen ones too, in the order of the model's parameters."""

@@ -1,7 +1,8 @@
 """Layout `fsdp`: weights are sharded by torch's FSDP2, along their first dimension.
 
 FSDP2 gathers a module when its forward begins and frees it when that ends. Here many forward passes share one gather,
-so units are gathered and freed by its explicit `unshard` and `reshard`, and its own forward hooks are taken off.
+so units are gathered and freed by its explicit `unshard` and `reshard`, and its own forward hooks are taken off (there
+is no public way to have none).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.hooked import Weight
 from mezo_dist.engines.layouts.base import Shard, exchange_contents
+from mezo_dist.engines.layouts.library_hooks import LibraryHooks
 from mezo_dist.engines.units import Unit, find_units
 from mezo_dist.errors import UserError
 
@@ -80,10 +82,10 @@ class Fsdp:
             "ignored_params": {weight.tensor for weight in self._weights.values() if weight.name in self._copied},
         }
         self._options = options
-        self._hooks: list[_Hook] = []
+        self._hooks = LibraryHooks()
         for unit in _inside_out(self.units):
-            fully_shard(list(unit.modules), **options)
-            self._hooks += _take_hooks_off(unit.modules[0], unit.modules)
+            with self._hooks.taken_off(unit.modules):
+                fully_shard(list(unit.modules), **options)
         home = torch.device("cpu" if offload else device)
         if any(p.is_meta for p in model.parameters()):
             model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
@@ -116,15 +118,10 @@ class Fsdp:
     def back_propagating(self) -> Iterator[None]:
         """See `Layout.back_propagating`: FSDP2 as usual, with its own hooks, and a root around all units."""
         if not isinstance(self._model, FSDPModule):
-            fully_shard(self._model, **self._options)
-            self._hooks += _take_hooks_off(self._model, [self._model])
-        for registry, key, hook in self._hooks:
-            registry[key] = hook
-        try:
+            with self._hooks.taken_off([self._model]):
+                fully_shard(self._model, **self._options)
+        with self._hooks.put_back():
             yield
-        finally:
-            for registry, key, _ in self._hooks:
-                del registry[key]
 
     @torch.no_grad()
     def shards(self) -> Iterator[Shard]:
@@ -188,36 +185,6 @@ def _fsdp(unit: Unit) -> FSDPModule:
     module = unit.modules[0]
     assert isinstance(module, FSDPModule)
     return module
-
-
-_Hook = tuple[dict[int, Any], int, Any]
-"""Where torch keeps a hook of a module, its key there, and what is kept."""
-
-
-def _take_hooks_off(unit_module: nn.Module, modules: Sequence[nn.Module]) -> list[_Hook]:
-    """Take FSDP2's own forward hooks off: they would gather for every forward pass alone. FSDP2 has no public way to do
-    so.
-
-    Args:
-        unit_module: the module by which FSDP2 knows the unit.
-        modules: those that have its hooks.
-
-    Returns:
-        What was taken off, to be put back.
-    """
-    kinds = ("forward_pre_hooks", "forward_pre_hooks_with_kwargs", "forward_hooks", "forward_hooks_always_called")
-    registries = [getattr(module, f"_{kind}") for module in modules for kind in kinds]
-    before = [dict(registry) for registry in registries]
-    assert isinstance(unit_module, FSDPModule)
-    state = unit_module._get_fsdp_state()
-    state._pre_forward_hook_handle.remove()
-    state._post_forward_hook_handle.remove()
-    return [
-        (registry, key, hook)
-        for registry, hooks in zip(registries, before, strict=True)
-        for key, hook in hooks.items()
-        if key not in registry
-    ]
 
 
 def _inside_out(units: Sequence[Unit]) -> list[Unit]:

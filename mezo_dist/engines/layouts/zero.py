@@ -1,20 +1,17 @@
 """Layout `zero`: weights are partitioned by DeepSpeed's ZeRO-3, and may live in host memory or on NVMe.
 
-Only the part of DeepSpeed that owns parameters is used (`deepspeed.zero.Init`): there is no optimiser, and none is
-faked. Its forward hooks would gather for every forward pass alone, so none are set; units are gathered explicitly.
-This is the only file that imports DeepSpeed.
+Forward passes use the part of DeepSpeed alone that owns parameters (`deepspeed.zero.Init`): there is no optimiser, and
+none is faked. Its forward hooks would gather for every forward pass alone, so none are set; units are gathered
+explicitly. A first-order baseline has DeepSpeed's engine around the model as well (`Zero.initialize`), whose hooks are
+on only while it computes gradients.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-import json
-import logging
+import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -23,103 +20,12 @@ from torch import Tensor, nn
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.hooked import Weight, swap
 from mezo_dist.engines.layouts.base import Shard, exchange_contents
+from mezo_dist.engines.layouts.library_hooks import LibraryHooks
+from mezo_dist.engines.layouts.zero_config import check_buffers, partition_config, training_config
 from mezo_dist.engines.units import Unit, find_units
 from mezo_dist.errors import UserError
 from mezo_dist.json_types import JsonObject
 from mezo_dist.patience import patience
-
-log = logging.getLogger(__name__)
-MIN_NVME_BYTES = 1 << 20
-"""Smaller pieces stay in host memory."""
-HONOURED = ("stage", "offload_param")
-"""Keys of ``zero_optimization`` that matter here."""
-REFUSED = {
-    "zero_hpz_partition_size": "secondary partitions are copies that would miss the updates",
-    "zero_quantized_weights": "weights would be gathered rounded to 8 bits, so that perturbations vanish",
-    "zero_quantized_nontrainable_weights": "frozen weights would be rounded to 8 bits",
-    "mics_shard_size": "use layout.name: fsdp with layout.replicate for several copies of the weights",
-}
-
-
-def read_config(path: str | None, weights: str) -> JsonObject:
-    """The user's DeepSpeed config, checked against the run's settings; a plain ZeRO-3 config if ``path`` is None.
-
-    Args:
-        path: a JSON file.
-        weights: ``model.weights``, the dtype in which weights are kept.
-
-    Raises:
-        UserError: not a JSON object, or it contradicts the run or asks for what cannot hold here.
-    """
-    if path is None:
-        return {}
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"layout.ds_config: {path} is no readable JSON file ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        raise UserError(f"layout.ds_config: {path} must hold a DeepSpeed config, a JSON object")
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage", 3) != 3:
-        raise UserError(f"layout.ds_config: zero_optimization.stage is {zero['stage']}; layout.name: zero is stage 3")
-    for key, reason in REFUSED.items():
-        value = zero.get(key)
-        if value is True or value not in (None, False, 1, -1):  # 1 and -1: DeepSpeed's own defaults
-            raise UserError(f"layout.ds_config: zero_optimization.{key} cannot be used: {reason}")
-    for section, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
-        if _is_on(config, section) and weights != dtype:
-            raise UserError(f"layout.ds_config: {section} is on, but model.weights is {weights}; make them agree")
-    without_effect = [key for key in config if key not in ("zero_optimization", "bf16", "bfloat16", "fp16", "aio")]
-    without_effect += [f"zero_optimization.{key}" for key in zero if key not in (*HONOURED, *REFUSED)]
-    if without_effect:
-        log.warning("layout.ds_config: no effect in a run without gradients: %s", ", ".join(without_effect))
-    return config
-
-
-def check_buffers(config: JsonObject, units: Sequence[Unit], ranks: int, *, prefetch: bool) -> None:
-    """Check that what is read from NVMe at once fits into DeepSpeed's buffers, which would fail in a later gather.
-
-    Args:
-        config: a DeepSpeed config.
-        units: of the model, before its weights are cut.
-        ranks: over which they will be cut.
-        prefetch: a unit is gathered while the one before it is in use.
-
-    Raises:
-        UserError: a rank's piece of a weight is larger than a buffer, or there are fewer buffers than pieces.
-    """
-    offload = config.get("zero_optimization", {}).get("offload_param")
-    if not isinstance(offload, dict) or offload.get("device") != "nvme":
-        return
-    size, count = offload.get("buffer_size", 100_000_000), offload.get("buffer_count", 5)  # DeepSpeed's defaults
-    if not isinstance(size, (int, float)) or not isinstance(count, int):
-        return  # DeepSpeed refuses that
-    aio = config.get("aio", {})
-    smallest = max(MIN_NVME_BYTES, aio.get("block_size", 0) if isinstance(aio, dict) else 0)
-    counts = [0]
-    for unit in units:
-        weights = {w.name: w.tensor for hooked in unit.hooked_modules for w in hooked.weights}
-        pieces = {name: -(-tensor.numel() // ranks) for name, tensor in weights.items()}
-        away = [name for name, piece in pieces.items() if piece * weights[name].element_size() >= smallest]
-        for name in away:
-            if pieces[name] > size:
-                raise UserError(
-                    f"layout.ds_config: zero_optimization.offload_param.buffer_size is {size:,} elements, but the "
-                    f"piece of {name} that a rank reads from NVMe has {pieces[name]:,}: set it to at least that many"
-                )
-        counts.append(len(away))
-    most = max(map(sum, itertools.pairwise(counts)) if prefetch else counts, default=0)
-    if most > count:
-        raise UserError(
-            f"layout.ds_config: zero_optimization.offload_param.buffer_count is {count}, but {most} weights are read "
-            "from NVMe at once: set it to at least that many"
-            + (", or layout.prefetch to false" if prefetch and max(counts) <= count else "")
-        )
-
-
-def _is_on(config: JsonObject, section: str) -> bool:
-    value = config.get(section, {})
-    return isinstance(value, dict) and value.get("enabled") is True
 
 
 @final
@@ -159,8 +65,12 @@ class Zero:
             uses[weight.name].append(weight)
         self._weights = {name: places[0] for name, places in uses.items()}
         self._handles: dict[Unit, Any] = {}
+        self._model, self._config, self._prefetch = model, config, prefetch
+        self._dtype = next(model.parameters()).dtype
+        self._hooks = LibraryHooks()
+        self._trainer: Any = None
         comm.ensure_group()
-        self._device = _partition(uses, comm, _complete(config, next(model.parameters()).dtype))
+        self._device = _partition(uses, comm, partition_config(config, self._dtype))
 
     def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
         """See `Layout.describe`."""
@@ -187,9 +97,51 @@ class Zero:
         if parameters := _parameters(unit):
             parameters[0].partition(parameters)
 
-    def back_propagating(self) -> AbstractContextManager[None]:
-        """See `Layout.back_propagating`."""
-        raise UserError("layout.name: zero has no gradients; use layout.name: fsdp")
+    def initialize(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Put DeepSpeed's engine around the model, once: it computes gradients within `back_propagating`, and steps.
+        Collective.
+
+        Args:
+            optimizer: of the trainable weights.
+
+        Returns:
+            A ``deepspeed.DeepSpeedEngine``.
+
+        Raises:
+            UserError: DeepSpeed cannot train these weights.
+        """
+        import deepspeed
+
+        if scalars := [name for name, weight in self._weights.items() if not weight.shape]:
+            raise UserError(
+                f"layout.name: DeepSpeed cannot train a model that has scalar weights ({scalars[0]}); use layout.name: "
+                "fsdp"
+            )
+        size = sum(weight.shape.numel() for weight in self._weights.values() if weight.trainable)
+        config = training_config(self._config, self._dtype, size, prefetch=self._prefetch)
+        try:
+            with (
+                patience("DeepSpeed makes its engine"),
+                self._comm.guarded("making DeepSpeed's engine"),
+                self._hooks.taken_off(self._model.modules()),
+            ):
+                self._trainer = deepspeed.initialize(
+                    model=self._model, optimizer=optimizer, config=config, dist_init_required=False
+                )[0]
+        except (AssertionError, ValueError) as error:
+            raise UserError(
+                f"layout.name: DeepSpeed cannot train this model ({error}); use layout.name: fsdp"
+            ) from error
+        return self._trainer
+
+    @contextlib.contextmanager
+    def back_propagating(self) -> Iterator[None]:
+        """See `Layout.back_propagating`: within, DeepSpeed's hooks are on. Gradients are kept by its engine."""
+        if self._trainer is None:
+            raise RuntimeError("no engine of DeepSpeed's trains these weights")
+        with self._hooks.put_back():
+            yield
+        self._trainer.optimizer.empty_partition_cache()  # what it has gathered; the engine's would collect garbage, too
 
     @torch.no_grad()
     def shards(self) -> Iterator[Shard]:
@@ -242,20 +194,6 @@ def _is_cut(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _complete(config: JsonObject, dtype: torch.dtype) -> JsonObject:
-    """``config`` with what DeepSpeed insists on."""
-    complete = copy.deepcopy(dict(config))
-    for key in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
-        complete.pop(key, None)
-    complete["train_micro_batch_size_per_gpu"] = 1
-    zero = complete.setdefault("zero_optimization", {})
-    zero["stage"] = 3
-    zero["memory_efficient_linear"] = False  # it would replace torch.nn.functional.linear in the whole process
-    if dtype != torch.float32:
-        complete["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
-    return complete
-
-
 def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config: JsonObject) -> torch.device:
     """Cut every parameter into equal pieces, one for each rank.
 
@@ -271,6 +209,7 @@ def _partition(uses: Mapping[str, Sequence[Weight]], comm: Communicator, config:
         import deepspeed
     except ImportError as error:
         raise UserError(f"layout.name: zero needs DeepSpeed: pip install 'mezo_dist[deepspeed]' ({error})") from error
+    warnings.filterwarnings("ignore", r"`torch.distributed.*_tensor` is deprecated", FutureWarning)  # DeepSpeed's calls
     os.environ.setdefault("LOCAL_RANK", "0")
     # DeepSpeed would compile an all-reduce through shared memory for CPUs; unused here, and only right on one host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
