@@ -98,6 +98,10 @@ class Machine:
         run()
         return torch.cuda.max_memory_allocated() / GIB
 
+    def requests(self) -> int:
+        """How often torch's allocator has asked the GPU for memory."""
+        return torch.cuda.memory_stats()["num_device_alloc"] if self.device.type == "cuda" else 0
+
     def model(self, shape: str) -> nn.Module:
         """Random weights, made where they live."""
         with self.device:
@@ -279,14 +283,18 @@ def memory(machine: Machine, shapes: list[str]) -> Iterator[Row]:
                     continue
                 gc.collect()  # an anchor that another method has stored
                 run, calls = methods(machine, model, objective)[name]
-                peak = machine.peak_gib(lambda run=run, calls=calls: [run() for _ in range(calls)])
-                forward = forward or peak
+                peak = machine.peak_gib(lambda run=run, calls=calls: [run() for _ in range(2 * calls)])
+                asked = machine.requests()
+                for _ in range(3 * calls):
+                    run()
+                forward, more = forward or peak, machine.requests() - asked
                 ratio = None if peak is None or forward is None else peak / forward
-                yield {"shape": shape, "method": name, "GiB": peak, "of a forward": ratio}
+                row = {"shape": shape, "method": name, "GiB": peak, "of a forward": ratio}
+                yield row | {"requests to the GPU after two": more}
                 del run
             del model, objective
         except torch.OutOfMemoryError:
-            yield {"shape": shape, "method": "full", "GiB": None, "of a forward": None}
+            yield {"shape": shape, "method": "full"}
             return
 
 

@@ -7,7 +7,6 @@ samples that were seen before, which the frozen cache makes faster.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import time
@@ -25,12 +24,10 @@ from mezo_dist.monitoring.curve_writers import check_installed
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.calibration import MOST_SAMPLES
 from mezo_dist.objectives.rewards.judge import judging
-from mezo_dist.planning.from_config import setting_of
-from mezo_dist.planning.lookup import find_shape
-from mezo_dist.planning.machine import GIB, Machine
-from mezo_dist.planning.memory import memory_of
+from mezo_dist.planning.machine import GIB
 from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.looks import evaluation_interval
+from mezo_dist.runs.pool import planned_memory
 from mezo_dist.runs.replay import check_config, check_header
 from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
 from mezo_dist.runs.summary import facts
@@ -42,7 +39,6 @@ from mezo_dist.tasks.kind import Sample
 STEPS = 3
 LEAST_SAMPLES = 16
 """Samples of a split that are evaluated to see how long it takes, at least, if it has them."""
-RANDOM = "random:"
 
 
 @dataclass
@@ -266,27 +262,9 @@ def _per_rank(peaks: Sequence[float]) -> str:
 
 def _planned(run: Run, measured: Measured) -> str:
     """What the cost model says of the memory of a rank, for the samples that were seen."""
-    config, notes = run.config, list[str]()
     try:
-        setting = setting_of(config, notes)
-        shape = find_shape(config.located().model.name.removeprefix(RANDOM), notes)
+        memory = planned_memory(run, measured.tokens)
     except UserError as error:
         return f"no ({error})"
-    if config.model.peft.method is not None:
-        return "no (model.peft is not planned)"
-    shape = shape.trained(config.model.trainable, config.model.freeze)
-    variants = len(run.algorithm.plan(run.algorithm.init(), 0).variants)
-    tokens = measured.tokens
-    width = max(1, run.evaluator.capacity // (variants * config.train.micro_batch * tokens))
-    setting = dataclasses.replace(
-        setting,
-        tokens=tokens,
-        targets=min(setting.targets, tokens),
-        num_train=len(run.splits["train"]),
-        full_size=run.problem.full_size,
-        width=config.train.width or width,
-    )
-    hosts = max(1, run.comm.world_size // run.comm.ranks_here)
-    memory = memory_of(shape, setting, Machine(hosts, run.comm.world_size // hosts, gpu=torch.cuda.is_available()))
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.parts.items() if size > 0.005 * GIB)
     return f"{memory.total / GIB:.2f} GiB when {memory.when}: {parts}"

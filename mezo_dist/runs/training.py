@@ -28,6 +28,7 @@ from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.export import export_model
 from mezo_dist.runs.looks import calibrate, evaluation_interval, look_before, score
 from mezo_dist.runs.memory import full_memory_explained
+from mezo_dist.runs.pool import reserve
 from mezo_dist.runs.recorder import RunRecorder
 from mezo_dist.runs.replay import check_config, check_header, go_back_to_snapshot, replay_from_newest
 from mezo_dist.runs.stop import LOADING, stop_on_sigterm, stopped_loading
@@ -108,6 +109,8 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
     if run.comm.stopping:
         raise stopped_loading(config)
     run.comm.place = f"step {progress.step + 1}"
+    if run.gradients is None and progress.step < config.train.steps:
+        reserve(run, progress.step)
     recorder = RunRecorder.open(run, claim)
     started = time.perf_counter()
     try:

@@ -313,6 +313,8 @@ def _runtime() -> dict[str, Any]:
         "get_device_properties": lambda device: SimpleNamespace(uuid="played", major=9, minor=0),
         "get_device_capability": lambda *_: (9, 0),
         "max_memory_allocated": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0,
         "synchronize": lambda *_: None,
         "_lazy_init": lambda: None,
     }

@@ -40,6 +40,7 @@ from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.memory import scratch_bytes
 from mezo_dist.planning.rounds import rounds_of
 from mezo_dist.planning.setting import Setting
+from mezo_dist.runs import pool
 from mezo_dist.runs.build import Run, build_run
 from mezo_dist.runs.training import evaluate_step, train
 from mezo_dist.testing import write_tiny_config
@@ -382,6 +383,25 @@ def test_a_whole_run_has_the_figures_that_it_has_on_the_cpu(tmp_path: Path, monk
     for when in ("before", "after"):
         assert on_gpu[when]["loss"] == pytest.approx(on_cpu[when]["loss"], abs=1e-6)
     assert on_gpu["skipped_steps"] == 0
+
+
+def test_memory_of_a_step_is_asked_for_at_once(
+    tmp_path: Path, gpu: PlayedGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of the plan's but weights and what the process has; a step that will not fit is told of before it begins."""
+    path, options = config_of(tmp_path, "words")
+    with gpu.waiting():
+        run = build_run(reader.load(path, options), Communicator())
+    tokens = max(item.inputs["input_ids"].shape[1] for item in run.batch("minibatch", 0))
+    parts = pool.planned_memory(run, tokens).parts
+    with gpu.waiting():
+        gpu.counts = Counts()
+        assert pool.reserve(run, 0) == sum(parts.values()) - parts["weights"] - parts["runtime"] > 0
+        assert gpu.counts.buffers == 1
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10, 2**36))
+        assert pool.reserve(run, 0) == 0
+    assert gpu.counts.buffers == 1
+    assert "lower train.micro_batch (now 2)" in caplog.text
 
 
 def test_written_texts_wait_once_for_each_token(folder: Path, gpu: PlayedGpu) -> None:
