@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mezo_dist.directions import devices, lowrank
 from mezo_dist.directions.bits import RADEMACHER, BitLayout
-from mezo_dist.directions.kernels import gpu
+from mezo_dist.directions.kernels import gpu, gpu_inputs
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import Part
 
@@ -321,9 +321,9 @@ def _runtime() -> dict[str, Any]:
 
 
 def _forget() -> None:
-    for cached in (gpu._half_table, gpu._table, gpu._seeds, gpu._terms):
+    for cached in (gpu_inputs.half_table, gpu_inputs.table_of, gpu_inputs.seeds_table, gpu_inputs.terms_table):
         cached.cache_clear()
-    gpu._workspaces.clear()
+    gpu_inputs.workspaces.clear()
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased
 from mezo_dist.config import reader
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.kernels import gpu as kernels
+from mezo_dist.directions.kernels import gpu_inputs
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import Part
 from mezo_dist.distributed.communicator import Communicator
@@ -147,8 +147,8 @@ def steps(run: Run, gpu: PlayedGpu, number: int) -> list[tuple[Counts, Counts]]:
     """Take steps; what each of them asked of the GPU, to be evaluated and to be applied. One read is taken off for
     every round after the first, whose losses are read at its end, too."""
     state, counts = run.algorithm.init(), []
-    kernels._terms.cache_clear()  # steps with the same seeds may have been taken before
-    kernels._seeds.cache_clear()
+    gpu_inputs.terms_table.cache_clear()  # steps with the same seeds may have been taken before
+    gpu_inputs.seeds_table.cache_clear()
     with gpu:
         for step in range(number):
             gpu.counts = evaluated = Counts()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mezo_dist.directions.bits import CHUNK, RADEMACHER, BitLayout
 from mezo_dist.directions.combination import Combination
-from mezo_dist.directions.kernels import fused_linear_kernel, gpu
+from mezo_dist.directions.kernels import fused_linear_kernel, gpu, gpu_inputs
 from mezo_dist.directions.registers import MOST_TERMS
 
 MOST_OUTPUTS = 2
@@ -87,7 +87,7 @@ def linear(
     Raises:
         ValueError: tensors or combinations that are not as described, or a bit layout that is not known.
     """
-    gpu._law(bits)  # which refuses what is not known
+    gpu.law_of(bits)  # which refuses what is not known
     _check(weight, combinations, inputs, biases)
     outputs = [x.new_empty(x.shape[0], weight.shape[0]) for x in inputs]
     for places in _launches(combinations, inputs):
@@ -110,7 +110,7 @@ def _check(
 ) -> None:
     """Raises ValueError for what `linear` does not take; its arguments."""
     dtype = inputs[0].dtype
-    if weight.dtype not in gpu.CODES or dtype not in gpu.CODES or not weight.is_contiguous():
+    if weight.dtype not in gpu_inputs.CODES or dtype not in gpu_inputs.CODES or not weight.is_contiguous():
         raise ValueError(f"weights and inputs must be contiguous fp32, bf16 or fp16, not {weight.dtype} and {dtype}")
     for x in inputs:
         if x.dtype != dtype or x.dim() != 2 or x.shape[1] != weight.shape[1] or not x.is_contiguous():
@@ -167,8 +167,8 @@ def _launch(
     rows_alike = triton.cdiv(num_rows, period)  # rows that begin at the same place of a span
     tiles = triton.cdiv(num_inputs, tile.inputs) * triton.cdiv(rows_alike, tile.rows) * min(period, num_rows)
     with torch.cuda.device_of(weight):  # Triton launches on the current device; this does nothing to CPU tensors
-        where = gpu._place(weight)
-        seeds, coefficients, _ = gpu._terms(gpu._key([(combinations, None)]), *where)
+        where = gpu_inputs.place(weight)
+        seeds, coefficients, _ = gpu_inputs.terms_table(gpu_inputs.key([(combinations, None)]), *where)
         gpu.launch(
             fused_linear_kernel.linear_kernel,
             (tiles,),
@@ -176,7 +176,7 @@ def _launch(
             inputs,
             outputs,
             biases or inputs,
-            gpu._half_table(*where),
+            gpu_inputs.half_table(*where),
             seeds,
             coefficients,
             num_inputs,
@@ -185,8 +185,8 @@ def _launch(
             offset,
             param_id,
             bits.stream,
-            SOURCE=gpu.CODES[weight.dtype],
-            TARGET=gpu.CODES[inputs[0].dtype],
+            SOURCE=gpu_inputs.CODES[weight.dtype],
+            TARGET=gpu_inputs.CODES[inputs[0].dtype],
             GAUSSIAN=span == CHUNK,
             NUM_TERMS=len(seeds),
             NUM_OUTPUTS=len(outputs),

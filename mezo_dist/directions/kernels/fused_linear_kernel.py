@@ -41,7 +41,7 @@ def _quantiles(word, half_table, PART: tl.constexpr):
 
     Args:
         word: uint32, any shape.
-        half_table: see `gpu._half_table`.
+        half_table: see `gpu_inputs.half_table`.
         PART: number of the half among those of a block; odd: the high one.
     """
     index = ((word >> 16) if PART % 2 else (word & 0xFFFF)).to(tl.int32) - HALF_TABLE
@@ -143,7 +143,7 @@ def linear_kernel(
         inputs: one [num_inputs, num_columns] per output, contiguous, of the variants' dtype.
         outputs: [num_inputs, num_rows], contiguous, of the variants' dtype.
         biases: one [num_rows] per output, of the variants' dtype; anything if HAS_BIAS is false.
-        half_table: see `gpu._half_table`.
+        half_table: see `gpu_inputs.half_table`.
         seeds: int64 [NUM_TERMS], the bits of uint64, ascending.
         coefficients: fp32 [NUM_TERMS, NUM_OUTPUTS]; every output has every term.
         num_inputs: rows of each input.

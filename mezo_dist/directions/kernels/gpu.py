@@ -27,11 +27,8 @@ What keeps the bits equal:
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,24 +36,18 @@ from torch import Tensor
 
 from mezo_dist.directions import devices
 from mezo_dist.directions.bits import (
-    CHUNK,
-    FACTOR_U,
-    FACTOR_V,
     GAUSSIAN,
     RADEMACHER,
-    TABLE_SIZE,
     BitLayout,
-    gaussian_table,
 )
 from mezo_dist.directions.combination import ZERO, Combination
-from mezo_dist.directions.kernels import gpu_kernels
+from mezo_dist.directions.kernels import gpu_inputs, gpu_kernels
 from mezo_dist.directions.parts import Part, kept_as, remembered
 
 Update = tuple[Combination, "int | None"]
 """A combination, and the seed of its stochastic rounding or None."""
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 4, "num_stages": 1}
 """num_stages: nothing can be pipelined; a program is short, and other programs hide its latency."""
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LAWS = {"gaussian": 0, "rademacher": 1, "lowrank": 2}
 MOST_PARTS = 32
 """Tensors of one launch."""
@@ -64,13 +55,9 @@ MOST_OUTPUTS = 8
 """Outputs of each tensor in one launch: their sums are in registers."""
 MOST_TERMS = 64
 """Low-rank directions of one launch: their factors are in memory."""
-TILE_CHUNKS = 4
-"""Chunks of a tile."""
 TOGETHER = {0: 1, 1: 2, 2: 1}
 """Chunks that are worked on together, by law, if no more than two outputs want registers for their sums. Few calls of
 the generator serve many rademacher elements."""
-AFTER_ALL = 2**62
-"""First tile of table rows that are no tensors."""
 
 
 def add(
@@ -87,7 +74,7 @@ def add(
     if len(offsets) == 1:
         part = Part(weight, tuple(outputs), param_id, weight.shape, offsets[0])
     else:  # pieces that start anywhere are rows of one element
-        starts = _upload(torch.tensor(offsets, dtype=torch.int64), weight.device)
+        starts = gpu_inputs.upload(torch.tensor(offsets, dtype=torch.int64), weight.device)
         part = Part(weight, tuple(outputs), param_id, torch.Size((1,)), rows=starts)
     add_parts([part], combinations, bits=bits, rounding_seed=rounding_seed)
 
@@ -108,7 +95,7 @@ def add_parts(
         bits: bit layout of the directions.
         rounding_seed: for bf16 outputs that are to be rounded stochastically.
     """
-    law = _law(bits)
+    law = law_of(bits)
     for some, chosen in _launches(parts, combinations):
         _launch_add(some, [(chosen, rounding_seed)], law, stream=bits.stream)
 
@@ -121,7 +108,7 @@ def advance_parts(parts: Sequence[Part], updates: Sequence[Update], *, bits: Bit
         updates: (combination, seed of stochastic rounding or None), one after another.
         bits: bit layout of the directions.
     """
-    law = _law(bits)
+    law = law_of(bits)
     todo = [([combination], seed) for combination, seed in updates if combination]
     for some, _ in _launches(parts, [ZERO]) if todo else ():
         _launch_add(some, todo, law, stream=bits.stream, many=True)
@@ -150,8 +137,8 @@ def fill(bits: BitLayout, seeds: Sequence[int], param_id: int, size: int, device
         device: a GPU.
     """
     values = torch.empty(len(seeds), size, device=device)
-    filled = _Filled(0, 1, size, bits, param_id)
-    _launch_fill(values, [filled], _seeds(tuple(seeds), *_place(values)), bits)
+    filled = gpu_inputs.Filled(0, 1, size, bits, param_id)
+    _launch_fill(values, [filled], gpu_inputs.seeds_table(tuple(seeds), *gpu_inputs.place(values)), bits)
     return values
 
 
@@ -167,9 +154,9 @@ def factors(
         shape: the matrix's.
         device: a GPU.
     """
-    filled, size = _layout_of_factors([Part(torch.empty(0), (), param_id, shape)], rank, len(seeds))
+    filled, size = gpu_inputs.layout_of_factors([Part(torch.empty(0), (), param_id, shape)], rank, len(seeds))
     values = torch.empty(size, device=device)
-    _launch_fill(values, filled, _seeds(tuple(seeds), *_place(values)), GAUSSIAN)
+    _launch_fill(values, filled, gpu_inputs.seeds_table(tuple(seeds), *gpu_inputs.place(values)), GAUSSIAN)
     u, v = (values[f.place : f.place + f.size * len(seeds)].view(len(seeds), -1, rank) for f in filled)
     return u, v
 
@@ -207,12 +194,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: 
     kernel[grid](*arguments, **{**OPTIONS, **constants})
 
 
-def _place(tensor: Tensor) -> tuple[torch.device, int]:
-    """A device and its current stream: what is brought there is remembered for both."""
-    return tensor.device, devices.stream_of(tensor.device)
-
-
-def _law(bits: BitLayout) -> int:
+def law_of(bits: BitLayout) -> int:
     """Raises ValueError for a bit layout that kernels do not know."""
     for law in (GAUSSIAN, RADEMACHER):
         if bits.values is law.values:
@@ -297,15 +279,15 @@ def _launch_add(
         factor: what weights are multiplied by first, if not None.
     """
     with torch.cuda.device_of(parts[0].weight):  # Triton launches on the current device; CPU tensors have none
-        where = _place(parts[0].weight)
-        seeds, coefficients, rounding = _terms(_key(updates), *where)
+        where = gpu_inputs.place(parts[0].weight)
+        seeds, coefficients, rounding = gpu_inputs.terms_table(gpu_inputs.key(updates), *where)
         num_thin = len(seeds) if rank else 0
         group = remembered(
-            parts, ("add", rank, num_thin, where), functools.partial(_group, parts, rank, num_thin, where)
+            parts, ("add", rank, num_thin, where), functools.partial(gpu_inputs.group_of, parts, rank, num_thin, where)
         )
         thin = 0
         if num_thin:
-            workspace = _workspace(group.thin_size, *where)
+            workspace = gpu_inputs.workspace(group.thin_size, *where)
             _launch_fill(workspace, group.thin, seeds, GAUSSIAN, parts[0].rows)
             thin = devices.address(workspace)
         launch(
@@ -316,7 +298,7 @@ def _launch_add(
             group.output,
             group.rows,
             thin,
-            _half_table(*where),
+            gpu_inputs.half_table(*where),
             seeds,
             coefficients,
             rounding,
@@ -332,118 +314,12 @@ def _launch_add(
             SCALED=factor is not None,
             DENSE=all(len(combination) == len(seeds) for combination in updates[0][0]),
             CHUNKS=TOGETHER[law] if len(parts[0].outputs) <= 2 else 1,
-            TILE_CHUNKS=TILE_CHUNKS,
+            TILE_CHUNKS=gpu_inputs.TILE_CHUNKS,
         )
 
 
-@dataclass(frozen=True)
-class _Filled:
-    """One tensor of values of directions, [directions, pieces * length], in a larger one."""
-
-    place: int
-    """Elements before it."""
-    pieces: int
-    length: int
-    bits: BitLayout
-    param_id: int
-    offset: int = 0
-    """Index of the first value in the flattened parameter, if it is one piece."""
-    stride: int = 0
-    """Else what numbers of rows are multiplied by for it."""
-    divisor: float = 1.0
-    """Values are divided by it."""
-
-    @property
-    def size(self) -> int:
-        """Elements per direction."""
-        return self.pieces * self.length
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The tensors of one launch, as `gpu_kernels.add_kernel` is told of them."""
-
-    table: Tensor
-    """See `_table`."""
-    num_tiles: int
-    weight: int
-    """Address that those of weights count from."""
-    output: int
-    """Address that those of outputs count from."""
-    rows: int
-    """Address of the numbers of rows; 0: none."""
-    thin: list[_Filled]
-    """Factors of low-rank directions, of `_layout_of_factors`."""
-    thin_size: int
-    """Elements of all of them."""
-    constants: dict[str, int]
-    """What the kernel is compiled for."""
-
-
-def _group(parts: Sequence[Part], rank: int, num_thin: int, where: tuple[torch.device, int]) -> _Group:
-    """Some tensors, for a launch.
-
-    Args:
-        parts: the tensors, of the same dtypes.
-        rank: of low-rank directions; 0: others.
-        num_thin: number of low-rank directions.
-        where: see `_place`.
-    """
-    weight, outputs, numbers = parts[0].weight, parts[0].outputs, parts[0].rows
-    thin, thin_size = _layout_of_factors(parts, rank, num_thin)
-    weights, targets = _relative([part.weight for part in parts]), _relative([o for p in parts for o in p.outputs])
-    rows, first = [], 0
-    for part, place, u, v in zip(parts, weights, thin[::2], thin[1::2], strict=True):
-        length = part.weight.numel() // part.num_pieces
-        tiles, stride = _tiles(length, TILE_CHUNKS), 0 if numbers is None else part.columns
-        factors = [0] * 5
-        if rank:
-            first_row = part.offset // part.columns if numbers is None else 0
-            factors = [4 * u.place, 4 * v.place, first_row, u.size // rank, part.columns]
-        rows.append((
-            first, place, stride, part.offset, length, tiles, part.param_id,
-            *factors, *itertools.islice(targets, len(outputs)),
-        ))  # fmt: skip
-        first += part.num_pieces * tiles
-    constants = {
-        "GROUP": _power_of_two(len(parts)),
-        "SOURCE": CODES[weight.dtype],
-        "TARGETS": sum(CODES[output.dtype] << (2 * v) for v, output in enumerate(outputs)),
-        "NUM_OUTPUTS": len(outputs),
-        "HAS_ROWS": numbers is not None,
-    }
-    rows_at = 0 if numbers is None else devices.address(numbers)
-    at, out = devices.address(weight), devices.address(outputs[0])
-    return _Group(_table(tuple(rows), *where), first, at, out, rows_at, thin, thin_size, constants)
-
-
-def _layout_of_factors(parts: Sequence[Part], rank: int, num_seeds: int) -> tuple[list[_Filled], int]:
-    """Where U and V of each matrix go, of the rows that it has; and the number of elements of all.
-
-    Args:
-        parts: whole matrices (their weights are not looked at if empty), shards or rows.
-        rank: number of columns of the factors.
-        num_seeds: number of directions.
-    """
-    filled, place = [], 0
-    for part in parts:
-        columns = part.columns
-        u = _Filled(place, 1, part.shape[0] * rank, FACTOR_U, part.param_id)
-        if part.rows is not None:
-            u = _Filled(place, len(part.rows), rank, FACTOR_U, part.param_id, stride=rank)
-        elif part.weight.numel():
-            first = part.offset // columns
-            count = -(-(part.offset + part.weight.numel()) // columns) - first
-            u = _Filled(place, 1, count * rank, FACTOR_U, part.param_id, first * rank)
-        place += u.size * num_seeds
-        v = _Filled(place, 1, columns * rank, FACTOR_V, part.param_id, divisor=math.sqrt(rank))
-        place += v.size * num_seeds
-        filled += [u, v]
-    return filled, place
-
-
 def _launch_fill(
-    values: Tensor, filled: Sequence[_Filled], seeds: Tensor, bits: BitLayout, rows: Tensor | None = None
+    values: Tensor, filled: Sequence[gpu_inputs.Filled], seeds: Tensor, bits: BitLayout, rows: Tensor | None = None
 ) -> None:
     """Launch `gpu_kernels.fill_kernel`.
 
@@ -455,11 +331,11 @@ def _launch_fill(
         rows: int64 on the GPU, numbers of the rows that there are.
     """
     with torch.cuda.device_of(seeds):
-        where = _place(seeds)
+        where = gpu_inputs.place(seeds)
         for start in range(0, len(filled), MOST_PARTS):
             table, first = [], 0
             for f in filled[start : start + MOST_PARTS]:
-                tiles, divisor = _tiles(f.length, 1), struct.unpack("<i", struct.pack("<f", f.divisor))[0]
+                tiles, divisor = gpu_inputs.tiles_of(f.length, 1), struct.unpack("<i", struct.pack("<f", f.divisor))[0]
                 table.append((
                     first, 4 * f.place, f.stride, f.offset, f.length, tiles,
                     f.param_id, f.bits.stream, divisor, f.pieces,
@@ -468,127 +344,12 @@ def _launch_fill(
             launch(
                 gpu_kernels.fill_kernel,
                 (first, len(seeds)),
-                _table(tuple(table), *where),
+                gpu_inputs.table_of(tuple(table), *where),
                 devices.address(values),
                 0 if rows is None else devices.address(rows),
-                _half_table(*where),
+                gpu_inputs.half_table(*where),
                 seeds,
-                GROUP=_power_of_two(len(table)),
-                LAW=_law(bits),
+                GROUP=gpu_inputs.power_of_two(len(table)),
+                LAW=law_of(bits),
                 HAS_ROWS=rows is not None,
             )
-
-
-_workspaces: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _workspace(size: int, device: torch.device, stream: int) -> Tensor:
-    """Memory for the factors of one launch, which the next one overwrites; it grows, and is kept.
-
-    Args:
-        size: fp32 numbers.
-        device: where.
-        stream: see `devices.stream_of`.
-    """
-    kept = _workspaces.get((device, stream))
-    if kept is None or kept.numel() < size:
-        kept = _workspaces[device, stream] = torch.empty(max(size, 1), device=device)
-    return kept
-
-
-def _relative(tensors: Sequence[Tensor]) -> Iterator[int]:
-    """Addresses of tensors, counted from that of the first one."""
-    first = devices.address(tensors[0])
-    return (devices.address(tensor) - first for tensor in tensors)
-
-
-def _tiles(length: int, chunks: int) -> int:
-    """Tiles that a row can touch, at worst."""
-    return -(-(length + CHUNK - 1) // (chunks * CHUNK))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _key(
-    updates: Sequence[tuple[Sequence[Combination], int | None]],
-) -> tuple[tuple[tuple[Combination, ...], Any], ...]:
-    return tuple((tuple(combinations), seed) for combinations, seed in updates)
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    return devices.upload([tensor], device)[0]
-
-
-def _signed(number: int) -> int:
-    return number - 2**64 if number >= 2**63 else number
-
-
-@functools.lru_cache(maxsize=64)
-def _half_table(device: torch.device, stream: int) -> Tensor:
-    """fp32 [32768]: the upper half of the gaussian table; the lower is its mirror image, negated.
-
-    128 KiB instead of 256 can stay in the L1 cache of a big GPU, where the look-ups, all over the table, are cheapest.
-    """
-    return _upload(torch.from_numpy(gaussian_table()[TABLE_SIZE // 2 :].copy()), device)
-
-
-@functools.lru_cache(maxsize=16384)
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
-    """int64 [power of two, columns] on the GPU. Cached: a run works on the same tensors in every step.
-
-    Args:
-        rows: see the columns in `gpu_kernels`.
-        device: where the table is needed.
-        stream: see `devices.stream_of`.
-    """
-    none = (AFTER_ALL, *[0] * (len(rows[0]) - 1))
-    return _upload(torch.tensor([*rows, *[none] * (_power_of_two(len(rows)) - len(rows))], dtype=torch.int64), device)
-
-
-@functools.lru_cache(maxsize=64)
-def _seeds(seeds: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """int64 [n] on the GPU: the bits of uint64.
-
-    Args:
-        seeds: in any order.
-        device: where they are needed.
-        stream: see `devices.stream_of`.
-    """
-    return _upload(torch.tensor([*map(_signed, seeds)], dtype=torch.int64), device)
-
-
-@functools.lru_cache(maxsize=64)
-def _terms(
-    updates: tuple[tuple[tuple[Combination, ...], int | None], ...], device: torch.device, stream: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of terms, brought to the GPU as one. Cached: a step adds the same few combinations to all tensors.
-
-    The seeds of an update are in ascending order, which is the order of every combination: one pass over the seeds
-    serves all outputs. A coefficient is zero where an output has no such term.
-
-    Args:
-        updates: (one combination per output, seed of stochastic rounding or None) for each update.
-        device: where the tables are needed.
-        stream: see `devices.stream_of`.
-
-    Returns:
-        Seeds, int64 [k] (bits of uint64); coefficients, fp32 [k, outputs]; and int64 [k, 2]: whether an update ends
-        with the term, and the seed of its rounding.
-    """
-    seeds: list[int] = []
-    coefficients: list[list[float]] = []
-    rounding: list[list[int]] = []
-    for combinations, rounding_seed in updates:
-        by_seed = [dict(combination.terms) for combination in combinations]
-        mine = sorted({seed for terms in by_seed for seed in terms})
-        seeds.extend(map(_signed, mine))
-        coefficients.extend([terms.get(seed, 0.0) for terms in by_seed] for seed in mine)
-        rounding.extend([int(seed == mine[-1]), _signed(rounding_seed or 0)] for seed in mine)
-    k, width = len(seeds), len(updates[0][0])
-    words = [torch.tensor(seeds, dtype=torch.int64), torch.tensor(rounding, dtype=torch.int64).view(-1)]
-    numbers = torch.tensor(coefficients, dtype=torch.float32).view(-1)
-    table = _upload(torch.cat([*(t.view(torch.uint8) for t in words), numbers.view(torch.uint8)]), device)
-    first, second, third = table.split([8 * k, 16 * k, 4 * k * width])
-    return first.view(torch.int64), third.view(torch.float32).view(k, width), second.view(torch.int64).view(k, 2)

@@ -241,7 +241,7 @@ def add_kernel(
         first_output: address that those of outputs count from.
         rows: see `_piece_of`.
         factors: address that those of U and V count from, of low-rank directions.
-        half_table: see `gpu._half_table`.
+        half_table: see `gpu_inputs.half_table`.
         seeds: int64 [num_terms], the bits of uint64; ascending within an update.
         coefficients: fp32 [num_terms, NUM_OUTPUTS], zero where an output has no such term.
         rounding: with ``MANY``, int64 [num_terms, 2]: whether an update ends here, and the seed of its rounding.
@@ -311,7 +311,7 @@ def fill_kernel(
         table: int64 [GROUP, 10], see the columns above; a tensor is [number of directions, pieces, length].
         first: address that those in the table count from.
         rows: see `_piece_of`.
-        half_table: see `gpu._half_table`.
+        half_table: see `gpu_inputs.half_table`.
         seeds: int64, the bits of uint64.
         GROUP: rows of the table.
         LAW: of the values.

@@ -84,7 +84,7 @@ def _gaussian(seed, chunk, param_id, stream, half_table, CHUNKS: tl.constexpr):
         chunk: 64-bit scalar, number of the first chunk in the full parameter.
         param_id: uint32.
         stream: uint32, the generator's.
-        half_table: see `gpu._half_table`.
+        half_table: see `gpu_inputs.half_table`.
         CHUNKS: number of chunks.
     """
     words = _words(seed, chunk * GAUSSIAN_BLOCKS, param_id, stream, GAUSSIAN_BLOCKS * CHUNKS)
