@@ -193,7 +193,7 @@ class Engine:
             if not chosen:
                 continue
             with place():
-                rows = self._evaluate_in_place([variants[v] for v in chosen], items, forward, filler)
+                rows = self._evaluate_in_place([variants[v] for v in chosen], base, items, forward, filler)
             for row, some in zip(results, rows, strict=True):
                 for v, result in zip(chosen, some, strict=True):
                     row[v] = result
@@ -202,19 +202,21 @@ class Engine:
     def _evaluate_in_place(
         self,
         variants: Sequence[Variant],
+        base: str,
         items: Sequence[ItemT],
         forward: Callable[[nn.Module, ItemT], ResultT],
         filler: ItemT | None,
     ) -> list[list[ResultT]]:
-        """All items on variants of the current contents of the weights, in lock step.
+        """All items on variants of the present contents of the weights, in lock step.
 
         Args:
-            variants: what to evaluate; their bases do not count.
+            variants: what to evaluate.
+            base: of all of them.
             items: the micro-batches of the group.
             forward: calls the model.
             filler: the micro-batch of a rank that has none left.
         """
-        self._materialise.begin([variant.shift for variant in variants])
+        self._materialise.begin([variant.shift for variant in variants], base)
         passes = [
             ForwardPass(v, functools.partial(forward, self.model, item), _shifts_of(variant, item))
             for item in items

@@ -5,7 +5,7 @@ Tensors in host memory take the way of those on a GPU here: modules of a block a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from mezo_dist.directions import devices
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.lockstep.materialise import Materialiser
 from mezo_dist.engines.lockstep.passes import Coroutine
 from mezo_dist.testing import tiny_model
 
@@ -75,12 +76,12 @@ def model_of(kind: str) -> nn.Module:
     return Toy() if kind == "toy" else tiny_model(kind)
 
 
-def outputs(engine: Engine) -> list[Tensor]:
+def outputs(engine: Engine, variants: Sequence[Variant] = VARIANTS) -> list[Tensor]:
     def forward(model: nn.Module, ids: Tensor) -> Tensor:
         result = model(ids)
         return result if isinstance(result, Tensor) else result.logits
 
-    return [output for row in engine.evaluate(VARIANTS, [IDS, IDS.flip(1)], forward) for output in row]
+    return [output for row in engine.evaluate(variants, [IDS, IDS.flip(1)], forward) for output in row]
 
 
 def assert_same(some: list[Tensor], others: list[Tensor]) -> None:
@@ -114,6 +115,36 @@ def test_passes_wait_once_for_what_is_made_together(launches: None, monkeypatch:
         outputs(engine)
         counts.append(len(waited) // (2 * len(VARIANTS)))
     assert counts == [2 * 9 + 3, 2 + 3, 2 + 3]  # modules of two blocks, and the embedding, the norm and the head
+
+
+def test_the_stored_anchor_has_plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = [*VARIANTS, Variant(SHIFT, base="anchor"), Variant(-SHIFT, base="anchor")]
+    planned: list[object] = []
+    counts: list[int] = []
+    plan = Materialiser._plan
+
+    def steps() -> list[Tensor]:
+        engine, results = Engine(model_of("opt"), LAWS[0]), []
+        for step in range(4):
+            planned.clear()
+            if step % 2 == 0:
+                engine.copy_anchor()
+            engine.add(SHIFT, 0)
+            results += outputs(engine, variants)
+            counts.append(len(planned))
+        return results
+
+    def counted(materialiser: Materialiser, group: Any, *more: Any) -> Any:
+        planned.append(group)
+        return plan(materialiser, group, *more)
+
+    monkeypatch.setattr(Materialiser, "_plan", counted)
+    expected = steps()
+    monkeypatch.setattr(devices, "takes_launches", lambda device: True)
+    counts.clear()
+    assert_same(steps(), expected)
+    rows = 2 * 1  # of the embedding, whose rows are those of a batch; by base
+    assert counts[1] > counts[2] == counts[3] == rows
 
 
 def replace_parameter(model: nn.Module, name: str) -> None:

@@ -31,6 +31,7 @@ class Replicated:
     def __init__(self, model: nn.Module, *, whole_blocks: bool = False) -> None:
         self._model = model
         self.units = find_units(model, whole_blocks=whole_blocks)
+        self._weights = {w.name: w for unit in self.units for hooked in unit.hooked_modules for w in hooked.weights}
 
     def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
         """See `Layout.describe`."""
@@ -60,9 +61,9 @@ class Replicated:
 
     def exchange(self, others: dict[str, Tensor]) -> None:
         """See `Layout.exchange`: nothing is copied."""
-        for name, parameter in self._model.named_parameters():
-            if name in others:
-                parameter.data, others[name] = others[name], parameter.data
+        for name in others.keys() & self._weights.keys():
+            parameter = self._weights[name].tensor
+            parameter.data, others[name] = others[name], parameter.data
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Layout.named_weights`."""

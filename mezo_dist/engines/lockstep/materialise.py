@@ -73,6 +73,7 @@ class Materialiser:
     ) -> None:
         self._shifts: Sequence[Combination] = ()
         self._same: tuple[int, ...] = ()
+        self._base = ""
         self.only: frozenset[str] | None = None
         self.factors = Factors(law)
         self.in_activations = False
@@ -97,9 +98,14 @@ class Materialiser:
         self._at_hand: Mapping[nn.Module, Served] = {}
         self._came: set[nn.Module] = set()
 
-    def begin(self, shifts: Sequence[Combination]) -> None:
-        """Passes are about to run. ``shifts``: what each of their variants adds to the weights."""
-        self._shifts, self._same = shifts, same_shifts(shifts)
+    def begin(self, shifts: Sequence[Combination], base: str = "current") -> None:
+        """Passes are about to run.
+
+        Args:
+            shifts: what each of their variants adds to the weights.
+            base: which contents the weights have now; each has memory, and so plans, of its own.
+        """
+        self._shifts, self._same, self._base = shifts, same_shifts(shifts), base
 
     def serve(self, hooked: HookedModule, calls: Sequence[Call], real: Forward) -> Served:
         """The weights of a module under every variant among its calls.
@@ -191,7 +197,7 @@ class Materialiser:
         """
         if self.only is not None or not self._keep_sources:  # other weights every time
             return self._make(self._together(hooked, len(variants)), None, variants)
-        key = (hooked.module, self.in_activations, tuple(variants), self._same)
+        key = (hooked.module, self.in_activations, tuple(variants), self._same, self._base)
         plan = self._plans.find(key, self._scratch)
         if plan is None:
             self._made = {}
