@@ -118,7 +118,7 @@ def test_passes_wait_once_for_what_is_made_together(launches: None, monkeypatch:
 
 
 def test_the_stored_anchor_has_plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = [*VARIANTS, Variant(SHIFT, base="anchor"), Variant(-SHIFT, base="anchor")]
+    variants = [*VARIANTS[:2], Variant(SHIFT, base="anchor"), Variant(-SHIFT, base="anchor")]
     planned: list[object] = []
     counts: list[int] = []
     plan = Materialiser._plan
