@@ -34,7 +34,7 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.hooked import HookedModule, Weight
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, remove_layer
 from mezo_dist.engines.lockstep.head_slice import head_rows
-from mezo_dist.engines.lockstep.lowrank_shift import moved_output, shifts_in_activations
+from mezo_dist.engines.lockstep.lowrank_shift import MovedOutput, shifts_in_activations
 from mezo_dist.engines.lockstep.persample import Factors
 from mezo_dist.engines.outputs import distance, rounding_error, size_of, tensors_of
 
@@ -170,24 +170,15 @@ def _layers(factors: Factors, matrices: Sequence[tuple[HookedModule, Weight]], s
     """
     with contextlib.ExitStack() as layers:
         for hooked, matrix in matrices:
-            layer = functools.partial(_moved, factors, hooked, matrix, shift)
+            moved = MovedOutput(factors, hooked, matrix, shift, head_rows(hooked.module))
+            layer = functools.partial(_moved, moved)
             add_layer(hooked.module, Layer.FAN_OUT, layer)
             layers.callback(remove_layer, hooked.module, Layer.FAN_OUT)
         yield
 
 
-def _moved(
-    factors: Factors,
-    hooked: HookedModule,
-    matrix: Weight,
-    shift: Combination,
-    module: nn.Module,
-    inner: Forward,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    x = args[0] if args else kwargs["input"]
-    return moved_output(factors, hooked.kind, matrix, shift, x, inner(*args, **kwargs), head_rows(module))
+def _moved(moved: MovedOutput, module: nn.Module, inner: Forward, *args: Any, **kwargs: Any) -> Tensor:
+    return moved(args[0] if args else kwargs["input"], inner(*args, **kwargs))
 
 
 def _is_plain(engine: Engine) -> bool:

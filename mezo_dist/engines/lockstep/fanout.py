@@ -62,8 +62,8 @@ class Server(Protocol):
         """
 
     def at_hand(self, hooked: HookedModule, caller: Coroutine) -> Served | None:
-        """The weights of a module for a pass that comes to it, and for others, if they were made with those of a module
-        before it, and its own forward needs nothing else. They stay until the next module is served.
+        """The weights of a module for a pass that comes to it, and for others, if they were made before it came, and
+        its forward needs nothing else. They stay until the next module is served.
 
         Args:
             hooked: the module.
@@ -232,7 +232,9 @@ class FanOut:
             self.served_last.update(hooked.names)
             self._serving = call = Call(caller, hooked, args, kwargs)
             try:
-                return _unshared(on_tensors(hooked, inner, call, served.tensors[caller.variant]), served.memory)
+                tensors, forward = served.tensors[caller.variant], served.forward
+                output = forward(call, tensors) if forward else on_tensors(hooked, inner, call, tensors)
+                return _unshared(output, served.memory)
             finally:
                 self._serving = None
         outcome = caller.wait(Call(caller, hooked, args, kwargs, copy_context()))

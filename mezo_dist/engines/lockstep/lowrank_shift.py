@@ -9,6 +9,7 @@ making the matrix anew, and it needs no memory. All samples of a pass have the s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,46 @@ def shifts_in_activations(hooked: HookedModule) -> Weight | None:
     return next((w for w in hooked.weights if w.attribute == "weight" and w.trainable and len(w.shape) == 2), None)
 
 
+@final
+class MovedOutput:
+    """What a layer gives under a shift of its matrix, from what it gives on the matrix as it is. What does not depend
+    on the layer's input is looked up once.
+
+    Args:
+        factors: of the run's directions (low-rank).
+        hooked: the layer, of one of `KINDS`.
+        matrix: its weight that moves.
+        shift: by this.
+        rows: the rows of the matrix that are computed; None: all.
+    """
+
+    def __init__(
+        self, factors: Factors, hooked: HookedModule, matrix: Weight, shift: Combination, rows: Tensor | None
+    ) -> None:
+        self._factors, self._kind, self._matrix, self._shift, self._rows = factors, hooked.kind, matrix, shift, rows
+        self._known: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, output: object) -> Tensor:
+        """The moved output.
+
+        Args:
+            x: the layer's input.
+            output: what it gives on the matrix as it is: [..., outputs].
+        """
+        assert isinstance(output, Tensor)
+        key = output.dtype, output.device
+        into, out = self._known.get(key) or self._known.setdefault(key, self._thin(output))
+        inner = F.embedding(x, into) if self._kind is nn.Embedding else x @ into
+        moved = torch.addmm(output.reshape(-1, output.shape[-1]), inner.reshape(-1, inner.shape[-1]), out)
+        return moved.view(output.shape)
+
+    def _thin(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """[inputs, k] and [k, outputs], whose product is the shift, as a layer takes it."""
+        u, v = self._factors.of_shift(self._matrix, self._shift, like)
+        into, out = (v, u) if self._kind is nn.Linear else (u, v)  # the rows of other matrices belong to inputs
+        return into, (out if self._rows is None else out[self._rows]).T
+
+
 def with_shift(
     factors: Factors,
     hooked: HookedModule,
@@ -49,42 +90,12 @@ def with_shift(
         unmoved: the forward on the matrix as it is.
         rows: the rows of the matrix that are computed; None: all.
     """
+    moved = [MovedOutput(factors, hooked, matrix, shift, rows) if shift else None for shift in shifts]
 
     def forward(call: Call, tensors: list[Tensor]) -> object:
-        output, shift = unmoved(call, tensors), shifts[call.caller.variant]
-        if not shift:
+        output, move = unmoved(call, tensors), moved[call.caller.variant]
+        if move is None:
             return output
-        x = call.args[0] if call.args else call.kwargs["input"]
-        return moved_output(factors, hooked.kind, matrix, shift, x, output, rows)
+        return move(call.args[0] if call.args else call.kwargs["input"], output)
 
     return forward
-
-
-def moved_output(
-    factors: Factors,
-    kind: type[nn.Module],
-    matrix: Weight,
-    shift: Combination,
-    x: Tensor,
-    output: object,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """What a layer gives under a shift of its matrix.
-
-    Args:
-        factors: of the run's directions (low-rank).
-        kind: one of `KINDS`.
-        matrix: the weight that moves.
-        shift: by this.
-        x: the layer's input.
-        output: what it gives on the matrix as it is: [..., outputs].
-        rows: the rows of the matrix that are computed; None: all.
-    """
-    assert isinstance(output, Tensor)
-    u, v = factors.of_shift(matrix, shift, output)
-    into, out = (v, u) if kind is nn.Linear else (u, v)  # the rows of other matrices belong to inputs
-    if rows is not None:
-        out = out[rows]
-    inner = F.embedding(x, into) if kind is nn.Embedding else x @ into
-    moved = torch.addmm(output.reshape(-1, output.shape[-1]), inner.reshape(-1, inner.shape[-1]), out.T)
-    return moved.view(output.shape)

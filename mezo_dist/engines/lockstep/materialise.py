@@ -20,7 +20,7 @@ from mezo_dist.directions.parts import KeptParts, Part
 from mezo_dist.engines.hooked import HookedModule, Weight, as_parameter
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.lockstep.fanout import Served, on_tensors
-from mezo_dist.engines.lockstep.forwards import Forward
+from mezo_dist.engines.lockstep.forwards import Forward, Layer, forward_below
 from mezo_dist.engines.lockstep.head_slice import head_rows
 from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
@@ -29,6 +29,7 @@ from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
 from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, same_shifts, shifts_of
 from mezo_dist.engines.lockstep.sparse_rows import Rows, may_need_rows, plan_sparse_rows
 from mezo_dist.engines.scratch import ALIGNMENT, leading, padded
+from mezo_dist.engines.units import Unit
 from mezo_dist.engines.whereabouts import Whereabouts
 from mezo_dist.errors import UserError
 
@@ -92,8 +93,10 @@ class Materialiser:
         self._unit_of = {hooked.module: unit for unit in layout.units for hooked in unit.hooked_modules}
         self._unrestricted = {hooked.module: hooked for unit in layout.units for hooked in unit.hooked_modules}
         self._served: list[HookedModule] = []
-        self._order: list[nn.Module] = []
-        self._following: dict[nn.Module, list[HookedModule]] = {}
+        # Of passes with shifts in activation space, and of others:
+        self._order: dict[bool, list[nn.Module]] = {}
+        self._following: dict[bool, dict[nn.Module, list[HookedModule]]] = {}
+        self._kept: dict[nn.Module, Served] = {}
         self._made: Mapping[nn.Module, Served] = {}
         self._at_hand: Mapping[nn.Module, Served] = {}
         self._came: set[nn.Module] = set()
@@ -118,6 +121,10 @@ class Materialiser:
         self._need(hooked, keep_current=False)
         if self.only is not None:
             hooked = _restricted(hooked, self.only)
+        if self.in_activations and self._can_keep(hooked) and not any(call.caller.sample_shifts for call in calls):
+            if hooked.module not in self._kept:
+                self._keep(self._unit_of[hooked.module])
+            return self._kept[hooked.module]
         if self.in_activations and (matrix := shifts_in_activations(hooked)):
             return self._serve_in_activations(hooked, matrix, calls, real)
         if self._in_registers is not None:
@@ -127,6 +134,9 @@ class Materialiser:
 
     def at_hand(self, hooked: HookedModule, caller: Coroutine) -> Served | None:
         """See `Server.at_hand`."""
+        served = self._kept.get(hooked.module)
+        if served is not None:
+            return None if caller.sample_shifts else served
         served = self._at_hand.get(hooked.module)
         if served is None or caller.sample_shifts or caller.variant not in served.tensors:
             return None
@@ -136,6 +146,40 @@ class Materialiser:
             self._came.add(hooked.module)
             self._served.append(hooked)
         return served
+
+    def _can_keep(self, hooked: HookedModule) -> bool:
+        """Whether a module's weights under all variants take so little memory with shifts in activation space that
+        they are kept while the passes run: only vectors are copied."""
+        if hooked.spans_blocks or not self._keep_sources or self._compute_dtype or hooked.module in self._compiled:
+            return False
+        matrix = shifts_in_activations(hooked)
+        return all(
+            len(weight.shape) < 2 or (_aligned(weight.tensor) and (weight is matrix or not weight.trainable))
+            for weight in hooked.weights
+        )
+
+    def _keep(self, unit: Unit) -> None:
+        """Make what all passes use of a unit's modules until they are over, in one go: so the model can be called once
+        for every token, and passes wait for one another but rarely."""
+        todo: _Todo = {}
+        for hooked in unit.hooked_modules:
+            some = hooked if self.only is None else _restricted(hooked, self.only)
+            if not self._can_keep(some):
+                continue
+            matrix = shifts_in_activations(some)
+            vectors = frozenset(weight.name for weight in some.weights if weight is not matrix)
+            sources = [weight.tensor for weight in some.weights]
+            variants, must_copy = range(len(self._shifts)), not all(map(_aligned, sources))
+            tensors = self._lay_out(
+                _restricted(some, vectors), sources, None, variants, torch.empty_like, must_copy, todo
+            )
+            forward = None
+            if matrix is not None:
+                real = functools.partial(on_tensors, hooked, forward_below(hooked.module, Layer.FAN_OUT))
+                forward = with_shift(self.factors, hooked, matrix, self._shifts, real, head_rows(hooked.module))
+            self._kept[hooked.module] = Served(tensors, forward)
+        for numbers, parts in todo.items():
+            self._law.add_parts(parts, shifts_of(numbers, self._shifts))
 
     def _serve_in_activations(
         self, hooked: HookedModule, matrix: Weight, calls: Sequence[Call], real: Forward
@@ -215,7 +259,7 @@ class Materialiser:
             hooked: the module.
             num_variants: that are made of each weight.
         """
-        following = self._following.get(hooked.module, [])
+        following = self._following.get(self.in_activations, {}).get(hooked.module, [])
         if self.in_activations:  # passes before this one may have needed these matrices, and this one does not
             following = [other for other in following if not shifts_in_activations(other)]
         group = [hooked, *(h if self.only is None else _restricted(h, self.only) for h in following)]
@@ -256,15 +300,30 @@ class Materialiser:
         todo: _Todo = {}
         made: dict[nn.Module, Served] = {}
         for hooked, some in sources.items():
-            tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
-            for weight, source in zip(hooked.weights, some, strict=True):
-                under = self._variants_of(weight, source, rows, variants, allocate, must_copy[hooked], todo)
-                for v, tensor in under.items():
-                    tensors[v].append(as_parameter(weight, tensor))
-            made[hooked.module] = Served(tensors)
+            made[hooked.module] = Served(
+                self._lay_out(hooked, some, rows, variants, allocate, must_copy[hooked], todo)
+            )
         fills = [(numbers, KeptParts(parts)) for numbers, parts in todo.items()]
         whereabouts = Whereabouts(weight for hooked in group for weight in hooked.weights)
         return Plan(made, fills, need, self._scratch, whereabouts)
+
+    def _lay_out(
+        self,
+        hooked: HookedModule,
+        sources: Sequence[Tensor],
+        rows: Rows | None,
+        variants: Sequence[int],
+        allocate: Callable[..., Tensor],
+        must_copy: bool,
+        todo: _Todo,
+    ) -> dict[int, list[Tensor]]:
+        """`_variants_of` for all weights of a module, whose tensors are ``sources``."""
+        tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
+        for weight, source in zip(hooked.weights, sources, strict=True):
+            under = self._variants_of(weight, source, rows, variants, allocate, must_copy, todo)
+            for v, tensor in under.items():
+                tensors[v].append(as_parameter(weight, tensor))
+        return tensors
 
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
         """One weight under every variant among ``reads``, not in scratch: a reader does not say when it is done with
@@ -343,20 +402,22 @@ class Materialiser:
             self._plans.clear()
         self._most = 0
         self._made = self._at_hand = {}
-        if self._served and [hooked.module for hooked in self._served] != self._order:
-            self._order = [hooked.module for hooked in self._served]
-            self._following = self._followers()
+        self._kept = {}
+        order = [hooked.module for hooked in self._served]
+        if order and order != self._order.get(self.in_activations):
+            self._order[self.in_activations] = order
+            self._following[self.in_activations] = self._followers(order)
             self._plans.clear()
         self._served = []
 
-    def _followers(self) -> dict[nn.Module, list[HookedModule]]:
+    def _followers(self, order: Sequence[nn.Module]) -> dict[nn.Module, list[HookedModule]]:
         """What followed on the first call of each module, in its unit, until it was called again. (Texts that are
         decoded call all modules once per token, so what is looked at must not grow with the square of the calls.)"""
         following: dict[nn.Module, list[HookedModule]] = {}
-        for number, module in enumerate(self._order):
+        for number, module in enumerate(order):
             if module not in following:
                 rest: dict[nn.Module, None] = {}
-                for other in itertools.islice(self._order, number + 1, None):
+                for other in itertools.islice(order, number + 1, None):
                     if other is module or self._unit_of[other] is not self._unit_of[module]:
                         break
                     rest[other] = None

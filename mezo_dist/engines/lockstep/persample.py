@@ -92,14 +92,17 @@ class Factors:
         """U and V whose product U V^T is a shift of a matrix: the directions' factors side by side, V with their
         coefficients. In ``like``'s dtype and device: [rows, terms * rank], [columns, terms * rank]."""
 
-        def make() -> tuple[Tensor, ...]:
-            u, v = self.law.factors([seed for seed, _ in shift.terms], weight.param_id, weight.shape, like.device)
-            coefficients = _coefficients(shift, like.device).view(-1, 1, 1)
-            pair = (factor.transpose(0, 1).flatten(1) for factor in (u, v * coefficients))
-            return tuple(factor.to(like.device, like.dtype).contiguous() for factor in pair)
+        seeds = tuple(seed for seed, _ in shift.terms)
 
-        u, v = self._get((weight.param_id, shift, like.dtype, like.device), make)
-        return u, v
+        def side_by_side(factor: Tensor) -> Tensor:
+            return factor.transpose(0, 1).flatten(1).to(like.device, like.dtype).contiguous()
+
+        def make() -> tuple[Tensor, Tensor]:
+            u, v = self.law.factors(seeds, weight.param_id, weight.shape, like.device)
+            return side_by_side(u), v
+
+        u, v = self._get((weight.param_id, seeds, like.dtype, like.device), make)  # both signs have the same
+        return u, side_by_side(v * _coefficients(shift, like.device).view(-1, 1, 1))
 
     def _get(self, key: tuple[object, ...], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What ``make`` gives, or what it gave before for the same key, if that is remembered."""
