@@ -6,6 +6,7 @@ Tensors in host memory take the way of those on a GPU here: modules of a block a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -145,6 +146,44 @@ def test_the_stored_anchor_has_plans_of_its_own(monkeypatch: pytest.MonkeyPatch)
     assert_same(steps(), expected)
     rows = 2 * 1  # of the embedding, whose rows are those of a batch; by base
     assert counts[1] > counts[2] == counts[3] == rows
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "opt", "gpt2"])
+def test_what_is_called_often_is_made_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits are those of making it anew in every call."""
+    waited: list[object] = []
+    wait = Coroutine.wait
+
+    def counted(caller: Coroutine, request: Any) -> Any:
+        waited.append(request)
+        return wait(caller, request)
+
+    def forward(model: nn.Module, ids: Tensor) -> Tensor:
+        logits = [model(ids[:, :k]).logits[:, -1] for k in (2, 3, 4)]
+        waited.clear()
+        return torch.stack([*logits, model(ids).logits[:, 0]])
+
+    def texts(only: list[str] | None = None) -> list[Tensor]:
+        model = model_of(kind)
+        next(model.parameters()).requires_grad_(False)
+        engine, results = Engine(model, LAWS[1]), []
+        for shift in (SHIFT, Combination.of([(5, 0.1), (6, 0.2)])):
+            with engine.called_often(), nullcontext() if only is None else engine.moving_only(only):
+                rows = engine.evaluate([Variant(shift), Variant(-shift), Variant()], [IDS, IDS.flip(1)], forward)
+            results += [output for row in rows for output in row]
+            engine.add(SHIFT, 0)
+        return results
+
+    some = Engine(model_of(kind), LAWS[1]).trainable[::2]
+    with monkeypatch.context() as patch:
+        patch.setattr(Materialiser, "_can_keep", lambda *_: False)
+        expected = texts(), texts(some)
+    monkeypatch.setattr(Coroutine, "wait", counted)
+    assert_same(texts(), expected[0])
+    tables = int(kind == "opt")  # of positions, whose class is one of OPT's own
+    assert len(waited) <= 2 * len(VARIANTS) * tables
+    monkeypatch.setattr(devices, "takes_launches", lambda device: True)
+    assert_same(texts(some), expected[1])
 
 
 def replace_parameter(model: nn.Module, name: str) -> None:

@@ -300,9 +300,7 @@ class Materialiser:
         todo: _Todo = {}
         made: dict[nn.Module, Served] = {}
         for hooked, some in sources.items():
-            made[hooked.module] = Served(
-                self._lay_out(hooked, some, rows, variants, allocate, must_copy[hooked], todo)
-            )
+            made[hooked.module] = Served(self._lay_out(hooked, some, rows, variants, allocate, must_copy[hooked], todo))
         fills = [(numbers, KeptParts(parts)) for numbers, parts in todo.items()]
         whereabouts = Whereabouts(weight for hooked in group for weight in hooked.weights)
         return Plan(made, fills, need, self._scratch, whereabouts)
