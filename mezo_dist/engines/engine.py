@@ -226,14 +226,13 @@ class Engine:
             if filler is not None:
                 self._run([ForwardPass(0, functools.partial(forward, self.model, filler))])
             return []
-        self._prepare_directions([forward_pass.sample_shifts for forward_pass in passes])
         alone = [[forward_pass] for forward_pass in passes]
         flat = [result for some in (alone if self.one_by_one else [passes]) for result in self._run(some)]
         return [flat[i : i + len(variants)] for i in range(0, len(flat), len(variants))]
 
-    def _prepare_directions(self, sample_shifts: Iterable[tuple[Combination, ...]]) -> None:
+    def _prepare_directions(self, passes: Sequence[ForwardPass]) -> None:
         """Bring what passes with a direction per sample need to their device."""
-        shifts = {some for some in sample_shifts if some}
+        shifts = [forward_pass.sample_shifts for forward_pass in passes if forward_pass.sample_shifts]
         if shifts:
             first = self.layout.units[0].hooked_modules[0].weights[0]
             self._materialise.factors.prepare(shifts, self._materialise.describe(first)[1])
@@ -376,6 +375,7 @@ class Engine:
         return self._unshard.meter.num_bytes
 
     def _run(self, passes: Sequence[ForwardPass]) -> list[Any]:
+        self._prepare_directions(passes)
         try:
             return self._fanout.run(passes)
         finally:

@@ -25,7 +25,7 @@ from mezo_dist.engines.lockstep.head_slice import head_rows
 from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
 from mezo_dist.engines.lockstep.passes import Call, Coroutine, Read
-from mezo_dist.engines.lockstep.persample import Factors, with_sample_directions
+from mezo_dist.engines.lockstep.persample import Factors, seeds_of, with_sample_directions
 from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, same_shifts, shifts_of
 from mezo_dist.engines.lockstep.sparse_rows import Rows, may_need_rows, plan_sparse_rows
 from mezo_dist.engines.scratch import ALIGNMENT, leading, padded
@@ -97,6 +97,7 @@ class Materialiser:
         self._order: dict[bool, list[nn.Module]] = {}
         self._following: dict[bool, dict[nn.Module, list[HookedModule]]] = {}
         self._kept: dict[nn.Module, Served] = {}
+        self._by_sample: dict[nn.Module, Served] = {}
         self._made: Mapping[nn.Module, Served] = {}
         self._at_hand: Mapping[nn.Module, Served] = {}
         self._came: set[nn.Module] = set()
@@ -138,14 +139,29 @@ class Materialiser:
         if served is not None:
             return None if caller.sample_shifts else served
         served = self._at_hand.get(hooked.module)
-        if served is None or caller.sample_shifts or caller.variant not in served.tensors:
+        if served is None or caller.variant not in served.tensors:
             return None
         if hooked.module not in self._came:
             if may_need_rows(hooked.module):
                 return None
             self._came.add(hooked.module)
             self._served.append(hooked)
-        return served
+        return self._with_sample_directions(hooked, served) if caller.sample_shifts else served
+
+    def _with_sample_directions(self, hooked: HookedModule, served: Served) -> Served:
+        """A module whose weights were made with others', for passes with a direction per sample; until others are made.
+
+        Args:
+            hooked: the module.
+            served: its weights.
+        """
+        if hooked.module not in self._by_sample:
+            real = forward_below(hooked.module, Layer.FAN_OUT)
+            shared = functools.partial(on_tensors, hooked, real)
+            some = hooked if self.only is None else _restricted(hooked, self.only)
+            forward = with_sample_directions(self.factors, some, self.factors.seeds, real, shared, None)
+            self._by_sample[hooked.module] = Served(served.tensors, forward)
+        return self._by_sample[hooked.module]
 
     def _can_keep(self, hooked: HookedModule) -> bool:
         """Whether a module's weights under all variants take so little memory with shifts in activation space that
@@ -211,7 +227,7 @@ class Materialiser:
         """
         rows = plan_sparse_rows(hooked, calls, real)
         variants = sorted({call.caller.variant for call in calls})
-        self._at_hand = {}
+        self._at_hand, before = {}, self._made
         if alone or rows is not None or hooked.spans_blocks or not self._takes_launches(hooked):
             self._made = self._make([hooked], rows, variants)
         else:
@@ -222,11 +238,16 @@ class Materialiser:
                 self._came = {hooked.module}
             if self._keep_sources and not self._compiled:
                 self._at_hand = self._made
+        if self._made is not before:
+            self._by_sample = {}
         served = self._made[hooked.module]
         forward = self._compiled.get(hooked.module) if rows is None else rows.forward
         if any(call.caller.sample_shifts for call in calls):
             shared = forward or functools.partial(on_tensors, hooked, real)
-            forward = with_sample_directions(self.factors, hooked, calls, real, shared, head_rows(hooked.module))
+            if hooked.module in self._at_hand:
+                return self._with_sample_directions(hooked, served)
+            seeds, rows_of_head = seeds_of(calls), head_rows(hooked.module)
+            forward = with_sample_directions(self.factors, hooked, seeds, real, shared, rows_of_head)
         return served if forward is None else Served(served.tensors, forward)
 
     def _takes_launches(self, hooked: HookedModule) -> bool:
@@ -400,7 +421,7 @@ class Materialiser:
             self._plans.clear()
         self._most = 0
         self._made = self._at_hand = {}
-        self._kept = {}
+        self._kept, self._by_sample = {}, {}
         order = [hooked.module for hooked in self._served]
         if order and order != self._order.get(self.in_activations):
             self._order[self.in_activations] = order

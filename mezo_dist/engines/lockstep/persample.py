@@ -22,7 +22,7 @@ from mezo_dist.directions import devices
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.hooked import HookedModule, Weight, swapped
-from mezo_dist.engines.lockstep.passes import Call
+from mezo_dist.engines.lockstep.passes import Call, Coroutine
 from mezo_dist.errors import UserError
 
 Forward = Callable[[Call, list[Tensor]], Any]
@@ -40,20 +40,27 @@ class Factors:
         self.law = law
         self._kept: dict[tuple[object, ...], tuple[Tensor, ...]] | None = None
         self._tables: dict[tuple[object, ...], _Table] = {}
+        self._prepared: dict[int, tuple[tuple[Combination, ...], _Table]] = {}
+        self._coefficients: dict[tuple[object, ...], Tensor] = {}
+        self.seeds: tuple[int, ...] = ()
+        """The directions of all passes that run together, ascending."""
 
-    def prepare(self, all_shifts: Iterable[tuple[Combination, ...]], device: torch.device) -> None:
+    def prepare(self, all_shifts: Sequence[tuple[Combination, ...]], device: torch.device) -> None:
         """Bring the tables of passes that run together to their device, by one copy.
 
         Args:
             all_shifts: the directions of each pass's samples.
             device: where the passes run.
         """
-        several = list(all_shifts)
+        several = list(dict.fromkeys(all_shifts))
         seeds = tuple(sorted({seed for shifts in several for shift in shifts for seed, _ in shift.terms}))
         tables = [_Table.of(shifts, seeds) for shifts in several]
         tensors = iter(devices.upload([tensor for table in tables for tensor in vars(table).values()], device))
         there = [_Table(next(tensors), next(tensors), next(tensors)) for _ in tables]
         self._tables = {(shifts, seeds, device): table for shifts, table in zip(several, there, strict=True)}
+        # Every module looks them up for every pass, and many combinations take long to compare.
+        self._prepared = {id(shifts): (shifts, self._tables[shifts, seeds, device]) for shifts in all_shifts}
+        self._coefficients, self.seeds = {}, seeds
 
     def table(self, shifts: tuple[Combination, ...], seeds: tuple[int, ...], device: torch.device) -> _Table:
         """Which directions samples have, among those of ``seeds``: made anew where it was not prepared, as where some
@@ -64,10 +71,29 @@ class Factors:
             seeds: the directions that there are, ascending.
             device: where it is needed.
         """
+        known = self._prepared.get(id(shifts))
+        if known is not None and seeds == self.seeds and known[1].mixing.device == device:
+            return known[1]
         key = (shifts, seeds, device)
         if key not in self._tables:
             self._tables[key] = _Table(*devices.upload([*vars(_Table.of(shifts, seeds)).values()], device))
         return self._tables[key]
+
+    def coefficients(self, shifts: tuple[Combination, ...], seeds: tuple[int, ...], like: Tensor, rank: int) -> Tensor:
+        """Coefficients of the samples' terms, each as many times as its direction has factors: [n, 1, terms * rank].
+
+        Args:
+            shifts: of each sample.
+            seeds: the directions that there are, ascending.
+            like: has the dtype and device that are needed.
+            rank: number of factors of a direction.
+        """
+        table = self.table(shifts, seeds, like.device)
+        key = (id(table), like.dtype, like.device, rank)
+        if key not in self._coefficients:  # a table lives as long as they do
+            c = table.coefficients.to(like.device, like.dtype)
+            self._coefficients[key] = c.repeat_interleave(rank, dim=1).unsqueeze(1)
+        return self._coefficients[key]
 
     def start_keeping(self) -> None:
         """From now on remember what was made: a forward calls the model many times with the same directions."""
@@ -151,7 +177,7 @@ def _coefficients(shift: Combination, device: torch.device) -> Tensor:
 def with_sample_directions(
     factors: Factors,
     hooked: HookedModule,
-    calls: Sequence[Call],
+    seeds: tuple[int, ...],
     real: Callable[..., object],
     shared: Forward,
     rows: Tensor | None,
@@ -165,7 +191,7 @@ def with_sample_directions(
     Args:
         factors: of the run's directions (low-rank).
         hooked: the module, with its weights.
-        calls: the waiting calls; directions are made once for all of them.
+        seeds: the directions of the calls, ascending (`seeds_of`), which are made once for all of them.
         real: the hooked module's own forward.
         shared: the forward on weights that all samples share: takes a call and its variant's tensors.
         rows: rows of the weights that ``shared`` works on, if not all.
@@ -178,7 +204,6 @@ def with_sample_directions(
         return shared
     if hooked.spans_blocks:
         return _spanning(hooked, shared)
-    seeds = tuple(sorted({seed for call in calls for c in call.caller.sample_shifts for seed, _ in c.terms}))
     if rows is not None or hooked.kind in (nn.Linear, Conv1D):
         moved = _linear(factors, hooked, seeds, shared, rows)
     elif hooked.kind is nn.Embedding:
@@ -188,6 +213,11 @@ def with_sample_directions(
     else:
         moved = _one_by_one(factors.law, hooked, real)
     return lambda call, tensors: (moved if call.caller.sample_shifts else shared)(call, tensors)
+
+
+def seeds_of(calls: Iterable[Call]) -> tuple[int, ...]:
+    """The directions of the samples of some calls, ascending."""
+    return tuple(sorted({seed for call in calls for c in call.caller.sample_shifts for seed, _ in c.terms}))
 
 
 def _spanning(hooked: HookedModule, shared: Forward) -> Forward:
@@ -223,13 +253,22 @@ class _BySample:
         if rows is not None:
             self._out = self._out[:, rows]
         self._picked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._of_pass: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def of(self, shifts: tuple[Combination, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The factors of each sample's terms side by side, and their coefficients, in ``like``'s dtype and device.
+    def of(self, caller: Coroutine, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors of the terms of each sample of a pass side by side, and their coefficients, in ``like``'s dtype
+        and device.
 
         Returns:
             [n, inputs, terms * rank], [n, terms * rank, outputs], [n, 1, terms * rank].
         """
+        key = (caller.index, like.dtype, like.device)
+        if key not in self._of_pass:
+            self._of_pass[key] = self._pick(caller.sample_shifts, like)
+        return self._of_pass[key]
+
+    def _pick(self, shifts: tuple[Combination, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `of`."""
         seeds = tuple(seed for shift in shifts for seed, _ in shift.terms)
         if seeds not in self._picked:  # both signs, and both ends of a step, share their directions
             index = self._factors.table(shifts, self._seeds, self._into.device).index
@@ -238,10 +277,8 @@ class _BySample:
                 for factor in (self._into, self._out)
             )
             self._picked[seeds] = (into, out.transpose(1, 2))
-        table = self._factors.table(shifts, self._seeds, self._into.device)
-        coefficients = table.coefficients.to(like.device, like.dtype)
         into, out = self._picked[seeds]
-        return into, out, coefficients.repeat_interleave(into.shape[-1] // coefficients.shape[-1], dim=1).unsqueeze(1)
+        return into, out, self._factors.coefficients(shifts, self._seeds, like, self._into.shape[-1])
 
 
 def _linear(
@@ -260,21 +297,29 @@ def _linear(
     swapped = hooked.kind is Conv1D  # its weight is [inputs, outputs]
     thin = _BySample(factors, weights["weight"], seeds, swapped=swapped, rows=rows) if "weight" in weights else None
     bias = factors.vector(weights["bias"], seeds, weights["bias"].tensor.device) if "bias" in weights else None
+    biases: dict[tuple[object, ...], Tensor] = {}
+
+    def bias_of(caller: Coroutine, like: Tensor) -> Tensor:
+        key = (caller.index, like.dtype, like.device)
+        if key not in biases:
+            assert bias is not None
+            z = bias if rows is None else bias[:, rows]
+            table = factors.table(caller.sample_shifts, seeds, z.device)
+            moved = torch.zeros(len(caller.sample_shifts), z.shape[1], device=z.device)
+            for index, c in zip(table.index.T, table.coefficients.T, strict=True):
+                moved = moved + c.unsqueeze(1) * z[index]
+            biases[key] = moved.unsqueeze(1).to(like.device, like.dtype)
+        return biases[key]
 
     def forward(call: Call, tensors: list[Tensor]) -> Tensor:
         output: Tensor = shared(call, tensors)
-        shifts = call.caller.sample_shifts
-        x, y = _by_sample(hooked, call.args[0], len(shifts)), _by_sample(hooked, output, len(shifts))
+        n = len(call.caller.sample_shifts)
+        x, y = _by_sample(hooked, call.args[0], n), _by_sample(hooked, output, n)
         if thin is not None:
-            into, out, coefficients = thin.of(shifts, x)
+            into, out, coefficients = thin.of(call.caller, x)
             y = torch.baddbmm(y, torch.bmm(x, into) * coefficients, out)
         if bias is not None:
-            z = bias if rows is None else bias[:, rows]
-            table = factors.table(shifts, seeds, z.device)
-            moved = torch.zeros(len(shifts), z.shape[1], device=z.device)
-            for index, c in zip(table.index.T, table.coefficients.T, strict=True):
-                moved = moved + c.unsqueeze(1) * z[index]
-            y = y + moved.unsqueeze(1).to(y.device, y.dtype)
+            y = y + bias_of(call.caller, y)
         return y.view(output.shape)
 
     return forward
@@ -298,7 +343,7 @@ def _embedding(factors: Factors, hooked: HookedModule, seeds: tuple[int, ...], s
         if ids.shape[0] == 1 and n > 1:  # the same positions for all samples: now each has its own vectors
             ids, output = ids.expand(n, -1), output.expand(n, *output.shape[1:])
         y = _by_sample(hooked, output, n)
-        u, v, coefficients = thin.of(call.caller.sample_shifts, y)
+        u, v, coefficients = thin.of(call.caller, y)
         looked_up = torch.gather(u, 1, ids.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
         return torch.baddbmm(y, looked_up * coefficients, v).view(output.shape)
 
@@ -317,13 +362,21 @@ def _vectors(factors: Factors, hooked: HookedModule, seeds: tuple[int, ...], rea
     moving = [w for w in hooked.weights if w.trainable]
     directions = {w.attribute: factors.vector(w, seeds, w.tensor.device) for w in moving}
 
+    known: dict[int, list[Tensor]] = {}
+
+    def weights_of(caller: Coroutine, tensors: list[Tensor]) -> list[Tensor]:
+        """Of a pass, whose weights without directions per sample are ``tensors`` in all of its calls."""
+        if caller.index not in known:
+            mixing = factors.table(caller.sample_shifts, seeds, moving[0].tensor.device).mixing
+            known[caller.index] = [
+                tensor + (mixing @ directions[w.attribute]).to(tensor.device, tensor.dtype) if w.trainable else tensor
+                for w, tensor in zip(hooked.weights, tensors, strict=True)
+            ]
+        return known[caller.index]
+
     def forward(call: Call, tensors: list[Tensor]) -> object:
         shifts = call.caller.sample_shifts
-        mixing = factors.table(shifts, seeds, moving[0].tensor.device).mixing
-        moved = [
-            tensor + (mixing @ directions[w.attribute]).to(tensor.device, tensor.dtype) if w.trainable else tensor
-            for w, tensor in zip(hooked.weights, tensors, strict=True)
-        ]
+        moved = weights_of(call.caller, tensors)
 
         def on_sample(weights: list[Tensor], x: Tensor) -> object:
             for w, tensor in zip(hooked.weights, weights, strict=True):  # not `swap`: what vmap gives is no parameter
