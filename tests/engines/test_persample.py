@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mezo_dist.algorithms.base import Variant
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
+from mezo_dist.engines.lockstep import persample
 from mezo_dist.engines.probe import check_model
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import MicroBatch, cut
@@ -169,3 +171,26 @@ def test_a_module_that_gives_none_beside_a_tensor() -> None:
 
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(2))
     check_model(Engine(Attending(), Law("lowrank")), Item(), lambda m, _: m(x), per_sample=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", ["", "weight", "bias"])
+@pytest.mark.parametrize("shape", [(4, 3, 8), (4, 8), (8, 8)])
+def test_a_layer_norm_has_the_bits_of_vmap(
+    dtype: torch.dtype, frozen: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LayerNorm(8)).to(dtype), torch.randn(shape).to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name != f"0.{frozen}")
+    variant = Variant(per_sample=tuple(Combination.of([(seed, 0.3), (seed + 10, 0.1)]) for seed in range(4)))
+    item = SimpleNamespace(slots=(0, 1, 2, 3))
+
+    def output() -> Tensor:
+        ((result,),) = Engine(model, Law("lowrank")).evaluate([variant], [item], lambda model, _: model(x))
+        return result
+
+    fast = output()
+    monkeypatch.setattr(persample, "_is_layer_norm", lambda *_: False)
+    assert torch.equal(fast, output())
+    assert not torch.equal(fast, model(x))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,6 +185,35 @@ def test_what_is_called_often_is_made_once(kind: str, monkeypatch: pytest.Monkey
     assert len(waited) <= 2 * len(VARIANTS) * tables
     monkeypatch.setattr(devices, "takes_launches", lambda device: True)
     assert_same(texts(some), expected[1])
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "opt", "gpt2", "mixtral"])
+def test_directions_per_sample_go_with_what_is_made_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    signs = [tuple(Combination.of([(seed, sign), (seed + 9, 0.1)]) for seed in range(4)) for sign in (0.1, -0.1)]
+    variants = [Variant(SHIFT, per_sample=signs[0]), Variant(SHIFT, per_sample=signs[1]), Variant(-SHIFT)]
+    batches = [SimpleNamespace(slots=slots, ids=IDS.roll(slots[0])) for slots in ((0, 1), (2, 3))]
+    waited: list[object] = []
+    wait = Coroutine.wait
+
+    def counted(caller: Coroutine, request: Any) -> Any:
+        waited.append(request)
+        return wait(caller, request)
+
+    def steps() -> list[Tensor]:
+        engine, results = Engine(model_of(kind), LAWS[1]), []
+        for _ in range(3):
+            waited.clear()
+            rows = engine.evaluate(variants, batches, lambda model, batch: model(batch.ids).logits)
+            results += [output for row in rows for output in row]
+            engine.add(SHIFT, 0)
+        return results
+
+    expected = steps()
+    monkeypatch.setattr(devices, "takes_launches", lambda device: True)
+    monkeypatch.setattr(Coroutine, "wait", counted)
+    assert_same(steps(), expected)
+    if kind == "opt":  # two blocks, their embeddings of tokens and places, the last norm and the head
+        assert len(waited) == 2 * len(variants) * 6
 
 
 def replace_parameter(model: nn.Module, name: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
@@ -386,12 +387,45 @@ def _vectors(factors: Factors, hooked: HookedModule, seeds: tuple[int, ...], rea
         x = call.args[0]
         if x.shape[0] % len(shifts) or x.shape[0] == 0:
             raise _not_by_sample(hooked, x, len(shifts))
+        if _is_layer_norm(hooked, call, real, moved):
+            return _layer_norm(hooked, moved, x, len(shifts))
         weight_axes = [0 if w.trainable else None for w in hooked.weights]
         with swapped(hooked.weights, tensors):  # puts back what `on_sample` leaves there
             mapped = torch.vmap(on_sample, in_dims=(weight_axes, 0))(moved, x.unflatten(0, (len(shifts), -1)))
         return pytree.tree_map(lambda y: y.flatten(0, 1), mapped)
 
     return forward
+
+
+def _is_layer_norm(hooked: HookedModule, call: Call, real: Callable[..., object], moved: Sequence[Tensor]) -> bool:
+    """Whether `_layer_norm` knows the module and the call. Arguments are those that `_vectors` has."""
+    x = call.args[0]
+    return (
+        hooked.kind is nn.LayerNorm
+        and getattr(real, "__func__", None) is nn.LayerNorm.forward
+        and hooked.weights[0].attribute == "weight"
+        and len(call.args) == 1
+        and not call.kwargs
+        and all(tensor.dtype == x.dtype and tensor.dim() <= 2 for tensor in moved)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _layer_norm(hooked: HookedModule, moved: Sequence[Tensor], x: Tensor, num_samples: int) -> Tensor:
+    """What ``torch.vmap`` computes of a layer norm, to the bit, which takes the host a tenth of the time.
+
+    Args:
+        hooked: the layer norm.
+        moved: its weights, of each sample where they have a direction.
+        x: its input.
+        num_samples: number of samples.
+    """
+    assert isinstance(hooked.module, nn.LayerNorm)
+    y = F.layer_norm(x, hooked.module.normalized_shape, None, None, hooked.module.eps).unflatten(0, (num_samples, -1))
+    ones = [1] * (y.dim() - 2)
+    weight, *bias = [tensor.view(num_samples, *ones, -1) if tensor.dim() == 2 else tensor for tensor in moved]
+    y = y * weight
+    return (y + bias[0] if bias else y).flatten(0, 1)
 
 
 def _one_by_one(law: Law, hooked: HookedModule, real: Callable[..., object]) -> Forward:
