@@ -200,7 +200,11 @@ def measure(arguments: argparse.Namespace, counts: Counter[str]) -> dict[str, fl
         runs["step"]()
     figures.update(counts)
     if arguments.profile:
-        for name in [name for name in runs if name not in ("forward pass", *(["step"] if "update" in runs and arguments.what == "step" else []))]:
+        for name in [
+            name
+            for name in runs
+            if name not in ("forward pass", *(["step"] if "update" in runs and arguments.what == "step" else []))
+        ]:
             profile = cProfile.Profile()
             profile.runcall(lambda run=runs[name]: [run() for _ in range(arguments.repeats)])
             print(f"--- {name}, {arguments.repeats} times")

@@ -251,6 +251,27 @@ class Law:
             return values
         return lowrank.fill(self._bits, seeds, param_id, 0, size).to(device)
 
+    def directions(
+        self, seeds: Sequence[int], weights: Sequence[tuple[int, torch.Size]], device: torch.device = CPU
+    ) -> list[tuple[Tensor, ...]]:
+        """`factors` of matrices and `vector` of the others, under law lowrank; a GPU makes all of them together.
+
+        Args:
+            seeds: the directions'.
+            weights: `seeds.param_id` and shape of each.
+            device: where they are wanted.
+        """
+        kernels = implementation(device.type)
+        if handles_parts(kernels):
+            values: list[tuple[Tensor, ...]] = kernels.directions(self.rank, seeds, weights, device)
+            return values
+        return [
+            self.factors(seeds, param_id, shape, device)
+            if len(shape) >= 2
+            else (self.vector(seeds, param_id, shape.numel(), device),)
+            for param_id, shape in weights
+        ]
+
 
 def _by_thinness(parts: Sequence[Part], splits: bool) -> list[tuple[ModuleType, bool, Sequence[Part]]]:
     """See `Law._sorted`. ``splits``: directions of matrices are products of thin factors."""

@@ -32,10 +32,10 @@ from mezo_dist.engines.capacity import free_bytes
 from mezo_dist.engines.changed import shards_changed, whole_weights_changed
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.hooked import HookedModule, Weight
+from mezo_dist.engines.lockstep.factors import Factors
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, remove_layer
 from mezo_dist.engines.lockstep.head_slice import head_rows
 from mezo_dist.engines.lockstep.lowrank_shift import MovedOutput, shifts_in_activations
-from mezo_dist.engines.lockstep.persample import Factors
 from mezo_dist.engines.outputs import distance, rounding_error, size_of, tensors_of
 
 log = logging.getLogger(__name__)

@@ -241,6 +241,9 @@ def run_factors(law: Law, device: str) -> str:
     else:
         got = [*gpu.factors(law.rank, seeds, PARAM_ID, torch.Size((700, 30, 3)), where)]
         expected = [*lowrank.factors(law.rank, seeds, PARAM_ID, torch.Size((700, 30, 3)))]
+        weights = [(PARAM_ID, torch.Size((70, 3))), (5, torch.Size((250,)))]
+        got += [tensor for some in gpu.directions(law.rank, seeds, weights, where) for tensor in some]
+        expected += [tensor for some in law.directions(seeds, weights) for tensor in some]
     right = all(same_bits(a.cpu(), b) for a, b in zip(got, expected, strict=True))
     return "" if right else "differ"
 

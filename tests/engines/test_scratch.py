@@ -15,7 +15,9 @@ from mezo_dist.directions.parts import Part
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.hooked import find_hooked_modules
+from mezo_dist.engines.lockstep.call_order import CallOrder
 from mezo_dist.engines.lockstep.head_slice import HeadSlice
+from mezo_dist.engines.units import find_units
 from mezo_dist.testing import tiny_model
 from tests.engines.models import AROUND, SHIFTS, TOYS, VARIANTS, changed, every_model, make
 
@@ -180,11 +182,15 @@ class Counting(dict[nn.Module, Any]):
 
 def test_what_follows_is_learnt_in_time_that_grows_with_the_calls_alone() -> None:
     """Decoding calls all modules once per token, and another number of tokens is another order."""
-    materialiser = Engine(tiny_model("llama"), Law("gaussian"))._materialise
-    materialiser._unit_of = units = Counting(materialiser._unit_of)
-    materialiser._order = [*units]
-    once = materialiser._followers()
-    assert any(once.values())
-    materialiser._order, units.number = [*units] * 200, 0
-    assert materialiser._followers() == once
-    assert units.number < 2 * len(materialiser._order)
+    order = CallOrder(find_units(tiny_model("llama")))
+    order._unit_of = units = Counting(order._unit_of)
+    followers = []
+    for times in (1, 200):
+        units.number = 0
+        for module in [*units] * times:
+            order.add(module)
+        assert order.end()
+        followers.append([order.following(module) for module in units])
+    assert any(followers[0])
+    assert followers[1] == followers[0]
+    assert units.number < 2 * 200 * len(units)

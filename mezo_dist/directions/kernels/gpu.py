@@ -154,11 +154,34 @@ def factors(
         shape: the matrix's.
         device: a GPU.
     """
-    filled, size = gpu_inputs.layout_of_factors([Part(torch.empty(0), (), param_id, shape)], rank, len(seeds))
-    values = torch.empty(size, device=device)
-    _launch_fill(values, filled, gpu_inputs.seeds_table(tuple(seeds), *gpu_inputs.place(values)), GAUSSIAN)
-    u, v = (values[f.place : f.place + f.size * len(seeds)].view(len(seeds), -1, rank) for f in filled)
+    ((u, v),) = directions(rank, seeds, [(param_id, shape)], device)
     return u, v
+
+
+def directions(
+    rank: int,
+    seeds: Sequence[int],
+    weights: Sequence[tuple[int, torch.Size]],
+    device: torch.device,
+) -> list[tuple[Tensor, ...]]:
+    """`factors` of matrices and `fill` of vectors, of all ``weights`` by few launches; see
+    `mezo_dist.directions.law.Law.directions`.
+
+    Args:
+        rank: number of columns of the factors.
+        seeds: the directions'.
+        weights: `seeds.param_id` and shape of each.
+        device: a GPU.
+    """
+    filled, size = gpu_inputs.layout_of_directions(weights, rank, len(seeds))
+    values = torch.empty(size, device=device)
+    seeds_there = gpu_inputs.seeds_table(tuple(seeds), *gpu_inputs.place(values))
+    _launch_fill(values, [f for some in filled for f in some], seeds_there, GAUSSIAN)
+    shapes = [(len(seeds), -1, rank) if len(shape) >= 2 else (len(seeds), -1) for _, shape in weights]
+    return [
+        tuple(values[f.place : f.place + f.size * len(seeds)].view(of_each) for f in some)
+        for some, of_each in zip(filled, shapes, strict=True)
+    ]
 
 
 def add_lowrank(

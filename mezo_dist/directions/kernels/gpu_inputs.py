@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.directions import devices
-from mezo_dist.directions.bits import CHUNK, FACTOR_U, FACTOR_V, TABLE_SIZE, BitLayout, gaussian_table
+from mezo_dist.directions.bits import CHUNK, FACTOR_U, FACTOR_V, GAUSSIAN, TABLE_SIZE, BitLayout, gaussian_table
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.parts import Part
 
@@ -24,6 +24,8 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """dtypes as kernels are told of them."""
 TILE_CHUNKS = 4
 """Chunks of a tile."""
+WHOLE_LINES = 64
+"""fp32 numbers: tensors in one piece of memory start at multiples, as matrix products like best."""
 AFTER_ALL = 2**62
 """First tile of table rows that are no tensors."""
 
@@ -138,6 +140,29 @@ def layout_of_factors(parts: Sequence[Part], rank: int, num_seeds: int) -> tuple
         v = Filled(place, 1, columns * rank, FACTOR_V, part.param_id, divisor=math.sqrt(rank))
         place += v.size * num_seeds
         filled += [u, v]
+    return filled, place
+
+
+def layout_of_directions(
+    weights: Sequence[tuple[int, torch.Size]], rank: int, num_seeds: int
+) -> tuple[list[list[Filled]], int]:
+    """Where U and V of each matrix go, and the entries of each vector, whole; and the number of elements of all.
+
+    Args:
+        weights: `seeds.param_id` and shape of each.
+        rank: number of columns of the factors.
+        num_seeds: number of directions.
+    """
+    place = 0
+    filled: list[list[Filled]] = []
+    for param_id, shape in weights:
+        kinds = [(shape.numel(), GAUSSIAN, 1.0)]
+        if len(shape) >= 2:
+            kinds = [(shape[0] * rank, FACTOR_U, 1.0), (math.prod(shape[1:]) * rank, FACTOR_V, math.sqrt(rank))]
+        filled.append([])
+        for size, bits, divisor in kinds:
+            filled[-1].append(Filled(place, 1, size, bits, param_id, divisor=divisor))
+            place += -(-size * num_seeds // WHOLE_LINES) * WHOLE_LINES
     return filled, place
 
 

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mezo_dist.directions.combination import Combination
 from mezo_dist.engines.hooked import HookedModule, Weight
+from mezo_dist.engines.lockstep.factors import Factors
 from mezo_dist.engines.lockstep.passes import Call
-from mezo_dist.engines.lockstep.persample import Factors
 
 Forward = Callable[[Call, list[Tensor]], object]
 KINDS = (nn.Linear, Conv1D, nn.Embedding)

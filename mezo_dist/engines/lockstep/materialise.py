@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, final
 
@@ -19,13 +18,15 @@ from mezo_dist.directions.law import Law
 from mezo_dist.directions.parts import KeptParts, Part
 from mezo_dist.engines.hooked import HookedModule, Weight, as_parameter
 from mezo_dist.engines.layouts.base import Layout
+from mezo_dist.engines.lockstep.call_order import CallOrder
+from mezo_dist.engines.lockstep.factors import Factors
 from mezo_dist.engines.lockstep.fanout import Served, on_tensors
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, forward_below
 from mezo_dist.engines.lockstep.head_slice import head_rows
 from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
 from mezo_dist.engines.lockstep.passes import Call, Coroutine, Read
-from mezo_dist.engines.lockstep.persample import Factors, seeds_of, with_sample_directions
+from mezo_dist.engines.lockstep.persample import seeds_of, thin_weights, with_sample_directions
 from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, same_shifts, shifts_of
 from mezo_dist.engines.lockstep.sparse_rows import Rows, may_need_rows, plan_sparse_rows
 from mezo_dist.engines.scratch import ALIGNMENT, leading, padded
@@ -92,10 +93,8 @@ class Materialiser:
         self._plans = Plans()
         self._unit_of = {hooked.module: unit for unit in layout.units for hooked in unit.hooked_modules}
         self._unrestricted = {hooked.module: hooked for unit in layout.units for hooked in unit.hooked_modules}
-        self._served: list[HookedModule] = []
-        # Of passes with shifts in activation space, and of others:
-        self._order: dict[bool, list[nn.Module]] = {}
-        self._following: dict[bool, dict[nn.Module, list[HookedModule]]] = {}
+        # Passes with shifts in activation space make other modules than others do.
+        self._orders = {in_activations: CallOrder(layout.units) for in_activations in (False, True)}
         self._kept: dict[nn.Module, Served] = {}
         self._by_sample: dict[nn.Module, Served] = {}
         self._made: Mapping[nn.Module, Served] = {}
@@ -120,8 +119,7 @@ class Materialiser:
             real: its own forward.
         """
         self._need(hooked, keep_current=False)
-        if self.only is not None:
-            hooked = _restricted(hooked, self.only)
+        hooked = self._as_restricted(hooked)
         if self.in_activations and self._can_keep(hooked) and not any(call.caller.sample_shifts for call in calls):
             if hooked.module not in self._kept:
                 self._keep(self._unit_of[hooked.module])
@@ -145,7 +143,7 @@ class Materialiser:
             if may_need_rows(hooked.module):
                 return None
             self._came.add(hooked.module)
-            self._served.append(hooked)
+            self._orders[self.in_activations].add(hooked.module)
         return self._with_sample_directions(hooked, served) if caller.sample_shifts else served
 
     def _with_sample_directions(self, hooked: HookedModule, served: Served) -> Served:
@@ -155,13 +153,23 @@ class Materialiser:
             hooked: the module.
             served: its weights.
         """
+        if not self._by_sample:
+            self.factors.make_together(w for other in self._at_hand for w in self._thin_weights(other))
         if hooked.module not in self._by_sample:
             real = forward_below(hooked.module, Layer.FAN_OUT)
             shared = functools.partial(on_tensors, hooked, real)
-            some = hooked if self.only is None else _restricted(hooked, self.only)
+            some = self._as_restricted(hooked)
             forward = with_sample_directions(self.factors, some, self.factors.seeds, real, shared, None)
             self._by_sample[hooked.module] = Served(served.tensors, forward)
         return self._by_sample[hooked.module]
+
+    def _thin_weights(self, module: nn.Module) -> list[Weight]:
+        """See `thin_weights`; none of modules that `_with_sample_directions` is not asked about."""
+        return [] if may_need_rows(module) else thin_weights(self._as_restricted(self._unrestricted[module]))
+
+    def _as_restricted(self, hooked: HookedModule) -> HookedModule:
+        """``hooked``, of whose weights only those that may move now are trainable."""
+        return hooked if self.only is None else _restricted(hooked, self.only)
 
     def _can_keep(self, hooked: HookedModule) -> bool:
         """Whether a module's weights under all variants take so little memory with shifts in activation space that
@@ -179,7 +187,7 @@ class Materialiser:
         for every token, and passes wait for one another but rarely."""
         todo: _Todo = {}
         for hooked in unit.hooked_modules:
-            some = hooked if self.only is None else _restricted(hooked, self.only)
+            some = self._as_restricted(hooked)
             if not self._can_keep(some):
                 continue
             matrix = shifts_in_activations(some)
@@ -231,7 +239,7 @@ class Materialiser:
         if alone or rows is not None or hooked.spans_blocks or not self._takes_launches(hooked):
             self._made = self._make([hooked], rows, variants)
         else:
-            self._served.append(hooked)
+            self._orders[self.in_activations].add(hooked.module)
             served = self._made.get(hooked.module)
             if served is None or not served.tensors.keys() >= set(variants):
                 self._made = self._make_together(hooked, variants)
@@ -280,10 +288,10 @@ class Materialiser:
             hooked: the module.
             num_variants: that are made of each weight.
         """
-        following = self._following.get(self.in_activations, {}).get(hooked.module, [])
+        following = self._orders[self.in_activations].following(hooked.module)
         if self.in_activations:  # passes before this one may have needed these matrices, and this one does not
             following = [other for other in following if not shifts_in_activations(other)]
-        group = [hooked, *(h if self.only is None else _restricted(h, self.only) for h in following)]
+        group = [hooked, *map(self._as_restricted, following)]
         sizes = [num_variants * self._bytes_of([weight.tensor for weight in some.weights]) for some in group]
         return group[: leading(sizes)]
 
@@ -352,7 +360,7 @@ class Materialiser:
             UserError: a pass has a direction per sample, which only the weight's own module can apply.
         """
         self._need(reads[0].hooked, keep_current=nested)
-        hooked = reads[0].hooked if self.only is None else _restricted(reads[0].hooked, self.only)
+        hooked = self._as_restricted(reads[0].hooked)
         weight = hooked.weights[reads[0].hooked.weights.index(reads[0].weight)]
         if weight.trainable and any(read.caller.sample_shifts for read in reads):
             raise UserError(
@@ -422,26 +430,9 @@ class Materialiser:
         self._most = 0
         self._made = self._at_hand = {}
         self._kept, self._by_sample = {}, {}
-        order = [hooked.module for hooked in self._served]
-        if order and order != self._order.get(self.in_activations):
-            self._order[self.in_activations] = order
-            self._following[self.in_activations] = self._followers(order)
+        self.factors.make_together(())
+        if self._orders[self.in_activations].end():
             self._plans.clear()
-        self._served = []
-
-    def _followers(self, order: Sequence[nn.Module]) -> dict[nn.Module, list[HookedModule]]:
-        """What followed on the first call of each module, in its unit, until it was called again. (Texts that are
-        decoded call all modules once per token, so what is looked at must not grow with the square of the calls.)"""
-        following: dict[nn.Module, list[HookedModule]] = {}
-        for number, module in enumerate(order):
-            if module not in following:
-                rest: dict[nn.Module, None] = {}
-                for other in itertools.islice(order, number + 1, None):
-                    if other is module or self._unit_of[other] is not self._unit_of[module]:
-                        break
-                    rest[other] = None
-                following[module] = [self._unrestricted[other] for other in rest]
-        return following
 
     def _bytes_of(self, sources: Sequence[Tensor]) -> int:
         """Bytes of one variant of some weights."""
