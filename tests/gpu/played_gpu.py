@@ -369,7 +369,7 @@ def _let_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, compute in computed.items():
         monkeypatch.setattr(gpu, name, with_values(getattr(gpu, name), compute))
 
-    fill, factors = gpu.fill, gpu.factors
+    fill, factors, directions = gpu.fill, gpu.factors, gpu.directions
 
     def fill_too(bits: BitLayout, seeds: Sequence[int], param_id: int, size: int, device: torch.device) -> Tensor:
         values = fill(bits, seeds, param_id, size, device)
@@ -382,6 +382,15 @@ def _let_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
             _on_host(factor).copy_(values)
         return pair
 
+    def directions_too(rank: int, seeds: Sequence[int], weights: Sequence[Any], device: torch.device) -> Any:
+        together = directions(rank, seeds, weights, device)
+        of_cpu = Law("lowrank", rank).directions(seeds, weights)
+        for some, values in zip(together, of_cpu, strict=True):
+            for tensor, value in zip(some, values, strict=True):
+                _on_host(tensor).copy_(value)
+        return together
+
+    monkeypatch.setattr(gpu, "directions", directions_too)
     monkeypatch.setattr(gpu, "fill", fill_too)
     monkeypatch.setattr(gpu, "factors", factors_too)
 
