@@ -117,6 +117,11 @@ def _check_first_order(config: RunConfig) -> None:
         )
     if config.law != "gaussian" or config.direction_rank != 1:
         raise ValueError(f"law: is about random directions, of which algorithm.name: {name} has none; leave it out")
+    if config.train.gradient_checkpointing and config.model.peft.method == "prefix":
+        raise ValueError(
+            "train.gradient_checkpointing: a block that is computed again would see its keys twice after the prefix of "
+            "model.peft.method: prefix; set it to false, or the method to lora"
+        )
     if config.layout.name == "zero" and config.model.compute not in (None, config.model.weights):
         raise ValueError(
             f"model.compute: DeepSpeed's engine (layout.name: zero) computes gradients for algorithm.name: {name} in "

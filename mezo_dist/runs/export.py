@@ -88,7 +88,7 @@ def export_model(
     try:
         comm.collect(work)
     except UserError as error:
-        raise UserError(f"export to {folder} failed: {error}; the trajectory still holds the run") from error
+        raise UserError(f"export to {folder} failed: {error}; the run folder is as it was") from error
 
 
 def _write(

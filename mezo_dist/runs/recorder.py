@@ -75,9 +75,9 @@ class RunRecorder:
                 self._writer.append(Mark(step, fingerprint, anchor))
         return fingerprint
 
-    def snapshot(self, step: int) -> None:
-        """Save the weights after ``step`` steps. A failure is no reason to stop: the trajectory has all, and a run with
-        gradients has older snapshots. Collective."""
+    def snapshot(self, step: int) -> bool:
+        """Save the weights after ``step`` steps; returns whether they are saved. A failure is no reason to stop: the
+        trajectory has all, and a run with gradients has older snapshots. Collective."""
         self.mark(step)
         run, claim = self._run, self._claim
         try:
@@ -88,8 +88,9 @@ class RunRecorder:
             self._note("snapshot failed", step, reason=str(error))
             safe = "as the trajectory still holds it" if run.gradients is None else "but cannot come back to here"
             log.warning("%s; the run goes on, %s", error, safe)
-        else:
-            self._saved = step
+            return False
+        self._saved = step
+        return True
 
     def stopped(self, step: int) -> None:
         """Note that the run was asked to stop, and save the weights if the run keeps snapshots, or has them nowhere

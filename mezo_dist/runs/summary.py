@@ -14,6 +14,7 @@ from mezo_dist.runs.build import Run
 from mezo_dist.runs.looks import evaluation_interval
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.run_folder import SNAPSHOTS
+from mezo_dist.storage.snapshots import folder_name
 
 
 def facts(run: Run, folder: Path) -> list[tuple[str, str]]:
@@ -80,7 +81,7 @@ def summary(run: Run, folder: Path, results: JsonObject) -> list[str]:
             f"({results['training_s']:.0f} s)."
         )
     lines += [
-        f"The weights are in the last snapshot in {folder / SNAPSHOTS}; {log} has the losses."
+        _whereabouts(run, folder, results["steps"])
         if is_first_order
         else f"The whole fine-tuning is in {log} ({log.stat().st_size / 1024:.0f} KiB): base model + this file = the "
         "fine-tuned model.",
@@ -94,6 +95,21 @@ def summary(run: Run, folder: Path, results: JsonObject) -> list[str]:
         code = f"import {package} as t; t.{loader}.from_pretrained({json.dumps(str(folder / 'model'))})"
         lines.append(f"  python -c {shlex.quote(code)}")
     return [*lines, f"  mezo-dist evaluate {shlex.quote(str(folder))}"]
+
+
+def _whereabouts(run: Run, folder: Path, steps: int) -> str:
+    """Where the weights of a first-order run are; a full disk may have left no snapshot after the last step.
+
+    Args:
+        run: the run.
+        folder: its folder.
+        steps: number of its steps.
+    """
+    if (folder / SNAPSHOTS / folder_name(steps)).is_dir():
+        return (
+            f"The weights are in the last snapshot in {folder / SNAPSHOTS}; {folder / trajectory.FILE} has the losses."
+        )
+    return f"The weights are in {folder / 'model'} alone." if run.config.output.export else "The weights are not saved."
 
 
 def _figures(metrics: object, names: tuple[str, ...]) -> list[float] | None:

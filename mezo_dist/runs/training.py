@@ -97,6 +97,9 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
         claim: the run folder.
         progress: where the run is.
         monitor: shows what happens.
+
+    Raises:
+        UserError: the weights of a first-order run could not be saved at its end.
     """
     config, is_main = run.config, run.comm.rank == 0
     monitor.table("run", facts(run, claim.folder))
@@ -112,16 +115,21 @@ def _train(run: Run, claim: Claim, progress: Progress[object], monitor: Monitor)
     if run.gradients is None and progress.step < config.train.steps:
         reserve(run, progress.step)
     recorder = RunRecorder.open(run, claim)
-    started = time.perf_counter()
+    started, is_safe = time.perf_counter(), True
     try:
         _loop(run, progress, recorder, monitor)
         if run.gradients is None:
             recorder.mark(progress.step)
         else:  # its weights are nowhere else
-            recorder.snapshot(progress.step)
+            is_safe = recorder.snapshot(progress.step)
     finally:
         recorder.close()
     _finish(run, claim.folder, progress, before, time.perf_counter() - started, monitor)
+    if not is_safe:
+        raise UserError(
+            f"output.dir: {claim.folder} has no snapshot of the weights after the last step (the log says why); make "
+            "room, then --output.if_exists=resume takes the steps after the snapshot before it again"
+        )
 
 
 def _resume(run: Run, claim: Claim, recorded: Log) -> tuple[Claim, Progress[object]]:

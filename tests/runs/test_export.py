@@ -168,7 +168,7 @@ def fail(comm: Communicator, folder: Path) -> tuple[str, int]:
 def test_a_failure_is_told_on_all_ranks(tmp_path: Path) -> None:
     messages, seen = zip(*spawn(fail, 2, tmp_path), strict=True)
     assert messages[0] == messages[1]
-    assert "failed: rank(s) [0]: [Errno 28] No space left on device; the trajectory still holds the run" in messages[0]
+    assert "failed: rank(s) [0]: [Errno 28] No space left on device; the run folder is as it was" in messages[0]
     assert seen[0] == seen[1] == len(list(tiny_model("llama").parameters()))
     assert list(tmp_path.iterdir()) == []
 

@@ -16,10 +16,11 @@ from mezo_dist import MeZO, Optimizer, cli
 from mezo_dist.algorithms.first_order import SGD, AdamW
 from mezo_dist.config import reader
 from mezo_dist.distributed.communicator import Communicator
+from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
 from mezo_dist.monitoring.console import Monitor
 from mezo_dist.runs import training
-from mezo_dist.storage import trajectory
+from mezo_dist.storage import snapshot_writer, trajectory
 from mezo_dist.testing import spawn, tiny_model, write_tiny_config
 from tests.parts import Parts, run_parts
 from tests.run_folders import results
@@ -181,6 +182,30 @@ def test_a_damaged_optimiser_state_is_passed_over(root: Path, tmp_path: Path, ca
     assert results(folder) == results(root / "adamw" / "run")
 
 
+@pytest.mark.parametrize("export", [True, False])
+def test_a_run_whose_last_weights_cannot_be_saved_is_no_success(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, export: bool
+) -> None:
+    """They are nowhere else, but for the export; after room was made, the steps since the last snapshot are taken again."""
+
+    def full(folder: Path, engine: Engine, step: int, comm: Communicator, **options: Any) -> Path:
+        if step == STEPS:
+            raise UserError("no room")
+        return save(folder, engine, step, comm, **options)
+
+    save, folder = snapshot_writer.save_snapshot, tmp_path / "run"
+    monkeypatch.setattr(snapshot_writer, "save_snapshot", full)
+    given = [f"--{option}" for option in options("sgd", folder, f"output.export={json.dumps(export)}")]
+    status, text = run_cli(capsys, "train", root / "sgd" / "config.yaml", *given)
+    assert status == 2
+    assert f"output.dir: {folder} has no snapshot of the weights after the last step" in text
+    assert "in the last snapshot" not in text
+    assert ("/model alone." if export else "The weights are not saved.") in text.replace("\n", "")
+    monkeypatch.undo()
+    train(root, "sgd", folder, "output.if_exists=resume")
+    assert results(folder) == results(root / "sgd" / "run")
+
+
 # The command line
 
 
@@ -264,6 +289,10 @@ def test_passes_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
             "the dtype of model.weights; leave it out and set model.weights to bfloat16",
         ),
         (["layout.name=fsdp", "layout.gather=bfloat16"], "layout.gather: must be left out for algorithm.name: adamw"),
+        (
+            ["train.gradient_checkpointing=true", "model.peft.method=prefix"],
+            "train.gradient_checkpointing: a block that is computed again would see its keys twice after the prefix of",
+        ),
         (["algorithm.eps=1e-3"], "algorithm.eps is a setting of mezo and mezo-svrg and mezo-svrg-released, not of"),
         (["algorithm.directions=2"], "algorithm.directions is a setting of mezo and mezo-svrg, not of adamw"),
         (["algorithm.momentum=0.9"], "algorithm.momentum is a setting of mezo"),

@@ -202,7 +202,7 @@ def test_an_export_that_fails_leaves_no_folder(root: Path, tmp_path: Path) -> No
     run = loaded_run(root / "mezo" / "run", 0)
     with (
         full_disk(),
-        pytest.raises(UserError, match=r"export to .*model failed: .*; the trajectory still holds the run"),
+        pytest.raises(UserError, match=r"export to .*model failed: .*; the run folder is as it was"),
     ):
         export_model(run.engine, run.pretrained.tokenizer, tmp_path / "model", Communicator())
     assert not (tmp_path / "model").exists()
