@@ -139,6 +139,7 @@ def _quieten() -> None:
 
 _NO_NEWS = (
     "Setting accelerator to CPU",  # DeepSpeed
+    "**** You are using ZeRO with an untested optimizer",  # DeepSpeed, of torch's SGD, which is tested here
     "Failed to load ",  # kernels of torchao and bitsandbytes for other devices
     "<enum '",  # torchao's enumerations are registered in a way of the past
 )
