@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mezo_dist.algorithms import FirstOrder
 from mezo_dist.algorithms.base import Evaluation, Losses
 from mezo_dist.algorithms.operations import apply_updates
 from mezo_dist.algorithms.step import Progress, StepResult, run_step
@@ -36,7 +37,7 @@ from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import DISK_FAULTS
 from mezo_dist.storage.replay import logged_step
-from mezo_dist.storage.run_folder import Claim, claim_folder, note, read_scores, write_results
+from mezo_dist.storage.run_folder import Claim, check_shared, claim_folder, note, read_scores, write_results
 from mezo_dist.storage.trajectory import Log
 from mezo_dist.tasks.kind import Answer
 
@@ -66,6 +67,8 @@ def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path
     ):
         if claim.log is not None:
             check_config(config, claim.log.header)
+        if isinstance(config.algorithm, FirstOrder):
+            check_shared(claim, comm)
         run = with_gradients(build_run(config, comm, claim.log.header if claim.log is not None else None, judge))
         progress = Progress(run.algorithm.init())
         if claim.log is not None:

@@ -138,6 +138,27 @@ def known_to_all(config: RunConfig, comm: Communicator, choose: Callable[[], Pat
     return Claim(folder, trajectory.parse(data, folder / trajectory.FILE) if data else None)
 
 
+def check_shared(claim: Claim, comm: Communicator) -> None:
+    """Check that all ranks see the claimed folder, for a run whose weights are in its snapshots alone, of which every
+    rank writes a part. Collective.
+
+    Raises:
+        UserError: on all ranks: some do not see it.
+    """
+    if comm.world_size == 1:
+        return
+    probe = claim.folder / comm.broadcast_text(f".seen-{os.urandom(8).hex()}")
+    comm.collect(lambda: probe.mkdir() if comm.rank == 0 else None)
+    seen = comm.collect(probe.is_dir)
+    comm.collect(lambda: probe.rmdir() if comm.rank == 0 else None)
+    if not all(seen):
+        raise UserError(
+            f"output.dir: rank(s) {[rank for rank, sees in enumerate(seen) if not sees]} do not see {claim.folder} of "
+            "rank 0, and weights of a first-order run are in its snapshots alone, which all ranks write; name a folder "
+            "that all hosts share"
+        )
+
+
 def cut_log(claim: Claim, num_steps: int, comm: Communicator) -> Claim:
     """Cut the claimed trajectory after ``num_steps`` steps, for a run that has to take the later ones again.
     Collective.

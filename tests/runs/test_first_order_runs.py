@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,19 @@ def everywhere(comm: Communicator, root: Path, folder: Path) -> Parts:
     def anew(name: str, *more: str) -> None:
         train(root, "adamw", folder / name, *more, comm=comm)
 
+    def apart() -> str:
+        """Each rank has a folder that the other does not see."""
+        (folder / f"apart-{comm.rank}").mkdir()
+        before = Path.cwd()
+        os.chdir(folder / f"apart-{comm.rank}")
+        try:
+            train(root, "adamw", Path("run"), comm=comm)
+        except UserError as error:
+            return str(error)
+        finally:
+            os.chdir(before)
+        return ""
+
     gc.freeze()  # DeepSpeed collects garbage as it makes an engine
     halves = [ZERO, "model.weights=bfloat16"]
     return run_parts(
@@ -110,6 +124,7 @@ def everywhere(comm: Communicator, root: Path, folder: Path) -> Parts:
             "zero whole": lambda: anew("zero whole", ZERO),
             "zero resumed": lambda: go_on(ZERO, folder / "zero whole", "zero resumed"),
             "bf16 whole": lambda: anew("bf16 whole", *halves),
+            "apart": apart,
             "bf16 resumed": lambda: go_on(ZERO, folder / "bf16 whole", "bf16 resumed", halves[1]),
         }
     )
@@ -171,6 +186,13 @@ def test_a_run_on_layout_zero_goes_on_without_shards(root: Path, folder: Path, p
         train(root, "adamw", tmp_path / "half", "output.if_exists=resume", "model.weights=bfloat16")
 
 
+@pytest.mark.distributed
+def test_a_folder_that_ranks_do_not_share_is_refused_before_training(folder: Path, parts: Parts) -> None:
+    """No rank's snapshot would be whole."""
+    assert "output.dir: rank(s) [1] do not see run of rank 0" in parts["apart"]
+    assert not list((folder / "apart-0").iterdir())
+
+
 def test_a_damaged_optimiser_state_is_passed_over(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = killed(root / "adamw" / "run", tmp_path / "run", 4, [2, 4])
     index = folder / "snapshots/step-00000004/snapshot.json"
@@ -186,7 +208,7 @@ def test_a_damaged_optimiser_state_is_passed_over(root: Path, tmp_path: Path, ca
 def test_a_run_whose_last_weights_cannot_be_saved_is_no_success(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, export: bool
 ) -> None:
-    """They are nowhere else, but for the export; once there is room, the steps since the last snapshot are taken again."""
+    """They are nowhere else, but for the export; once there is room, steps since the snapshot before are taken again."""
 
     def full(folder: Path, engine: Engine, step: int, comm: Communicator, **options: Any) -> Path:
         if step == STEPS:
