@@ -219,7 +219,8 @@ class TrainConfig:
     a run folder do not compile."""
     gradient_checkpointing: bool = False
     """For ``algorithm.name: sgd`` and ``adamw``: keep only the inputs of the model's blocks for the backward pass, and
-    compute the rest again there. It takes less memory and one forward pass more per step."""
+    compute the rest again there. It takes less memory and one forward pass more per step. Not for ``model.peft.method:
+    prefix``."""
     max_skipped: int = 10
     """Steps in a row that may be skipped, because a loss is not finite, before the run gives up."""
 

@@ -208,7 +208,7 @@ def test_a_damaged_optimiser_state_is_passed_over(root: Path, tmp_path: Path, ca
 def test_a_run_whose_last_weights_cannot_be_saved_is_no_success(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, export: bool
 ) -> None:
-    """They are nowhere else, but for the export; once there is room, steps since the snapshot before are taken again."""
+    """They are nowhere else, but for the export; once there is room, steps since the last snapshot are taken again."""
 
     def full(folder: Path, engine: Engine, step: int, comm: Communicator, **options: Any) -> Path:
         if step == STEPS:
