@@ -389,7 +389,8 @@ def test_registers_and_shared_memory(
     with capsys.disabled():
         print(f"\nsm_{capability}: kernel, registers, stack, shared memory:", *usage, sep="\n  ")
     assert len(usage) == 8  # two of them fill factors
-    assert all(registers <= 128 and stack == 0 and shared <= 20_000 for _, registers, stack, shared in usage)
+    spilled = 8  # bytes, of the low-rank kernel on sm_100 by Triton 3.6 (3.7: none)
+    assert all(registers <= 128 and stack <= spilled and shared <= 20_000 for _, registers, stack, shared in usage)
 
 
 def resources(binary: bytes) -> str:
