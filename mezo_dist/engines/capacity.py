@@ -29,7 +29,7 @@ def tokens_at_once(units: Sequence[Unit], dtype: torch.dtype, processes: int) ->
 
 
 def free_bytes() -> int:
-    """Memory that nobody uses: of the GPU if there is one, else of the host."""
+    """Memory that nobody uses: of the GPU if there is one (what torch keeps for later counts), else of the host."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -13,6 +13,7 @@ import logging
 
 import torch
 
+from mezo_dist.engines.capacity import free_bytes
 from mezo_dist.errors import UserError
 from mezo_dist.planning.from_config import setting_of
 from mezo_dist.planning.lookup import find_shape
@@ -80,8 +81,7 @@ def reserve(run: Run, step: int) -> int:
         log.info("memory is not asked for in advance, as there is no plan: %s", error)
         return 0
     size = sum(size for name, size in memory.parts.items() if name not in LASTING)
-    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if size > (free := torch.cuda.mem_get_info()[0] + kept):
+    if size > (free := free_bytes()):
         log.warning(
             "the plan says that a step takes %.2f GiB beside the weights, and %.2f are free: %s",
             size / GIB, free / GIB, advice(run.config),
