@@ -83,3 +83,18 @@ def torch_optimizer(settings: FirstOrder, weights: Mapping[str, nn.Parameter]) -
         return torch.optim.SGD(listed, lr=settings.lr, momentum=settings.momentum)
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(listed, lr=settings.lr, betas=betas, eps=settings.epsilon)
+
+
+def clear_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make all statistics of an optimiser, and the steps that it counts, zero."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+def count_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Say how many steps an optimiser's statistics have seen."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(float(steps))

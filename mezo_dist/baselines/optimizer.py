@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mezo_dist.algorithms import FirstOrder
-from mezo_dist.baselines.base import torch_optimizer
+from mezo_dist.baselines.base import clear_state, count_steps, torch_optimizer
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import OPTIMIZER_PREFIX, Engine
 from mezo_dist.engines.layouts.base import Shard
@@ -41,21 +41,13 @@ class WeightOptimizer:
         for weight in self._weights.values():
             weight.grad = torch.zeros_like(weight)
         self.step(0.0, 1.0)
-        self._clear_state()
-
-    def _clear_state(self) -> None:
-        for state in self._torch.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        clear_state(self._torch)
 
     def start_at(self, steps: int) -> None:
         """See `GradientOptimizer.start_at`."""
         if not steps:
-            self._clear_state()
-        for state in self._torch.state.values():
-            if "step" in state:
-                state["step"].fill_(float(steps))
+            clear_state(self._torch)
+        count_steps(self._torch, steps)
 
     def forget_gradients(self) -> None:
         """See `GradientOptimizer.forget_gradients`."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.algorithms import FirstOrder
-from mezo_dist.baselines.base import torch_optimizer
+from mezo_dist.baselines.base import clear_state, count_steps, torch_optimizer
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import OPTIMIZER_PREFIX, Engine
 from mezo_dist.engines.layouts.base import Shard
@@ -67,26 +67,18 @@ class ZeroOptimizer:
             group |= {"params": [flat], "lr": 0.0}
             self._torch.step()
             group["params"], flat.grad = [], gradient
-        self._clear_state()
-
-    def _clear_state(self) -> None:
-        for state in self._torch.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        clear_state(self._torch)
 
     def start_at(self, steps: int) -> None:
         """See `GradientOptimizer.start_at`."""
         from deepspeed.utils import safe_set_local_fp32_param
 
         if not steps:
-            self._clear_state()
+            clear_state(self._torch)
         if not (steps and self._has_masters):  # DeepSpeed's copies are those of the model that it was made with
             for weight in self._weights.values():
                 safe_set_local_fp32_param(weight, weight.ds_tensor)
-        for state in self._torch.state.values():
-            if "step" in state:
-                state["step"].fill_(float(steps))
+        count_steps(self._torch, steps)
 
     def forget_gradients(self) -> None:
         """See `GradientOptimizer.forget_gradients`. DeepSpeed itself keeps the last gradient of a weight that no pass

@@ -17,7 +17,7 @@ from mezo_dist.engines.capacity import free_bytes
 from mezo_dist.errors import UserError
 from mezo_dist.planning.from_config import setting_of
 from mezo_dist.planning.lookup import find_shape
-from mezo_dist.planning.machine import Machine
+from mezo_dist.planning.machine import GIB, Machine
 from mezo_dist.planning.memory import Memory, memory_of
 from mezo_dist.runs.build import Run
 from mezo_dist.runs.memory import advice
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 RANDOM = "random:"
 LASTING = ("weights", "anchor", "frozen cache", "runtime")
 """Parts of a plan that are not a step's: they are there before it, or stay."""
-GIB = 2**30
 
 
 def planned_memory(run: Run, tokens: int) -> Memory:
@@ -87,5 +86,9 @@ def reserve(run: Run, step: int) -> int:
             size / GIB, free / GIB, advice(run.config),
         )  # fmt: skip
         return 0
-    torch.empty(size, dtype=torch.uint8, device=device)  # freed at once, and kept by the allocator
+    try:
+        torch.empty(size, dtype=torch.uint8, device=device)  # freed at once, and kept by the allocator
+    except torch.OutOfMemoryError:  # what is free is in pieces, which may do
+        log.info("memory is not asked for in advance, as no %.2f GiB are free in one piece", size / GIB)
+        return 0
     return size
