@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -398,6 +399,9 @@ def test_memory_of_a_step_is_asked_for_at_once(
         gpu.counts = Counts()
         assert pool.reserve(run, 0) == sum(parts.values()) - parts["weights"] - parts["runtime"] > 0
         assert gpu.counts.buffers == 1
+        with monkeypatch.context() as patch:  # all that is free is in pieces
+            patch.setattr(torch, "empty", Mock(side_effect=torch.OutOfMemoryError))
+            assert pool.reserve(run, 0) == 0
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10, 2**36))
         assert pool.reserve(run, 0) == 0
     assert gpu.counts.buffers == 1
