@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,9 +91,15 @@ def planned(case: Case, ranks: int) -> Figures:
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most bytes that torch has allocated at a time during ``work``, above what there was before: a running sum of
-    all allocations of the CPU allocator in this thread."""
-    with profile(use_cpu=True, profile_memory=True) as recorded:
-        work()
+    all allocations of the CPU allocator in this thread. Garbage of an earlier measurement, if Python frees it during
+    ``work``, would be taken off the sum: it is collected before."""
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(use_cpu=True, profile_memory=True) as recorded:
+            work()
+    finally:
+        gc.enable()
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     now = peak = 0

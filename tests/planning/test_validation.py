@@ -8,6 +8,7 @@ not written down (an upper estimate).
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.planning.setting import Setting
 from mezo_dist.testing import spawn
-from tests.planning.cases import Case, Figures, measured, planned
+from tests.planning.cases import Case, Figures, measured, peak_bytes, planned
 
 
 def case(model: str, *trainable: str, **options: Any) -> Case:
@@ -83,3 +84,20 @@ def test_memory_of_one_rank() -> None:
 @pytest.mark.parametrize(("ranks", "cases"), [(2, CUT), (4, COPIES)])
 def test_memory_and_bytes_of_several_ranks(ranks: int, cases: list[Case]) -> None:
     check(cases, ranks, spawn(everything, ranks, cases, timeout_s=250)[0])
+
+
+def test_garbage_of_an_earlier_measurement_is_not_taken_off_a_peak() -> None:
+    """It is, in torch's account, if Python's collector comes to it in the middle of the next measurement."""
+    cycle: list[Any] = []
+
+    def leave_garbage() -> None:
+        cycle.extend([torch.empty(1 << 20, dtype=torch.uint8), cycle])
+
+    def take_four() -> None:
+        if gc.isenabled():
+            gc.collect()
+        torch.empty(4 << 20, dtype=torch.uint8)
+
+    peak_bytes(leave_garbage)
+    cycle = []
+    assert peak_bytes(take_four) == 4 << 20
