@@ -11,8 +11,9 @@ Needs root (`launcher/README.md`). Three parts, for each number of hosts, one ra
 * slow link: a step of a tiny model, whole and sharded (fsdp), on links of 1 Mbit/s. Predicted is the step without the
   limit, measured in turns with it, plus the bytes of the plan over the rate of the link.
 * lost: a host is killed (cable first, so that nobody is told), or only its rank; seconds until the next step is in the
-  trajectory. What a start takes (imports, data, model: the assumption ``start``) is taken from the first start of the
-  same job; time-out and last call are those of the job. What is tested is that a loss costs their sum.
+  trajectory. What a start takes (imports, data, model: the assumption ``start``) is taken from the job's first start,
+  after another job has filled the machine's caches of files, as the first start has for a restart; time-out and last
+  call are those of the job. What is tested is that a loss costs their sum.
 """
 
 from __future__ import annotations
@@ -149,9 +150,14 @@ def wait_for_ranks(folder: Path) -> float:
 
 def lost(hosts: Cluster, folder: Path, *, silent: bool) -> dict[str, float]:
     """Seconds from a loss to the next step, and of the job's first start."""
-    write_tiny_config(folder, steps=MANY)
     count = len(hosts.hosts)
     victim = hosts.hosts[-1]
+    before, folder = folder / "before", folder / "job"
+    for path in (before, folder):
+        path.mkdir()
+        write_tiny_config(path, steps=MANY)
+    with job(hosts, before, count):
+        wait_for_steps(before, 1)
     with job(hosts, folder, count - 1):
         ranks_at = wait_for_ranks(folder)
         start = wait_for_steps(folder, 1) - ranks_at

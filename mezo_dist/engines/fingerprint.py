@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-BLOCK = 1 << 18
+from mezo_dist.engines.fingerprint_kernel import FIRST, GOLDEN, SECOND, contributions
 
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014), made odd, on uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31)) | np.uint64(1)
+VIEWS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+BLOCK = 1 << 23
+"""Elements that are mixed at a time by torch, which takes some times 64 bits for each of them."""
 
 
 def fingerprint_shard(tensor: Tensor, param_id: int, offset: int = 0) -> int:
@@ -31,16 +27,45 @@ def fingerprint_shard(tensor: Tensor, param_id: int, offset: int = 0) -> int:
         offset: index of the first element in the flattened full parameter.
     """
     flat = tensor.detach().reshape(-1)
-    view = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[flat.element_size()]
-    total = np.uint64(0)
-    base = np.uint64((param_id << 32) * 0x9E3779B97F4A7C15 % 2**64)
-    for start in range(0, flat.numel(), BLOCK):
-        bits = flat[start : start + BLOCK].cpu().view(view).numpy().astype(np.int64).view(np.uint64)
-        index = np.arange(offset + start, offset + start + len(bits), dtype=np.uint64)
-        golden = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        with np.errstate(over="ignore"):
-            total = np.add(total, np.sum((bits + np.uint64(1)) * _mix(golden + base), dtype=np.uint64))
-    return int(total)
+    bits = flat.view(VIEWS[flat.element_size()])
+    base = (param_id << 32) * GOLDEN % 2**64
+    return contributions(bits, base, offset) if bits.device.type == "cpu" else by_torch(bits, base, offset)
+
+
+def by_torch(bits: Tensor, base: int, offset: int) -> int:
+    """The sum of the contributions, by torch's operations where the weights are; the reference of
+    `mezo_dist.engines.fingerprint_kernel`.
+
+    Integers of 64 bits wrap around, so that signed ones serve.
+
+    Args:
+        bits: signed integers of 8 to 64 bits.
+        base: of the parameter, 0..2**64-1.
+        offset: index of the first element in the flattened full parameter.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), BLOCK):
+        block = bits[start : start + BLOCK].to(torch.int64)
+        index = torch.arange(offset + start, offset + start + len(block), device=bits.device)
+        mixed = _mix((index + 1) * _signed(GOLDEN) + _signed(base))
+        total += ((block + 1) * mixed).sum()
+    return int(total) % 2**64
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014), made odd."""
+    x = (x ^ _shifted(x, 30)) * _signed(FIRST)
+    x = (x ^ _shifted(x, 27)) * _signed(SECOND)
+    return x ^ _shifted(x, 31) | 1
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """To the right, as if ``x`` were unsigned."""
+    return x >> by & ((1 << (64 - by)) - 1)
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
 
 
 def to_text(total: int) -> str:

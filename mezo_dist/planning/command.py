@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms import FirstOrder, Settings
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config import reader
@@ -214,7 +214,7 @@ def _settings(arguments: argparse.Namespace, config: RunConfig | None, notes: li
 def _algorithms(arguments: argparse.Namespace, base: Setting, config: RunConfig | None) -> list[Settings]:
     options: dict[str, Any] = {"directions": arguments.directions, "one_sided": arguments.one_sided}
     options = {name: value for name, value in (options | {"per_sample": arguments.per_sample}).items() if value}
-    if config is not None and arguments.algorithm is None:
+    if config is not None and not isinstance(config.algorithm, FirstOrder) and arguments.algorithm is None:
         chosen: list[Any] = [base.algorithm]
     else:
         kinds = {"mezo": MeZO(), "mezo-svrg": MeZOSVRG()}

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 from mezo_dist.algorithms import FirstOrder
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.config.schema import RunConfig
-from mezo_dist.errors import UserError
 from mezo_dist.planning.setting import Setting
 
 
 def setting_of(config: RunConfig, notes: list[str]) -> Setting:
-    """What a run's config says, and assumptions about what only its data tell.
+    """What a run's config says, and assumptions about what only its data tell. In place of a first-order baseline
+    it has MeZO, and a note says so.
 
     Args:
         config: the run's.
         notes: gets what people must know about them.
-
-    Raises:
-        UserError: a first-order baseline, for which there are no plans of this kind.
     """
     train, model, layout = config.train, config.model, config.layout
     reads, targets = "labels", 1
@@ -32,11 +30,11 @@ def setting_of(config: RunConfig, notes: list[str]) -> Setting:
     if model.peft.method is not None:
         what = "model.peft is" if model.quantise is None else "model.peft and model.quantise are"
         notes.append(f"{what} not planned: figures are those of training the model's own weights")
-    if isinstance(config.algorithm, FirstOrder):
-        raise UserError(
-            f"algorithm.name: a plan for {config.algorithm.name} stands in the table of first-order methods that every "
-            "plan ends with; name a config of mezo or mezo-svrg"
-        )
+    algorithm = config.algorithm
+    if isinstance(algorithm, FirstOrder):
+        notes.append(f"{algorithm.name} itself stands in the table of back-propagation; planned are mezo and mezo-svrg "
+                     "with the other settings of the config")  # fmt: skip
+        algorithm = MeZO()
     num_train = config.task.splits.train.size
     joint, columns = _joint(config)
     return Setting(
@@ -47,7 +45,7 @@ def setting_of(config: RunConfig, notes: list[str]) -> Setting:
         layout.gather,
         layout.prefetch,
         layout.offload,
-        config.algorithm,
+        algorithm,
         config.law,
         config.direction_rank,
         train.batch_size,

@@ -13,6 +13,7 @@ import logging
 
 import torch
 
+from mezo_dist.algorithms import FirstOrder
 from mezo_dist.engines.capacity import free_bytes
 from mezo_dist.errors import UserError
 from mezo_dist.planning.from_config import setting_of
@@ -40,6 +41,8 @@ def planned_memory(run: Run, tokens: int) -> Memory:
         UserError: the model or a setting is not planned.
     """
     config, notes = run.config, list[str]()
+    if isinstance(config.algorithm, FirstOrder):
+        raise UserError(f"algorithm.name: {config.algorithm.name} is not planned")
     setting = setting_of(config, notes)
     shape = find_shape(config.located().model.name.removeprefix(RANDOM), notes)
     if config.model.peft.method is not None:

@@ -6,6 +6,7 @@ A host that is killed takes its cable with it: the others get no word of it, as 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import time
@@ -22,6 +23,7 @@ from .conftest import PATIENCE_S, STEPS, Workplace, command, commands, need
 pytestmark = pytest.mark.distributed
 
 EARLY = 5
+STUDIES = Path(__file__).resolve().parents[2] / "examples" / "scaling_study"
 LOST = "stopped, or did not answer"
 SOON = "--distributed.timeout_s=8"
 """Notice a dead host within seconds."""
@@ -177,6 +179,22 @@ def test_slurm_starts_a_job_per_seed_and_takes_it_up_again_after_a_warning(
     assert workplace.same_as_alone(runs[0]), "the seed of the config is 0, too"
     assert len(workplace.steps(runs[1])) == STEPS
     assert workplace.weights(runs[1]) != workplace.weights(runs[0])
+
+
+def test_slurm_runs_a_study_as_an_array(workplace: Workplace, slurm: Cluster) -> None:
+    shutil.copy(STUDIES / "tiny.json", workplace.folder)
+    (workplace.folder / "study.yaml").write_text(
+        "name: array\nbase: {model: tiny.json, batch: 8, micro_batch: 4, tokens: 16}\nmatrix: {hosts: [1, 2]}\n"
+        "repeats: 1\nsteps: 2\nwarmup: 1\n"
+    )
+    script = workplace.call(slurm, "host1", ["mezo-dist", "study", "study.yaml", "--slurm"])
+    (workplace.folder / "study.sbatch").write_text(script)
+    number = job(workplace, slurm, ["sbatch", "study.sbatch"])
+    wait_for_state(workplace, slurm, number, "COMPLETED")
+    results = workplace.folder / "results" / "array"
+    lines = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
+    assert sorted(line["hosts"] for line in lines) == [1, 2], lines
+    assert "| 2 |" in (results / "results.md").read_text()
 
 
 def test_slurm_takes_a_job_to_another_node_when_one_fails(workplace: Workplace, slurm: Cluster) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mezo_dist.directions.law import Law
+from mezo_dist.engines import fingerprint_kernel
 from mezo_dist.engines.engine import Engine
-from mezo_dist.engines.fingerprint import fingerprint_shard, to_text
+from mezo_dist.engines.fingerprint import VIEWS, by_torch, fingerprint_shard, to_text
 from tests.engines.models import make
 
 
@@ -69,3 +70,24 @@ def test_fingerprint_adds_up_over_shards() -> None:
         parts = [fingerprint_shard(weight[a:b], 12345, a) for a, b in itertools.pairwise(cuts)]
         assert to_text(sum(parts[::-1])) == to_text(whole)
     assert fingerprint_shard(weight, 12346) != whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_sum_is_that_of_torch(dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint_kernel, "PIECE", 1000)
+    weight = (torch.randn(5_001, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for part, offset in ((weight, 0), (weight[3:], 2**40 + 3), (weight[:0], 7)):
+            bits = part.view(VIEWS[part.element_size()])
+            assert fingerprint_kernel.contributions(bits, 2**64 - 3, offset) == by_torch(bits, 2**64 - 3, offset)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_fingerprint_stays_what_it_was() -> None:
+    """Trajectories of earlier versions name their weights by it."""
+    weight = torch.arange(-1000, 1000).to(torch.bfloat16)
+    assert to_text(fingerprint_shard(weight, 12345, 6)) == "9028972eb0a2ba42"

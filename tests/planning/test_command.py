@@ -78,6 +78,17 @@ def test_a_config_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert one["steps"][0]["passes"] == 2 * 5  # 20 samples in micro-batches of 4
 
 
+def test_a_config_of_adamw_is_answered_with_what_forward_passes_would_need(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = write_tiny_config(tmp_path, "llama-tied", "adamw")
+    data = answered(capsys, str(config), "--tokens", "16")
+    assert [one["algorithm"] for one in data["plans"]] == ["mezo", "mezo-svrg"]
+    assert any("adamw itself stands in the table" in note for note in data["notes"])
+    assert "AdamW" in {option["name"] for option in data["first_order"]}
+    assert len(answered(capsys, str(config), "--tokens", "16", "--algorithm", "mezo")["plans"]) == 1
+
+
 def test_any_architecture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     model.config.save_pretrained(tmp_path)
