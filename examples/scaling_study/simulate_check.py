@@ -11,9 +11,9 @@ Needs root (`launcher/README.md`). Three parts, for each number of hosts, one ra
 * slow link: a step of a tiny model, whole and sharded (fsdp), on links of 1 Mbit/s. Predicted is the step without the
   limit, measured in turns with it, plus the bytes of the plan over the rate of the link.
 * lost: a host is killed (cable first, so that nobody is told), or only its rank; seconds until the next step is in the
-  trajectory. What a start takes (imports, data, model: the assumption ``start``) is taken from the job's first start,
-  after another job has filled the machine's caches of files, as the first start has for a restart; time-out and last
-  call are those of the job. What is tested is that a loss costs their sum.
+  trajectory. What a start takes (imports, data, model: the assumption ``start``) is taken from the start of another job
+  on as many hosts as go on: virtual hosts share the cores of this machine, and the job before it has filled its caches
+  of files. Time-out and last call are those of the job. What is tested is that a loss costs their sum.
 """
 
 from __future__ import annotations
@@ -143,25 +143,32 @@ def _steps(path: Path) -> int:
 
 def wait_for_ranks(folder: Path) -> float:
     """The time at which rank 0 began to import."""
-    while not any("importing" in log.read_text() for log in folder.glob("log-*")):
+    while not _imports(folder):
         time.sleep(0.01)
     return time.monotonic()
 
 
-def lost(hosts: Cluster, folder: Path, *, silent: bool) -> dict[str, float]:
-    """Seconds from a loss to the next step, and of the job's first start."""
-    count = len(hosts.hosts)
-    victim = hosts.hosts[-1]
-    before, folder = folder / "before", folder / "job"
-    for path in (before, folder):
-        path.mkdir()
-        write_tiny_config(path, steps=MANY)
-    with job(hosts, before, count):
-        wait_for_steps(before, 1)
-    with job(hosts, folder, count - 1):
+def _imports(folder: Path) -> int:
+    """How often rank 0 has begun to import."""
+    return sum(log.read_text().count("importing") for log in folder.glob("log-*"))
+
+
+def first_start(hosts: Cluster, folder: Path) -> float:
+    """Seconds of a job from the moment that its ranks import to its first step."""
+    write_tiny_config(folder, steps=MANY)
+    with job(hosts, folder, len(hosts.hosts)):
         ranks_at = wait_for_ranks(folder)
-        start = wait_for_steps(folder, 1) - ranks_at
+        return wait_for_steps(folder, 1) - ranks_at
+
+
+def lost(hosts: Cluster, folder: Path, *, silent: bool) -> dict[str, float]:
+    """Seconds from a loss until ranks import again (what the assumption ``notice`` is, with the last call and, where
+    nobody is told, the time-out), and until the next step."""
+    write_tiny_config(folder, steps=MANY)
+    victim = hosts.hosts[-1]
+    with job(hosts, folder, len(hosts.hosts) - 1):
         wait_for_steps(folder, 20)
+        before = _imports(folder)
         if silent:
             hosts.kill(victim)
         else:
@@ -169,8 +176,10 @@ def lost(hosts: Cluster, folder: Path, *, silent: bool) -> dict[str, float]:
         began = time.monotonic()
         time.sleep(1)  # what was under way arrives
         done = _steps(folder / "run" / "trajectory.jsonl")
-        back = wait_for_steps(folder, done + 1) - began
-    return {"start": start, "back": back}
+        while _imports(folder) == before:
+            time.sleep(0.01)
+        noticed = time.monotonic() - began
+        return {"noticed": noticed, "back": wait_for_steps(folder, done + 1) - began}
 
 
 def simulated_loss(hosts: int, start: float, *, silent: bool) -> float:
@@ -280,13 +289,17 @@ def check_link(table: Table, count: int, repeats: int, steps: int) -> None:
 
 def check_lost(table: Table, count: int, repeats: int, *, silent: bool) -> None:
     """The third part: a whole host, of which nobody is told, or a rank alone."""
-    turns = []
-    for _ in range(repeats):
-        with cluster(count) as hosts, tempfile.TemporaryDirectory() as folder:
-            turns.append(lost(hosts, Path(folder), silent=silent))
-    start, back = (statistics.median(turn[name] for turn in turns) for name in ("start", "back"))
+    starts, losses = [], []
+    for turn in range(repeats + 1):  # the first start finds cold caches, and does not count
+        with cluster(count - 1 if silent else count) as hosts, tempfile.TemporaryDirectory() as folder:
+            starts.append(first_start(hosts, Path(folder)))
+        if turn:
+            with cluster(count) as hosts, tempfile.TemporaryDirectory() as folder:
+                losses.append(lost(hosts, Path(folder), silent=silent))
+    start = statistics.median(starts[1:])
     what = f"{count} hosts, a {'host' if silent else 'rank'} killed, until the next step, s"
-    table.show(what, simulated_loss(count, start, silent=silent), back, start=start, turns=turns)
+    back = statistics.median(loss["back"] for loss in losses)
+    table.show(what, simulated_loss(count, start, silent=silent), back, starts=starts, losses=losses)
 
 
 if __name__ == "__main__":
