@@ -9,7 +9,8 @@ from typing import Any
 from mezo_dist.errors import UserError
 
 PANELS = ("seconds per step", "efficiency", "peak GiB", "weight bytes")
-SETTINGS = ("model", "hosts", "ranks", "layout", "algorithm", "link", "batch", "micro_batch", "tokens", "directions")
+SETTINGS = ("model", "dtype", "hosts", "ranks", "layout", "algorithm", "link", "batch", "micro_batch", "width", "tokens",
+            "directions")  # fmt: skip
 
 
 def draw(rows: Sequence[Mapping[str, Any]], x: str, path: Path) -> None:
@@ -53,8 +54,9 @@ def draw(rows: Sequence[Mapping[str, Any]], x: str, path: Path) -> None:
 
 
 def _line(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-    """What a line is named after."""
-    return tuple(str(row["line"].get(name, row[name])) for name in names)
+    """What a line is named after; a number says what it is of."""
+    named = {name: f"{name} {value}" if isinstance(value := row[name], int) else str(value) for name in names}
+    return tuple(row["line"].get(name, named[name]) for name in names)
 
 
 def _follows(rows: Sequence[Mapping[str, Any]], x: str, name: str) -> bool:

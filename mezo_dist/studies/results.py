@@ -23,9 +23,9 @@ from mezo_dist.json_types import JsonObject
 from mezo_dist.studies.cases import Case, Study
 from mezo_dist.studies.prepare import cycle_of, num_steps
 
-COLUMNS = ("model", "hosts", "ranks", "layout", "algorithm", "link", "batch", "micro_batch", "tokens", "directions",
-           "variants per step", "seconds per step", "q1", "q3", "runs", "efficiency", "peak GiB", "scalar bytes",
-           "weight bytes", "commit", "versions", "machine", "date")  # fmt: skip
+COLUMNS = ("model", "dtype", "hosts", "ranks", "layout", "algorithm", "link", "batch", "micro_batch", "width", "tokens",
+           "directions", "variants per step", "seconds per step", "q1", "q3", "runs", "efficiency", "peak GiB",
+           "scalar bytes", "weight bytes", "commit", "versions", "machine", "date")  # fmt: skip
 LEFT_OUT = ("commit", "versions", "machine", "date")
 """Columns of results.csv that results.md says once, below the table."""
 
@@ -162,6 +162,7 @@ def _row(case: Case, lines: Sequence[JsonObject], speeds: Mapping[Case, float]) 
     newest = lines[-1]
     return {
         "model": case.model + ("" if case.layers is None else f"/{case.layers}"),
+        "dtype": case.dtype,
         "hosts": case.hosts,
         "ranks": case.all_ranks,
         "layout": layout,
@@ -169,6 +170,7 @@ def _row(case: Case, lines: Sequence[JsonObject], speeds: Mapping[Case, float]) 
         "link": case.link or "-",
         "batch": case.samples,
         "micro_batch": case.micro_batch,
+        "width": case.width or "auto",
         "tokens": case.tokens,
         "directions": case.directions,
         "variants per step": _variants(case),
@@ -237,7 +239,7 @@ def markdown(study: Study, rows: Sequence[Mapping[str, Any]], command: str) -> s
 
 def _varies_or_counts(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Settings that are the same everywhere and as ever are left out."""
-    usual = {"link": "-", "directions": 1, "hosts": 1}
+    usual = {"link": "-", "directions": 1, "hosts": 1, "dtype": "float32", "width": "auto"}
     return name not in usual or any(row[name] != usual[name] for row in rows)
 
 
