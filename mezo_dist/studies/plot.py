@@ -9,8 +9,8 @@ from typing import Any
 from mezo_dist.errors import UserError
 
 PANELS = ("seconds per step", "efficiency", "peak GiB", "weight bytes")
-SETTINGS = ("model", "dtype", "hosts", "ranks", "layout", "algorithm", "link", "batch", "micro_batch", "width", "tokens",
-            "directions")  # fmt: skip
+SETTINGS = ("model", "dtype", "hosts", "ranks", "layout", "algorithm", "link", "batch", "micro_batch", "width",
+            "tokens", "directions")  # fmt: skip
 
 
 def draw(rows: Sequence[Mapping[str, Any]], x: str, path: Path) -> None:

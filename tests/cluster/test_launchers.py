@@ -193,7 +193,7 @@ def test_slurm_runs_a_study_as_an_array(workplace: Workplace, slurm: Cluster) ->
     wait_for_state(workplace, slurm, number, "COMPLETED")
     results = workplace.folder / "results" / "array"
     lines = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
-    assert sorted(line["hosts"] for line in lines) == [1, 2], lines
+    assert sorted(line["case"]["hosts"] for line in lines) == [1, 2], lines
     assert "| 2 |" in (results / "results.md").read_text()
 
 
