@@ -93,23 +93,23 @@ def test_a_head_that_owns_its_bias_twice_is_made_by_rows_too(kind: str) -> None:
     engine = Engine(model, Law("gaussian"))
     engine.evaluate(VARIANTS, items, lambda m, x: m(x).logits)
     head_slice.detach()
-    assert engine._materialise._scratch.numel() < 4 * 2000 * 32  # not even one variant of the table
+    assert engine._materialise.scratch.buffer.numel() < 4 * 2000 * 32  # not even one variant of the table
 
 
 def test_scratch_that_only_a_trial_needed_is_given_back() -> None:
     """Whole logits are tried out before a run; its steps read a few rows, and must not keep memory for all of them."""
     engine = Engine(Lookup(), Law("gaussian"))
     engine.evaluate([Variant(AROUND)], IDS[:1], lambda m, x: m(x))
-    assert engine._materialise._scratch.numel() >= 4 * VOCABULARY * WIDTH
+    assert engine._materialise.scratch.buffer.numel() >= 4 * VOCABULARY * WIDTH
     engine.evaluate([Variant(AROUND)], IDS[:1], lambda m, x: m.get_submodule("table")(x))
-    assert engine._materialise._scratch.numel() < 4 * VOCABULARY * WIDTH / 2
+    assert engine._materialise.scratch.buffer.numel() < 4 * VOCABULARY * WIDTH / 2
 
 
 def test_nothing_is_made_for_the_weights_as_they_are(num_made: dict[str, int]) -> None:
     engine = Engine(Lookup(), Law("gaussian"))
     engine.evaluate([Variant(), Variant()], IDS, lambda m, x: m(x))
     assert set(num_made.values()) == {0}
-    assert engine._materialise._scratch.numel() == 0
+    assert engine._materialise.scratch.buffer.numel() == 0
 
 
 def test_every_weight_is_made_once_for_all_variants_and_micro_batches(num_made: dict[str, int]) -> None:
@@ -133,8 +133,8 @@ def test_scratch_holds_one_site_for_all_variants(name: str, dtype: torch.dtype |
         for hooked in find_hooked_modules(model, include_frozen=False)
         if not hooked.spans_blocks
     )
-    assert engine._materialise._scratch.numel() <= largest * len(VARIANTS)
-    assert engine._materialise._scratch.numel() < 4 * sum(p.numel() for p in model.parameters()) * len(VARIANTS)
+    assert engine._materialise.scratch.buffer.numel() <= largest * len(VARIANTS)
+    assert engine._materialise.scratch.buffer.numel() < 4 * sum(p.numel() for p in model.parameters()) * len(VARIANTS)
 
 
 def test_scratch_never_holds_a_whole_table() -> None:
@@ -144,7 +144,7 @@ def test_scratch_never_holds_a_whole_table() -> None:
     engine.evaluate(VARIANTS, IDS, lambda m, x: m(x))
     head_slice.detach()
     body = 4 * (model.body.weight.numel() + model.body.bias.numel())
-    assert 0 < engine._materialise._scratch.numel() <= body * len(VARIANTS)
+    assert 0 < engine._materialise.scratch.buffer.numel() <= body * len(VARIANTS)
 
 
 def test_no_scratch_is_allocated_after_the_second_step(monkeypatch: pytest.MonkeyPatch) -> None:

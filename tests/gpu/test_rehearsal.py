@@ -266,7 +266,7 @@ def test_groups_change_no_bits_and_are_as_large_as_planned(gpu: PlayedGpu, monke
             for some in (variants, variants, [Variant(), *variants]):
                 (row,) = engine.evaluate(some, [item], lambda model, item: model(item.ids, use_cache=False).logits)
             losses.append([loss.cpu() for loss in row])
-        sizes.append(engine._materialise._scratch.numel())
+        sizes.append(engine._materialise.scratch.buffer.numel())
     assert all(torch.equal(a, b) for other in losses[1:] for a, b in zip(losses[0], other, strict=True))
     table = 2 * 4 * 32 * 16
     assert sizes == [7 * matrix + 2 * vector, max(table, 2 * matrix), table]
@@ -319,7 +319,7 @@ def test_buffers_are_kept_and_as_large_as_planned(gpu: PlayedGpu, law: str) -> N
     assert shape is not None
     setting = Setting(weights="float32", micro_batch=2, batch_size=2, tokens=8, reads="tokens", is_padded=False)
     (planned,) = rounds_of(setting, 1)[0].bases
-    assert engine._materialise._scratch.numel() == scratch_bytes(shape, setting, planned, 1, gpu=True)
+    assert engine._materialise.scratch.buffer.numel() == scratch_bytes(shape, setting, planned, 1, gpu=True)
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -145,7 +145,7 @@ def measured(case: Case, comm: Communicator) -> Figures:
 
     cycle = getattr(setting.algorithm, "q", 1)
     steps(cycle)  # afterwards everything that is made once is there
-    engine._materialise._scratch = torch.empty(0)
+    engine._materialise.scratch.release()
     gathered = engine.gathered_bytes
     before = sum(shard.tensor.untyped_storage().nbytes() for shard in engine.shards()) if not setting.is_sharded else 0
     before = before or sum(shard.tensor.nbytes for shard in engine.shards())

@@ -4,7 +4,6 @@ together."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, final
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from mezo_dist.directions import devices
 from mezo_dist.directions.combination import Combination
 from mezo_dist.directions.law import Law
-from mezo_dist.directions.parts import KeptParts, Part
-from mezo_dist.engines.hooked import HookedModule, Weight, as_parameter
+from mezo_dist.engines.hooked import HookedModule, Weight
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.engines.lockstep.call_order import CallOrder
 from mezo_dist.engines.lockstep.factors import Factors
@@ -27,16 +25,14 @@ from mezo_dist.engines.lockstep.in_registers import InRegisters
 from mezo_dist.engines.lockstep.lowrank_shift import shifts_in_activations, with_shift
 from mezo_dist.engines.lockstep.passes import Call, Coroutine, Read
 from mezo_dist.engines.lockstep.persample import seeds_of, thin_weights, with_sample_directions
-from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, same_shifts, shifts_of
+from mezo_dist.engines.lockstep.plans import UNMOVED, Plan, Plans, same_shifts
+from mezo_dist.engines.lockstep.scratch_buffer import Allocate, ScratchBuffer
 from mezo_dist.engines.lockstep.sparse_rows import Rows, may_need_rows, plan_sparse_rows
-from mezo_dist.engines.scratch import ALIGNMENT, leading, padded
+from mezo_dist.engines.lockstep.variant_tensors import VariantTensors, aligned, restricted
+from mezo_dist.engines.scratch import leading, padded
 from mezo_dist.engines.units import Unit
 from mezo_dist.engines.whereabouts import Whereabouts
 from mezo_dist.errors import UserError
-
-_Todo = dict[tuple[int, ...], list[Part]]
-"""Numbers of variants (or `UNMOVED`) whose shifts are added together, and the weights that they are added to, each with
-one output for each of them."""
 
 
 class Need(Protocol):
@@ -62,6 +58,7 @@ class Materialiser:
         factors: what directions per sample, and shifts in activation space, are made of.
         in_activations: shifts of matrices are added to what their layers give, where law and layer allow it.
         only: names of the weights that shifts, and directions per sample, move; all trainable ones if None.
+        scratch: where the weights of variants are made.
     """
 
     def __init__(
@@ -88,9 +85,8 @@ class Materialiser:
         # Weights stay where they are while passes run, so variants without a shift may use them themselves. Not so on
         # sharded layouts, whose gathered weights are released when the passes have gone on.
         self._keep_sources = not layout.is_sharded
-        self._scratch = torch.empty(0)
-        self._most = 0
         self._plans = Plans()
+        self.scratch = ScratchBuffer(self._plans.clear)
         self._unit_of = {hooked.module: unit for unit in layout.units for hooked in unit.hooked_modules}
         self._unrestricted = {hooked.module: hooked for unit in layout.units for hooked in unit.hooked_modules}
         # Passes with shifts in activation space make other modules than others do.
@@ -169,7 +165,7 @@ class Materialiser:
 
     def _as_restricted(self, hooked: HookedModule) -> HookedModule:
         """``hooked``, of whose weights only those that may move now are trainable."""
-        return hooked if self.only is None else _restricted(hooked, self.only)
+        return hooked if self.only is None else restricted(hooked, self.only)
 
     def _can_keep(self, hooked: HookedModule) -> bool:
         """Whether a module's weights under all variants take so little memory with shifts in activation space that
@@ -178,14 +174,14 @@ class Materialiser:
             return False
         matrix = shifts_in_activations(hooked)
         return all(
-            len(weight.shape) < 2 or (_aligned(weight.tensor) and (weight is matrix or not weight.trainable))
+            len(weight.shape) < 2 or (aligned(weight.tensor) and (weight is matrix or not weight.trainable))
             for weight in hooked.weights
         )
 
     def _keep(self, unit: Unit) -> None:
         """Make what all passes use of a unit's modules until they are over, in one go: so the model can be called once
         for every token, and passes wait for one another but rarely."""
-        todo: _Todo = {}
+        tensors = VariantTensors(self._same, self._compute_dtype)
         for hooked in unit.hooked_modules:
             some = self._as_restricted(hooked)
             if not self._can_keep(some):
@@ -193,17 +189,14 @@ class Materialiser:
             matrix = shifts_in_activations(some)
             vectors = frozenset(weight.name for weight in some.weights if weight is not matrix)
             sources = [weight.tensor for weight in some.weights]
-            variants, must_copy = range(len(self._shifts)), not all(map(_aligned, sources))
-            tensors = self._lay_out(
-                _restricted(some, vectors), sources, None, variants, torch.empty_like, must_copy, todo
-            )
+            variants, must_copy = range(len(self._shifts)), not all(map(aligned, sources))
+            under = tensors.of_module(restricted(some, vectors), sources, variants, must_copy=must_copy)
             forward = None
             if matrix is not None:
                 real = functools.partial(on_tensors, hooked, forward_below(hooked.module, Layer.FAN_OUT))
                 forward = with_shift(self.factors, hooked, matrix, self._shifts, real, head_rows(hooked.module))
-            self._kept[hooked.module] = Served(tensors, forward)
-        for numbers, parts in todo.items():
-            self._law.add_parts(parts, shifts_of(numbers, self._shifts))
+            self._kept[hooked.module] = Served(under, forward)
+        tensors.compute(self._law, self._shifts)
 
     def _serve_in_activations(
         self, hooked: HookedModule, matrix: Weight, calls: Sequence[Call], real: Forward
@@ -217,7 +210,7 @@ class Materialiser:
             real: its forward.
         """
         others = frozenset(weight.name for weight in hooked.weights) - {matrix.name}
-        served = self._serve_weights(_restricted(hooked, others), calls, real, alone=True)
+        served = self._serve_weights(restricted(hooked, others), calls, real, alone=True)
         unmoved = served.forward or functools.partial(on_tensors, hooked, real)
         forward = with_shift(self.factors, hooked, matrix, self._shifts, unmoved, head_rows(hooked.module))
         return Served(served.tensors, forward)
@@ -271,12 +264,12 @@ class Materialiser:
         if self.only is not None or not self._keep_sources:  # other weights every time
             return self._make(self._together(hooked, len(variants)), None, variants)
         key = (hooked.module, self.in_activations, tuple(variants), self._same, self._base)
-        plan = self._plans.find(key, self._scratch)
+        plan = self._plans.find(key, self.scratch.buffer)
         if plan is None:
             self._made = {}
             plan = self._plan(self._together(hooked, len(variants)), None, variants)
             self._plans.keep(key, plan)
-        self._most = max(self._most, plan.num_bytes)
+        self.scratch.use(plan.num_bytes)
         plan.run(self._law, self._shifts)
         return plan.made
 
@@ -315,7 +308,7 @@ class Materialiser:
         # Parameters themselves, for a plan must not hold memory that these have left.
         sources = {hooked: [_source(weight.tensor, rows) for weight in hooked.weights] for hooked in group}
         must_copy = {
-            hooked: (hooked.spans_blocks and not self._keep_sources) or not all(map(_aligned, some))
+            hooked: (hooked.spans_blocks and not self._keep_sources) or not all(map(aligned, some))
             for hooked, some in sources.items()
         }
         moved = sum(self._same[v] != UNMOVED for v in variants)
@@ -323,34 +316,15 @@ class Materialiser:
             self._bytes_of(some) * (len(variants) if must_copy[hooked] or self._compute_dtype else moved)
             for hooked, some in sources.items()
         )
-        allocate: Callable[..., Tensor] = torch.empty_like
+        allocate: Allocate = torch.empty_like
         if not group[0].spans_blocks:
-            allocate = self._scratch_for(need, sources[group[0]][0].device)
-        todo: _Todo = {}
-        made: dict[nn.Module, Served] = {}
+            allocate = self.scratch.pieces(need, sources[group[0]][0].device)
+        tensors, made = VariantTensors(self._same, self._compute_dtype, allocate), dict[nn.Module, Served]()
         for hooked, some in sources.items():
-            made[hooked.module] = Served(self._lay_out(hooked, some, rows, variants, allocate, must_copy[hooked], todo))
-        fills = [(numbers, KeptParts(parts)) for numbers, parts in todo.items()]
+            under = tensors.of_module(hooked, some, variants, rows=rows, must_copy=must_copy[hooked])
+            made[hooked.module] = Served(under)
         whereabouts = Whereabouts(weight for hooked in group for weight in hooked.weights)
-        return Plan(made, fills, need, self._scratch, whereabouts)
-
-    def _lay_out(
-        self,
-        hooked: HookedModule,
-        sources: Sequence[Tensor],
-        rows: Rows | None,
-        variants: Sequence[int],
-        allocate: Callable[..., Tensor],
-        must_copy: bool,
-        todo: _Todo,
-    ) -> dict[int, list[Tensor]]:
-        """`_variants_of` for all weights of a module, whose tensors are ``sources``."""
-        tensors: dict[int, list[Tensor]] = {v: [] for v in variants}
-        for weight, source in zip(hooked.weights, sources, strict=True):
-            under = self._variants_of(weight, source, rows, variants, allocate, must_copy, todo)
-            for v, tensor in under.items():
-                tensors[v].append(as_parameter(weight, tensor))
-        return tensors
+        return Plan(made, tensors.fills(), need, self.scratch.buffer, whereabouts)
 
     def read(self, reads: Sequence[Read], *, nested: bool) -> dict[int, Tensor]:
         """One weight under every variant among ``reads``, not in scratch: a reader does not say when it is done with
@@ -369,12 +343,11 @@ class Materialiser:
             )
         source = weight.tensor.detach()
         variants = sorted({read.caller.variant for read in reads})
-        must_copy = not self._keep_sources or not _aligned(source)
-        todo: _Todo = {}
-        tensors = self._variants_of(weight, source, None, variants, torch.empty_like, must_copy, todo)
-        for numbers, parts in todo.items():
-            self._law.add_parts(parts, shifts_of(numbers, self._shifts))
-        return {v: nn.Parameter(tensor, requires_grad=weight.trainable) for v, tensor in tensors.items()}
+        tensors = VariantTensors(self._same, self._compute_dtype)
+        must_copy = not self._keep_sources or not aligned(source)
+        under = tensors.of_weight(weight, source, variants, must_copy=must_copy)
+        tensors.compute(self._law, self._shifts)
+        return {v: nn.Parameter(tensor, requires_grad=weight.trainable) for v, tensor in under.items()}
 
     def describe(self, weight: Weight) -> tuple[torch.dtype, torch.device]:
         """See `Server.describe`."""
@@ -388,46 +361,9 @@ class Materialiser:
         self._layout.synchronize("agree whether a forward pass goes on")
         return self._layout.total(int(any(answers))) > 0
 
-    def _variants_of(
-        self,
-        weight: Weight,
-        source: Tensor,
-        rows: Rows | None,
-        variants: Sequence[int],
-        allocate: Callable[..., Tensor],
-        must_copy: bool,
-        todo: _Todo,
-    ) -> dict[int, Tensor]:
-        """One weight (or its needed rows) under every variant. Variants with the same shift share one tensor, and those
-        that do not move the weight share the weight itself. The tensors are yet to be filled.
-
-        Args:
-            weight: the weight.
-            source: its tensor, or its needed rows.
-            rows: the needed rows, if not all.
-            variants: numbers of the variants, ascending.
-            allocate: makes a tensor like another, of a dtype.
-            must_copy: whether a variant without a shift needs a copy, too.
-            todo: gets what is to be computed.
-        """
-        dtype = self._compute_dtype if self._compute_dtype and source.is_floating_point() else source.dtype
-        numbers = {v: self._same[v] if weight.trainable else UNMOVED for v in variants}
-        must_copy = must_copy or dtype != source.dtype
-        moved = [number for number in dict.fromkeys(numbers.values()) if number != UNMOVED or must_copy]
-        outputs = {number: allocate(source, dtype=dtype) for number in moved}
-        if moved:
-            indices = None if rows is None else rows.indices
-            part = Part(source, tuple(outputs.values()), weight.param_id, weight.shape, rows=indices)
-            todo.setdefault(tuple(moved), []).append(part)
-        return {v: outputs.get(number, source) for v, number in numbers.items()}
-
     def end(self) -> None:
-        """The passes are over. The scratch stays for the next ones, unless these needed less than half of it: then
-        others before them (those that tried out whole logits, say) were the last to need it all."""
-        if 2 * self._most < self._scratch.numel():
-            self._scratch = torch.empty(0)
-            self._plans.clear()
-        self._most = 0
+        """The passes are over."""
+        self.scratch.end()
         self._made = self._at_hand = {}
         self._kept, self._by_sample = {}, {}
         self.factors.make_together(())
@@ -438,40 +374,6 @@ class Materialiser:
         """Bytes of one variant of some weights."""
         return sum(padded(source.numel() * (self._compute_dtype or source.dtype).itemsize) for source in sources)
 
-    def _scratch_for(self, need: int, device: torch.device) -> Callable[..., Tensor]:
-        """An allocator that hands out pieces of one buffer. The buffer is kept from one hooked module to the next,
-        because fresh memory costs page faults.
-
-        Args:
-            need: bytes of all that is handed out.
-            device: where.
-        """
-        self._most = max(self._most, need)
-        if self._scratch.numel() < need or self._scratch.device != device:
-            self._scratch = torch.empty(0)  # the old buffer goes before the new one comes, and what has views of it
-            self._plans.clear()
-            self._scratch = torch.empty(need, dtype=torch.uint8, device=device)
-        used = 0
-
-        def allocate(like: Tensor, dtype: torch.dtype) -> Tensor:
-            nonlocal used
-            num_bytes = like.numel() * dtype.itemsize
-            piece = self._scratch[used : used + num_bytes].view(dtype).view(like.shape)
-            used += padded(num_bytes)
-            return piece
-
-        return allocate
-
-
-def _restricted(hooked: HookedModule, names: frozenset[str]) -> HookedModule:
-    """``hooked``, of whose weights only those called ``names`` may move."""
-    weights = [dataclasses.replace(w, trainable=w.trainable and w.name in names) for w in hooked.weights]
-    return dataclasses.replace(hooked, weights=tuple(weights))
-
 
 def _source(tensor: Tensor, rows: Rows | None) -> Tensor:
     return tensor if rows is None else tensor.index_select(0, rows.indices)
-
-
-def _aligned(tensor: Tensor) -> bool:
-    return devices.address(tensor) % ALIGNMENT == 0
