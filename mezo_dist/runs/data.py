@@ -33,7 +33,7 @@ from mezo_dist.distributed.in_turn import in_thread, in_turns, turn_on_host
 from mezo_dist.errors import UserError
 from mezo_dist.models.load import Pretrained
 from mezo_dist.storage.files import read_in_place, replace_file
-from mezo_dist.storage.sample_file import SUFFIX, digest_of, evict, read_samples, write_samples
+from mezo_dist.storage.sample_file import SUFFIX, block_of, digest_of, evict, read_samples, write_samples
 from mezo_dist.tasks.batches import Sample
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.identity import identity_of, packed, unpacked
@@ -255,7 +255,7 @@ def _encoded(data: TaskData, kind: TaskKind, split: str, key: str | None, beat: 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _no_search_for_cycles():
-            write_samples(path, kind.encode(rows, split), name, beat)
+            write_samples(path, kind.encode(rows, split).blocks(block_of), name, beat)
         evict(folder, _limit())
     except OSError as error:
         _cannot_keep(error)

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -40,29 +41,31 @@ STALE_S = 86_400.0
 SampleT = TypeVar("SampleT")
 
 
-class Digest:
-    """32 hexadecimal digits over encoded samples, in their order."""
+@dataclass(frozen=True)
+class SampleBlock:
+    """A few samples as they stand in a file."""
 
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
+    content: bytes
+    ends: array[int]
+    """Where each of them ends in ``content``."""
 
-    def add(self, sample: object) -> bytes:
-        """Count a sample in; returns the bytes that stand for it."""
-        content = repr(tuple(vars(sample).values())).encode()
-        self._hash.update(content)
-        return content
 
-    def hex(self) -> str:
-        """That of all samples so far."""
-        return self._hash.hexdigest()
+def block_of(samples: Iterable[object]) -> SampleBlock:
+    """Some samples, which are frozen dataclasses of numbers, texts and tuples."""
+    pieces = [_written(sample) for sample in samples]
+    return SampleBlock(b"".join(pieces), array("Q", itertools.accumulate(map(len, pieces))))
 
 
 def digest_of(samples: Iterable[object]) -> str:
-    """See `Digest`."""
-    digest = Digest()
+    """32 hexadecimal digits over encoded samples, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
-        digest.add(sample)
-    return digest.hex()
+        digest.update(_written(sample))
+    return digest.hexdigest()
+
+
+def _written(sample: object) -> bytes:
+    return repr(tuple(vars(sample).values())).encode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,30 +118,36 @@ def _as_tuples(values: list[Any]) -> tuple[Any, ...]:
     return tuple(_as_tuples(value) if isinstance(value, list) else value for value in values)
 
 
-def write_samples(path: Path, samples: Iterable[object], key: str, beat: Callable[[], None]) -> None:
+def write_samples(path: Path, blocks: Iterable[SampleBlock], key: str, beat: Callable[[], None]) -> None:
     """Write samples as they come; the file is there when it is whole.
 
     Args:
         path: where to, in a folder that exists.
-        samples: frozen dataclasses of numbers, texts and tuples.
+        blocks: the samples, some at a time.
         key: what they are a function of, besides code.
-        beat: called after every sample.
+        beat: called after every block.
 
     Raises:
         OSError: the file cannot be written.
     """
-    digest, ends, size = Digest(), array("Q"), 0
+    digest, ends, size = hashlib.blake2b(digest_size=16), array("Q"), 0
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PART}")
     try:
         with os.fdopen(open_in_place(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb", buffering=BLOCK) as file:
-            for sample in samples:
-                content = digest.add(sample)
-                size += file.write(content)
-                ends.append(size)
+            for block in blocks:
+                digest.update(block.content)
+                ends.extend(size + end for end in block.ends)
+                size += file.write(block.content)
                 beat()
             table = _little_endian(ends).tobytes()
             file.write(table)
-            facts = {"format": FORMAT, "key": key, "samples": len(ends), "digest": digest.hex(), "table": _hex(table)}
+            facts = {
+                "format": FORMAT,
+                "key": key,
+                "samples": len(ends),
+                "digest": digest.hexdigest(),
+                "table": _hex(table),
+            }
             file.write(b"\n" + json.dumps(facts).encode())
             file.flush()
             os.fsync(file.fileno())

@@ -62,7 +62,11 @@ def continued(texts: TextEncoder, before: str, after: str) -> Continuation:
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the longest prefix that both have: two lists, or two tuples."""
-    least, most = 0, min(len(one), len(other))
+    most = min(len(one), len(other))
+    for guess in (most, most - 1):  # one is the start of the other, or they differ in the last token: often so
+        if one[:guess] == other[:guess]:
+            return max(guess, 0)
+    least, most = 0, most - 2
     while least < most:  # slices compare faster than their elements do one by one
         middle = (least + most + 1) // 2
         if one[least:middle] == other[least:middle]:

@@ -8,13 +8,14 @@ tokenises what all of them ask for. The code of a kind of task knows nothing of 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import reprlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, final
 
 from greenlet import getcurrent, greenlet
 
@@ -25,30 +26,29 @@ from mezo_dist.tasks.fields import Row
 log = logging.getLogger(__name__)
 SILENT_S = 5.0
 """Encoding that takes longer than that says how far it is."""
-AT_ONCE = 256
+AT_ONCE = 128
 """Rows whose texts are tokenised together, at most."""
 MOST_CHARACTERS = 2_000_000
 """Characters in one call of the tokenizer, which takes a hundred times as many bytes of memory meanwhile."""
 
 T = TypeVar("T")
+B = TypeVar("B")
 Texts = tuple[str, ...]
 """A text or a pair."""
 Tokenise = Callable[[Sequence[Texts]], list[Any]]
 """What a tokenizer makes of each of several texts, or of several pairs; texts of a call are all of one sort."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Question:
     """Texts that a row waits for."""
 
     tokenise: Tokenise
     texts: Sequence[Texts]
 
-    @property
-    def group(self) -> tuple[int, str, int]:
-        """Equal for questions that one call can answer."""
-        method: Any = self.tokenise
-        return id(method.__self__), method.__name__, len(self.texts[0])
+    def goes_with(self, other: _Question) -> bool:
+        """One call can answer both."""
+        return self.tokenise == other.tokenise and len(self.texts[0]) == len(other.texts[0])
 
 
 class _Worker(greenlet):
@@ -73,31 +73,89 @@ def ask(tokenise: Tokenise, texts: Sequence[Texts]) -> list[Any]:
     return answer
 
 
-def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> Iterator[T]:
-    """``encode`` of every row, in their order; the log says how far it is.
+@dataclass(frozen=True)
+class _Block(Generic[B]):
+    """What became of some rows."""
+
+    rows: range
+    content: B
+    """What was made of their samples, up to the refusal."""
+    num_samples: int
+    refusal: UserError | None
+    """Of the last row."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class EncodedRows(Generic[T]):
+    """The samples of a split, which are made when they are asked for, in the order of its rows."""
+
+    rows: Sequence[Row]
+    split: str
+    """Its name."""
+    encode: Callable[[Row], Sequence[T]]
+    """Makes the samples of a row."""
+    finish: Callable[[int], None] = lambda _: None
+    """Is told the number of samples at the end; may refuse it (UserError)."""
+
+    def __iter__(self) -> Iterator[T]:
+        """One by one. The log says how far it is.
+
+        Raises:
+            UserError: ``encode`` refuses a row; the message says which, the first if there are several.
+        """
+        for samples in self.blocks(list):
+            yield from samples
+
+    def blocks(self, make: Callable[[Iterable[T]], B]) -> Iterator[B]:
+        """``make`` of the samples of a few rows at a time, called where these are encoded. Otherwise like `__iter__`.
+
+        Args:
+            make: what it returns can be pickled.
+        """
+        num_rows, num_samples, said_s = len(self.rows), 0, time.monotonic()
+
+        def encode_some(numbers: range) -> Iterator[_Block[B]]:
+            return self._blocks(numbers, make)
+
+        processes = num_processes(num_rows)
+        some = encode_some(range(num_rows)) if processes == 1 else shared_out(num_rows, encode_some, processes)
+        for block in some:
+            yield block.content
+            if block.refusal is not None:
+                raise block.refusal
+            num_samples += block.num_samples
+            if time.monotonic() - said_s > SILENT_S:
+                log.info("encoding the %s split: %d of %d samples are done", self.split, block.rows.stop, num_rows)
+                said_s = time.monotonic()
+        self.finish(num_samples)
+
+    def _blocks(self, numbers: range, make: Callable[[Iterable[T]], B]) -> Iterator[_Block[B]]:
+        """See `blocks`; of some rows, in this process."""
+        results = _encoded(self.rows, numbers, self.split, self.encode)
+        for start in range(numbers.start, numbers.stop, AT_ONCE):
+            rows = range(start, min(start + AT_ONCE, numbers.stop))
+            samples: list[T] = []
+            refusal = None
+            for result in itertools.islice(results, len(rows)):
+                if isinstance(result, UserError):
+                    refusal = result
+                    break
+                samples += result
+            yield _Block(rows, make(samples), len(samples), refusal)
+            if refusal is not None:
+                return
+
+
+def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> EncodedRows[T]:
+    """``encode`` of every row.
 
     Args:
         rows: of one split.
         split: its name.
-        encode: makes a sample of a row.
-
-    Raises:
-        UserError: ``encode`` refuses a row; the message says which, the first if there are several.
+        encode: makes a sample of a row; may refuse it (UserError).
     """
-    said_s = time.monotonic()
-
-    def encode_some(numbers: range) -> Iterator[T | UserError]:
-        return _encoded(rows, numbers, split, encode)
-
-    processes = num_processes(len(rows))
-    some = encode_some(range(len(rows))) if processes == 1 else shared_out(len(rows), encode_some, processes)
-    for done, result in enumerate(some):
-        if isinstance(result, UserError):
-            raise result
-        if time.monotonic() - said_s > SILENT_S:
-            log.info("encoding the %s split: %d of %d samples are done", split, done, len(rows))
-            said_s = time.monotonic()
-        yield result
+    return EncodedRows(rows, split, lambda row: (encode(row),))
 
 
 def _encoded(rows: Sequence[Row], numbers: range, split: str, encode: Callable[[Row], T]) -> Iterator[T | UserError]:
@@ -153,13 +211,15 @@ def _rounds(workers: Sequence[_Worker]) -> Iterator[None]:
 
 def _answered(waiting: list[tuple[_Worker, _Question]]) -> list[tuple[_Worker, list[Any]]]:
     """Takes those off ``waiting`` whose questions go into one call with the first, and answers them."""
-    group, room = waiting[0][1].group, MOST_CHARACTERS
+    first, room = waiting[0][1], MOST_CHARACTERS
     chosen: list[tuple[_Worker, _Question]] = []
     left: list[tuple[_Worker, _Question]] = []
     for worker, question in waiting:
-        is_chosen = question.group == group and (room > 0 or not chosen)
-        (chosen if is_chosen else left).append((worker, question))
-        room -= is_chosen * sum(len(text) for texts in question.texts for text in texts)
+        if room > 0 and question.goes_with(first):
+            chosen.append((worker, question))
+            room -= sum([len(text) for texts in question.texts for text in texts])
+        else:
+            left.append((worker, question))
     waiting[:] = left
-    answers = iter(chosen[0][1].tokenise([texts for _, question in chosen for texts in question.texts]))
+    answers = iter(first.tokenise([texts for _, question in chosen for texts in question.texts]))
     return [(worker, [next(answers) for _ in question.texts]) for worker, question in chosen]

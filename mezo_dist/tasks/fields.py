@@ -24,6 +24,8 @@ def lookup(row: Row, name: str, setting: str) -> Any:
     Raises:
         UserError: there is no such field.
     """
+    if name in row:
+        return row[name]
     place: Any = row
     for key in keys_of(row, name, setting):
         place = place[key]

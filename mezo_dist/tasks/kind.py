@@ -7,7 +7,7 @@ Implementations are plain final classes in a folder of their own each; `mezo_dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,6 +17,7 @@ from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import TaskSettings
 from mezo_dist.models.frozen_cache import Group, RunModel
 from mezo_dist.tasks.batches import MicroBatch, Sample
+from mezo_dist.tasks.encoding import EncodedRows
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.text import TextEncoder
 
@@ -91,8 +92,8 @@ class TaskKind(Protocol):
     payload_is_smooth: ClassVar[bool]
     """Small changes of weights change the payload a little (logits do, numbers of right tokens do not)."""
 
-    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Any]:
-        """The samples of one split, one by one: a million of them need not be in memory.
+    def encode(self, rows: Sequence[Row], split: str) -> EncodedRows[Any]:
+        """The samples of one split, made when they are asked for: a million of them need not be in memory.
 
         Raises:
             UserError: a row does not fit the task or the model; says which one of ``split``.

@@ -23,7 +23,7 @@ LONG_TEXT = 50_000
 """Characters up to which a text is tokenised as a whole, however few of them the window takes."""
 MARGIN_TOKENS = 64
 """Tokens that are cut off beyond the window: those next to the cut may not be those of the whole text."""
-LEAST_AT_ONCE, CHECKED = 16, 64
+LEAST_AT_ONCE, CHECKED = 16, 128
 """Texts from which on they are tokenised together; and every so manieth is tokenised by itself, too."""
 
 S = TypeVar("S", bound=Sized)
@@ -206,6 +206,9 @@ class TextEncoder:
         texts = {}
         for name in fields:
             value = lookup(row, name, "task.truncate")
+            if type(value) is str:  # as nearly always
+                texts[name] = value
+                continue
             if isinstance(value, Mapping | list):
                 inside = [field for field in field_names(row) if field.startswith(f"{name}.")]
                 hint = f"; name a text in it: {listed(inside)}" if inside else ""

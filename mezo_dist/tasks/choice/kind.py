@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -14,7 +14,7 @@ from mezo_dist.config.kinds.choice import ChoiceTask
 from mezo_dist.tasks.batches import MicroBatch, by_slot, facts_by_slot, model_inputs
 from mezo_dist.tasks.choice.options import EncodedOptions, Sample, encode_options, options_of, right_options
 from mezo_dist.tasks.continuation import check_causal
-from mezo_dist.tasks.encoding import encode_rows
+from mezo_dist.tasks.encoding import EncodedRows, encode_rows
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
 from mezo_dist.tasks.scoring import TokenScores, target_texts, token_targets
@@ -59,7 +59,7 @@ class Choice:
 
         return Choice(text_encoder(task, model), task.prompt, options, right, accuracy, task.normalise, task.loss)
 
-    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> EncodedRows[Sample]:
         """See `TaskKind`."""
         return encode_rows(rows, split, self._sample)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -21,6 +21,7 @@ from mezo_dist.tasks.classification.label_words import LabelWords, classifier
 from mezo_dist.tasks.classification.metrics import measure
 from mezo_dist.tasks.classification.prompts import Encoder, Sample
 from mezo_dist.tasks.continuation import before_answer
+from mezo_dist.tasks.encoding import EncodedRows
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.kind import Answer, Bench, Forward, TaskKind, TextModel, text_encoder
 
@@ -73,7 +74,7 @@ class Classification:
     sample: ClassVar[type[Sample]] = Sample
     payload_is_smooth: ClassVar[bool] = True
 
-    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> EncodedRows[Sample]:
         """See `TaskKind`."""
         return self.encoder.encode(rows, split)
 

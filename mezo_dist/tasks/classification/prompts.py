@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from mezo_dist.config.task import ANSWER
 from mezo_dist.config.values import ClassIndex, names_of
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.continuation import shared
-from mezo_dist.tasks.encoding import encode_rows
+from mezo_dist.tasks.encoding import EncodedRows, encode_rows
 from mezo_dist.tasks.fields import Row, lookup, shown
 from mezo_dist.tasks.text import TextEncoder, render_row
 
@@ -66,8 +66,8 @@ class Encoder:
     num_tokens: int | None = None
     """Tokens that the model knows; None if it does not say."""
 
-    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
-        """Encode the rows of one split.
+    def encode(self, rows: Sequence[Row], split: str) -> EncodedRows[Sample]:
+        """The samples of one split.
 
         Raises:
             UserError: a label is not in the task's list, a field is missing, a prompt does not fit, or label words are
@@ -75,8 +75,7 @@ class Encoder:
         """
         self._check_labels(rows, split)
         if self.kind == "classifier":
-            yield from encode_rows(rows, split, self._plain_sample)
-            return
+            return encode_rows(rows, split, self._plain_sample)
         words = self.task.words[:2]
         (first,) = encode_rows(rows[:1], split, lambda row: self._fit(row, words).answers)
 
@@ -92,7 +91,7 @@ class Encoder:
                 raise UserError("task.prompt: nothing stands before {{ answer }}; leave the row out (task.where)")
             return Sample(prompt.ids, label, prompt.place - 1 if self.kind == "causal" else prompt.place)
 
-        yield from encode_rows(rows, split, sample)
+        return encode_rows(rows, split, sample)
 
     def label_ids(self, row: Row) -> list[int]:
         """The token of each label word where the prompt of ``row`` ends (or has its mask).
@@ -182,7 +181,7 @@ class Encoder:
         # After the answer a causal prompt has only what the tokenizer appends to every text.
         ends = [self._texts.of_nothing, *filled] if self.kind == "causal" else filled
         place = _shared(filled)
-        after_answer = min(_shared([ids[::-1] for ids in ends]), min(map(len, filled)) - place)
+        after_answer = min(_shared_at_end(ends), min(map(len, filled)) - place)
         answers = [ids[place : len(ids) - after_answer] for ids in filled]
         for word, tokens in zip(words, answers, strict=True):
             if len(tokens) != 1 or tokens[0] == self._unknown:
@@ -219,4 +218,15 @@ _SLOT = "\ufdd0"  # what stands for the answer until the prompt is known: a nonc
 def _shared(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens the sequences have in common at their start."""
     first, *others = sequences
-    return min((shared(first, other) for other in others), default=len(first))
+    length = len(first)
+    for other in others:
+        length = min(length, shared(first, other))
+    return length
+
+
+def _shared_at_end(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens the sequences have in common at their end."""
+    last = sequences[0][-1:]
+    if any(ids[-1:] != last for ids in sequences):
+        return 0
+    return _shared([ids[::-1] for ids in sequences])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -17,7 +17,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import MicroBatch, model_inputs
 from mezo_dist.tasks.completion.conversation import ASSISTANT, check_template, encode_conversation
 from mezo_dist.tasks.continuation import SLOT, check_causal, continued
-from mezo_dist.tasks.encoding import encode_rows
+from mezo_dist.tasks.encoding import EncodedRows, encode_rows
 from mezo_dist.tasks.fields import Row, lookup
 from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
 from mezo_dist.tasks.scoring import TokenScores, target_texts, token_targets
@@ -84,7 +84,7 @@ class Completion:
         kind._warn_if_joined(first_row)
         return kind
 
-    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> EncodedRows[Sample]:
         """See `TaskKind`."""
         if self.task.messages is not None:
             return encode_rows(rows, split, self._conversation)
@@ -167,15 +167,15 @@ class Completion:
                 after[:10].split(" ")[0],
             )
 
-    def _all_windows(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
+    def _all_windows(self, rows: Sequence[Row], split: str) -> EncodedRows[Sample]:
         """The windows of all documents of a split."""
-        num_windows = 0
-        for windows in encode_rows(rows, split, self._windows):
-            num_windows += len(windows)
-            yield from windows
-        if not num_windows:
-            raise UserError(f"task.completion: the {split} split has no text of two tokens or more")
-        log.info("%s split: %d documents are %d windows of text", split, len(rows), num_windows)
+
+        def finish(num_windows: int) -> None:
+            if not num_windows:
+                raise UserError(f"task.completion: the {split} split has no text of two tokens or more")
+            log.info("%s split: %d documents are %d windows of text", split, len(rows), num_windows)
+
+        return EncodedRows(rows, split, self._windows, finish)
 
     def _windows(self, row: Row) -> list[Sample]:
         """A whole document, cut. A window of one token has no target, and is left out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -16,7 +16,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.batches import MicroBatch, facts_by_slot, model_inputs
 from mezo_dist.tasks.chat import apply_chat_template
 from mezo_dist.tasks.continuation import SLOT, check_causal, continued
-from mezo_dist.tasks.encoding import encode_rows
+from mezo_dist.tasks.encoding import EncodedRows, encode_rows
 from mezo_dist.tasks.fields import Row, lookup
 from mezo_dist.tasks.generation.decode import Decoding, decode
 from mezo_dist.tasks.generation.figures import MEANS, bleu, of_text
@@ -74,7 +74,7 @@ class Generation:
             raise UserError("task.chat: the tokenizer has no chat template; leave it out, or use an instruction model")
         return Generation(task, model, text_encoder(task, model))
 
-    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> EncodedRows[Sample]:
         """See `TaskKind`."""
         return encode_rows(rows, split, lambda row: self.encoder.fit(row, lambda some: self._sample(some, row))[0])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -15,7 +15,7 @@ from mezo_dist.config.kinds.regression import RegressionTask
 from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import RunModel
 from mezo_dist.tasks.batches import MicroBatch, by_slot, model_inputs
-from mezo_dist.tasks.encoding import encode_rows
+from mezo_dist.tasks.encoding import EncodedRows, encode_rows
 from mezo_dist.tasks.fields import Row, lookup
 from mezo_dist.tasks.kind import Answer, Bench, Forward, Scores, TextModel, text_encoder
 from mezo_dist.tasks.regression.metrics import pearson, spearman
@@ -55,7 +55,7 @@ class Regression:
         """See `mezo_dist.tasks.kinds`."""
         return Regression(task, model)
 
-    def encode(self, rows: Sequence[Row], split: str) -> Iterator[Sample]:
+    def encode(self, rows: Sequence[Row], split: str) -> EncodedRows[Sample]:
         """See `TaskKind`."""
         return encode_rows(rows, split, self._sample)
 
