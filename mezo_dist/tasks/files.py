@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ LONGEST_CELL = 1 << 30
 """Characters; the csv module wants a limit."""
 AT_ONCE = 10_000
 """Rows of a table that are digested together."""
+LINES_AT_ONCE = 1_000
+"""Lines of JSON that are read together."""
 MOST_CELLS, SPARSEST = 1_000_000, 50
 """Cells of JSON rows, fields that a row lacks included: so many, and so many times those that are there."""
 
@@ -178,7 +181,7 @@ def _json_rows(text: str) -> list[Row]:
     else:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         try:
-            rows = [_loaded(line, f"line {number}: ") for number, line in lines]
+            rows = _all_loaded(lines)
         except ValueError:
             if not lines or not _is_incomplete(lines[0][1]):
                 raise
@@ -190,6 +193,34 @@ def _json_rows(text: str) -> list[Row]:
     if len(names) * len(rows) > MOST_CELLS + SPARSEST * sum(map(len, rows)):  # every row gets every field
         raise ValueError(f"its {len(rows)} rows have {len(names)} different fields, most of which most rows lack")
     return [row if len(row) == len(names) else {name: row.get(name) for name in names} for row in rows]
+
+
+def _all_loaded(lines: Sequence[tuple[int, str]]) -> list[Any]:
+    """The values in numbered lines of JSON. Raises ValueError for the first line that is not one value."""
+    values: list[Any] = []
+    for start in range(0, len(lines), LINES_AT_ONCE):
+        some = lines[start : start + LINES_AT_ONCE]
+        together = _loaded_together([line for _, line in some])
+        values += [_loaded(line, f"line {number}: ") for number, line in some] if together is None else together
+    return values
+
+
+def _loaded_together(lines: Sequence[str]) -> list[Any] | None:
+    """The values in lines of JSON, read as one list, which takes a third of the time; None where they have to be read
+    one by one: a line is not one value, or has escapes that need a closer look.
+
+    Between the lines of the list stands a text that no line has. Where all of these texts come out as every other value
+    of the list, there is one value on either side of each.
+    """
+    between = secrets.token_hex(16)
+    text = f',"{between}",'.join(lines)
+    if "\\ud" in text.lower():
+        return None
+    try:
+        values = json.loads(f"[{text}]")
+    except (ValueError, RecursionError):
+        return None
+    return values[::2] if values[1::2] == [between] * (len(lines) - 1) else None
 
 
 def _loaded(text: str, where: str) -> Any:
