@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, final
@@ -25,6 +25,7 @@ from mezo_dist.directions import devices
 from mezo_dist.engines.lockstep.forwards import Forward, Layer, add_layer, remove_layer
 from mezo_dist.engines.lockstep.head_slice import HeadSlice, hidden_at
 from mezo_dist.models.frozen_blocks import FrozenBlocks, Inputs, find_frozen_blocks
+from mezo_dist.models.frozen_groups import Group, Groups, OneGroup
 
 log = logging.getLogger(__name__)
 RunModel = Callable[[nn.Module, Inputs, Tensor | None], Tensor]
@@ -33,8 +34,6 @@ for each sample (int64 [n, m]): [n, m, rows]."""
 TOLERANCE = {4: 1e-4, 2: 2e-2}
 """Largest error of logits by rounding, as a part of the largest logit, by the bytes of a number. (A fp32 model whose
 last block attended to one token in place of all was off by 4e-3.)"""
-Group = tuple[Inputs, Tensor | None]
-"""A micro-batch: inputs, and the positions that its logits are read at (None for a classifier, which picks them)."""
 
 _known: ContextVar[Sequence[object] | None] = ContextVar("frozen_known", default=None)
 """The remembered outputs of the modules at the end of the frozen blocks, for the forward pass of this context."""
@@ -75,17 +74,17 @@ class FrozenCache:
     Args:
         frozen: from `find_frozen_blocks`.
         limit: bytes of hidden states to remember; the samples that were not needed for longest are forgotten first.
-        groups: samples that go through the frozen blocks together; any other sample goes alone.
+        groups: samples that go through the frozen blocks together; any other sample goes alone, and one that is in
+            several groups goes with the first that they name.
         narrow: keep the hidden state at the sample's position only; calls must then name positions.
     """
 
-    def __init__(self, frozen: FrozenBlocks, limit: int, groups: Iterable[Group] = (), *, narrow: bool = False) -> None:
+    def __init__(self, frozen: FrozenBlocks, limit: int, groups: Groups, *, narrow: bool = False) -> None:
         self.frozen, self.narrow = frozen, narrow
         self._limit, self._used = limit, 0
+        self._groups = groups
         self._latest: tuple[Tensor | None, list[object]] = None, []
         self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
-        groups = groups if narrow else ((inputs, None) for inputs, _ in groups)
-        self._group_of = {key: group for group in groups for key, _ in self._samples(group)}
         for block in frozen.blocks[:-1]:
             add_layer(block, Layer.FROZEN_CACHE, _skip)
         for index, end in enumerate(frozen.ends):
@@ -125,9 +124,31 @@ class FrozenCache:
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
-        group = self._group_of.get(key, sample)
-        self._remember(computed := dict(self._compute(model, group, device)))
+        number = self._group_of(key, sample)
+        group = sample if number is None else self._group(number)
+        computed = dict(self._compute(model, group, device))
+        for other, one in self._samples(group):
+            if other != key and self._group_of(other, one, number) != number:
+                computed.pop(other, None)  # else it would depend on whose turn it was which group counts for a sample
+        self._remember(computed)
         return computed[key]
+
+    def _group(self, number: int) -> Group:
+        inputs, positions = self._groups.group(number)
+        return inputs, positions if self.narrow else None
+
+    def _group_of(self, key: bytes, sample: Group, is_in: int | None = None) -> int | None:
+        """The number of the group that counts for a sample; None if it is in none.
+
+        Args:
+            key: tells the sample from all others.
+            sample: the sample by itself.
+            is_in: the number of a group that the sample is in.
+        """
+        for number in self._groups.numbers(sample[0]["input_ids"].numpy().tobytes()):
+            if number == is_in or any(key == other for other, _ in self._samples(self._group(number))):
+                return number
+        return None
 
     def _compute(self, model: nn.Module, group: Group, device: torch.device) -> Iterator[tuple[bytes, list[Tensor]]]:
         """Run a group through the frozen blocks. Yields the key of each sample, and the output of each end for it.
@@ -205,30 +226,30 @@ class _Keep:
         return output
 
 
-def attach_frozen_cache(model: nn.Module, groups: Sequence[Group], limit: int) -> RunModel:
+def attach_frozen_cache(model: nn.Module, groups: Groups, limit: int) -> RunModel:
     """How to run ``model`` on inputs: from the end of its frozen blocks on where it has one, else as it is.
 
     The log says what is done, and why frozen blocks that are there cannot be skipped.
 
     Args:
         model: weights that must not change have ``requires_grad`` off.
-        groups: all micro-batches of the data, each of which goes through the frozen blocks at once; the shortcut is
-            compared with the whole way on the first one.
+        groups: all micro-batches of the data; the shortcut is compared with the whole way on the first one.
         limit: bytes of hidden states to remember per process.
     """
     device = next(model.parameters()).device
-    names, tensors = [*groups[0][0]], [*groups[0][0].values(), *([] if groups[0][1] is None else [groups[0][1]])]
+    first, at = groups.group(0)
+    names, tensors = [*first], [*first.values(), *([] if at is None else [at])]
     there = devices.upload(tensors, device)
     devices.remember(there, tensors)
     inputs = dict(zip(names, there, strict=False))
-    positions = None if groups[0][1] is None else there[-1]
+    positions = None if at is None else there[-1]
     probe = (inputs, positions)
     with torch.no_grad():
         frozen, reason = find_frozen_blocks(model, inputs)
         if frozen.blocks:
             whole = run_whole(model, inputs, positions)
             for narrow in [True, False] if positions is not None else [False]:
-                if _agrees(model, FrozenCache(frozen, limit, [probe], narrow=narrow), probe, whole):
+                if _agrees(model, FrozenCache(frozen, limit, OneGroup(probe), narrow=narrow), probe, whole):
                     inner = len(frozen.ends) - 1
                     log.info(
                         "the first %d blocks%s are frozen: each sample goes through them once; from there on, %s",

@@ -28,7 +28,8 @@ from mezo_dist.engines.survival import settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.models.adapters import prefix_failures_explained
 from mezo_dist.models.ends import check_ends
-from mezo_dist.models.frozen_cache import Group, RunModel, attach_frozen_cache, run_whole
+from mezo_dist.models.frozen_cache import RunModel, attach_frozen_cache, run_whole
+from mezo_dist.models.frozen_groups import Group
 from mezo_dist.models.load import Pretrained
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration, best_offsets
 from mezo_dist.objectives.joint import exact_logits, joint_objective
@@ -36,6 +37,7 @@ from mezo_dist.objectives.rewards.judge import Judge
 from mezo_dist.patience import patience
 from mezo_dist.runs.data import encode_data, open_data
 from mezo_dist.runs.evaluation import Evaluator, Writer
+from mezo_dist.runs.split_groups import SplitGroups
 from mezo_dist.runs.gradients import Gradients
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
 from mezo_dist.runs.work_split import WorkSplit
@@ -340,5 +342,9 @@ def _run_model(
         log.info("frozen blocks are computed every time: ranks must gather alike, whatever samples they remember")
         return run_whole
     size, pad_id = settings.micro_batch, pretrained.pad_id
-    groups = [group(item) for split in splits.values() for item in cut(split, size, pad_id, kind.collate)]
+
+    def make(samples: Sequence[Sample]) -> Group:
+        return group(kind.collate(samples, tuple(range(len(samples))), pad_id))
+
+    groups = SplitGroups([*splits.values()], size, make)
     return attach_frozen_cache(pretrained.model, groups, int(settings.frozen_cache_gib * 2**30))

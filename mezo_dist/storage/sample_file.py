@@ -1,9 +1,9 @@
 """Encoded samples in a file, read one by one: a million of them take no memory, and are encoded once.
 
-A file has three parts: the samples, each as Python writes the tuple of its values; where each of them ends, as
-unsigned 64-bit integers; and a line of JSON that says what the file is. The digest in that line is the one that a
-trajectory knows the data by, and it is that of the bytes of the first part, so that whoever opens a file verifies at
-once that it is whole and that the samples are those. Nothing in it is evaluated or unpickled.
+A file has four parts: the samples, each as Python writes the tuple of its values; where each of them ends, as
+unsigned 64-bit integers; what `SampleIndex` says of them; and a line of JSON that says what the file is. The digest in
+that line is the one that a trajectory knows the data by, and it is that of the bytes of the first part, so that whoever
+opens a file verifies at once that it is whole and that the samples are those. Nothing in it is evaluated or unpickled.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from typing import Any, Generic, TypeVar, overload
 
 from mezo_dist.errors import UserError
 from mezo_dist.storage.files import open_in_place
+from mezo_dist.storage.sample_index import EncodedSample, SampleIndex
 
 log = logging.getLogger(__name__)
-FORMAT = "mezo_dist samples/v1"
+FORMAT = "mezo_dist samples/v2"
 SUFFIX, PART = ".samples", ".part"
 LONGEST_LINE = 4096
 """Bytes of the last line, at most."""
@@ -48,12 +49,14 @@ class SampleBlock:
     content: bytes
     ends: array[int]
     """Where each of them ends in ``content``."""
+    index: SampleIndex
 
 
-def block_of(samples: Iterable[object]) -> SampleBlock:
-    """Some samples, which are frozen dataclasses of numbers, texts and tuples."""
+def block_of(samples: Sequence[EncodedSample]) -> SampleBlock:
+    """Some samples as they stand in a file."""
     pieces = [_written(sample) for sample in samples]
-    return SampleBlock(b"".join(pieces), array("Q", itertools.accumulate(map(len, pieces))))
+    ends = array("Q", itertools.accumulate(map(len, pieces)))
+    return SampleBlock(b"".join(pieces), ends, SampleIndex.of(samples))
 
 
 def digest_of(samples: Iterable[object]) -> str:
@@ -76,7 +79,18 @@ class SampleFile(Sequence[SampleT], Generic[SampleT]):
     digest: str
     _handle: int
     _ends: array[int]
+    _num_rows: int
     _make: Callable[..., SampleT]
+
+    @property
+    def index(self) -> SampleIndex:
+        """What can be known of the samples without reading them."""
+        start = (self._ends[-1] if self._ends else 0) + 8 * len(self._ends)
+        parts = []
+        for size in (len(self), len(self), self._num_rows):
+            parts.append(_little_endian(array("I", self._read(start, 4 * size))))
+            start += 4 * size
+        return SampleIndex(*parts)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -96,14 +110,16 @@ class SampleFile(Sequence[SampleT], Generic[SampleT]):
 
     def _sample(self, place: int) -> SampleT:
         start = self._ends[place - 1] if place else 0
-        size = self._ends[place] - start
+        return self._make(*_values(self._read(start, self._ends[place] - start).decode()))
+
+    def _read(self, start: int, size: int) -> bytes:
+        """The bytes of a part of the file."""
         try:
-            content = os.pread(self._handle, size, start)
+            return b"".join(_blocks(self._handle, start, size))
         except OSError as error:
             raise UserError(f"cannot read {self.path} ({error}): is its disk still there?") from error
-        if len(content) < size:
-            raise UserError(f"{self.path} was cut short while it was read; start again, and it is made anew")
-        return self._make(*_values(content.decode()))
+        except ValueError as error:
+            raise UserError(f"{self.path} was cut short while it was read; start again, and it is made anew") from error
 
 
 def _values(text: str) -> tuple[Any, ...]:
@@ -130,24 +146,20 @@ def write_samples(path: Path, blocks: Iterable[SampleBlock], key: str, beat: Cal
     Raises:
         OSError: the file cannot be written.
     """
-    digest, ends, size = hashlib.blake2b(digest_size=16), array("Q"), 0
+    digest, ends, index, size = hashlib.blake2b(digest_size=16), array("Q"), SampleIndex.of([]), 0
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PART}")
     try:
         with os.fdopen(open_in_place(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb", buffering=BLOCK) as file:
             for block in blocks:
                 digest.update(block.content)
                 ends.extend(size + end for end in block.ends)
+                index.extend(block.index)
                 size += file.write(block.content)
                 beat()
-            table = _little_endian(ends).tobytes()
-            file.write(table)
-            facts = {
-                "format": FORMAT,
-                "key": key,
-                "samples": len(ends),
-                "digest": digest.hexdigest(),
-                "table": _hex(table),
-            }
+            tables = b"".join(_little_endian(part).tobytes() for part in (ends, *index.parts))
+            file.write(tables)
+            facts = {"format": FORMAT, "key": key, "samples": len(ends), "rows": len(index.checksums)}
+            facts |= {"digest": digest.hexdigest(), "tables": _hex(tables)}
             file.write(b"\n" + json.dumps(facts).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -172,7 +184,7 @@ def read_samples(path: Path, key: str, make: Callable[..., SampleT]) -> SampleFi
         log.warning("%s cannot be read (%s): samples are encoded again", path, error)
         return None
     try:
-        ends, digest = _verified(handle, key)
+        ends, num_rows, digest = _verified(handle, key)
     except (OSError, ValueError, KeyError, TypeError) as error:
         os.close(handle)
         log.warning("%s is damaged or no such file (%s): samples are encoded again", path, error)
@@ -180,13 +192,13 @@ def read_samples(path: Path, key: str, make: Callable[..., SampleT]) -> SampleFi
     with contextlib.suppress(OSError):  # both are for `evict`; some file systems have no locks
         os.utime(path)
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    file = SampleFile(path, digest, handle, ends, make)
+    file = SampleFile(path, digest, handle, ends, num_rows, make)
     weakref.finalize(file, os.close, handle)
     return file
 
 
-def _verified(handle: int, key: str) -> tuple[array[int], str]:
-    """Where each sample ends, and the digest of them all.
+def _verified(handle: int, key: str) -> tuple[array[int], int, str]:
+    """Where each sample ends, the number of rows in all of them, and the digest of them all.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: the file is not what `write_samples` wrote, or has another key.
@@ -197,18 +209,19 @@ def _verified(handle: int, key: str) -> tuple[array[int], str]:
     facts = json.loads(line)
     if facts["format"] != FORMAT or facts["key"] != key:
         raise ValueError("its last line says something else")
-    table_size = 8 * int(facts["samples"])
-    payload_size = size - len(line) - 1 - table_size
-    table = b"".join(_blocks(handle, payload_size, table_size))
-    ends = _little_endian(array("Q", table))
-    if _hex(table) != facts["table"] or (ends[-1] if ends else 0) != payload_size:
-        raise ValueError("its table is not whole")
+    num_samples, num_rows = int(facts["samples"]), int(facts["rows"])
+    tables_size = 8 * num_samples + 4 * (2 * num_samples + num_rows)
+    payload_size = size - len(line) - 1 - tables_size
+    tables = b"".join(_blocks(handle, payload_size, tables_size))
+    ends = _little_endian(array("Q", tables[: 8 * num_samples]))
+    if _hex(tables) != facts["tables"] or (ends[-1] if ends else 0) != payload_size:
+        raise ValueError("its tables are not whole")
     digest = hashlib.blake2b(digest_size=16)
     for block in _blocks(handle, 0, payload_size):
         digest.update(block)
     if digest.hexdigest() != facts["digest"]:
         raise ValueError("its samples are not those that were written")
-    return ends, digest.hexdigest()
+    return ends, num_rows, digest.hexdigest()
 
 
 def _blocks(handle: int, start: int, size: int) -> Iterator[bytes]:

@@ -26,6 +26,10 @@ class Sample(Protocol):
     def num_tokens(self) -> int:
         """Length of its longest sequence."""
 
+    @property
+    def rows(self) -> Sequence[tuple[int, ...]]:
+        """Token ids of each of its sequences, as they become the rows of a micro-batch."""
+
 
 SampleT = TypeVar("SampleT", bound=Sample)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mezo_dist.config.schema import ModelKind
 from mezo_dist.config.task import TaskSettings
-from mezo_dist.models.frozen_cache import Group, RunModel
+from mezo_dist.models.frozen_cache import RunModel
+from mezo_dist.models.frozen_groups import Group
 from mezo_dist.tasks.batches import MicroBatch, Sample
 from mezo_dist.tasks.encoding import EncodedRows
 from mezo_dist.tasks.fields import Row

@@ -17,6 +17,8 @@ from mezo_dist.directions.law import Law
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.units import find_blocks
 from mezo_dist.models.frozen_cache import FrozenCache, attach_frozen_cache, run_whole
+from mezo_dist.models.frozen_groups import Group
+from mezo_dist.runs.split_groups import SplitGroups
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.classification.kind import collate
 from mezo_dist.tasks.classification.label_words import LabelWords
@@ -41,19 +43,27 @@ def with_frozen_blocks(kind: str, trainable: int = 1) -> Any:
     return model
 
 
+def groups(size: int = 2, samples: Sequence[Sample] = SAMPLES) -> SplitGroups:
+    def make(some: Sequence[Sample]) -> Group:
+        batch = collate(some, tuple(range(len(some))), 0)
+        return batch.inputs, batch.targets["position"]
+
+    return SplitGroups([samples], size, make)
+
+
 def attached(model: nn.Module, limit: int = GIB) -> Any:
-    return attach_frozen_cache(model, [(batch.inputs, batch.targets["position"]) for batch in batches()], limit)
+    return attach_frozen_cache(model, groups(), limit)
 
 
-def losses(model: nn.Module, run: Any, groups: list[MicroBatch], before: Sequence[MicroBatch] = ()) -> torch.Tensor:
+def losses(model: nn.Module, run: Any, batches: list[MicroBatch], before: Sequence[MicroBatch] = ()) -> torch.Tensor:
     """Loss of every sample under two variants, after those of ``before``."""
     engine = Engine(model, Law("gaussian"))
-    objective = LabelWords(model, LABELS, groups[0], run)
+    objective = LabelWords(model, LABELS, batches[0], run)
     engine.evaluate([Variant()], before, objective)
     shifts = [Combination.single(3, 0.05), Combination.single(4, -0.05)]
-    scores = engine.evaluate([Variant(shift) for shift in shifts], groups, objective)
+    scores = engine.evaluate([Variant(shift) for shift in shifts], batches, objective)
     table = torch.zeros(len(shifts), len(SAMPLES))
-    for batch, row in zip(groups, scores, strict=True):
+    for batch, row in zip(batches, scores, strict=True):
         for v, score in enumerate(row):
             table[v, list(batch.slots)] = score.loss
     return table
@@ -101,8 +111,7 @@ def test_what_is_left_to_do_on_one_token_is_done_on_one_token(
 
 def test_attention_to_one_token_is_noticed_where_it_hardly_moves_logits() -> None:
     """Logits of a model with small weights are small all over; and without padding no mask's shape tells."""
-    groups = [(batch.inputs, batch.targets["position"]) for batch in batches(1)]
-    run = attach_frozen_cache(with_frozen_blocks("bert"), groups, GIB)
+    run = attach_frozen_cache(with_frozen_blocks("bert"), groups(1), GIB)
     assert isinstance(run, FrozenCache)
     assert not run.narrow
 
@@ -116,6 +125,27 @@ def test_bits_do_not_depend_on_who_came_before_or_on_the_memory() -> None:
             model = with_frozen_blocks("llama")
             results.append(losses(model, attached(model, limit), batches(), before))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_sample_that_is_there_twice_always_goes_with_the_same_group() -> None:
+    """Else its bits would depend on which of its groups was needed first, and so on the number of ranks."""
+    one, other, long = Sample((7, 8, 9), 0, 2), Sample((9, 8, 7), 1, 2), Sample((9,) * 30, 2, 29)
+    seen = []
+    for order in ([one], [other, one], [one, other], [long, other, one]):
+        model = with_frozen_blocks("llama")
+        run = attach_frozen_cache(model, groups(2, [one, other, one, long]), GIB)
+        shapes: list[tuple[int, ...]] = []
+        first: Any = find_blocks(model)[0]
+        first.self_attn.register_forward_hook(lambda _, args, output, shapes=shapes: shapes.append(output[0].shape[:2]))
+        for sample in order:
+            shapes.clear()
+            inputs, positions = groups(1, [sample]).group(0)
+            with torch.no_grad():
+                logits = run(model, inputs, positions)
+            if sample is one:
+                seen.append(logits)
+                assert order[0] is long or shapes == [(2, 30)], "its last group, whatever was computed before"
+    assert all(torch.equal(logits, seen[0]) for logits in seen)
 
 
 def test_every_group_goes_through_the_prefix_once() -> None:

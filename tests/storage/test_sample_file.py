@@ -6,18 +6,20 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mezo_dist.errors import UserError
-from mezo_dist.storage.sample_file import PART, digest_of, evict, read_samples, write_samples
+from mezo_dist.storage.sample_file import PART, block_of, digest_of, evict, read_samples, write_samples
+from mezo_dist.storage.sample_index import SampleIndex
 from mezo_dist.tasks.choice.options import Sample as Options
 from mezo_dist.tasks.classification.prompts import Sample as Prompt
 from mezo_dist.tasks.completion.kind import Sample as Completed
 from mezo_dist.tasks.generation.kind import Sample as Written
 from mezo_dist.tasks.regression.kind import Sample as Value
 
-SAMPLES: dict[str, list[object]] = {
+SAMPLES: dict[str, list[Any]] = {
     "classification": [Prompt((1, 2, 3), 0, -1), Prompt((7,), 1, 0, (0,)), Prompt((5, 6), 2, 1)],
     "choice": [Options(((1, 2), (1, 3, 4)), (1, 1), (5, 9), 0, (0, 1)), Options(((9,), (8,)), (0, 0), (1, 1), 1, (1,))],
     "completion": [Completed((1, 2, 3, 4), ((1, 2), (3, 4))), Completed((1, 2), ())],
@@ -38,7 +40,7 @@ def nothing() -> None:
 def test_samples_come_back(name: str, tmp_path: Path) -> None:
     samples, path = SAMPLES[name], tmp_path / "x.samples"
     make: Callable[..., object] = type(samples[0]) if samples else Prompt
-    write_samples(path, iter(samples), "key", nothing)
+    write_samples(path, [block_of(samples[:2]), block_of(samples[2:])], "key", nothing)
     file = read_samples(path, "key", make)
     assert file is not None
     assert list(file) == samples
@@ -46,6 +48,7 @@ def test_samples_come_back(name: str, tmp_path: Path) -> None:
     assert file[1:] == samples[1:]
     assert file[::-1] == samples[::-1]
     assert file.digest == digest_of(samples)
+    assert file.index == SampleIndex.of(samples)
     with pytest.raises(IndexError):
         file[len(samples)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.samples"]
@@ -59,7 +62,7 @@ def test_the_digest_is_the_one_that_trajectories_have() -> None:
 def test_damage_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Every byte counts, and every length."""
     path = tmp_path / "x.samples"
-    write_samples(path, SAMPLES["classification"], "key", nothing)
+    write_samples(path, [block_of(SAMPLES["classification"])], "key", nothing)
     content = path.read_bytes()
     damaged = [content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] for place in range(len(content))]
     cut = [content[:place] for place in range(len(content))]
@@ -76,7 +79,7 @@ def test_damage_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.parametrize("kind", ["other key", "folder", "link", "pipe"])
 def test_foreign_files_are_not_read(kind: str, tmp_path: Path) -> None:
     path, other = tmp_path / "x.samples", tmp_path / "y.samples"
-    write_samples(other, SAMPLES["classification"], "key", nothing)
+    write_samples(other, [block_of(SAMPLES["classification"])], "key", nothing)
     if kind == "other key":
         other.rename(path)
     elif kind == "folder":
@@ -91,7 +94,7 @@ def test_foreign_files_are_not_read(kind: str, tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     path = tmp_path / "x.samples"
-    write_samples(path, SAMPLES["classification"], "key", nothing)
+    write_samples(path, [block_of(SAMPLES["classification"])], "key", nothing)
     file = read_samples(path, "key", Prompt)
     assert file is not None
     os.truncate(path, 3)
@@ -101,7 +104,7 @@ def test_a_file_that_shrinks_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 
 def test_a_file_that_is_deleted_is_still_read(tmp_path: Path) -> None:
     path = tmp_path / "x.samples"
-    write_samples(path, SAMPLES["classification"], "key", nothing)
+    write_samples(path, [block_of(SAMPLES["classification"])], "key", nothing)
     file = read_samples(path, "key", Prompt)
     path.unlink()
     assert file is not None
@@ -113,13 +116,13 @@ def test_nothing_is_left_where_encoding_fails(tmp_path: Path) -> None:
         raise UserError("no")
 
     with pytest.raises(UserError):
-        write_samples(tmp_path / "x.samples", SAMPLES["classification"], "key", failing)
+        write_samples(tmp_path / "x.samples", [block_of(SAMPLES["classification"])], "key", failing)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     for number in range(4):
-        write_samples(tmp_path / f"{number}.samples", SAMPLES["classification"], "key", nothing)
+        write_samples(tmp_path / f"{number}.samples", [block_of(SAMPLES["classification"])], "key", nothing)
         os.utime(tmp_path / f"{number}.samples", (number, number))
     size = (tmp_path / "0.samples").stat().st_size
     in_use = read_samples(tmp_path / "1.samples", "key", Prompt)
@@ -137,7 +140,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
 
 def reads_of_a_step(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of each read for 16 of ``number`` samples."""
-    write_samples(path, (Prompt((1, 2, 3), 0, 2) for _ in range(number)), "key", nothing)
+    write_samples(path, [block_of([Prompt((1, 2, 3), 0, 2) for _ in range(number)])], "key", nothing)
     file = read_samples(path, "key", Prompt)
     assert file is not None
     pread, reads = os.pread, []

@@ -93,7 +93,7 @@ def test_samples_come_as_they_are_asked_for() -> None:
         seen.append(row["number"])
         return int(row["number"])
 
-    samples = encode_rows([{"number": number} for number in range(10_000)], "train", encode)
+    samples = iter(encode_rows([{"number": number} for number in range(10_000)], "train", encode))
     assert next(samples) == 0
     assert len(seen) <= encoding.AT_ONCE
     samples.close()  # type: ignore[attr-defined]

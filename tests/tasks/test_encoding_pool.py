@@ -61,7 +61,7 @@ def test_the_first_wrong_row_is_named_and_what_came_before_it_is_there() -> None
     done: list[int] = []
     with pytest.raises(UserError, match=r"^test sample 19, \{'number': 19\}: no number 19$"):
         done.extend(encode_rows(ROWS, "test", encode))
-    samples = encode_rows(ROWS, "test", encode)
+    samples = iter(encode_rows(ROWS, "test", encode))
     assert [next(samples) for _ in range(BLOCK + 3)] == list(range(BLOCK + 3))
 
 
@@ -89,7 +89,7 @@ def test_rows_are_not_encoded_long_before_they_are_asked_for(tmp_path: Path, mon
             file.write(".")
         return int(row["number"])
 
-    samples = encode_rows(ROWS, "train", encode)
+    samples = iter(encode_rows(ROWS, "train", encode))
     assert next(samples) == 0
     samples.close()  # type: ignore[attr-defined]
     assert 2 <= seen.stat().st_size <= 2 * encoding_pool.AHEAD * 2

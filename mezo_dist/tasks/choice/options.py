@@ -33,6 +33,11 @@ class Sample:
         """Length of the longest sequence."""
         return max(map(len, self.options))
 
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """See `mezo_dist.tasks.batches.Sample`."""
+        return self.options
+
 
 @dataclass(frozen=True)
 class EncodedOptions:

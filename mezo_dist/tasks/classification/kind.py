@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mezo_dist.config.kinds.classification import ClassificationTask
 from mezo_dist.errors import UserError
-from mezo_dist.models.frozen_cache import Group
+from mezo_dist.models.frozen_groups import Group
 from mezo_dist.tasks.batches import MicroBatch, by_slot, model_inputs
 from mezo_dist.tasks.choice.kind import Choice
 from mezo_dist.tasks.choice.options import encode_options

@@ -47,6 +47,11 @@ class Sample:
         """Length of `ids`."""
         return len(self.ids)
 
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """See `mezo_dist.tasks.batches.Sample`."""
+        return (self.ids,)
+
     def __len__(self) -> int:
         return max(len(self.ids), self.room)
 

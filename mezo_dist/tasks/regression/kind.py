@@ -39,6 +39,11 @@ class Sample:
         """Length of `ids`."""
         return len(self.ids)
 
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """See `mezo_dist.tasks.batches.Sample`."""
+        return (self.ids,)
+
 
 @final
 @dataclass(frozen=True)
