@@ -37,9 +37,9 @@ from mezo_dist.objectives.rewards.judge import Judge
 from mezo_dist.patience import patience
 from mezo_dist.runs.data import encode_data, open_data
 from mezo_dist.runs.evaluation import Evaluator, Writer
-from mezo_dist.runs.split_groups import SplitGroups
 from mezo_dist.runs.gradients import Gradients
 from mezo_dist.runs.model import LoadedModel, check_agreement, dtype_of, load_base
+from mezo_dist.runs.split_groups import SplitGroups
 from mezo_dist.runs.work_split import WorkSplit
 from mezo_dist.storage.trajectory import Header
 from mezo_dist.tasks.batches import BatchOrder, MicroBatch, by_slot, cut

@@ -44,7 +44,13 @@ def before_answer(template: str, row: Row) -> str:
 
 
 def continued(texts: TextEncoder, before: str, after: str) -> Continuation:
-    """The tokens of ``before`` and ``after`` together. Those that ``before`` has by itself are the prompt's.
+    """See `all_continued`; one text that continues a prompt."""
+    (only,) = all_continued(texts, before, [after])
+    return only
+
+
+def all_continued(texts: TextEncoder, before: str, endings: Sequence[str]) -> list[Continuation]:
+    """The tokens of ``before`` and each of the endings together. Those that ``before`` has by itself are the prompt's.
 
     A tokenizer may join the end of a prompt and the start of what follows into one token: then that one is predicted.
     A space at the end of ``before`` goes with what follows. What the tokenizer appends to every text is left out.
@@ -52,12 +58,15 @@ def continued(texts: TextEncoder, before: str, after: str) -> Continuation:
     Args:
         texts: the tokenizer.
         before: the prompt.
-        after: what continues it.
+        endings: what may continue it.
     """
-    prompt, ids = texts.tokenize_all([before.rstrip(" "), before + after])
-    appended = shared(texts.of_nothing[::-1], ids[::-1])
-    ids = ids[: len(ids) - appended]
-    return Continuation(tuple(ids), shared(prompt, ids))
+    prompt, *whole = texts.tokenize_all([before.rstrip(" "), *[before + ending for ending in endings]])
+    sequences = []
+    for ids in whole:
+        appended = shared(texts.of_nothing[::-1], ids[::-1])
+        kept = ids[: len(ids) - appended]
+        sequences.append(Continuation(tuple(kept), shared(prompt, kept)))
+    return sequences
 
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from mezo_dist.config.task import TruncateSide
 from mezo_dist.errors import UserError
 from mezo_dist.tasks.encoding import Texts, ask
+from mezo_dist.tasks.endings import Endings
 from mezo_dist.tasks.fields import Row, field_names, listed, lookup, replaced
 from mezo_dist.tasks.templates import ROW, render
 
@@ -66,6 +67,16 @@ class TextEncoder:
         for ids in found:
             self.check_known(ids)
         return found
+
+    def tokenize_endings(self, before: str, endings: Sequence[str]) -> list[list[int]]:
+        """See `tokenize`; of ``before`` with each of several endings after it."""
+        return self._tokenised_endings(before, endings)
+
+    @functools.cached_property
+    def _tokenised_endings(self) -> Callable[[str, Sequence[str]], list[list[int]]]:
+        if self.is_plain:
+            return Endings(self.tokenizer, self.tokenize_all).tokenised
+        return lambda before, endings: self.tokenize_all([before + ending for ending in endings])
 
     @functools.cached_property
     def of_nothing(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Micro-batches of whole splits, made one by one: those that `cut` makes, and each sample in the last one that has it."""
+"""Micro-batches of whole splits, made one by one: those that `cut` makes; what is in several counts for the last."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mezo_dist.config.kinds.choice import ChoiceTask
 from mezo_dist.config.values import names_of
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.continuation import before_answer, continued
+from mezo_dist.tasks.continuation import all_continued, before_answer
 from mezo_dist.tasks.fields import Row, listed, lookup, shown
 from mezo_dist.tasks.text import TextEncoder, render_row
 
@@ -115,7 +115,7 @@ def encode_options(texts: TextEncoder, prompt: str, options: Sequence[str], row:
         UserError: an option has no tokens, or nothing stands before it.
     """
     before = before_answer(prompt, row)
-    encoded = [continued(texts, before, option) for option in options]
+    encoded = all_continued(texts, before, options)
     for option, sequence in zip(options, encoded, strict=True):
         if not sequence.start:
             raise UserError("task.prompt: no token stands before {{ answer }}, so that nothing predicts the options")

@@ -178,7 +178,7 @@ class Encoder:
         first word of a masked prompt belongs the space that words have in the middle of a text (as in LM-BFF).
         """
         before, after = self._parts(row)
-        filled = self._texts.tokenize_all([before + word + after for word in words])
+        filled = self._texts.tokenize_endings(before, [word + after for word in words])
         for number, ids in enumerate(filled):
             if ids in filled[:number]:
                 other = words[filled.index(ids)]
