@@ -7,7 +7,8 @@ of work at the largest size over that at the smallest`, 1 is what grows in step 
 part; much more grows faster than it should. Seconds are those of processors (all threads of the process), so that a
 busy machine disturbs them less; `--fast` takes small sizes. Start-ups are processes of their own: their memory counts.
 
-* `samples`: a start on so many short rows, first with an empty cache of samples, then with a full one.
+* `samples`: a start on so many short rows, first with an empty cache of samples, then with a full one, and then with
+  blocks that are frozen.
 * `model`: a checkpoint of so many blocks is read.
 * `trajectory`: so many steps of MeZO with seven directions are appended, read, replayed on a tiny model, and reported.
 * `evaluation`: so many samples are scored.
@@ -59,6 +60,8 @@ SIZES = {
     "directions": ([4, 8], [4, 8, 16, 32]),
 }
 """Part -> sizes of ``--fast``, and the usual ones."""
+LAST_BLOCK = 'model.trainable=["*layers.1.*"]'
+"""What is trained where blocks are frozen: the other one of the tiny model's is."""
 DIRECTIONS, EARLY = 7, 100
 """Directions of a step of the trajectory; the step whose neighbours are timed against the last ones."""
 
@@ -92,10 +95,10 @@ def config_in(folder: Path, num_rows: int, **algorithm: object) -> Path:
 # Start-up
 
 
-def start(config: str) -> None:
+def start(config: str, *overrides: str) -> None:
     """A process of its own: one start, told in JSON."""
     began = resident()
-    seconds = processor_seconds(lambda: build_run(reader.load(Path(config)), Communicator()))
+    seconds = processor_seconds(lambda: build_run(reader.load(Path(config), list(overrides)), Communicator()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "mib": (peak - began) / 2**20}))
 
@@ -110,8 +113,8 @@ def samples(size: int, folder: Path) -> Figures:
     path = config_in(folder, size)
     environment = {**os.environ, "MEZO_DIST_CACHE": str(folder / "cache")}
     figures: Figures = {}
-    for name in ("first", "again"):
-        command = [sys.executable, __file__, "--start", str(path)]
+    for name, overrides in (("first", []), ("again", []), ("frozen", [LAST_BLOCK])):
+        command = [sys.executable, __file__, "--start", str(path), *overrides]
         began = time.perf_counter()
         output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         took = json.loads(output.splitlines()[-1])
@@ -255,11 +258,11 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sizes", nargs="+", type=int, help="instead of those of the parts")
-    parser.add_argument("--start", help=argparse.SUPPRESS)
+    parser.add_argument("--start", nargs="+", help=argparse.SUPPRESS)
     arguments = harness.parse(parser, {})
     logging.getLogger("mezo_dist").setLevel(logging.WARNING)
     if arguments.start:
-        start(arguments.start)
+        start(*arguments.start)
         return
     facts = harness.begin()
     figures: dict[str, object] = {}

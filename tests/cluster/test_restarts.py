@@ -18,7 +18,9 @@ def run(folder: Path, script: str, *arguments: str, programs: dict[str, str], **
         (folder / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
     line = ["bash", str(LAUNCHER / script), *arguments]
-    done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30)
+    done = subprocess.run(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30
+    )
     return done.returncode, done.stdout
 
 

@@ -10,11 +10,13 @@ import pytest
 
 from mezo_dist.config import reader
 from mezo_dist.errors import UserError
+from mezo_dist.storage.sample_file import block_of
 from mezo_dist.tasks import encoding_pool
 from mezo_dist.tasks.encoding import encode_rows
 from mezo_dist.tasks.fields import Row
 from mezo_dist.tasks.kind import TextModel
 from mezo_dist.tasks.kinds import kind_of
+from mezo_dist.tasks.regression.kind import Sample
 from mezo_dist.testing import tiny_tokenizer
 from tests.tasks import kind_configs
 from tests.tasks.kind_configs import TASKS, write_kind_config
@@ -50,6 +52,18 @@ def test_the_samples_are_those_of_one_process(name: str, tmp_path: Path, monkeyp
     shared = list(kind.encode(rows, "train"))
     monkeypatch.setattr(encoding_pool, "LEAST_ROWS", NUM_ROWS + 1)
     assert shared == list(kind.encode(rows, "train"))
+
+
+def test_what_is_made_of_samples_is_made_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of samples has the same bytes, and the process that writes it sees no sample."""
+    samples = encode_rows(ROWS, "train", lambda row: Sample((row["number"],), 0.5))
+    assert os.getpid() not in set(samples.blocks(lambda _: os.getpid()))
+    shared = list(samples.blocks(block_of))
+    monkeypatch.setattr(encoding_pool, "LEAST_ROWS", NUM_ROWS + 1)
+    alone = list(samples.blocks(block_of))
+    assert [len(block.ends) for block in alone] == [NUM_ROWS]
+    assert [len(block.ends) for block in shared] == [BLOCK] * (NUM_ROWS // BLOCK) + [NUM_ROWS % BLOCK]
+    assert b"".join(block.content for block in shared) == alone[0].content == block_of(list(samples)).content
 
 
 def test_the_first_wrong_row_is_named_and_what_came_before_it_is_there() -> None:

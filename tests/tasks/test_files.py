@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mezo_dist.errors import UserError
+from mezo_dist.tasks import files
 from mezo_dist.tasks.files import read_file
 
 
@@ -102,6 +104,11 @@ def test_cells_of_several_lines_are_told(tmp_path: Path, caplog: pytest.LogCaptu
         ("a.json", "[" * 100_000, "maximum recursion depth exceeded"),
         ("a.json", '{"a": [1, 2],\n "b": [1]}', "its columns differ in length"),
         ("a.jsonl", '{"a": 1}\n{"a": 2, }\n', "line 2: "),
+        ("a.jsonl", '{"a": 1}, {"a": 2}\n{"a": 3}\n', "line 1: Extra data"),
+        ("a.jsonl", '{"b": 0}\n{"a": [1\n2]}\n{"a": 1}, {"a": 2}\n', "line 2: "),
+        ("a.jsonl", '{"b": 0}\n{"a": 1\n"b": 2}\n{}, {}\n', "line 2: "),
+        ("a.jsonl", '{"a": 1}\n\ufeff{"a": 1}', "line 2: Unexpected UTF-8 BOM"),
+        ("a.jsonl", '{"a": 1}\n' + '{"a":' * 100_000, "maximum recursion depth exceeded"),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_line(tmp_path: Path, name: str, content: bytes | str, expected: str) -> None:
@@ -113,6 +120,26 @@ def test_what_is_wrong_is_refused_with_its_line(tmp_path: Path, name: str, conte
 
 def test_both_halves_of_a_character(tmp_path: Path) -> None:
     assert read(tmp_path, "a.jsonl", '{"a": "\\ud83d\\ude00"}') == [{"a": "\U0001f600"}]
+
+
+def test_lines_of_json_are_read_together_as_they_are_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        '{"a": "x"}',
+        ' {"a": 1.5e3} \t',
+        '{"a": "\\ud83d\\ude00"}',
+        '{"a": [NaN, "\\u00e9"]}',
+        '{"a": {"a": null}}',
+        "{}",
+    ]
+    monkeypatch.setattr(files, "LINES_AT_ONCE", 2)
+    one_by_one: list[str] = []
+    load = files._loaded
+    monkeypatch.setattr(files, "_loaded", lambda line, where: one_by_one.append(line) or load(line, where))
+    rows = read(tmp_path, "a.jsonl", "\n\n".join(lines * 2))
+    assert repr(rows) == repr([{"a": None} | json.loads(line) for line in lines * 2])
+    assert one_by_one == lines[2:4] * 2, "those with an escape that may be half a character"
 
 
 def test_a_long_cell(tmp_path: Path) -> None:

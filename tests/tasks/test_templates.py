@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
 from mezo_dist.errors import UserError
+from mezo_dist.tasks import templates
 from mezo_dist.tasks.text import render_row
 
 
@@ -54,6 +56,52 @@ def test_what_is_refused(template: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         render_row(template, {"x": "a text", "none_here": None, "nested": {"y": "z"}})
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ x }} It was {{ answer }}",
+        "  {{ y }}\n{{ x }}\n",
+        "{# nothing #}{{ x }}",
+        "a\n  {{- x -}}  b",
+        "{{ 'x' }}{{ x }}",
+        "{{ x }}{% if y %}!{% endif %}",
+        "{{ row }}",
+        "{{ row.x }}",
+        "{{ self }}",
+        "{{ loop }}",
+        "{{ missing }}",
+        "no field",
+        "",
+    ],
+)
+def test_texts_are_put_together_as_jinja2_does(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = [
+        {"x": "a text", "y": " "},
+        {"x": "{{ y }}", "y": "\n"},
+        {"x": None, "y": "y"},
+        {"x": 3, "y": 0.5},
+        {"x": ["a"], "y": True, "self": "itself", "loop": "l"},
+        {"x": Markup("<b>"), "y": "&", "row": "a field"},
+    ]
+    said: list[list[str]] = []
+    for _ in range(2):
+        said.append([])
+        for row in rows:
+            try:
+                said[-1].append(render_row(template, row, answer="good"))
+            except UserError as error:
+                said[-1].append(str(error))
+        monkeypatch.setattr(templates, "_joined", lambda *_: None)
+    assert said[0] == said[1]
+
+
+def test_usual_templates_need_no_jinja2(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ x }}. It was {{ answer }}"
+    render_row(template, {"x": "a text"}, answer="good")
+    monkeypatch.setattr(templates._compiled(template), "render", None)
+    assert render_row(template, {"x": "other"}, answer="bad") == "other. It was bad"
 
 
 def test_a_field_that_the_answer_hides_and_one_called_row() -> None:
