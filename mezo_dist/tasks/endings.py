@@ -137,7 +137,10 @@ def _parts(part: Any, inside: str) -> list[dict[str, Any]]:
     """
     if part is None:
         return []
-    state: dict[str, Any] = json.loads(part.__getstate__())
+    try:
+        state: dict[str, Any] = json.loads(part.__getstate__())
+    except Exception:  # noqa: BLE001 (the package raises just this where a part is Python code of somebody's own)
+        return [{"type": "unknown"}]
     if state["type"] != "Sequence":
         return [state]
     return list(state[inside])

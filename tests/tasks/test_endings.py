@@ -52,7 +52,17 @@ CUT = {
     "Llama 3": built(pre_tokenizers.Sequence([split(PATTERNS[0]), byte_level(cuts=False)]), None, "<s> $A"),
     "Qwen": built(pre_tokenizers.Sequence([split(PATTERNS[1]), byte_level(cuts=False)]), normalizers.NFC()),
 }
+
+
+class Custom:
+    """Code of somebody's own."""
+
+    def pre_tokenize(self, text: Any) -> None:
+        """Cuts nowhere."""
+
+
 WHOLE = {
+    "code of its own": built(None),
     "one piece": built(None),
     "sentencepiece": TOKENIZERS["metaspace"],
     "spaces are letters": built(byte_level(cuts=False)),
@@ -65,6 +75,9 @@ WHOLE = {
     ),
     "a token of two words": built(pre_tokenizers.Whitespace(), added=[AddedToken("was great")]),
 }
+
+
+WHOLE["code of its own"].backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Custom())
 
 
 def texts(number: int) -> list[tuple[str, list[str]]]:
