@@ -118,7 +118,8 @@ class TextEncoder:
         """
         texts = self._truncatable(row)
         for name, text in texts.items():
-            texts[name] = self.limit(text)
+            if len(text) > LONG_TEXT:
+                texts[name] = self.limit(text)
             if texts[name] is not lookup(row, name, "task.truncate"):
                 row = replaced(row, name, texts[name])
         while True:

@@ -179,14 +179,12 @@ class Encoder:
         """
         before, after = self._parts(row)
         filled = self._texts.tokenize_endings(before, [word + after for word in words])
-        for number, ids in enumerate(filled):
-            if ids in filled[:number]:
-                other = words[filled.index(ids)]
-                raise UserError(f"task.labels: {other!r} and {words[number]!r} are the same token; choose other words")
-        # After the answer a causal prompt has only what the tokenizer appends to every text.
-        ends = [self._texts.of_nothing, *filled] if self.kind == "causal" else filled
         place = _shared(filled)
-        after_answer = min(_shared_at_end(ends), min(map(len, filled)) - place)
+        if len(filled) > 2 or place == len(filled[0]):
+            _check_differ(words, filled)
+        # After the answer a causal prompt has only what the tokenizer appends to every text.
+        common = self._texts.of_nothing if self.kind == "causal" else filled[0]
+        after_answer = min(_shared_at_end([common, *filled]), min(map(len, filled)) - place) if common else 0
         answers = [ids[place : len(ids) - after_answer] for ids in filled]
         for word, tokens in zip(words, answers, strict=True):
             if len(tokens) != 1 or tokens[0] == self._unknown:
@@ -199,7 +197,7 @@ class Encoder:
                 raise UserError(
                     f"task.prompt: {prompt.count(mask)} mask tokens where one is needed (is one in the text?)"
                 )
-        return _Prompt(tuple(prompt), tuple(tokens[0] for tokens in answers), place)
+        return _Prompt(tuple(prompt), tuple([tokens[0] for tokens in answers]), place)
 
     def _not_one_token(self, word: str, tokens: Sequence[int], before: str) -> str:
         """The message for a label word that is not one token.
@@ -220,6 +218,19 @@ class Encoder:
 _SLOT = "\ufdd0"  # what stands for the answer until the prompt is known: a noncharacter, so no text has it
 
 
+def _check_differ(words: Sequence[str], filled: Sequence[list[int]]) -> None:
+    """Raises UserError where two words are the same tokens.
+
+    Args:
+        words: of the labels.
+        filled: token ids of a prompt with each of them.
+    """
+    for number, ids in enumerate(filled):
+        if ids in filled[:number]:
+            other = words[filled.index(ids)]
+            raise UserError(f"task.labels: {other!r} and {words[number]!r} are the same token; choose other words")
+
+
 def _shared(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens the sequences have in common at their start."""
     first, *others = sequences
@@ -232,6 +243,7 @@ def _shared(sequences: Sequence[Sequence[int]]) -> int:
 def _shared_at_end(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens the sequences have in common at their end."""
     last = sequences[0][-1:]
-    if any(ids[-1:] != last for ids in sequences):
-        return 0
+    for ids in sequences:
+        if ids[-1:] != last:
+            return 0
     return _shared([ids[::-1] for ids in sequences])
