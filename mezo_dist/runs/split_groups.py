@@ -55,7 +55,7 @@ class SplitGroups:
 
     @functools.cached_property
     def _indices(self) -> list[SampleIndex]:
-        return [split.index if isinstance(split, SampleFile) else SampleIndex.of(split) for split in self._splits]
+        return [split.table if isinstance(split, SampleFile) else SampleIndex.of(split) for split in self._splits]
 
     @functools.cached_property
     def _orders(self) -> list[Numbers]:

@@ -83,7 +83,7 @@ class SampleFile(Sequence[SampleT], Generic[SampleT]):
     _make: Callable[..., SampleT]
 
     @property
-    def index(self) -> SampleIndex:
+    def table(self) -> SampleIndex:
         """What can be known of the samples without reading them."""
         start = (self._ends[-1] if self._ends else 0) + 8 * len(self._ends)
         parts = []

@@ -13,7 +13,7 @@ import logging
 import reprlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, final
 
@@ -107,7 +107,7 @@ class EncodedRows(Generic[T]):
         for samples in self.blocks(list):
             yield from samples
 
-    def blocks(self, make: Callable[[Iterable[T]], B]) -> Iterator[B]:
+    def blocks(self, make: Callable[[Sequence[T]], B]) -> Iterator[B]:
         """``make`` of the samples of a few rows at a time, called where these are encoded. Otherwise like `__iter__`.
 
         Args:
@@ -130,7 +130,7 @@ class EncodedRows(Generic[T]):
                 said_s = time.monotonic()
         self.finish(num_samples)
 
-    def _blocks(self, numbers: range, make: Callable[[Iterable[T]], B]) -> Iterator[_Block[B]]:
+    def _blocks(self, numbers: range, make: Callable[[Sequence[T]], B]) -> Iterator[_Block[B]]:
         """See `blocks`; of some rows, in this process."""
         results = _encoded(self.rows, numbers, self.split, self.encode)
         for start in range(numbers.start, numbers.stop, AT_ONCE):

@@ -48,7 +48,7 @@ def test_samples_come_back(name: str, tmp_path: Path) -> None:
     assert file[1:] == samples[1:]
     assert file[::-1] == samples[::-1]
     assert file.digest == digest_of(samples)
-    assert file.index == SampleIndex.of(samples)
+    assert file.table == SampleIndex.of(samples)
     with pytest.raises(IndexError):
         file[len(samples)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.samples"]

@@ -136,7 +136,12 @@ def test_lines_of_json_are_read_together_as_they_are_one_by_one(
     monkeypatch.setattr(files, "LINES_AT_ONCE", 2)
     one_by_one: list[str] = []
     load = files._loaded
-    monkeypatch.setattr(files, "_loaded", lambda line, where: one_by_one.append(line) or load(line, where))
+
+    def counted(line: str, where: str) -> Any:
+        one_by_one.append(line)
+        return load(line, where)
+
+    monkeypatch.setattr(files, "_loaded", counted)
     rows = read(tmp_path, "a.jsonl", "\n\n".join(lines * 2))
     assert repr(rows) == repr([{"a": None} | json.loads(line) for line in lines * 2])
     assert one_by_one == lines[2:4] * 2, "those with an escape that may be half a character"
