@@ -6,13 +6,15 @@ can be fingerprinted where they live and the sums added up in any order.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mezo_dist.engines.fingerprint_kernel import FIRST, GOLDEN, SECOND, contributions
-
+GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+"""Constants of splitmix64."""
 VIEWS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 BLOCK = 1 << 23
 """Elements that are mixed at a time by torch, which takes some times 64 bits for each of them."""
@@ -29,7 +31,18 @@ def fingerprint_shard(tensor: Tensor, param_id: int, offset: int = 0) -> int:
     flat = tensor.detach().reshape(-1)
     bits = flat.view(VIEWS[flat.element_size()])
     base = (param_id << 32) * GOLDEN % 2**64
-    return contributions(bits, base, offset) if bits.device.type == "cpu" else by_torch(bits, base, offset)
+    add_up = _compiled() if bits.device.type == "cpu" else by_torch
+    return add_up(bits, base, offset)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, int, int], int]:
+    """The compiled sum; torch's without numba, which `mezo_dist.directions.devices` warns of."""
+    try:
+        from mezo_dist.engines.fingerprint_kernel import contributions
+    except ImportError:
+        return by_torch
+    return contributions
 
 
 def by_torch(bits: Tensor, base: int, offset: int) -> int:

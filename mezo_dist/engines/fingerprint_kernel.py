@@ -20,9 +20,9 @@ from numpy import uint64
 from torch import Tensor
 
 from mezo_dist.directions.kernels.numba_cache import compiled
+from mezo_dist.engines import fingerprint
+from mezo_dist.engines.fingerprint import FIRST, GOLDEN, SECOND
 
-GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-"""Constants of splitmix64."""
 PIECE = 1 << 22
 """Elements that are worth a thread: about 5 ms of work."""
 
@@ -73,7 +73,9 @@ def contributions(bits: Tensor, base: int, offset: int) -> int:
 @functools.cache
 def _kernel(itemsize: int) -> Callable[[int, int, int, int], int]:
     """The C function for elements of so many bytes."""
-    function = compiled(_contributions, f"uint64(CPointer(int{8 * itemsize}), int64, uint64, uint64)", uses=[])
+    function = compiled(
+        _contributions, f"uint64(CPointer(int{8 * itemsize}), int64, uint64, uint64)", uses=[fingerprint]
+    )
     _COMPILED.append(function)
     types = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint64)
     return ctypes.CFUNCTYPE(*types)(function.address)

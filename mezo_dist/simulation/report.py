@@ -24,7 +24,7 @@ SHOWN = 14
 NOT_SIMULATED = (
     "Not simulated: what a step is worth (more samples or directions in it are more work, not more progress), failures "
     "that come together, two networks, evaluation and export. gloo connects every rank with every other one: it was "
-    "tried with few ranks here, not with thousands. torchrun.sh gives up after RESTARTS (20) losses; a higher limit "
+    "tried with few ranks here, not with thousands. torchrun.sh gives up after RESTARTS (5) losses; a higher limit "
     "is taken for granted where a run has more of them."
 )
 
