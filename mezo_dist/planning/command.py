@@ -195,6 +195,8 @@ def _settings(arguments: argparse.Namespace, config: RunConfig | None, notes: li
     given = {setting: value for option, setting in names.items() if (value := getattr(arguments, option)) is not None}
     base = replace(base, **given)
     if base.reads == "labels":
+        if arguments.targets is not None:
+            raise UserError("--targets: goes with --reads tokens or texts; at labels one token is read")
         base = replace(base, targets=1)
     elif base.reads == "tokens":
         base = replace(base, targets=min(base.targets, base.tokens))

@@ -15,6 +15,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.planning.shapes import ModelShape, ModuleKind, ModuleShape, UnitShape, WeightShape
 
 Config = Mapping[str, Any]
+MOST_LAYERS = 2_000
 
 
 def shape_of_config(config: Config, name: str) -> ModelShape | None:
@@ -29,6 +30,32 @@ def shape_of_config(config: Config, name: str) -> ModelShape | None:
     """
     family = FAMILIES.get(str(config.get("model_type")))
     return None if family is None else family(config, name)
+
+
+def _num_layers(config: Config) -> int:
+    """``num_hidden_layers``.
+
+    Raises:
+        UserError: more than any model has, whose weights would be listed for minutes.
+    """
+    layers = _number(config, "num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise UserError(f"MODEL: its config says num_hidden_layers: {layers:,}, and plans are made for {MOST_LAYERS:,}")
+    return layers
+
+
+def _heads(config: Config) -> tuple[int, int]:
+    """Heads of queries, and of keys and values.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    heads = _number(config, "num_attention_heads")
+    kv_heads = _number(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(f"MODEL: its config says num_key_value_heads: {kv_heads}, which must divide "
+                        f"num_attention_heads: {heads}")  # fmt: skip
+    return heads, kv_heads
 
 
 def _number(config: Config, key: str, default: int | None = None) -> int:
@@ -84,9 +111,8 @@ def _ends(embedding: str, head: str, vocabulary: int, hidden: int, *, tied: bool
 def _llama(config: Config, name: str) -> ModelShape:
     """Llama and its kin (`LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`,
     `MixtralForCausalLM`, `Qwen3MoeForCausalLM`)."""
-    hidden, layers = _number(config, "hidden_size"), _number(config, "num_hidden_layers")
-    heads, vocabulary = _number(config, "num_attention_heads"), _number(config, "vocab_size")
-    kv_heads = _number(config, "num_key_value_heads", heads)
+    hidden, layers, vocabulary = _number(config, "hidden_size"), _num_layers(config), _number(config, "vocab_size")
+    heads, kv_heads = _heads(config)
     head_dim = _number(config, "head_dim", max(1, hidden // heads))
     experts = _number(config, "num_local_experts", _number(config, "num_experts", 1))
     sparse = [layer for layer in range(layers) if _has_experts(config, layer, experts)]
@@ -180,7 +206,7 @@ def _expert_modules(prefix: str, hidden: int, inner: int, experts: int) -> list[
 
 def _opt(config: Config, name: str) -> ModelShape:
     """`OPTForCausalLM`. OPT-350M projects its embeddings, and has no last norm."""
-    hidden, layers = _number(config, "hidden_size"), _number(config, "num_hidden_layers")
+    hidden, layers = _number(config, "hidden_size"), _num_layers(config)
     inner, heads = _number(config, "ffn_dim"), _number(config, "num_attention_heads")
     vocabulary, width = _number(config, "vocab_size"), _number(config, "word_embed_proj_dim", hidden)
     window, bias = _number(config, "max_position_embeddings", 2048), bool(config.get("enable_bias", True))

@@ -8,7 +8,8 @@ trains matrices of rank 16 on the attention's projections, with AdamW's state fo
 Activations: 34 bytes per feature of the residual stream, token and layer in 16 bits (Korthikanti et al. 2022, arXiv
 2205.05198, without the scores of attention, which fused kernels do not keep); with recomputation the input of each
 layer, and one layer's activations. Traffic per step: 2 (n - 1) / n gradients for an all-reduce, and 3 (n - 1) / n
-weights for stage 3 (arXiv 1910.02054, section 7). These are estimates from the literature, not validated here.
+weights for stage 3 (arXiv 1910.02054, section 7). SGD and AdamW train the weights that the run trains; activations are
+counted as if all layers did. These are estimates from the literature, not validated here.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _state_bytes(shape: ModelShape, setting: Setting, ranks: int, name: str, sta
         stage: of ZeRO.
     """
     itemsize = setting.pass_bytes
-    trained = lora_size(shape) if name == "LoRA" else shape.size
+    trained = lora_size(shape) if name == "LoRA" else shape.num_trainable
     state = {"SGD": 0, "AdamW": 8, "LoRA": 8}[name] + (4 if itemsize == 2 else 0)
     weights = shape.size * itemsize + (trained * itemsize if name == "LoRA" else 0)
     largest = max(sum(w.size for w in unit.weights) for unit in shape.units) * itemsize
@@ -109,7 +110,7 @@ def _traffic(shape: ModelShape, setting: Setting, ranks: int, name: str, stage: 
         name: of the optimiser.
         stage: of ZeRO.
     """
-    trained = lora_size(shape) if name == "LoRA" else shape.size
+    trained = lora_size(shape) if name == "LoRA" else shape.num_trainable
     gathers = 2 * shape.size if stage == 3 else 0
     reduced = (1 if stage == 3 else 2) * trained
     return (gathers + reduced) * setting.pass_bytes * (ranks - 1) // ranks

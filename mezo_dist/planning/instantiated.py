@@ -16,6 +16,7 @@ from torch import nn
 from mezo_dist.engines.hooked import HookedModule
 from mezo_dist.engines.units import Unit, find_blocks, find_units
 from mezo_dist.errors import UserError
+from mezo_dist.planning.families import MOST_LAYERS
 from mezo_dist.planning.shapes import ModelShape, ModuleKind, ModuleShape, UnitShape, WeightShape
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def shape_of_contents(contents: Mapping[str, Any], name: str) -> ModelShape:
             f"MODEL: transformers does not know the config of {name} (model_type: {kind!r}): "
             f"{str(error).partition(chr(10))[0][:200]}"
         ) from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"MODEL: {name} has {layers:,} layers; a plan is made for at most {MOST_LAYERS:,}")
     return shape_of(config, name)
 
 

@@ -35,18 +35,20 @@ def find_shape(name: str, notes: list[str]) -> ModelShape:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"MODEL: the folder {name} has no config.json")
-        return _of_contents(_read(path / "config.json"), name)
+        return _of_contents(_read(path / "config.json"), name, notes)
     if path.is_file():
-        return _of_contents(_read(path), name)
+        return _of_contents(_read(path), name, notes)
     short = name.rpartition("/")[2].lower()
     if short in NAMED:
         if "/" in name:
             notes.append(f"{name} is taken for the shape {short} that ships; nothing was read from the hub")
-        return _of_contents(NAMED[short], name)
-    return _of_contents(_of_hub(name), name)
+        return _of_contents(NAMED[short], name, notes)
+    return _of_contents(_of_hub(name), name, notes)
 
 
-def _of_contents(contents: Mapping[str, Any], name: str) -> ModelShape:
+def _of_contents(contents: Mapping[str, Any], name: str, notes: list[str]) -> ModelShape:
+    if contents.get("quantization_config"):
+        notes.append(f"the weights of {name} are quantised (quantization_config); they are counted as if they were not")
     shape = shape_of_config(contents, name)
     if shape is not None:
         return shape

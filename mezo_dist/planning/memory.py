@@ -163,7 +163,7 @@ def _variant_bytes(module: ModuleShape, shape: ModelShape, setting: Setting, wid
     if module.kind == "embedding":
         tokens = width * setting.micro_batch * setting.tokens
         rows = tokens if gpu else expected_rows(module.weights[0].shape[0], tokens)
-    elif setting.reads == "labels" and module.weights[0].shape[0] == shape.vocabulary:
+    elif setting.reads == "labels" and module.weights[0].shape[:1] == (shape.vocabulary,):
         rows = 2
     sizes = (w.size if rows is None else rows * math.prod(w.shape[1:]) for w in module.weights)
     return sum(padded(size * itemsize) for size in sizes)

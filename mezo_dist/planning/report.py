@@ -19,6 +19,8 @@ with needs("rich", "rich, which draws the tables"):
     from rich.table import Table
 
 WIDTH = 118
+MIN_WIDTH = 60
+"""Of a table, whose title would break in pieces above few columns."""
 NONE = "-"
 
 
@@ -165,7 +167,7 @@ def _table(plans: Sequence[Plan], best: Plan | None) -> Table:
 
 def _plain_table(title: str) -> Table:
     return Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
-                 title_style="bold", padding=(0, 1, 0, 0))  # fmt: skip
+                 title_style="bold", padding=(0, 1, 0, 0), min_width=MIN_WIDTH)  # fmt: skip
 
 
 def _first_order_table(others: Sequence[FirstOrder]) -> Table:

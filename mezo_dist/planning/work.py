@@ -93,6 +93,6 @@ def _variant_elements(module: ModuleShape, shape: ModelShape, setting: Setting, 
     rows = None
     if module.kind == "embedding":
         rows = expected_rows(module.weights[0].shape[0], tokens)
-    elif setting.reads == "labels" and module.weights[0].shape[0] == shape.vocabulary:
+    elif setting.reads == "labels" and module.weights[0].shape[:1] == (shape.vocabulary,):
         rows = 2
     return sum(w.size if rows is None else rows * math.prod(w.shape[1:]) for w in module.weights if w.trainable)

@@ -185,7 +185,7 @@ def read_samples(path: Path, key: str, make: Callable[..., SampleT]) -> SampleFi
         return None
     try:
         ends, num_rows, digest = _verified(handle, key)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         os.close(handle)
         log.warning("%s is damaged or no such file (%s): samples are encoded again", path, error)
         return None

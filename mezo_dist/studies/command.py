@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
         for number, (case, repeat) in enumerate(runs):
             print(f"{number:4} {'done' if (case.key, repeat) in done else 'to do'}  {case.name} (run {repeat + 1})")
         return
+    if missing and arguments.limit != 0:
+        results.check_writable(path)
     failed = _run_all(study, missing[: arguments.limit], path, arguments.launcher)
     _write_all(study, path, to, f"mezo-dist study {shlex.quote(str(arguments.file))}")
     if failed:

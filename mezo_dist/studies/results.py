@@ -107,6 +107,15 @@ def about(device: str) -> JsonObject:
     }
 
 
+def check_writable(path: Path) -> None:
+    """Raise UserError if no line can be added to a file, before hours of runs are made for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error})") from error
+
+
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Add a line in one write, so that parts of an array of jobs may write to the same file."""
     content = (json.dumps(line) + "\n").encode()

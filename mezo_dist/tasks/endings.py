@@ -81,22 +81,29 @@ class Endings:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
             assert self._start is not None
-            start = self._start
-            ends = [
-                ids[len(start) :]
-                for ids in self._tokenise([NEAR + text for text in texts])
-                if ids[: len(start)] == start
-            ]
-            self._known[texts] = ends if len(ends) == len(texts) and all(ends) else None
+            self._known[texts] = self._looked_at(texts, self._start)
         return self._known[texts]
+
+    def _looked_at(self, texts: Sequence[str], start: Ids) -> list[Ids] | None:
+        """See `_ends`; ``start`` is that of the texts with `NEAR` before them."""
+        try:
+            whole = self._tokenise([NEAR + text for text in texts])
+        except Exception:  # noqa: BLE001 (whatever keeps these texts from being tokens is told of the real ones)
+            return None
+        ends = [ids[len(start) :] for ids in whole if ids[: len(start)] == start]
+        return ends if len(ends) == len(texts) and all(ends) else None
 
 
 def _start(tokenizer: Any) -> Ids | None:
-    """The tokens of `NEAR` and of what is put before every text; None if that cannot be told from what is put after."""
-    near, around, whole = (
-        tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        for text, special in ((NEAR, False), ("", True), (NEAR, True))
-    )
+    """The tokens of `NEAR` and of what is put before every text; None if that cannot be told from what is put after, or
+    it has no tokens."""
+    try:
+        near, around, whole = (
+            tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+            for text, special in ((NEAR, False), ("", True), (NEAR, True))
+        )
+    except Exception:  # noqa: BLE001 (the package raises just this where a word is unknown and there is no token for it)
+        return None
     sizes = [size for size in range(len(around) + 1) if around[:size] + near + around[size:] == whole]
     return around[: sizes[0]] + near if len(sizes) == 1 else None
 

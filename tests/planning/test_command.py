@@ -14,6 +14,7 @@ import pytest
 
 from mezo_dist.cli import main
 from mezo_dist.planning import calibration, command
+from mezo_dist.planning.named import NAMED
 from mezo_dist.testing import tiny_model, write_tiny_config
 
 RATES = {"bandwidth": 1e10, "generate": 1e-9, "write": 1e-9, "call": 1e-4, "latency": 1e-4, "host_link": 1e9}
@@ -132,6 +133,7 @@ def test_find(capsys: pytest.CaptureFixture[str]) -> None:
         (["."], ["MODEL", "config.json"]),
         (["a b/c d/e"], ["MODEL"]),
         (["missing.yaml"], ["missing.yaml"]),
+        (["opt-13b", "--reads", "labels", "--targets", "5"], ["--targets", "--reads"]),
     ],
 )
 def test_errors_name_the_option(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str],
@@ -140,6 +142,37 @@ def test_errors_name_the_option(arguments: list[str], words: list[str], capsys: 
     assert main(["plan", *arguments]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"), [({"num_hidden_layers": 100_000}, "num_hidden_layers"), ({"num_key_value_heads": 3}, "divide")]
+)
+def test_a_config_json_of_no_model(
+    changes: dict[str, int], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**NAMED["llama-3-8b"], **changes}))
+    assert main(["plan", str(tmp_path)]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_quantised_weights_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**NAMED["opt-125m"], "quantization_config": {"bits": 4}}))
+    assert any("quantised" in note for note in answered(capsys, str(tmp_path))["notes"])
+
+
+def test_a_model_with_a_scalar_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    assert answered(capsys, str(tmp_path), "--tokens", "32")["model"]["size"] > 10**8
+
+
+def test_back_propagation_is_that_of_the_weights_that_are_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    few, every = (
+        {one["name"]: one["memory"] for one in answered(capsys, "opt-1.3b", *which)["first_order"]}
+        for which in (["--trainable", "*norm*"], [])
+    )
+    size = 1.3e9 * 2**-30
+    assert (every["AdamW"] - few["AdamW"]) * 2**-30 > 13 * size, "gradients, two moments and a copy"
+    assert every["LoRA"] == few["LoRA"]
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"model_type": "nobody"}', '{"model_type": "llama"}', "{}"])

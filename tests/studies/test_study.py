@@ -158,3 +158,9 @@ def test_launchers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_errors_name_the_setting(text: str, word: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=word):
         read_study(written(tmp_path, text + "\n"))
+
+
+def test_a_target_that_cannot_be_written_is_noticed_before_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        results.check_writable(tmp_path / "file" / "results.jsonl")

@@ -54,6 +54,9 @@ CUT = {
 }
 
 
+SAID = {word: number for number, word in enumerate("the film It was great terrible".split())}
+
+
 class Custom:
     """Code of somebody's own."""
 
@@ -115,6 +118,16 @@ def test_other_tokenizers_see_whole_texts(name: str) -> None:
     encoder = TextEncoder(WHOLE[name], 64, None)
     for before, ends in texts(20):
         assert encoder.tokenize_endings(before, ends) == encoder.tokenize_all([before + end for end in ends])
+
+
+@pytest.mark.parametrize(("vocabulary", "limit"), [(SAID, None), ({**SAID, "a": 50}, 50)])
+def test_texts_do_not_need_the_letter_that_ends_are_looked_at_behind(
+    vocabulary: dict[str, int], limit: int | None
+) -> None:
+    core = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=core), 64, None, num_tokens=limit)
+    assert encoder.tokenize_endings("the film It was ", ["great", "terrible"]) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5]]
 
 
 def test_unknown_tokens_are_named_as_in_whole_texts() -> None:
