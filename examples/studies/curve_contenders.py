@@ -59,6 +59,9 @@ class CurvePreset:
     batch_size: int = 64
     looks: int = 9
     """A run is looked at when budget / 2^k of its passes are done, k = looks .. 0; 0: at the end alone."""
+    untouched: Mapping[str, slice] = field(default_factory=dict)
+    """By data set: rows of the task's last source, counted from the end of its permutation, in place of test samples.
+    See `auto_rate.UNTOUCHED`."""
     contenders: str = "all"
     """``all``; ``recipe``: the product's, plain MeZO and AdamW; or ``per sample``: what a direction per sample is
     worth with other settings."""

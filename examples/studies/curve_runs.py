@@ -63,6 +63,7 @@ class Bench:
         overrides += [f"train.batch_size={preset.batch_size}"]
         overrides += [f"task.splits.{name}.size={size}" for name, size in preset.sizes.items()]
         overrides += [f"train.max_tokens={preset.max_tokens[task]}"] if task in preset.max_tokens else []
+        overrides += ["task.splits.test.size=null"] if task in preset.untouched else []
         if preset.tasks[task] == "tiny":
             config = reader.load(write_tiny_config(folder), ["task.splits.train.size=48", *overrides])
         else:
@@ -70,6 +71,8 @@ class Bench:
             config = reader.load(ROOT / "configs/quickstart.yaml", [source, *overrides])
         with torch.device(device):
             run = build_run(config, Communicator())
+        if task in preset.untouched:
+            run = dataclasses.replace(run, splits={**run.splits, "test": run.splits["test"][preset.untouched[task]]})
         start = {name: p.detach().clone() for name, p in trainable(run)}
         heads = ("classifier.", "score.")
         fresh = tuple(name for name in start if config.model.head == "classifier" and name.startswith(heads))

@@ -323,6 +323,16 @@ TABLE: tuple[Asset, ...] = (
         "movieReviewSnippets",
     ),
     _rated("demo:tweets", "tweets, negative 0 / positive 1; split: all (3,362)", "tweets"),
+    _rated(
+        "demo:product-sentences",
+        "product review sentences, negative 0 / positive 1; split: all (2,935)",
+        "amazonReviewSnippets",
+    ),
+    _rated(
+        "demo:editorial-sentences",
+        "newspaper editorial sentences, negative 0 / positive 1; split: all (2,751)",
+        "nytEditorialSnippets",
+    ),
     Asset(
         id="demo:boolq",
         kind="data",

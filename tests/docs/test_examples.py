@@ -75,14 +75,30 @@ def test_learning_curves(tmp_path: Path) -> None:
 def test_auto_rate(tmp_path: Path) -> None:
     command = ["examples/studies/auto_rate.py", "--tasks", "tiny", "--kinds", "norms", "--out", str(tmp_path)]
     table = run(*command)
-    about, *runs = map(json.loads, (tmp_path / "auto_rate.jsonl").read_text().splitlines())
+    about, *runs = map(json.loads, (tmp_path / "auto_rate-untouched.jsonl").read_text().splitlines())
     assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
     auto = [row for row in runs if row["label"] == "norms, tiny, auto"]
-    assert len(auto) == 3 * 4, "three shares, four seeds"
+    assert {row["seed"] for row in auto} == {1, 2, 3}, "nothing is chosen for it"
     assert all(len(row["rates"]) == 3 and min(row["rates"]) > 0 and row["steps"] == 4 for row in auto)
-    assert {row["seed"] for row in runs if row["label"] == "norms, tiny, tuned"} == {0, 1, 2, 3}
-    assert "| norms | tiny |" in table
+    tuned = [row for row in runs if row["label"] == "norms, tiny, tuned"]
+    tried = {row["lr"]: (row["points"][-1][3], -row["points"][-1][2]) for row in tuned if row["seed"] == 0}
+    best = max(tried, key=lambda lr: tried[lr])
+    assert {row["lr"] for row in tuned if row["seed"]} == {best}, "validation chooses the rate"
+    assert f"| norms, tiny | {best:g} |" in table
     assert table.endswith(run(*command, "--report")), "what is there is summed up"
+
+
+def test_untouched_samples_are_those_that_no_study_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    study = importlib.import_module("auto_rate")
+    sizes = {"movie-sentences": 10041, "tweets": 3362, "bbc-news": 2127, "r8": 2189}
+    sizes |= {"product-sentences": 2935, "editorial-sentences": 2751}
+    assert study.UNTOUCHED.keys() == sizes.keys()
+    for task, place in study.UNTOUCHED.items():
+        start, stop, _ = place.indices(sizes[task])
+        seen = 1000 if task == "r8" else 512 + 256 + 1000
+        assert start >= seen, task
+        assert stop <= sizes[task] - (1000 if task == "movie-sentences" else 0), task
 
 
 def main_of(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -50,6 +50,8 @@ FRED = {"text": "Fred saw Bill as he left.", "span1_text": "Fred", "span2_text":
 EXAMPLES = {
     "movie-sentences": Example({"text": "A film.", "label": 1}, "A film. It was", SIDES, 1, ["A film."]),
     "tweets": Example({"text": "Yay!", "rating": 2.1, "label": 1}, "Yay! It was", SIDES, 1, ["Yay!"]),
+    "product-sentences": Example({"text": "Fine.", "label": 1}, "Fine. It was", SIDES, 1, ["Fine."]),
+    "editorial-sentences": Example({"text": "A scandal.", "label": 0}, "A scandal. It was", SIDES, 0, ["A scandal."]),
     "bbc-news": Example(
         {"text": "Sales rose.", "label": "business"},
         "Sales rose.\nTopic:",
