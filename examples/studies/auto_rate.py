@@ -2,7 +2,8 @@
 
     python examples/studies/auto_rate.py [--tasks NAME ...] [--kinds NAME ...]
 
-For every data set and kind of weights (`KINDS`), MeZO gets the same forward passes, batches and schedule with
+For every data set and kind of weights (`KINDS`), MeZO (and, for norms, MeZO-SVRG at the passes of 256 steps of MeZO)
+gets the same forward passes, batches and schedule with
 
 * a tuned rate: four of them, half a decade apart, on seed 0; the best one by validation (accuracy, then loss) goes on,
   and the grid grows by one at an edge, once more if need be. Where a run takes long, one that is known to be good
@@ -36,6 +37,8 @@ from curve_runs import Bench, learn
 from learning_curves import Record, Results, provenance, score
 
 from mezo_dist.algorithms.mezo import MeZO
+from mezo_dist.algorithms.schedules import Annealing
+from mezo_dist.algorithms.svrg import MeZOSVRG
 
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 RATES = 4
@@ -58,14 +61,17 @@ class Kind:
     """One-sided if there are several."""
     eps: float = 1e-2
     calibrated: bool = True
+    anchors: int = 0
+    """Samples of an anchor of MeZO-SVRG with q = 2, both of whose rates are one; 0: MeZO."""
     known: float | None = None
     """A rate in place of a tuned one."""
     seeds: tuple[int, ...] = SEEDS
 
     @property
     def passes(self) -> int:
-        """Forward passes of one sample in a step."""
-        return BATCH * (self.directions + 1)
+        """Forward passes of one sample in a step, on average."""
+        sides = self.directions + 1
+        return (self.anchors + 2 * BATCH) * sides // 2 if self.anchors else BATCH * sides
 
     def preset(self, task: str) -> CurvePreset:
         """How much of everything, for one data set."""
@@ -103,6 +109,7 @@ KINDS = {
     "norms": Kind(0.03),
     "norms, plain losses": Kind(0.003, calibrated=False),
     "norms, 256 steps": Kind(0.03, steps=256),
+    "norms, MeZO-SVRG": Kind(0.03, steps=85, anchors=64),
     "norms, bfloat16": Kind(0.03, ("model.weights=bfloat16",)),
     "LoRA": Kind(0.003, LORA),
     "last MLP": Kind(1e-4, ('model.trainable=["model.layers.29.mlp.*"]',)),
@@ -163,11 +170,16 @@ class Cell:
     def _learner(self, *, auto: bool) -> Learner:
         kind = self.kind
 
-        def make(lr: float, steps: int, eps: float) -> MeZO:
-            more: dict[str, Any] = {"directions": kind.directions, "one_sided": kind.directions > 1}
-            return MeZO(lr="auto" if auto else lr, eps=eps, schedule=schedule(steps), **more)
+        def make(lr: float, steps: int, eps: float) -> MeZO | MeZOSVRG:
+            more: dict[str, Any] = {"lr": "auto" if auto else lr, "eps": eps, "schedule": schedule(steps)}
+            more |= {"directions": kind.directions, "one_sided": kind.directions > 1}
+            if not kind.anchors:
+                return MeZO(**more)
+            more |= {"anchor_lr": more["lr"], "anchor_directions": kind.directions}
+            return MeZOSVRG(q=2, annealing=Annealing(divisor=1), **more)
 
-        return Learner("", make, kind.passes, {}, BATCH, calibrated=kind.calibrated)
+        full = min(kind.anchors, self._bench.num_train) if kind.anchors and self._bench else None
+        return Learner("", make, kind.passes, {}, BATCH, full_size=full, calibrated=kind.calibrated)
 
 
 def work(cell: Cell) -> None:
