@@ -40,7 +40,7 @@ def show_task(arguments: argparse.Namespace) -> None:
     from mezo_dist.config import reader, yaml_file
     from mezo_dist.config.shipped import task_file
 
-    settings = [f"model.name={arguments.model}", f"task={arguments.task}", "train.batch_size=1"]
+    settings = [f"model.name={arguments.model}", f"task={arguments.task}", "train.batch_size=1", "algorithm.lr=1"]
     if yaml_file.read(task_file(arguments.task, Path()), "task file").get("kind") == "regression":
         settings.append("model.head=classifier")  # nothing else will do
     config = reader.from_settings([*settings, *arguments.arguments])

@@ -143,7 +143,7 @@ def write_tiny_config(folder: Path, kind: str = "llama-tied", algorithm: str = "
     data = {
         "model": {"name": str(write_tiny_model(folder / "model", kind))},
         "task": task,
-        "algorithm": {"name": algorithm},
+        "algorithm": {"name": algorithm, **({"lr": 1e-6} if algorithm == "mezo" else {})},
         "train": {"steps": 6, "batch_size": 6, "micro_batch": 4, **train},
         "output": {"dir": str(folder / "run")},
     }

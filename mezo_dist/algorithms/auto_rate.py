@@ -41,6 +41,13 @@ examples/studies/README.md."""
 MOST = 0.1
 """The largest default share, that of 64 steps; also where the number of steps is not known."""
 
+IN_CONFIGS = "in configs"
+"""Key of a field's metadata: its value in a config that gives none, where that is not the class's default."""
+AUTO_IN_CONFIGS = {IN_CONFIGS: "auto"}
+"""Metadata of a learning rate that is ``auto`` unless a config gives a number."""
+GIVE_A_NUMBER = "give a number (a config that gives none means auto)"
+"""How messages about ``lr: auto`` end."""
+
 
 @dataclass(frozen=True)
 class AutoRate:
@@ -134,7 +141,7 @@ def check_auto_rate(settings: object, *rates: str) -> None:
     for name, (allowed, reason) in _CONFLICTS.items():
         if getattr(settings, name, allowed) != allowed:
             raise ValueError(
-                f"algorithm.{rates[0]}: auto does not go together with algorithm.{name}, {reason}; give a number"
+                f"algorithm.{rates[0]}: auto does not go together with algorithm.{name}, {reason}; {GIVE_A_NUMBER}"
             )
 
 

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, settle, share
+from mezo_dist.algorithms.auto_rate import AUTO_IN_CONFIGS, AutoRate, check_auto_rate, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.momentum import Momentum, Past
@@ -48,10 +48,11 @@ class MeZO:
 
     name: Literal["mezo"] = "mezo"
     """The algorithm."""
-    lr: float | Literal["auto"] = 1e-6
+    lr: float | Literal["auto"] = field(default=1e-6, metadata=AUTO_IN_CONFIGS)
     """Learning rate. ``auto``: it is found, step by step, from the curvature of the loss along the step's directions,
     which their forward passes tell (`algorithm.eta` says how). Needs losses that are cross-entropies; schedules and
-    `annealing` come on top."""
+    `annealing` come on top. A config that gives none means ``auto``; the class, which also serves losses of which
+    nothing is known, has 1e-6."""
     eta: float | None = None
     """For ``lr: auto``: the share of the best step, directions / curvature, that is taken (from 1 on steps go too far,
     however precise the estimates are). Null: 0.8 / sqrt(train.steps), and at most 0.1, for the noise of small steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mezo_dist.algorithms import FirstOrder
+from mezo_dist.algorithms.auto_rate import GIVE_A_NUMBER
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.config.reward import check_reward
 
@@ -92,12 +93,12 @@ def _check_auto_rate(config: RunConfig) -> None:
     if config.train.objective != "loss":
         raise ValueError(
             "algorithm.lr: auto reads curvature off cross-entropies, and train.objective: "
-            f"{config.train.objective} is none; give a number"
+            f"{config.train.objective} is none; {GIVE_A_NUMBER}"
         )
     if config.task.kind == "regression":
         raise ValueError(
             "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a "
-            "squared error; give a number"
+            f"squared error; {GIVE_A_NUMBER}"
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mezo_dist.algorithms import EVERY
+from mezo_dist.algorithms.auto_rate import IN_CONFIGS
 from mezo_dist.config.kinds import DEFAULT_KIND, KINDS
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.errors import UserError
@@ -99,6 +100,8 @@ def _declares(section: type, name: str) -> type:
 
 
 def _default(field: dataclasses.Field[object]) -> object:
+    if IN_CONFIGS in field.metadata:
+        return field.metadata[IN_CONFIGS]
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

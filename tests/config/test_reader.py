@@ -16,7 +16,7 @@ from mezo_dist.algorithms import ALGORITHMS
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config.kinds.classification import ClassificationTask, Label
-from mezo_dist.config.reader import from_dict, load
+from mezo_dist.config.reader import from_dict, from_settings, load
 from mezo_dist.config.task import Split
 from mezo_dist.errors import UserError
 from tests.config.configs import CONFIG, TASK, Write, fault
@@ -52,6 +52,28 @@ def test_a_rate_may_be_auto_in_a_file_and_on_the_command_line(write_config: Writ
     assert (in_file.algorithm.lr, in_file.algorithm.eta) == ("auto", 0.2)  # type: ignore[union-attr]
     assert load(write_config(), ["algorithm.lr=auto", "algorithm.eta=0.2"]).digest() == in_file.digest()
     assert "algorithm.eta: is a setting of algorithm.lr: auto" in fault(write_config(), "algorithm.eta=0.2")
+
+
+def test_a_config_that_gives_no_rate_means_auto(write_config: Write) -> None:
+    path = write_config(CONFIG.replace(", lr: 5e-5", ""))
+    assert load(path).algorithm == MeZO(lr="auto")
+    assert load(path).digest() == load(path, ["algorithm.lr=auto"]).digest()
+    assert load(path, ["--algorithm=mezo"]).algorithm.lr == "auto"
+    assert from_settings(["model.name=m", f"task={path.parent}/tasks/reviews.yaml"]).algorithm.lr == "auto"
+    assert MeZO().lr == 1e-6, "code knows nothing of its losses"
+
+
+def test_where_auto_does_not_do_a_rate_must_be_given(write_config: Write) -> None:
+    path = write_config(CONFIG.replace(", lr: 5e-5", ""))
+    for option, reason in {
+        "algorithm.scaling=sign": "does not go together with algorithm.scaling",
+        "algorithm.weight_decay=0.1": "does not go together with algorithm.weight_decay",
+        "train.objective=metric": "reads curvature off cross-entropies, and train.objective: metric is none",
+    }.items():
+        message = fault(path, option)
+        assert f"algorithm.lr: auto {reason}" in message
+        assert "; give a number (a config that gives none means auto)" in message
+        assert load(path, [option, "algorithm.lr=0.01"]).algorithm.lr == 0.01
 
 
 def test_text_that_looks_like_something_else_stays_text(write_config: Write) -> None:

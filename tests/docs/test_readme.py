@@ -193,7 +193,8 @@ def test_the_reward_yaml_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tiny_model("llama").save_pretrained("model")
     tokenizer.save_pretrained("model")
     config["train"] |= {"steps": 1, "batch_size": 2}
-    config |= {"model": {"name": "model"}, "algorithm": {"name": "mezo"}, "output": {"dir": "run", "export": False}}
+    config |= {"model": {"name": "model"}, "algorithm": {"name": "mezo", "lr": 0.1}}
+    config |= {"output": {"dir": "run", "export": False}}
     Path("config.yaml").write_text(yaml.safe_dump(config))
     assert cli.main(["train", "config.yaml"]) == 0
     assert json.loads(Path("run/results.json").read_text())["after"]["reward"] == 1.0
