@@ -80,7 +80,7 @@ class Kind:
             DATA,
             budget=self.passes * (self.steps if task in UNTOUCHED else 4),
             eps=self.eps,
-            max_tokens=dict.fromkeys(DATA, 48) | {"bbc-news": 24},
+            max_tokens=dict.fromkeys(DATA, 48) | {"bbc-news": 24, "r8": 24, "editorial-sentences": 32},
             batch_size=BATCH,
             looks=0,
             untouched=UNTOUCHED,
