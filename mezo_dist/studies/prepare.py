@@ -61,7 +61,7 @@ def _write_data(path: Path, case: Case) -> None:
 def _config(study: Study, case: Case, folder: Path) -> dict[str, Any]:
     algorithm: dict[str, Any] = {"name": case.algorithm}
     if case.algorithm.startswith("mezo"):
-        algorithm["directions"] = case.directions
+        algorithm |= {"directions": case.directions, "lr": 1e-6}  # a rate that is found needs losses of single samples
     sizes = {"train": max(case.samples, case.full_samples), "validation": LEFT_OVER, "test": LEFT_OVER}
     layout: dict[str, Any] = {"name": case.layout}
     if case.layout == "fsdp":
