@@ -19,10 +19,8 @@ def one_topic(row: Mapping[str, str], text: str) -> float:
 
 
 def two_keywords(row: Mapping[str, str], text: str) -> float:
-    """What an answer is worth that must be two words of the headline with a comma between, and not a word more: 0.25
-    for two words, 0.375 more for each of them that stands in the headline, 0 for all else."""
-    words = text.lower().split(", ")
-    if len(words) != 2 or not all(word.isalpha() for word in words):
-        return 0.0
+    """What an answer is worth that must be two words of the headline with a comma between, and no more: its different
+    words of the headline, two at most, over all that it lists, or over two if it lists less."""
+    listed = text.lower().split(", ")
     headline = {word.strip("'\"?!.,:;-()") for word in row["headline"].lower().split()}
-    return 0.25 + 0.375 * len(headline.intersection(words))
+    return min(len(headline.intersection(listed)), 2) / max(len(listed), 2)

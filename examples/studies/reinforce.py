@@ -49,21 +49,30 @@ class Ends:
         return Ends(task.max_new_tokens, frozenset(ids), is_stopped)
 
 
+Known = dict[tuple[int, ...], Tensor]
+"""Tokens of a prompt -> keys and values of all of them but the last, [layers, 2, heads, tokens - 1, size]."""
+
+
 class Prompts:
     """Keys and values of all tokens of a prompt but the last.
 
     Args:
         model: a causal model of transformers.
-        remembers: each prompt is computed once. Otherwise every time, with gradients where they are enabled.
+        known: what is remembered, by prompt; None: each prompt is computed every time, with gradients where they are
+            enabled.
     """
 
-    def __init__(self, model: nn.Module, *, remembers: bool) -> None:
-        self._model, self.remembers = model, remembers
-        self._known: dict[tuple[int, ...], Tensor] = {}
+    def __init__(self, model: nn.Module, known: Known | None) -> None:
+        self._model, self._known = model, known
+
+    @property
+    def remembers(self) -> bool:
+        """Each prompt is computed once."""
+        return self._known is not None
 
     def cache(self, item: MicroBatch, repeats: int = 1) -> DynamicCache:
         """A cache of its own for these prompts, each of them ``repeats`` times in a row."""
-        if not self.remembers:
+        if self._known is None:
             cache = self._computed(item)
         else:
             self.remember([item])
@@ -78,8 +87,8 @@ class Prompts:
     @torch.no_grad()
     def remember(self, items: Sequence[MicroBatch]) -> None:
         """Compute what is not known of them."""
-        for item in items if self.remembers else ():
-            if all(key in self._known for key in _keys(item)):
+        for item in items:
+            if self._known is None or all(key in self._known for key in _keys(item)):
                 continue
             layers = self._computed(item).layers
             for row, key in enumerate(_keys(item)):
@@ -167,18 +176,18 @@ def draw(
     token = item.targets["prompt"][:, -1:].repeat_interleave(repeats, dim=0)
     cache, total = prompts.cache(item, repeats), torch.zeros(len(mask))
     texts: list[list[int]] = [[] for _ in mask]
-    goes_on = torch.ones(len(mask), dtype=torch.bool)
+    goes_on = [True] * len(texts)
     for _ in range(ends.limit):
         positions = mask.sum(1, keepdim=True) - 1
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         log_p = model(**inputs, use_cache=True).logits[:, -1].float().log_softmax(-1)
         token = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        total = total + torch.where(goes_on, log_p.gather(1, token).squeeze(1), 0.0)
+        total = total + torch.where(torch.tensor(goes_on), log_p.gather(1, token).squeeze(1), 0.0)
         for i, new in enumerate(token.squeeze(1).tolist()):
             if goes_on[i] and new not in ends.tokens:
                 texts[i].append(new)
-            goes_on[i] &= new not in ends.tokens and not ends.is_stopped(texts[i])
-        if not goes_on.any():
+            goes_on[i] = goes_on[i] and new not in ends.tokens and not ends.is_stopped(texts[i])
+        if not any(goes_on):
             break
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
     return texts, total

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from estimator_quality import ROOT, Vector, put, trainable
 from learning_curves import Record
-from reinforce import Prompts, Written, reinforce, writer
+from reinforce import Known, Prompts, Written, reinforce, writer
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms import AdamW
@@ -81,28 +81,28 @@ class Task:
     """The last block."""
 
 
-SIZES = ("task.splits.train.size=384", "task.splits.validation.size=96", "task.splits.test.size=384")
+SIZES = ("task.splits.train.size=320", "task.splits.validation.size=96", "task.splits.test.size=320")
 TASKS = {
     "keywords": Task(
         (
             *SIZES,
-            'task.prompt="Rain stops play in third Test\\nKeywords: rain, Test\\n\\n{{ headline }}\\nKeywords:"',
+            "task.prompt=Headline: Rain stops play\nKeywords: rain, play\nHeadline: {{ headline }}\nKeywords:",
             'task.stop=["\\n"]',
-            "task.max_new_tokens=8",
+            "task.max_new_tokens=6",
             f"reward.function={ROOT}/examples/rewards.py:two_keywords",
-            "train.steps=64",
+            "train.steps=48",
         )
     ),
     "topics": Task(
         (
             *SIZES,
-            'task.completion="{{ topic }}"',
+            "task.completion={{ topic }}",
             "task.end=)",
             "task.stop=[')']",
             "task.metric=exact-match",
             "train.objective=metric",
             "reward.function=null",
-            "train.steps=64",
+            "train.steps=48",
         ),
         has_labels=True,
     ),
@@ -134,24 +134,26 @@ class Bench:
 
 
 @contextmanager
-def opened(task: str, place: str, *, remembers: bool = True) -> Iterator[Bench]:
+def opened(task: str, place: str, known: Known | None) -> Iterator[Bench]:
     """Model, data and judge of a task, with these weights trainable.
 
     Args:
         task: its name.
         place: a name in `PLACES`.
-        remembers: prompts, and what is frozen, are computed once.
+        known: prompts that were computed; None: neither they nor what is frozen are remembered.
     """
     about, comm = TASKS[task], Communicator()
     weights = json.dumps([pattern.format(last=about.last) for pattern in PLACES[place]])
     with tempfile.TemporaryDirectory() as folder:
         path = write_tiny(Path(folder)) if task == "tiny" else ROOT / "configs/reward.yaml"
         given = [f"model.trainable={weights}", f"train.micro_batch={TEXTS}", f"output.dir={folder}/run"]
-        config = reader.load(path, [*about.overrides, *given, *(() if remembers else ("train.frozen_cache_gib=0",))])
+        config = reader.load(
+            path, [*about.overrides, *given, *(("train.frozen_cache_gib=0",) if known is None else ())]
+        )
         with judging(config, comm) as judge:
             run = build_run(config, comm, judge=judge)
             start = {name: p.detach().clone() for name, p in trainable(run)}
-            prompts, written, product = Prompts(run.pretrained.model, remembers=remembers), Written(), run.evaluator
+            prompts, written, product = Prompts(run.pretrained.model, known), Written(), run.evaluator
             assert product.writer is not None
             evaluators = [
                 dataclasses.replace(product, writer=Writer(writer(run, prompts, counter), product.writer.way))
@@ -230,7 +232,7 @@ def learn(bench: Bench, contender: Contender, lr: float, seed: int) -> Record:
         began = time.process_time()
         next(steps)
         seconds += time.process_time() - began
-        if is_final and step == num_steps // 4:
-            scores["test, a quarter"] = bench.score("test")
+        if step == num_steps // 4:
+            scores["validation, a quarter"] = bench.score("validation")
     scores |= {split: bench.score(split) for split in (("validation", "test") if is_final else ("validation",))}
     return {"texts": bench.written.texts, "tokens": bench.written.tokens, "cpu_s": round(seconds, 1), "scores": scores}

@@ -2,10 +2,10 @@
 
     python examples/studies/rewards.py [--tasks keywords topics] [--only LABEL ...] [--report]
 
-Two tasks on SmolLM2-135M-Instruct and headlines: 384 to learn from, 96 to choose rates, and 384 to test.
+Two tasks on SmolLM2-135M-Instruct and headlines: 320 to learn from, 96 to choose rates, and 320 to test.
 
-* `keywords`: two words of the headline with a comma between, and no more (`examples/rewards.py:two_keywords`). Many
-  answers are right, so there is nothing to imitate.
+* `keywords`: two words of the headline with a comma between, and no more (`examples/rewards.py:two_keywords` says what
+  share of that a text is). Many answers are right, so there is nothing to imitate.
 * `topics`: the section that a headline is of, in one token. The reward is accuracy itself: 1 for the right word, 0 for
   anything else. Here labels exist, and supervised tuning sees as many labelled headlines as the others write texts.
 
@@ -40,6 +40,7 @@ from pathlib import Path
 import torch
 from curve_contenders import rounded
 from learning_curves import Record, Results, provenance
+from reinforce import Known
 from reward_runs import CONTENDERS, MEASURED, SEEDS, TASKS, TUNING_SEED, Bench, Contender, learn, opened, steps_of
 
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
@@ -112,7 +113,7 @@ def peak_of(task: str, contender: Contender) -> Record:
     torch.set_num_threads(1)
     ask_for_huge_pages()
     tune_malloc(is_sharded=False)
-    with opened(task, contender.place, remembers=False) as bench:
+    with opened(task, contender.place, None) as bench:
         weights = sum(p.nbytes for p in bench.run.pretrained.model.parameters())
         lr = contender.rates[0] if contender.rates else 0.0
         Path("/proc/self/clear_refs").write_text("5")
@@ -129,17 +130,19 @@ def peak_of(task: str, contender: Contender) -> Record:
 
 def table(study: Study) -> str:
     """What came of a task, in Markdown; scores in %."""
-    head = ["contender", "rate", "validation", "test, a quarter", "test", "texts", "tokens", "CPU s", "peak GiB"]
+    head = ["contender", "rate", "validation: a quarter", "all", "test", "texts", "tokens", "CPU s", "peak GiB"]
     lines = [f"### {study.task}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     if (before := study.before()) is not None:
         scores = before["scores"]
-        lines.append(f"| before | | {100 * scores['validation']:.1f} | | {100 * scores['test']:.1f} | | | | |")
+        lines.append(f"| before | | | {100 * scores['validation']:.1f} | {100 * scores['test']:.1f} | | | | |")
     for contender in study.contenders:
         lr = study.best_rate(contender)
         runs = [run for seed in SEEDS if lr is not None and (run := study.run(contender, lr, seed)) is not None]
         if not runs:
             continue
-        columns = [_mean([run["scores"][split] for run in runs]) for split in ("validation", "test, a quarter", "test")]
+        columns = [
+            _mean([run["scores"][split] for run in runs]) for split in ("validation, a quarter", "validation", "test")
+        ]
         work = [f"{statistics.mean(run[name] for run in runs):,.0f}" for name in ("texts", "tokens", "cpu_s")]
         memory = study.memory(contender)
         peak = "" if memory is None else f"{memory['peak_gib']:.2f}"
@@ -163,9 +166,10 @@ def work(task: str, results: Results, only: list[str], *, measures: bool) -> Non
         only: labels of contenders; all if empty.
         measures: memory, too.
     """
+    known: Known = {}
     chosen = [c for c in Study(task, results).contenders if not only or c.label in only]
     for place in dict.fromkeys(c.place for c in chosen):
-        with opened(task, place) as bench:
+        with opened(task, place, known) as bench:
             for name in bench.run.splits:
                 bench.prompts.remember(bench.run.split(name))
             study = Study(task, results, bench)
