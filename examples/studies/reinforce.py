@@ -70,19 +70,14 @@ class Prompts:
         """Each prompt is computed once."""
         return self._known is not None
 
-    def cache(self, item: MicroBatch, repeats: int = 1) -> DynamicCache:
-        """A cache of its own for these prompts, each of them ``repeats`` times in a row."""
+    def cache(self, item: MicroBatch) -> DynamicCache:
+        """A cache of its own for these prompts."""
         if self._known is None:
-            cache = self._computed(item)
-        else:
-            self.remember([item])
-            tables = [self._known[key] for key in _keys(item)]
-            length = item.targets["prompt"].shape[1] - 1
-            layers = torch.stack([_padded_left(table, length) for table in tables], dim=2)
-            cache = DynamicCache([(keys, values) for keys, values in layers])
-        if repeats > 1:
-            cache.batch_repeat_interleave(repeats)
-        return cache
+            return self._computed(item)
+        self.remember([item])
+        length = item.targets["prompt"].shape[1] - 1
+        layers = torch.stack([_padded_left(self._known[key], length) for key in _keys(item)], dim=2)
+        return DynamicCache([(keys, values) for keys, values in layers])
 
     @torch.no_grad()
     def remember(self, items: Sequence[MicroBatch]) -> None:
@@ -172,15 +167,17 @@ def draw(
         The tokens of ``n * repeats`` texts, those of a prompt in a row, without those that end them; and the logarithms
         of the texts' probabilities, fp32 [n * repeats].
     """
-    mask = item.targets["prompt_mask"].repeat_interleave(repeats, dim=0)
-    token = item.targets["prompt"][:, -1:].repeat_interleave(repeats, dim=0)
-    cache, total = prompts.cache(item, repeats), torch.zeros(len(mask))
-    texts: list[list[int]] = [[] for _ in mask]
+    mask, token = item.targets["prompt_mask"], item.targets["prompt"][:, -1:]
+    cache, total = prompts.cache(item), torch.zeros(len(mask) * repeats)
+    texts: list[list[int]] = [[] for _ in total]
     goes_on = [True] * len(texts)
-    for _ in range(ends.limit):
+    for place in range(ends.limit):
         positions = mask.sum(1, keepdim=True) - 1
         inputs = {"input_ids": token, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         log_p = model(**inputs, use_cache=True).logits[:, -1].float().log_softmax(-1)
+        if place == 0:  # up to here, all texts of a prompt are the same
+            cache.batch_repeat_interleave(repeats)
+            mask, log_p = (tensor.repeat_interleave(repeats, dim=0) for tensor in (mask, log_p))
         token = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         total = total + torch.where(torch.tensor(goes_on), log_p.gather(1, token).squeeze(1), 0.0)
         for i, new in enumerate(token.squeeze(1).tolist()):

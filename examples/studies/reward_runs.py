@@ -79,6 +79,8 @@ class Task:
     has_labels: bool = False
     last: int = 29
     """The last block."""
+    faster: float = 1.0
+    """Factor on all rates, and on eps."""
 
 
 SIZES = ("task.splits.train.size=320", "task.splits.validation.size=96", "task.splits.test.size=320")
@@ -88,9 +90,9 @@ TASKS = {
             *SIZES,
             "task.prompt=Headline: Rain stops play\nKeywords: rain, play\nHeadline: {{ headline }}\nKeywords:",
             'task.stop=["\\n"]',
-            "task.max_new_tokens=6",
+            "task.max_new_tokens=5",
             f"reward.function={ROOT}/examples/rewards.py:two_keywords",
-            "train.steps=48",
+            "train.steps=32",
         )
     ),
     "topics": Task(
@@ -106,7 +108,7 @@ TASKS = {
         ),
         has_labels=True,
     ),
-    "tiny": Task(("train.steps=6",), has_labels=True, last=1),
+    "tiny": Task(("train.steps=6",), has_labels=True, last=1, faster=30.0),
 }
 """``tiny``: made-up sentences and a tiny random model, to try this script."""
 
@@ -120,6 +122,8 @@ class Bench:
     prompts: Prompts
     scorer: Evaluator
     """That of ``run``, which counts the texts that it writes."""
+    faster: float = 1.0
+    """See `Task`."""
     written: Written = field(default_factory=Written)
 
     def score(self, split: str) -> float:
@@ -159,7 +163,9 @@ def opened(task: str, place: str, known: Known | None) -> Iterator[Bench]:
                 dataclasses.replace(product, writer=Writer(writer(run, prompts, counter), product.writer.way))
                 for counter in (written, Written())
             ]
-            yield Bench(dataclasses.replace(run, evaluator=evaluators[0]), start, prompts, evaluators[1], written)
+            yield Bench(
+                dataclasses.replace(run, evaluator=evaluators[0]), start, prompts, evaluators[1], about.faster, written
+            )
 
 
 def write_tiny(folder: Path) -> Path:
@@ -171,14 +177,18 @@ def write_tiny(folder: Path) -> Path:
         "name": "tiny",
         "kind": "generation",
         "data": str(folder / "data.jsonl"),
-        "splits": {"train": {"size": 48}, "validation": {"source": "train", "size": 24}, "test": {"source": "train"}},
+        "splits": {
+            "train": {"size": 48},
+            "validation": {"source": "train", "size": 16},
+            "test": {"source": "train", "size": 16},
+        },
         "prompt": "{{ text }} . It was",
         "completion": " {{ right[0] }}",
         "references": "right",
         "max_new_tokens": 1,
     }
     config = {
-        "model": {"name": str(write_tiny_model(folder / "model", "llama-tied"))},
+        "model": {"name": str(write_tiny_model(folder / "model", "llama"))},
         "task": task,
         "law": "lowrank",
         "algorithm": {"name": "mezo", "per_sample": True, "scaling": "normalised", "eps": 0.2, "lr": 0.1},
@@ -196,7 +206,7 @@ def steps_of(bench: Bench, contender: Contender, lr: float, seed: int) -> Iterat
         run = dataclasses.replace(run, config=dataclasses.replace(given, seed=seed), order=order)
         return reinforce(run, bench.prompts, bench.written, lr, seed, REPEATS)
     size = TEXTS if contender.method == "supervised" else TEXTS // 2
-    settings: Any = dataclasses.replace(given.algorithm, lr=lr, eps=contender.eps)
+    settings: Any = dataclasses.replace(given.algorithm, lr=lr, eps=contender.eps * bench.faster)
     train = dataclasses.replace(given.train, batch_size=size)
     config = dataclasses.replace(given, algorithm=settings, train=train, seed=seed)
     if contender.method == "supervised":

@@ -78,7 +78,7 @@ class Study:
 
     def best_rate(self, contender: Contender) -> float | None:
         """The rate that validation likes best; None if none was tried."""
-        rates, scores = list(contender.rates), {}
+        rates, scores = [rounded(lr * TASKS[self.task].faster) for lr in contender.rates], {}
         ratio = rates[1] / rates[0]
         for _ in range(2):
             runs = {lr: self.run(contender, lr, TUNING_SEED) for lr in rates}
