@@ -83,21 +83,26 @@ class Task:
     """Factor on all rates, and on eps."""
 
 
-SIZES = ("task.splits.train.size=320", "task.splits.validation.size=96", "task.splits.test.size=320")
+def sizes(train: int, validation: int, test: int) -> tuple[str, ...]:
+    """Overrides that give splits these sizes."""
+    pairs = {"train": train, "validation": validation, "test": test}
+    return tuple(f"task.splits.{name}.size={size}" for name, size in pairs.items())
+
+
 TASKS = {
     "keywords": Task(
         (
-            *SIZES,
+            *sizes(192, 64, 128),
             "task.prompt=Headline: Rain stops play\nKeywords: rain, play\nHeadline: {{ headline }}\nKeywords:",
             'task.stop=["\\n"]',
-            "task.max_new_tokens=5",
+            "task.max_new_tokens=4",
             f"reward.function={ROOT}/examples/rewards.py:two_keywords",
-            "train.steps=32",
+            "train.steps=20",
         )
     ),
     "topics": Task(
         (
-            *SIZES,
+            *sizes(320, 96, 320),
             "task.completion={{ topic }}",
             "task.end=)",
             "task.stop=[')']",
