@@ -59,7 +59,9 @@ class Study:
 
     def __init__(self, task: str, results: Results, bench: Bench | None = None) -> None:
         self.task, self._results, self._bench = task, results, bench
-        self.contenders = [c for c in CONTENDERS if TASKS[task].has_labels or c.method != "supervised"]
+        self.contenders, self.measured = (
+            [c for c in some if TASKS[task].has_labels or c.method != "supervised"] for some in (CONTENDERS, MEASURED)
+        )
 
     def before(self) -> Record | None:
         """The model before training."""
@@ -149,8 +151,8 @@ def table(study: Study) -> str:
         memory = study.memory(contender)
         peak = "" if memory is None else f"{memory['peak_gib']:.2f}"
         lines.append(f"| {' | '.join([contender.label, f'{lr:g}', *columns, *work, peak])} |")
-    others = [c for c in MEASURED if c not in CONTENDERS and study.memory(c) is not None]
-    lines += ["", *(f"Peak of {c.label}: {study.memory(c)['peak_gib']:.2f} GiB" for c in others)]
+    memory = {c.label: m["peak_gib"] for c in study.measured if c not in CONTENDERS and (m := study.memory(c))}
+    lines += ["", *(f"Peak of {label}: {peak:.2f} GiB" for label, peak in memory.items())]
     return "\n".join(lines)
 
 
@@ -159,14 +161,13 @@ def _mean(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
-def work(task: str, results: Results, only: list[str], *, measures: bool) -> None:
+def work(task: str, results: Results, only: list[str]) -> None:
     """All runs of a task that are not there yet.
 
     Args:
         task: its name.
         results: the file.
         only: labels of contenders; all if empty.
-        measures: memory, too.
     """
     known: Known = {}
     chosen = [c for c in Study(task, results).contenders if not only or c.label in only]
@@ -180,16 +181,13 @@ def work(task: str, results: Results, only: list[str], *, measures: bool) -> Non
                 lr = study.best_rate(contender)
                 for seed in SEEDS:
                     study.run(contender, lr, seed)
-    for contender in MEASURED if measures else ():
-        if contender in chosen or contender not in CONTENDERS:
-            Study(task, results).measure(contender)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["keywords", "topics"])
-    parser.add_argument("--only", nargs="+", choices=[c.label for c in CONTENDERS], default=[], help="contenders")
-    parser.add_argument("--no-memory", action="store_true", help="measure none")
+    parser.add_argument("--parts", nargs="+", choices=("runs", "memory"), default=["runs", "memory"])
+    parser.add_argument("--only", nargs="+", choices=[c.label for c in MEASURED], default=[], help="contenders")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="sum up what is there and run nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
@@ -198,9 +196,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     about = provenance(f"a process with {options.threads} thread(s)", f"{TUNING_SEED} to choose rates, then {SEEDS}")
     results = Results(options.out / "rewards.jsonl", {**about, "scores": "mean reward of the likeliest texts"})
-    for task in options.tasks:
-        if not options.report:
-            work(task, results, options.only, measures=not options.no_memory)
+    for task in options.tasks if not options.report else ():
+        if "runs" in options.parts:
+            work(task, results, options.only)
+        if "memory" in options.parts:
+            study = Study(task, results)
+            for contender in study.measured:
+                if not options.only or contender.label in options.only:
+                    study.measure(contender)
     print("\n\n".join(table(Study(task, results)) for task in options.tasks))
 
 

@@ -94,7 +94,7 @@ def test_rewards(
 ) -> None:
     monkeypatch.setattr(studies("rewards"), "SEEDS", (0,))
     contenders = [c for c in studies("reward_runs").CONTENDERS if c.place == "two norms"]
-    command = ["--tasks", "tiny", "--no-memory", "--out", str(tmp_path), "--only", *(c.label for c in contenders)]
+    command = ["--tasks", "tiny", "--parts", "runs", "--out", str(tmp_path), "--only", *(c.label for c in contenders)]
     main_of("rewards", monkeypatch, *command)
     path = tmp_path / "rewards.jsonl"
     about, before, *runs = map(json.loads, path.read_text().splitlines())
