@@ -80,7 +80,8 @@ def test_remembered_prompts_change_nothing(studies: Any) -> None:
             texts = [write(run.pretrained.model, item).payload for write in (bench.scorer.writer.forward, product)]
             assert torch.equal(*texts)
         logits = []
-        for known in ({}, None):
+        tables: list[dict[tuple[int, ...], torch.Tensor] | None] = [{}, None]
+        for known in tables:
             prompts = studies("reinforce").Prompts(run.pretrained.model, known)
             drawn = studies("reinforce").draw(
                 run.pretrained.model, item, prompts, 2, studies("reinforce").Ends.of(run), torch.Generator()
