@@ -113,7 +113,7 @@ TASKS = {
         ),
         has_labels=True,
     ),
-    "tiny": Task(("train.steps=6",), has_labels=True, last=1, faster=30.0),
+    "tiny": Task(("train.steps=4",), has_labels=True, last=1, faster=30.0),
 }
 """``tiny``: made-up sentences and a tiny random model, to try this script."""
 

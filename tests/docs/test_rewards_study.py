@@ -107,7 +107,7 @@ def test_rewards(
         assert {run["seed"] for run in final} == {0}
         assert tried[final[0]["lr"]] == max(tried.values()), "validation chooses the rate"
         assert all("test" not in run["scores"] for run in here if run["seed"] == 3), "no test data"
-        assert {run["texts"] for run in here} == {0 if contender.method == "supervised" else 6 * 32}
+        assert {run["texts"] for run in here} == {0 if contender.method == "supervised" else 4 * 32}
         assert max(tried.values()) > before["scores"]["validation"], "it learns"
     table = capsys.readouterr().out.split("### tiny")[1]
     assert "| MeZO, two norms |" in table
