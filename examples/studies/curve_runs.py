@@ -71,7 +71,7 @@ class Bench:
         with torch.device(device):
             run = build_run(config, Communicator())
         start = {name: p.detach().clone() for name, p in trainable(run)}
-        heads = ("classifier.", "score.")
+        heads = ("classifier.", "pre_classifier.", "score.")
         fresh = tuple(name for name in start if config.model.head == "classifier" and name.startswith(heads))
         splits = {name: run.split(name) for name in ("validation", "test")}
         budget = preset.budget * preset.shares.get((setting, task), 1.0)
