@@ -148,7 +148,8 @@ def _measured(settings: Sequence[str], folder: Path, *, fast: bool, is_scored: b
     given = [item for item in sizes if item.partition("=")[0] not in {s.partition("=")[0] for s in settings}]
     config = reader.load(path, [*given, *settings, f"output.dir={folder / 'run'}"])
     run = with_gradients(build_run(config, Communicator()))
-    if not all(p.requires_grad for p in run.pretrained.model.parameters()):  # or there is nothing to remember
+    is_partial = not all(p.requires_grad for p in run.pretrained.model.parameters())
+    if is_partial and config.train.frozen_cache_gib:  # or there is nothing to remember
         run.evaluator.score(run.split("train"), run.kind.summarise, lambda _: None)
     weights = sum(p.nbytes for p in run.pretrained.model.parameters())
     Path("/proc/self/clear_refs").write_text("5")
