@@ -150,7 +150,7 @@ def test_what_fits_asks_for_more_blocks_until_they_do_not_fit(monkeypatch: pytes
         def run(self, settings: list[str], *, is_scored: bool) -> dict[str, Any] | None:
             case = dict(item.split("=", 1) for item in settings)
             asked.append(case)
-            blocks = case.get("model.trainable", "").count("layers")
+            blocks = case.get("model.trainable", "").count("layers") or 3
             return {"peak_gib": 1.0 + 0.2 * (blocks - 3)}
 
     monkeypatch.setattr(fits, "source", lambda model: f"random:{model}")
