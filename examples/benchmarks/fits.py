@@ -4,11 +4,11 @@
 
 The same question as that of `equal_memory.py`, for more than one model and one length, and without learning.
 
-1. Measured. The limit is the peak memory of a cycle of MeZO-SVRG (q = 2) on all weights, micro-batches of `BATCH` news
-   articles cut to ``--tokens``. Against it: the choice that needs least among those that train all weights by gradients
-   (SGD, checkpointing, batches of one; equal_memory.py has the others); AdamW on the last k blocks, k doubling until it
-   does not fit; and AdamW on LoRA matrices, with checkpointing. Every choice takes two steps in a process of its own
-   with one thread. Nothing is remembered of frozen blocks, which would take memory and save time. smollm2-360m is that
+1. Measured. Everybody needs least with one text at a time, so batches are one news article, cut to ``--tokens``. The
+   limit is the peak memory of a cycle of MeZO-SVRG (q = 2) on all weights. Against it: the choice that needs least among
+   those that train all weights by gradients (SGD with checkpointing; equal_memory.py has others); AdamW on the last k
+   blocks, k doubling until it does not fit; and AdamW on LoRA matrices, with checkpointing. Every choice takes two steps
+   in a process of its own with one thread. Nothing is remembered of frozen blocks, which would take memory and save time. smollm2-360m is that
    model's shape with random weights, for its own cannot be had offline: memory does not depend on them.
 2. Planned, for sizes that do not fit here: what `mezo-dist plan` knows of bf16 weights with an fp32 master copy of what
    gradients train, micro-batches of one text everywhere, activations recomputed. "LoRA from" is the shortest text (a
@@ -37,7 +37,7 @@ from mezo_dist.planning.memory import memory_of
 from mezo_dist.planning.setting import Setting
 
 FAST = {"model": ["tiny"], "tokens": [16]}
-BATCH, STEPS = 4, 2
+STEPS = 2
 BASE = "demo:smollm2-135m"
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_hidden_layers": 2},
@@ -74,13 +74,13 @@ def source(model: str) -> str:
 
 def settings_of(choice: Choice, model: str, tokens: int) -> list[str]:
     """All settings of a case."""
-    common = [f"train.batch_size={BATCH}", f"train.micro_batch={BATCH}"]
+    common = ["train.batch_size=1", "train.micro_batch=1"]
     if model != "tiny":
         common += [f"model.name={source(model)}", f"task={ROOT / 'configs/tasks/bbc-news.yaml'}"]
-        common += [f"task.splits.{split}.size=16" for split in ("train", "validation", "test")]
+        common += [f"task.splits.{split}.size=4" for split in ("train", "validation", "test")]
         common += [f"train.max_tokens={tokens}", "train.frozen_cache_gib=0"]
     own = choice.settings(choice.rate, STEPS, seed=0)
-    merged = dict(item.split("=", 1) for item in (*common, *own)) | {"train.full_size": str(BATCH)}
+    merged = dict(item.split("=", 1) for item in (*common, *own)) | {"train.full_size": "1"}
     if "mezo-svrg" not in merged["algorithm.name"]:
         del merged["train.full_size"]
     return [f"{name}={value}" for name, value in merged.items()]

@@ -240,7 +240,7 @@ def a_classifier(kind: str, trainable: str) -> Any:
     }[kind]
     config = tiny_model(kind).config
     config.num_labels, config.pad_token_id = 3, 0
-    model = made(config).eval().requires_grad_(False)  # type: ignore[attr-defined]
+    model = made(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(fnmatch.fnmatch(name, trainable))
     assert any(parameter.requires_grad for parameter in model.parameters())
