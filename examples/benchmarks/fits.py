@@ -8,8 +8,9 @@ The same question as that of `equal_memory.py`, for more than one model and one 
    limit is the peak memory of a cycle of MeZO-SVRG (q = 2) on all weights. Against it: the choice that needs least among
    those that train all weights by gradients (SGD with checkpointing; equal_memory.py has others); AdamW on the last k
    blocks, k doubling until it does not fit; and AdamW on LoRA matrices, with checkpointing. Every choice takes two steps
-   in a process of its own with one thread. Nothing is remembered of frozen blocks, which would take memory and save time. smollm2-360m is that
-   model's shape with random weights, for its own cannot be had offline: memory does not depend on them.
+   in a process of its own with one thread. Nothing is remembered of frozen blocks, which would take memory and save
+   time. smollm2-360m is that model's shape with random weights, for its own cannot be had offline: memory does not
+   depend on them.
 2. Planned, for sizes that do not fit here: what `mezo-dist plan` knows of bf16 weights with an fp32 master copy of what
    gradients train, micro-batches of one text everywhere, activations recomputed. "LoRA from" is the shortest text (a
    power of two) from which on even LoRA needs more than MeZO-SVRG.

@@ -12,10 +12,11 @@ MeZO-SVRG 24,000 (15,360,000) and SGD 1,000 (192,000, as a backward pass counts 
 * `gpu`: the paper's own models and tasks, all weights, its own number of passes. Never run.
 * `tiny`: a random model on made-up sentences, to try this script.
 
-Every contender with a rate is tuned alike: three rates (four on a GPU), half a decade apart, on seed 0; the best one (validation
-accuracy, then loss) goes on, and the grid grows by one at an edge, once more if need be. Then it runs from seeds 1, 2
-and 3, which give a fresh head, too. All have the schedule of the studies. `lr: auto` has no rate and is not tuned. The
-paper's rate of anchor steps is 50 to 1,000 times that of inner steps: one contender has 50, another equal rates.
+Every contender with a rate is tuned alike: three rates (four on a GPU), half a decade apart, on seed 0; the best one
+(validation accuracy, then loss) goes on, and the grid grows by one at an edge, once more if need be. Then it runs from
+seeds 1, 2 and 3, which give a fresh head, too. All have the schedule of the studies. `lr: auto` has no rate and is not
+tuned. The paper's rate of anchor steps is 50 to 1,000 times that of inner steps: one contender has 50, another equal
+rates.
 
 Writes one line per finished run to paper_table-PRESET-SETTING-TASK.jsonl; what is there is not run again. `--report`
 prints the table of what is there, and draws paper_table-PRESET.png.
