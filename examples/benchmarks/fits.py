@@ -5,7 +5,7 @@
 The same question as that of `equal_memory.py`, for more than one model and one length, and without learning.
 
 1. Measured. Everybody needs least with one text at a time, so batches are one news article, cut to ``--tokens``. The
-   limit is the peak memory of a cycle of MeZO-SVRG (q = 2) on all weights. Against it: the choice with the least need of
+   limit is the peak memory of a cycle of MeZO-SVRG (q = 2) on all weights. Against it: the choice that needs least of
    those that train all weights by gradients (SGD with checkpointing; equal_memory.py has others); AdamW on the last k
    blocks, k doubling until it does not fit; and AdamW on LoRA matrices, with checkpointing. Every choice takes 2 steps
    in a process of its own with one thread. Nothing is remembered of frozen blocks, which would take memory and save
