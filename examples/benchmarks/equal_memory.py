@@ -24,6 +24,8 @@ question.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
 import multiprocessing
@@ -124,6 +126,14 @@ def prepare() -> None:
     tune_malloc(is_sharded=False)
 
 
+def give_back() -> None:
+    """Give memory that is free in this process back to the system: the check of the engine against the model, before
+    training, changes copies of the trainable weights, which malloc would keep. (A run does without these copies where
+    memory is short.)"""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def run_case(settings: Sequence[str], *, fast: bool, is_scored: bool) -> Figures:
     """Load model and data, see all training samples once, take the steps, and measure.
 
@@ -148,9 +158,11 @@ def _measured(settings: Sequence[str], folder: Path, *, fast: bool, is_scored: b
     given = [item for item in sizes if item.partition("=")[0] not in {s.partition("=")[0] for s in settings}]
     config = reader.load(path, [*given, *settings, f"output.dir={folder / 'run'}"])
     run = with_gradients(build_run(config, Communicator()))
-    if not all(p.requires_grad for p in run.pretrained.model.parameters()):  # or there is nothing to remember
+    is_partial = not all(p.requires_grad for p in run.pretrained.model.parameters())
+    if is_partial and config.train.frozen_cache_gib:  # or there is nothing to remember
         run.evaluator.score(run.split("train"), run.kind.summarise, lambda _: None)
     weights = sum(p.nbytes for p in run.pretrained.model.parameters())
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
     began, passes, done, skipped = time.process_time(), 0, 0, 0
     progress: Progress[Any] = Progress(run.algorithm.init())

@@ -74,7 +74,7 @@ class Bench:
         if task in preset.untouched:
             run = dataclasses.replace(run, splits={**run.splits, "test": run.splits["test"][preset.untouched[task]]})
         start = {name: p.detach().clone() for name, p in trainable(run)}
-        heads = ("classifier.", "score.")
+        heads = ("classifier.", "pre_classifier.", "score.")
         fresh = tuple(name for name in start if config.model.head == "classifier" and name.startswith(heads))
         splits = {name: run.split(name) for name in ("validation", "test")}
         budget = preset.budget * preset.shares.get((setting, task), 1.0)

@@ -3,7 +3,8 @@
 With only the last weights trainable, most of a forward pass computes what it computed before: hidden states that depend
 on the sample and on nothing that is ever changed. They are kept, and the modules before them skipped: leading blocks,
 and the leading children (attention, say) of the block after them. If all that is left works position by position, only
-the hidden state where the answer is read is kept, and the rest of the model runs on one token per sample.
+the hidden state where the answer is read is kept, and the rest of the model runs on one token per sample. A classifier
+is not told where to read; where it reads the first token alone (BERT's family), the same is done with that one.
 
 Hidden states come from forward passes of fixed groups of samples, so they have the same bits on any number of ranks,
 whoever needs them first.
@@ -76,7 +77,7 @@ class FrozenCache:
         limit: bytes of hidden states to remember; the samples that were not needed for longest are forgotten first.
         groups: samples that go through the frozen blocks together; any other sample goes alone, and one that is in
             several groups goes with the first that they name.
-        narrow: keep the hidden state at the sample's position only; calls must then name positions.
+        narrow: keep the hidden state at the sample's position only; without positions, that of its first token.
     """
 
     def __init__(self, frozen: FrozenBlocks, limit: int, groups: Groups, *, narrow: bool = False) -> None:
@@ -102,6 +103,8 @@ class FrozenCache:
             self._latest = inputs["input_ids"], known
         token = _known.set(known)
         try:
+            if self.narrow and positions is None:  # embeddings of the other tokens need not be made, either
+                inputs = {name: tensor[:, :1] for name, tensor in inputs.items()}
             at = torch.zeros_like(positions) if self.narrow and positions is not None else positions
             return run_whole(model, inputs, at)
         finally:
@@ -170,7 +173,8 @@ class FrozenCache:
         tensors = [output if isinstance(output, Tensor) else output[0] for output in outputs]
         for row, (key, (single, position)) in enumerate(self._samples(group)):
             length = single["input_ids"].shape[1]
-            wanted = slice(length) if not self.narrow or position is None else slice(int(position), int(position) + 1)
+            first = 0 if position is None else int(position)
+            wanted = slice(first, first + 1) if self.narrow else slice(length)
             yield key, [tensor[row, wanted].clone() for tensor in tensors]
 
     def _remember(self, computed: dict[bytes, list[Tensor]]) -> None:
@@ -248,8 +252,10 @@ def attach_frozen_cache(model: nn.Module, groups: Groups, limit: int) -> RunMode
         frozen, reason = find_frozen_blocks(model, inputs)
         if frozen.blocks:
             whole = run_whole(model, inputs, positions)
-            for narrow in [True, False] if positions is not None else [False]:
-                if _agrees(model, FrozenCache(frozen, limit, OneGroup(probe), narrow=narrow), probe, whole):
+            one, is_narrow = OneGroup(probe), positions is not None
+            is_narrow = is_narrow or _reads_first_token(model, FrozenCache(frozen, limit, one), inputs)
+            for narrow in [True, False] if is_narrow else [False]:
+                if _agrees(model, FrozenCache(frozen, limit, one, narrow=narrow), probe, whole):
                     inner = len(frozen.ends) - 1
                     log.info(
                         "the first %d blocks%s are frozen: each sample goes through them once; from there on, %s",
@@ -262,6 +268,30 @@ def attach_frozen_cache(model: nn.Module, groups: Groups, limit: int) -> RunMode
     if reason:
         log.info("the first blocks are frozen, but every forward pass computes them: %s", reason)
     return run_whole
+
+
+def _reads_first_token(model: nn.Module, cache: FrozenCache, inputs: Inputs) -> bool:
+    """Whether, from the end of the frozen blocks on, the logits of every sample are a function of its first token: they
+    have the same bits whatever is said of the others, and not if something else is said of the first.
+
+    Args:
+        model: the model.
+        cache: the cache, attached, not narrow; it is detached here.
+        inputs: of a micro-batch.
+    """
+    try:
+        logits = [cache(model, inputs)]
+        for tokens in (slice(1, None), slice(1)):
+            for output in cache._latest[1]:
+                (output if isinstance(output, Tensor) else output[0])[:, tokens].mul_(-3).add_(5)  # type: ignore[index]
+            logits.append(cache(model, inputs))
+    except Exception as error:  # noqa: BLE001 (as in `_agrees`)
+        log.debug("the frozen blocks failed: %s", error)
+        return False
+    finally:
+        cache.detach()
+    plain, others, first = devices.read(logits)
+    return plain.dim() == 2 and torch.equal(plain, others) and bool((others != first).any(-1).all())
 
 
 def _agrees(model: nn.Module, cache: FrozenCache, probe: Group, whole: Tensor) -> bool:

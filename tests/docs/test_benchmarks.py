@@ -131,6 +131,46 @@ def test_equal_memory_takes_the_largest_that_fits_at_its_best_rate(monkeypatch: 
     }
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' peak counters")
+def test_what_fits_is_measured_on_settings_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    fits, equal_memory = importlib.import_module("fits"), importlib.import_module("equal_memory")
+    choice = next(c for c in equal_memory.choices(2) if c.label == "AdamW, last 1 of 2 blocks")
+    figures = equal_memory.run_case(fits.settings_of(choice, "tiny", 16), fast=True, is_scored=False)
+    assert figures["peak_gib"] > figures["weights_gib"] > 0
+    assert (figures["steps"], figures["passes"]) == (2, 2 * 3)
+
+
+def test_what_fits_asks_for_more_blocks_until_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    fits = importlib.import_module("fits")
+    asked: list[dict[str, str]] = []
+
+    class Cases:
+        def run(self, settings: list[str], *, is_scored: bool) -> dict[str, Any] | None:
+            case = dict(item.split("=", 1) for item in settings)
+            asked.append(case)
+            blocks = case.get("model.trainable", "").count("layers") or 3
+            return {"peak_gib": 1.0 + 0.2 * (blocks - 3)}
+
+    monkeypatch.setattr(fits, "source", lambda model: f"random:{model}")
+    row = fits.measured(Cases(), "smollm2-360m", 512)
+    assert row["last"] == {f"AdamW, last {k} of 32 blocks": pytest.approx(1.0 + 0.2 * (k - 3)) for k in (1, 2, 4)}
+    assert {case["train.max_tokens"] for case in asked} == {"512"}
+    assert {case["train.batch_size"] for case in asked} == {"1"}
+    assert [case.get("train.full_size") for case in asked] == ["1"] + [None] * 5
+    assert "2: **0.800**, 4: 1.200 |" in fits.measured_table([{**row, fits.LIMIT: 1.0}])
+
+
+def test_lora_needs_more_than_forward_passes_from_some_length_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    fits = importlib.import_module("fits")
+    beyond = fits.lora_from("opt-13b")
+    before, after = (fits.planned("opt-13b", tokens) for tokens in (beyond // 2, beyond))
+    assert before["LoRA"] <= before["replayed"] < before["stored"] < before["SGD"] < before["AdamW"]
+    assert after["LoRA"] > after["replayed"]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ["fsdp", "zero"])
 def test_seven_billion(engine: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mezo_dist.config import reader
 from tests.forked import ROOT, output_of
 
 
@@ -128,6 +129,45 @@ def test_where_svrg_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert 4 < watched["points"][0][-1] < 4000, "single samples' gradients differ more than batches'"
     assert capsys.readouterr().out.splitlines()[-1].startswith("| tiny | 16 |")
     assert (tmp_path / "where_svrg_pays.png").stat().st_size > 1000
+
+
+def test_paper_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ["MeZO-SVRG, lr: auto", "SGD"]
+    command = ["--preset", "tiny", "--out", str(tmp_path), "--only", *labels]
+    main_of("paper_table", monkeypatch, *command)
+    about, *runs = map(json.loads, (tmp_path / "paper_table-tiny-head-tiny.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    (final,) = (row for row in runs if row["seed"] and row["label"] == "SGD")
+    tried = {row["lr"]: row["points"][-1] for row in runs if row["label"] == "SGD" and not row["seed"]}
+    assert max(tried, key=lambda lr: (tried[lr][3], -tried[lr][2])) == final["lr"], "validation chooses the rate"
+    assert final["points"][-1][4] < final["points"][0][4], "it learns"
+    (auto,) = (row for row in runs if row["label"] == labels[0])
+    assert auto["lr"] == 0
+    assert min(auto["rates"]) > 0
+    assert all(abs(row["points"][-1][0] - 768) < 100 for row in runs), "all spend the same"
+    capsys.readouterr()
+    main_of("paper_table", monkeypatch, *command, "--report")
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        "| before",
+        *(f"| {label}" for label in labels),
+    ]
+    assert (tmp_path / "paper_table-tiny.png").stat().st_size > 1000
+
+
+def test_the_paper_table_has_settings_for_the_papers_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    paper_table = importlib.import_module("paper_table")
+    gpu = paper_table.PRESETS["gpu"]
+    for model in paper_table.PAPERS_MODELS:
+        for task in gpu.tasks.values():
+            config = reader.load(
+                ROOT / "configs/quickstart.yaml", [f"task={ROOT / task}", *gpu.settings[model].overrides]
+            )
+            assert (config.model.name, config.model.trainable, config.train.max_tokens) == (model, ("*",), 128)
+            config.task.check_head("classifier")
+    mezo = paper_table.contenders(gpu, 512)[0]
+    steps = {m: mezo.steps(gpu.budget * gpu.shares[m, "sst2"]) for m in paper_table.PAPERS_MODELS}
+    assert steps == paper_table.PAPERS_MODELS
 
 
 def test_what_a_pass_buys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from mezo_dist.algorithms.base import Variant
@@ -21,7 +23,7 @@ from mezo_dist.models.frozen_groups import Group
 from mezo_dist.runs.split_groups import SplitGroups
 from mezo_dist.tasks.batches import MicroBatch, cut
 from mezo_dist.tasks.classification.kind import collate
-from mezo_dist.tasks.classification.label_words import LabelWords
+from mezo_dist.tasks.classification.label_words import LabelWords, classifier
 from mezo_dist.tasks.classification.prompts import Sample
 from mezo_dist.testing import tiny_model
 from tests.engines import zoo
@@ -225,3 +227,63 @@ def test_whatever_a_model_raises_with_one_token_per_sample_is_no_obstacle(caplog
         run = attached(model)
     assert "the frozen blocks failed: Attention mask should be of size" in caplog.text
     torch.testing.assert_close(losses(model, run, batches()), wanted, rtol=1e-5, atol=1e-6)
+
+
+def a_classifier(kind: str, trainable: str) -> Any:
+    """A random model with a classification head; weights that match ``trainable`` are not frozen."""
+    torch.manual_seed(0)
+    made = {
+        "bert": transformers.BertForSequenceClassification,
+        "roberta": transformers.RobertaForSequenceClassification,
+        "distilbert": transformers.DistilBertForSequenceClassification,
+        "llama": transformers.LlamaForSequenceClassification,
+    }[kind]
+    config = tiny_model(kind).config
+    config.num_labels, config.pad_token_id = 3, 0
+    model = made(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(fnmatch.fnmatch(name, trainable))
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    return model
+
+
+def class_losses(model: nn.Module, run: Any) -> torch.Tensor:
+    """Loss of every sample by a classification head, under two variants."""
+    engine, table = Engine(model, Law("gaussian")), torch.zeros(2, len(SAMPLES))
+    variants = [Variant(Combination.single(3, 0.05)), Variant(Combination.single(4, -0.05))]
+    with torch.no_grad():
+        scores = engine.evaluate(variants, batches(), functools.partial(classifier, run=run))
+    for batch, row in zip(batches(), scores, strict=True):
+        for v, score in enumerate(row):
+            table[v, list(batch.slots)] = score.loss
+    return table
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainable", "is_narrow"),
+    [
+        ("bert", "classifier.*", True),
+        ("bert", "*layer.1.output*", True),  # after attention
+        ("bert", "*layer.1.attention*", False),  # the first token looks at all others
+        ("roberta", "classifier.*", True),
+        ("distilbert", "*classifier.*", True),
+        ("llama", "score.*", False),  # reads the last token
+    ],
+)
+def test_a_classifier_that_reads_the_first_token_runs_on_that_one(kind: str, trainable: str, is_narrow: bool) -> None:
+    model = a_classifier(kind, trainable)
+    run = attach_frozen_cache(model, [(batch.inputs, None) for batch in batches()], GIB)
+    assert isinstance(run, FrozenCache)
+    assert run.narrow == is_narrow
+    wanted = class_losses(a_classifier(kind, trainable), run_whole)
+    torch.testing.assert_close(class_losses(model, run), wanted, rtol=1e-5, atol=1e-6)
+    remembered = {state.shape[0] for states in run._known.values() for state in states}
+    assert (remembered == {1}) == is_narrow
+
+
+def test_a_head_that_says_nothing_yet_does_not_tell_where_it_reads() -> None:
+    model = a_classifier("bert", "*layer.1.attention*")
+    model.classifier.weight.data.zero_()
+    run = attach_frozen_cache(model, [(batch.inputs, None) for batch in batches()], GIB)
+    assert isinstance(run, FrozenCache)
+    assert not run.narrow
