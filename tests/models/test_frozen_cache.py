@@ -247,6 +247,13 @@ def a_classifier(kind: str, trainable: str) -> Any:
     return model
 
 
+def without_positions() -> SplitGroups:
+    def make(some: Sequence[Sample]) -> Group:
+        return collate(some, tuple(range(len(some))), 0).inputs, None
+
+    return SplitGroups([SAMPLES], 2, make)
+
+
 def class_losses(model: nn.Module, run: Any) -> torch.Tensor:
     """Loss of every sample by a classification head, under two variants."""
     engine, table = Engine(model, Law("gaussian")), torch.zeros(2, len(SAMPLES))
@@ -272,7 +279,7 @@ def class_losses(model: nn.Module, run: Any) -> torch.Tensor:
 )
 def test_a_classifier_that_reads_the_first_token_runs_on_that_one(kind: str, trainable: str, is_narrow: bool) -> None:
     model = a_classifier(kind, trainable)
-    run = attach_frozen_cache(model, [(batch.inputs, None) for batch in batches()], GIB)
+    run = attach_frozen_cache(model, without_positions(), GIB)
     assert isinstance(run, FrozenCache)
     assert run.narrow == is_narrow
     wanted = class_losses(a_classifier(kind, trainable), run_whole)
@@ -284,6 +291,6 @@ def test_a_classifier_that_reads_the_first_token_runs_on_that_one(kind: str, tra
 def test_a_head_that_says_nothing_yet_does_not_tell_where_it_reads() -> None:
     model = a_classifier("bert", "*layer.1.attention*")
     model.classifier.weight.data.zero_()
-    run = attach_frozen_cache(model, [(batch.inputs, None) for batch in batches()], GIB)
+    run = attach_frozen_cache(model, without_positions(), GIB)
     assert isinstance(run, FrozenCache)
     assert not run.narrow
