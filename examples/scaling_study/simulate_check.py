@@ -280,7 +280,7 @@ def check_link(table: Table, count: int, repeats: int, steps: int) -> None:
     for layout in ("replicated", "fsdp"):
         turns = []
         for _ in range(repeats):
-            with cluster(count) as hosts, tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, cluster(count) as hosts:
                 turns.append(slow_link(hosts, Path(folder), layout, steps))
         middle = sorted(turns, key=lambda turn: turn["measured"] / turn["predicted"])[len(turns) // 2]
         what = f"{count} hosts, {layout}, a step at {RATE}, s"
@@ -291,10 +291,10 @@ def check_lost(table: Table, count: int, repeats: int, *, silent: bool) -> None:
     """The third part: a whole host, of which nobody is told, or a rank alone."""
     starts, losses = [], []
     for turn in range(repeats + 1):  # the first start finds cold caches, and does not count
-        with cluster(count - 1 if silent else count) as hosts, tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, cluster(count - 1 if silent else count) as hosts:
             starts.append(first_start(hosts, Path(folder)))
         if turn:
-            with cluster(count) as hosts, tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, cluster(count) as hosts:
                 losses.append(lost(hosts, Path(folder), silent=silent))
     start = statistics.median(starts[1:])
     what = f"{count} hosts, a {'host' if silent else 'rank'} killed, until the next step, s"
