@@ -109,16 +109,15 @@ def about(device: str) -> JsonObject:
 
 def check_writable(path: Path) -> None:
     """Raise UserError if no line can be added to a file, before hours of runs are made for it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error})") from error
+    _add(path, b"")
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Add a line in one write, so that parts of an array of jobs may write to the same file."""
-    content = (json.dumps(line) + "\n").encode()
+    _add(path, (json.dumps(line) + "\n").encode())
+
+
+def _add(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
