@@ -74,6 +74,11 @@ class AutoRate:
         weight = RECENT * self.weight + (1 - RECENT)
         return AutoRate(mean, weight, max(mean / weight, RELEASE * self.curvature), min(self.steps + 1, WARM_UP))
 
+    @property
+    def recent(self) -> float:
+        """The mean curvature along a direction, over recent steps."""
+        return self.mean / self.weight if self.weight else 0.0
+
     def rate(self, eta: float, directions: float) -> float:
         """The learning rate; 0 while no loss has changed along any direction.
 
@@ -87,9 +92,14 @@ class AutoRate:
         """The factor on the rate in the first steps; 1 if the rate is not found here, or ``schedule`` warms up."""
         return self.steps / WARM_UP if self.steps and not schedule.warmup_steps else 1.0
 
-    def metrics(self, rate: float) -> dict[str, float]:
-        """What to draw curves of, given the learning ``rate`` before schedules; nothing, if it is not found here."""
-        return {"rate/lr": rate, "rate/curvature": self.curvature} if self.steps else {}
+    def metrics(self, rate: float, share: float) -> dict[str, float]:
+        """What to draw curves of; nothing, if the rate is not found here.
+
+        Args:
+            rate: the learning rate, before schedules.
+            share: the share of the best step that it takes.
+        """
+        return {"rate/lr": rate, "rate/curvature": self.curvature, "rate/share": share} if self.steps else {}
 
 
 def share(eta: float | None, num_steps: int) -> float:

@@ -33,6 +33,7 @@ from typing import ClassVar, Literal
 from mezo_dist.algorithms.auto_rate import AUTO_IN_CONFIGS, AutoRate, check_auto_rate, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.decay import Decay, check_decay
+from mezo_dist.algorithms.look_back import LookBack
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.ranges import check_ranges, check_types
@@ -55,8 +56,9 @@ class MeZO:
     nothing is known, has 1e-6."""
     eta: float | None = None
     """For ``lr: auto``: the share of the best step, directions / curvature, that is taken (from 1 on steps go too far,
-    however precise the estimates are). Null: 0.8 / sqrt(train.steps), and at most 0.1, for the noise of small steps
-    averages out. Unless `schedule` has a warm-up, the first 8 steps are one."""
+    however precise the estimates are). Null: 0.8 / sqrt(train.steps), and at most 0.1, at the start, and then what
+    looking back at the last steps says was best, every 8 steps or more; a look takes two forward passes of the
+    minibatch. A number stays what it is. Unless `schedule` has a warm-up, the first 8 steps are one."""
     eps: float | Literal["auto"] = 1e-3
     """Size of the perturbation. ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that is not lost in
     the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around 1, as those of
@@ -131,6 +133,7 @@ class MeZOState:
     """Current weights - base; only kept for ``pull``."""
     decay: Decay = Decay()
     auto: AutoRate = AutoRate()
+    look_back: LookBack = LookBack()
 
 
 @dataclass(frozen=True)
@@ -161,13 +164,25 @@ class MeZOPlanner:
     def plan(self, state: MeZOState, step: int) -> Evaluation:
         return self._probe(step).evaluation()
 
-    def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState]:
+    def _looks(self, look_back: LookBack, step: int) -> bool:
+        """Whether a step begins with a look at what those before were worth."""
+        config, problem = self.config, self.problem
+        if config.lr != "auto" or config.eta is not None:
+            return False
+        return look_back.is_due(step, problem, config.directions)
+
+    def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState] | Evaluation:
         config, probe, losses = self.config, self._probe(step), rounds[0]
+        look_back = state.look_back
+        if self._looks(look_back, step):
+            if len(rounds) == 1:
+                return look_back.evaluation()
+            look_back = look_back.after_look(rounds[1], state.auto.recent)
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(scaled(clipped(projected, config.clip), config.scaling, one_sided=config.one_sided))
         gradient, past = state.past.with_now(estimate, config.momentum)
-        eta = share(config.eta, self.problem.num_steps)
-        base_lr, auto = settle(config.lr, state.auto, losses.curvature, eta, config.directions)
+        look_back = look_back.starting_at(share(config.eta, self.problem.num_steps))
+        base_lr, auto = settle(config.lr, state.auto, losses.curvature, look_back.share, config.directions)
         schedule = config.schedule.factor(step, self.problem.num_steps) * auto.warm_up(config.schedule)
         lr = base_lr * schedule * state.plateau.factor * self.rate
         combination = -lr * (gradient + config.pull * state.total)
@@ -177,9 +192,11 @@ class MeZOPlanner:
         scale, decay = state.decay.after(lr * config.weight_decay)
         metrics = {"loss": loss, "projected_gradient": typical(projected), "lr": lr}
         metrics["zero_differences"] = zero_share(projected)
+        if config.lr == "auto" and config.eta is None:
+            look_back = look_back.after_step(combination, schedule * state.plateau.factor * self.rate)
         return Update(
-            MeZOState(plateau, past, total, decay, auto),
+            MeZOState(plateau, past, total, decay, auto, look_back),
             update_operations(combination, scale=scale, exempt_vectors=not config.weight_decay_all),
-            metrics | plateau.metrics(rule) | auto.metrics(base_lr),
+            metrics | plateau.metrics(rule) | auto.metrics(base_lr, look_back.share),
             plateau.note_on(state.plateau),
         )

@@ -202,13 +202,13 @@ class SVRGPlanner:
         auto, anchor_auto, along_anchor = state.auto, state.anchor_auto, config.anchor_directions / config.q
         if is_anchor:
             base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, losses.curvature, eta, along_anchor)
-            metrics |= anchor_auto.metrics(base_lr)
+            metrics |= anchor_auto.metrics(base_lr, eta)
             anchor_step = step
             plateau = plateau.after(metrics["loss"], rule, rule.losses_per_window(self.problem.epoch, config.q))
             estimate = anchor_gradient = probe.gradient(clipped(projected[0], config.clip))
         else:
             base_lr, auto = settle(config.lr, auto, losses.curvature, eta, along_anchor)
-            metrics |= auto.metrics(base_lr)
+            metrics |= auto.metrics(base_lr, eta)
             anchor_step, anchor_gradient = state.anchor_step, state.anchor_gradient
             differences = [p - p0 for p, p0 in zip(*projected, strict=True)]
             estimate = probe.gradient(clipped(differences, config.clip)) + anchor_gradient

@@ -40,7 +40,7 @@ def test_the_rate_does_not_run_away_from_a_model_that_grows_sure() -> None:
 
 def test_the_default_share_falls_with_the_square_root_of_the_number_of_steps() -> None:
     def rate(num_steps: int, **more: Any) -> float:
-        planner = MeZOPlanner(MeZO(lr="auto", **more), Problem(num_steps=num_steps))
+        planner: Any = MeZOPlanner(MeZO(lr="auto", **more), Problem(num_steps=num_steps))
         return planner.update(planner.init(), 0, [Losses((1.0, 0.5), curvature=1.0)]).metrics["rate/lr"]
 
     assert [rate(steps) for steps in (64, 256, 1024)] == pytest.approx([0.1, 0.05, 0.025])
@@ -50,12 +50,12 @@ def test_the_default_share_falls_with_the_square_root_of_the_number_of_steps() -
 
 def test_where_no_loss_changes_there_is_no_rate_and_no_step() -> None:
     assert AutoRate().after(0.0).rate(0.1, 4) == 0
-    planner = MeZOPlanner(MeZO(lr="auto"), Problem())
+    planner: Any = MeZOPlanner(MeZO(lr="auto"), Problem())
     update = planner.update(planner.init(), 0, [Losses((1.0, 1.0), curvature=0.0)])
     assert not update.combination
 
 
-def planner_of(**more: Any) -> MeZOPlanner:
+def planner_of(**more: Any) -> Any:
     return MeZOPlanner(MeZO(lr="auto", eta=0.2, **more), Problem(num_steps=10))
 
 

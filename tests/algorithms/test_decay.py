@@ -36,7 +36,7 @@ def scale_of(update: Update[Any]) -> float:
 
 
 def test_decay_follows_the_learning_rate_of_the_step() -> None:
-    planner = MeZOPlanner(MeZO(lr=0.5, eps=0.5, weight_decay=0.1, schedule=Schedule("linear")), PROBLEM)
+    planner: Any = MeZOPlanner(MeZO(lr=0.5, eps=0.5, weight_decay=0.1, schedule=Schedule("linear")), PROBLEM)
     state = planner.init()
     done = [planner.update(state, step, [Losses((1.0, 1.0))]) for step in (0, 5, 9)]
     assert [scale_of(update) for update in done] == [to_fp32(1 - update.metrics["lr"] * 0.1) for update in done]

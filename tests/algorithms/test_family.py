@@ -22,11 +22,11 @@ PROBLEM = Problem(seed=1, num_steps=10, batch_size=2, full_size=4)
 SEEDS = [PROBLEM.direction_seed(0, k) for k in range(4)]
 
 
-def mezo(**settings: Any) -> MeZOPlanner:
+def mezo(**settings: Any) -> Any:
     return MeZOPlanner(MeZO(lr=1.0, eps=0.5, **settings), PROBLEM)
 
 
-def update(planner: MeZOPlanner, *losses: float, state: MeZOState | None = None) -> Update[Any]:
+def update(planner: Any, *losses: float, state: MeZOState | None = None) -> Update[Any]:
     return planner.update(state or planner.init(), 0, [Losses(losses)])
 
 
@@ -122,7 +122,7 @@ def test_pull_takes_off_a_part_of_the_way_from_the_base() -> None:
 
 
 def test_the_total_is_the_sum_of_all_updates() -> None:
-    planner = MeZOPlanner(MeZO(lr=0.5, eps=0.5, pool=4, pull=0.25), PROBLEM)
+    planner: Any = MeZOPlanner(MeZO(lr=0.5, eps=0.5, pool=4, pull=0.25), PROBLEM)
     state, total = planner.init(), ZERO
     for step in range(9):
         done = planner.update(state, step, [Losses((1.0 + step, 0.5))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,8 @@ def test_groups_that_differ_have_updates_of_their_own() -> None:
     planner = GroupedPlanner(MeZO(lr=1.0), PROBLEM, (Group(NAMES[0], weight_decay=0.25), GROUPS[1]))
     scale, *additions = planner.at([0.5, 0.0]).update(planner.init(), 0, [TWO]).operations
     assert scale == Scale(0.875, exempt_vectors=False, only=NAMES[0])
-    whole = MeZOPlanner(MeZO(lr=0.5), PROBLEM).update(MeZOPlanner(MeZO(), PROBLEM).init(), 0, [TWO])
+    alone: Any = MeZOPlanner(MeZO(lr=0.5), PROBLEM)
+    whole = alone.update(alone.init(), 0, [TWO])
     assert additions == [Add(whole.combination, NAMES[0]), Add(0.0 * whole.combination, NAMES[1])]
     assert planner.at([1.0, 1.0]).update(planner.init(), 0, [TWO]).operations[1] == Add(2.0 * whole.combination)
 

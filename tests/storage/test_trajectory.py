@@ -6,6 +6,7 @@ import json
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -94,7 +95,7 @@ def test_a_direction_per_sample_takes_at_most_16_bytes_per_coefficient(batch: in
     problem = Problem(0, 20_000, batch, 128)
     each = tuple(tuple(measured(v, i) for i in range(batch)) for v in range(4))
     mean = tuple(sum(int(loss * 2**32) for loss in row) / (batch * 2**32) for row in each)
-    mezo = MeZOPlanner(MeZO(per_sample=True), problem)
+    mezo: Any = MeZOPlanner(MeZO(per_sample=True), problem)
     losses = Losses(mean[:2], each[:2])
     update = mezo.update(mezo.init(), 19_000, [losses])
     assert len(update.combination) == batch
