@@ -1,0 +1,120 @@
+"""The share of the best step that ``lr: auto`` takes, adapted by looking back at what the last steps were worth.
+
+The curvature along single directions (`mezo_dist.algorithms.auto_rate`) tells how far a step may go if its estimate
+were exact. How much of that distance is right depends on how far the gradients of samples differ, and on how much is
+left to learn: both are unknown before a run, and change in it. But they can be seen afterwards. Let D be the sum of the
+updates of the last T steps. On samples that these steps did not use, the loss at the weights of T steps ago and at
+the current ones, with the curvature c = D' G D from the same passes, gives the parabola along D, and on it
+
+    best length of D, in lengths of D:     (L(w - D) - L(w) + c / 2) / c
+
+It is above one where the steps were too small, and below one, or negative, where they were mostly noise. With D's
+share s of the best step per direction, that length times s is the share that would have been best (for loss after these
+steps; the idea of hypergradients, Baydin et al. 2018, with a whole window in place of the last step, for the noise of
+which most of a single step consists). A single look is imprecise, so the share is a ratio of two decaying sums over
+looks, to which the share at the start belongs with the weight of `TRUST` looks:
+
+    share = sum(s * (gain of D)) / sum(c),      each look divided by the c that its directions have on average
+
+A look takes two forward passes of a minibatch (the one that the step uses anyway, which the steps before have not seen,
+as long as batches do not come again within a window) after 8 steps or more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from mezo_dist.algorithms.base import Evaluation, Losses, Pair, Problem, Variant
+from mezo_dist.directions.combination import ZERO, Combination
+
+WINDOW = 8
+"""Steps between looks, at least."""
+DIRECTIONS = 32
+"""Directions between looks, at least: what a window is worth rises with their number."""
+EARLY = 2
+"""Looks whose windows are half as long, for the share at the start may be far off."""
+MEMORY = 0.9
+"""Weight of a look against that of the next one."""
+TRUST = 4.0
+"""Looks that the share at the start counts for."""
+CHANGE = 2.0
+"""The most by which a look multiplies or divides the share."""
+MOST = 0.5
+"""The largest share."""
+
+
+@dataclass(frozen=True)
+class LookBack:
+    """What is remembered of the steps since the last look, and of the looks before."""
+
+    displacement: Combination = ZERO
+    """The sum of the updates since the last look."""
+    steps: int = 0
+    """Their number."""
+    shares: float = 0.0
+    """The sum of the shares that they took, schedules among them."""
+    gain: float = 0.0
+    """Decaying sum over looks of share times gain."""
+    curvature: float = 0.0
+    """Decaying sum over looks of curvatures."""
+    looks: int = 0
+    """Looks so far."""
+    share: float = 0.0
+    """The share that the steps take; 0 before the first one."""
+
+    def starting_at(self, share: float) -> LookBack:
+        """With this share, before the first step; later, as it is."""
+        return self if self.share else replace(self, share=share)
+
+    def is_due(self, step: int, problem: Problem, directions: int) -> bool:
+        """Whether ``step`` has a look: not at the end of a run, for which it would come too late, and not where a
+        window goes through all training samples, so that none of its samples is new.
+
+        Args:
+            step: number of the step.
+            problem: the number of steps, and of those in an epoch.
+            directions: of a step.
+        """
+        window = max(WINDOW, math.ceil(DIRECTIONS / directions))
+        if problem.epoch < window or step + window // 2 >= problem.num_steps:
+            return False
+        return self.steps >= (window // 2 if self.looks < EARLY else window)
+
+    def evaluation(self) -> Evaluation:
+        """The passes of a look: the weights as they were, and as they are."""
+        return Evaluation((Variant(-self.displacement), Variant()), pairs=(Pair(1, 0, 1.0),))
+
+    def after_look(self, losses: Losses, typical: float) -> LookBack:
+        """The state after a look.
+
+        Args:
+            losses: what came of `evaluation`.
+            typical: curvature along one direction of length 1, the mean over recent steps.
+
+        Raises:
+            ValueError: the losses have no curvature.
+        """
+        if losses.curvature is None:
+            raise ValueError("lr: auto: losses without a curvature")
+        then, now = losses.mean
+        expected = typical * sum(c * c for _, c in self.displacement.terms)
+        first = TRUST if self.looks == 0 else 0.0
+        gain, curvature = MEMORY * self.gain + first * self.share, MEMORY * self.curvature + first
+        if expected > 0:
+            taken = self.shares / self.steps
+            gain += taken * (then - now + losses.curvature / 2) / expected
+            curvature += losses.curvature / expected
+        best = gain / curvature if curvature > 0 else self.share
+        share = min(max(best, self.share / CHANGE), self.share * CHANGE, max(MOST, self.share))
+        return LookBack(gain=gain, curvature=curvature, looks=self.looks + 1, share=share)
+
+    def after_step(self, update: Combination, schedule: float) -> LookBack:
+        """The state after a step.
+
+        Args:
+            update: what it added to the weights.
+            schedule: factor on its rate.
+        """
+        shares = self.shares + self.share * schedule
+        return replace(self, displacement=self.displacement + update, steps=self.steps + 1, shares=shares)
