@@ -1,7 +1,8 @@
 """The shape of any model that transformers knows, read off its class, instantiated on device meta: no weight is loaded
 or made.
 
-This is right for every architecture, but imports torch and transformers, which takes seconds.
+This is right for every architecture, but imports torch and transformers, which takes seconds; so
+`mezo_dist.planning.kept_shapes` remembers what comes out.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def shape_of(config: PreTrainedConfig, name: str) -> ModelShape:
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModel):
         try:
             with torch.device("meta"):
-                model = auto.from_config(config)
+                model = auto.from_config(config, trust_remote_code=False)  # else it might ask whether to run code
         except Exception as error:  # noqa: BLE001 (model code may raise anything)
             problem = problem or error
             continue
