@@ -32,7 +32,7 @@ TOOLS = {
 """Commands that a cluster needs, and the Debian packages that bring them."""
 NETWORK = "10.77.0"
 BURST = 3000
-"""Bytes that a limited link lets through at once (two packets), if its rate is so low that a timer tick brings fewer."""
+"""Bytes that a limited link lets through at once (two packets), where a timer tick brings fewer."""
 HOSTFILE = "/run/cluster/hostfile"
 """On every host: a line ``host1 slots=1`` per host, as DeepSpeed and Open MPI read it."""
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

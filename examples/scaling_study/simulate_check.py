@@ -8,10 +8,10 @@ Needs root (`launcher/README.md`). Three parts, for each number of hosts, one ra
   takes 2 (n - 1) hops; seconds and packets of a hop are taken from the smallest number of hosts, so that only the
   others test the formula. Packets do not depend on how busy the machine is: three times as many for four hosts as for
   two is a ring, twice as many would be a tree.
-* slow link: a step of a tiny model, whole and sharded (fsdp), on links of 1 Mbit/s: the bytes that the network card of
-  a host sends in it, contents and framing, which do not depend on how busy the machine is; and its seconds. Predicted is
-  the step without the limit, measured in turns with it, plus the bytes of the plan over the rate of the link, less the
-  few that the token bucket of a virtual link lets through at once.
+* slow link: a step of a tiny model, whole and sharded (fsdp), on links of 1 Mbit/s: the bytes that the network card
+  of a host sends in it, contents and framing, which do not depend on how busy the machine is; and its seconds.
+  Predicted is the step without the limit, measured in turns with it, plus the bytes of the plan over the rate of the
+  link, less the few that the token bucket of a virtual link lets through at once.
 * lost: a host is killed (cable first, so that nobody is told), or only its rank; seconds until the next step is in the
   trajectory. What a start takes (imports, data, model: the assumption ``start``) is taken from the start of another job
   on as many hosts as go on: virtual hosts share the cores of this machine, and the job before it has filled its caches

@@ -56,8 +56,8 @@ def _of_contents(contents: Mapping[str, Any], name: str, notes: list[str]) -> Mo
     if shape is not None:
         return shape
     kind = contents.get("model_type")
-    print(f"{printable(name)}: transformers makes an empty model of this architecture (model_type: {kind!r}), which takes "
-          "some seconds the first time ...", file=sys.stderr)  # fmt: skip
+    print(f"{printable(name)}: transformers makes an empty model of its architecture (model_type: {kind!r}), which "
+          "takes some seconds the first time ...", file=sys.stderr)  # fmt: skip
     from mezo_dist.planning.instantiated import shape_of_contents
 
     shape = shape_of_contents(contents, name)

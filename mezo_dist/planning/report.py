@@ -202,7 +202,8 @@ def _step_line(what: str, step: StepPlan) -> str:
     framed = f", {framing:,} of framing beside {step.traffic.between_hosts:,} between hosts" if framing else ""
     return (
         f"  {what}, {_figure(step.duration.total)} s: {parts}; {step.round.passes} passes, {step.width} "
-        f"micro-batch(es) in lock step, {step.work.flops / 1e12:,.2f} TFLOP, {step.traffic.scalars:,} bytes of scalars{framed}"
+        f"micro-batch(es) in lock step, {step.work.flops / 1e12:,.2f} TFLOP, {step.traffic.scalars:,} bytes of "
+        f"scalars{framed}"
     )
 
 

@@ -23,9 +23,9 @@ COUNTED = {
     ("gather", 1000): {2: (2, 1800), 4: (6, 5395), 8: (14, 12606)},
     ("gather", 8000): {2: (2, 9256), 4: (6, 27358)},
 }
-"""By collective and bytes of a rank, and by hosts: frames with contents, and bytes that the card of a virtual host sent (one
-rank on each, gloo of torch 2.13, 2026-11-26). Those of 8,000 bytes were counted at 1 Mbit/s: a faster virtual link leaves
-the cutting into packets to the card, which does not count the headers."""
+"""By collective and bytes of a rank, and by hosts: frames with contents, and bytes that the card of a virtual host
+sent (one rank on each, gloo of torch 2.13, 2026-11-26). Those of 8,000 bytes were counted at 1 Mbit/s: a faster
+virtual link leaves the cutting into packets to the card, which does not count the headers."""
 
 
 @pytest.mark.parametrize(("kind", "size"), COUNTED)

@@ -82,7 +82,9 @@ from mezo_dist.cli import main
 assert main(["plan", {str(tmp_path)!r}, "--tokens", "32"]) == 0
 assert not {{"torch", "transformers"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
     assert done.returncode == 0, done.stderr
     assert "upper estimate" in done.stdout
     assert not done.stderr
@@ -98,7 +100,12 @@ def test_the_first_answer_says_why_it_takes_seconds(tmp_path: Path, capsys: pyte
 
 def test_nobody_is_asked_whether_to_run_code(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(builtins, "input", lambda *_: asked.append(1) or "n")
+
+    def ask(*words: object) -> str:
+        asked.append(words)
+        return "n"
+
+    monkeypatch.setattr(builtins, "input", ask)
     contents = {"model_type": "clip_text_model", "hidden_size": 64, "auto_map": {"AutoModelForCausalLM": "a--b.C"}}
     assert shape_of_contents(contents, "mine").hidden == 64
     assert not asked
