@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from mezo_dist.planning.choice import plan
 from mezo_dist.planning.duration import duration_of
 from mezo_dist.planning.families import shape_of_config
 from mezo_dist.planning.framing import framing_of, messages_of_gather, messages_of_reduce
@@ -15,6 +16,7 @@ from mezo_dist.planning.rounds import rounds_of
 from mezo_dist.planning.setting import Setting
 from mezo_dist.planning.traffic import Traffic, traffic_of
 from mezo_dist.planning.work import work_of
+from mezo_dist.simulation.jobs import forward_job
 
 COUNTED = {
     ("reduce", 256): {2: (4, 1718), 4: (12, 5114), 8: (28, 11504)},
@@ -78,3 +80,13 @@ def test_a_slow_link_takes_its_time_for_framing() -> None:
     slower, faster = (duration_of(shape, setting, machine, step, work, some).parts for some in (framed, plain))
     assert slower["gathers"] - faster["gathers"] == pytest.approx(framed.framed_gathers / 125_000)
     assert slower["scalars"] - faster["scalars"] == pytest.approx(framed.framed_scalars / 125_000)
+
+
+def test_a_simulated_job_takes_that_time_too() -> None:
+    shape, setting = shape_of_config(NAMED["opt-125m"], "opt-125m"), Setting(layout="fsdp")
+    assert shape is not None
+    machine = Machine(hosts=4, gpu=False, link=125_000)
+    costs = forward_job(shape, plan(shape, setting, machine)).at(2)
+    crossing = traffic(setting, replace(machine, hosts=2))
+    assert costs.linking == pytest.approx((crossing.gathered / 2 + crossing.framed_gathers) / 125_000, rel=1e-3)
+    assert costs.scalars > crossing.framed_scalars / 125_000
