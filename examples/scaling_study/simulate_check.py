@@ -1,8 +1,9 @@
 """What ``mezo-dist simulate`` says against what happens: virtual hosts, one of them killed, a link of 1 Mbit/s.
 
-    python examples/scaling_study/simulate_check.py [--fast] [--hosts 2 4 8] [--repeats 3] [--parts link] [--to FILE]
+    python examples/scaling_study/simulate_check.py [--fast] [--hosts 2 4 8] [--repeats 3] [--parts link]
 
-Needs root (`launcher/README.md`); eight hosts need 6 GiB of memory. Three parts, for each number of hosts, one rank on each:
+Needs root (`launcher/README.md`); eight hosts need 6 GiB of memory. Three parts, for each number of hosts, one rank
+on each:
 
 * all-reduce: seconds of a round of 256 bytes, and packets that host1 sends in it. A message that goes round a ring
   takes 2 (n - 1) hops; seconds and packets of a hop are taken from the smallest number of hosts, so that only the
