@@ -31,6 +31,8 @@ TOOLS = {
 }
 """Commands that a cluster needs, and the Debian packages that bring them."""
 NETWORK = "10.77.0"
+BURST = 3000
+"""Bytes that a limited link lets through at once (two packets), where a timer tick brings fewer."""
 HOSTFILE = "/run/cluster/hostfile"
 """On every host: a line ``host1 slots=1`` per host, as DeepSpeed and Open MPI read it."""
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -145,7 +147,7 @@ class Cluster:
                 subprocess.run([*enter, "tc", "qdisc", "del", "dev", card, "root"], capture_output=True, check=False)
                 if rate is not None:
                     # The burst must hold what a timer tick lets through at the highest rate; small ones are exact.
-                    burst = max(3000, _bits_per_second(rate) // 8 // 250)
+                    burst = max(BURST, _bits_per_second(rate) // 8 // 250)
                     limit = ["tbf", "rate", rate, "burst", str(burst), "latency", "400ms"]
                     _call([*enter, "tc", "qdisc", "add", "dev", card, "root", *limit])
 

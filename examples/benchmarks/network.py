@@ -40,6 +40,7 @@ from mezo_dist.directions.law import Law
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.distributed.connect import connect
 from mezo_dist.engines.engine import Engine
+from mezo_dist.planning.framing import SEGMENT_HEADERS
 from mezo_dist.runs.evaluation import Evaluator
 from mezo_dist.tasks.classification.label_words import LabelWords
 
@@ -47,8 +48,6 @@ RATES = {"1gbit": 1e9, "100mbit": 1e8, "10mbit": 1e7, "1mbit": 1e6}
 """Bits per second."""
 SAMPLES, TOKENS, LR = 8, 32, 1e-6
 """Samples and tokens of a rank's micro-batch, and the learning rate."""
-HEADERS = 14 + 20 + 32
-"""Bytes of Ethernet, IPv4 and TCP (with time stamps) in a packet."""
 FLOW = 50_000
 """Bytes that only gradients come to, not the messages before them."""
 LOOPBACK = "loopback"
@@ -205,7 +204,7 @@ def measure_mezo(
             "seconds": statistics.median(times[name]) + line_s,
             "over_loopback": statistics.median(ratios),
             "bytes": num_bytes,
-            "tcp_payload": num_bytes - packets * HEADERS,
+            "tcp_payload": num_bytes - packets * SEGMENT_HEADERS,
             "payload": payload,
         }
     return figures

@@ -1,15 +1,18 @@
 """What ``mezo-dist simulate`` says against what happens: virtual hosts, one of them killed, a link of 1 Mbit/s.
 
-    python examples/scaling_study/simulate_check.py [--fast] [--hosts 2 4] [--repeats 3] [--to FILE]
+    python examples/scaling_study/simulate_check.py [--fast] [--hosts 2 4 8] [--repeats 3] [--parts link]
 
-Needs root (`launcher/README.md`). Three parts, for each number of hosts, one rank on each:
+Needs root (`launcher/README.md`); eight hosts need 6 GiB of memory. Three parts, for each number of hosts, one rank
+on each:
 
 * all-reduce: seconds of a round of 256 bytes, and packets that host1 sends in it. A message that goes round a ring
   takes 2 (n - 1) hops; seconds and packets of a hop are taken from the smallest number of hosts, so that only the
   others test the formula. Packets do not depend on how busy the machine is: three times as many for four hosts as for
   two is a ring, twice as many would be a tree.
-* slow link: a step of a tiny model, whole and sharded (fsdp), on links of 1 Mbit/s. Predicted is the step without the
-  limit, measured in turns with it, plus the bytes of the plan over the rate of the link.
+* slow link: a step of a tiny model, whole and sharded (fsdp), on links of 1 Mbit/s: the bytes that the network card
+  of a host sends in it, contents and framing, which do not depend on how busy the machine is; and its seconds.
+  Predicted is the step without the limit, measured in turns with it, plus the bytes of the plan over the rate of the
+  link, less the few that the token bucket of a virtual link lets through at once.
 * lost: a host is killed (cable first, so that nobody is told), or only its rank; seconds until the next step is in the
   trajectory. What a start takes (imports, data, model: the assumption ``start``) is taken from the start of another job
   on as many hosts as go on: virtual hosts share the cores of this machine, and the job before it has filled its caches
@@ -37,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from launcher.hosts import Cluster, cluster  # noqa: E402
+from launcher.hosts import BURST, Cluster, cluster  # noqa: E402
 from mezo_dist.planning.allreduce import hops  # noqa: E402
 from mezo_dist.planning.choice import plan  # noqa: E402
 from mezo_dist.planning.lookup import find_shape  # noqa: E402
@@ -106,9 +109,19 @@ def all_reduce(hosts: Cluster, repeats: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def job(hosts: Cluster, folder: Path, fewest: int, *settings: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """A tiny run that does not end by itself, started by launcher/torchrun.sh on every host."""
-    settings = (f"--distributed.timeout_s={TIMEOUT_S}", "--output.export=false", "--output.test=false", *settings)
+def job(
+    hosts: Cluster, folder: Path, fewest: int, *settings: str, timeout_s: int = TIMEOUT_S
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """A tiny run that does not end by itself, started by launcher/torchrun.sh on every host.
+
+    Args:
+        hosts: the virtual hosts.
+        folder: of its config.
+        fewest: hosts without which it does not start.
+        settings: further ones, as the command line takes them.
+        timeout_s: ``distributed.timeout_s``.
+    """
+    settings = (f"--distributed.timeout_s={timeout_s}", "--output.export=false", "--output.test=false", *settings)
     most = len(hosts.hosts)
     line = [str(ROOT / "launcher" / "torchrun.sh"), f"{fewest}:{most}", "host1", "config.yaml", *settings]
     more = {"PET_RDZV_CONF": f"last_call_timeout={LAST_CALL_S},keep_alive_interval=1", "OMP_NUM_THREADS": "1"}
@@ -193,30 +206,37 @@ def simulated_loss(hosts: int, start: float, *, silent: bool) -> float:
 
 
 def slow_link(hosts: Cluster, folder: Path, layout: str, steps: int) -> dict[str, float]:
-    """Seconds of a step at 1 Mbit/s and without a limit, and what the plan says of it."""
+    """Seconds of a step at 1 Mbit/s and without a limit, bytes of a host's card in it, and what the plan says of both.
+    The card is the last host's: the first one answers the launchers of all, too."""
     write_tiny_config(folder, algorithm="mezo", steps=MANY, batch_size=16)
-    with job(hosts, folder, len(hosts.hosts), f"--layout.name={layout}", "--train.micro_batch=8"):
+    settings, card = (f"--layout.name={layout}", "--train.micro_batch=8"), hosts.hosts[-1]
+    with job(hosts, folder, len(hosts.hosts), *settings, timeout_s=PATIENCE_S):
         wait_for_steps(folder, 10)
         times: dict[str, list[float]] = {"unlimited": [], RATE: []}
+        sent: list[float] = []
         for _ in range(TURNS):
             for name, values in times.items():
                 hosts.rate(None if name == "unlimited" else name)
                 first = _steps(folder / "run" / "trajectory.jsonl") + 2
-                began = wait_for_steps(folder, first)
+                began, before = wait_for_steps(folder, first), hosts.counters(card)
                 values.append((wait_for_steps(folder, first + steps) - began) / steps)
+                if name == RATE:
+                    sent.append((hosts.counters(card) - before).sent_bytes / steps)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     setting = Setting(layout=layout, weights="float32", batch_size=16, micro_batch=8, tokens=16)  # type: ignore[arg-type]
-    one = plan(find_shape(str(folder / "model"), []), setting, Machine(len(hosts.hosts)))
-    crossing = one.mean(lambda step: step.traffic.between_hosts)
-    return {"measured": seconds[RATE], "unlimited": seconds["unlimited"], "bytes": crossing,
-            "predicted": seconds["unlimited"] + crossing / RATE_BYTES}  # fmt: skip
+    one = plan(find_shape(str(folder / "model"), []), setting, Machine(len(hosts.hosts), gpu=False))
+    contents = one.mean(lambda step: step.traffic.between_hosts)
+    framing = one.mean(lambda step: step.traffic.framed_gathers + step.traffic.framed_scalars)
+    waiting = max(0.0, contents + framing - BURST) / RATE_BYTES
+    return {"measured": seconds[RATE], "unlimited": seconds["unlimited"], "contents": contents, "framing": framing,
+            "sent": statistics.median(sent), "predicted": seconds["unlimited"] + waiting}  # fmt: skip
 
 
 def main() -> None:
     """Measure, compare, print a table, and write everything down."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--fast", action="store_true", help="two hosts (and four for the all-reduce), each part once")
-    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--hosts", type=int, nargs="+", help="default: 2 and 4, for the slow link also 8")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--to", type=Path, help="a JSON file of all figures")
@@ -225,13 +245,14 @@ def main() -> None:
     if given.worker:
         work(given.worker)
         return
-    counts, repeats, steps = ([2], 1, 5) if given.fast else (given.hosts, given.repeats, 10)
+    counts, repeats, steps = ([2], 1, 5) if given.fast else (given.hosts or [2, 4], given.repeats, 10)
     table = Table(given.to)
     if "reduce" in given.parts:
         check_reduce(table, [2, 4] if given.fast else counts, repeats)
-    for count in counts:
-        if "link" in given.parts:
+    if "link" in given.parts:
+        for count in counts if given.fast or given.hosts else [2, 4, 8]:
             check_link(table, count, repeats, steps)
+    for count in counts:
         for what in ("host", "rank"):
             if what in given.parts:
                 check_lost(table, count, repeats, silent=what == "host")
@@ -283,8 +304,10 @@ def check_link(table: Table, count: int, repeats: int, steps: int) -> None:
             with tempfile.TemporaryDirectory() as folder, cluster(count) as hosts:
                 turns.append(slow_link(hosts, Path(folder), layout, steps))
         middle = sorted(turns, key=lambda turn: turn["measured"] / turn["predicted"])[len(turns) // 2]
-        what = f"{count} hosts, {layout}, a step at {RATE}, s"
-        table.show(what, middle["predicted"], middle["measured"], turns=turns)
+        of_a_step = f"{count} hosts, {layout}, a step at {RATE}"
+        sent = statistics.median(turn["sent"] for turn in turns)
+        table.show(f"{of_a_step}, bytes", middle["contents"] + middle["framing"], sent)
+        table.show(f"{of_a_step}, s", middle["predicted"], middle["measured"], turns=turns)
 
 
 def check_lost(table: Table, count: int, repeats: int, *, silent: bool) -> None:

@@ -6,10 +6,10 @@
 * calls: a constant for each call of a module by a pass (switching passes, Python, launches); on a GPU, which works
   meanwhile, what that is longer than passes and directions;
 * directions: elements made and written, at the rates of the fused kernel;
-* gathers: bytes over the slower of the links that they cross, and a latency for each hop and collective; with
-  ``layout.prefetch`` what is longer than passes and directions;
+* gathers: bytes over the slower of the links that they cross, framing over the link between hosts, and a latency for
+  each hop and collective; with ``layout.prefetch`` what is longer than passes and directions;
 * scalars: 2 (n - 1) hops of a ring for each all-reduce (`mezo_dist.planning.allreduce`), of the losses among all n
-  ranks, and before each gather among those that share a copy of the weights.
+  ranks, and before each gather among those that share a copy of the weights; their bytes and framing over the link.
 
 Assumptions: nothing else uses the machine; ranks do not wait for one another; data are ready. Ranks that share a
 processor are not slower for it than the rates say.
@@ -74,7 +74,8 @@ def _gather_seconds(setting: Setting, machine: Machine, traffic: Traffic) -> flo
     crossing = traffic.gathered * (over - 1) / over
     spans_hosts = over > machine.ranks_per_host
     rate = min(machine.link, machine.host_link) if spans_hosts else machine.host_link
-    return crossing / rate + traffic.gathers * (over - 1) * machine.latency
+    framed = traffic.framed_gathers / machine.link
+    return crossing / rate + framed + traffic.gathers * (over - 1) * machine.latency
 
 
 def _scalar_seconds(setting: Setting, machine: Machine, traffic: Traffic) -> float:
@@ -87,7 +88,7 @@ def _scalar_seconds(setting: Setting, machine: Machine, traffic: Traffic) -> flo
         (traffic.reduces, traffic.scalars - traffic.agreed, machine.hosts, machine.ranks_per_host),
         (traffic.gathers, traffic.agreed, hosts_of_copy, min(over, machine.ranks_per_host)),
     )
-    seconds = 0.0
+    seconds = traffic.framed_scalars / machine.link
     for number, size, hosts, ranks_per_host in messages:
         if hosts * ranks_per_host > 1:
             slowest = machine.link if hosts > 1 else machine.host_link

@@ -1,25 +1,26 @@
-"""Shapes by formula, from the contents of a config.json: OPT, and the Llama, Mistral, Qwen and Mixtral families.
+"""Shapes by formula, from the contents of a config.json.
 
-Importing transformers takes two to four seconds, which is more than a whole answer may take, so the architectures that
-most people ask about are written down here, weight by weight, as their model classes in transformers name them. A
-test holds each against the model that transformers builds. All others are instantiated on device meta
-(`mezo_dist.planning.instantiated`), which is right for every architecture, and slower.
+Importing transformers takes four to six seconds, which is more than a whole answer may take, so the architectures
+that most people ask about are written down, weight by weight, as their model classes in transformers name them: here
+OPT, and the Llama, Mistral, Qwen and Mixtral families, whose blocks' activations are known, too; others as templates
+(`mezo_dist.planning.decoders`, `mezo_dist.planning.encoders`). A test holds each against the model that transformers
+builds. All others are instantiated on device meta (`mezo_dist.planning.instantiated`), which is right for every
+architecture, and slower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from mezo_dist.errors import UserError
+from mezo_dist.planning.decoders import DECODERS
+from mezo_dist.planning.encoders import ENCODERS
 from mezo_dist.planning.shapes import ModelShape, ModuleKind, ModuleShape, UnitShape, WeightShape
-
-Config = Mapping[str, Any]
-MOST_LAYERS = 2_000
+from mezo_dist.planning.templates import Config, num_heads, num_layers, number, shape_by_template
 
 
 def shape_of_config(config: Config, name: str) -> ModelShape | None:
-    """The shape that a config.json describes; None if its ``model_type`` is not written down here.
+    """The shape that a config.json describes; None if its ``model_type`` is not written down, or what its template
+    leaves open.
 
     Args:
         config: its contents.
@@ -28,49 +29,11 @@ def shape_of_config(config: Config, name: str) -> ModelShape | None:
     Raises:
         UserError: a size is missing, or is no whole number above zero.
     """
-    family = FAMILIES.get(str(config.get("model_type")))
-    return None if family is None else family(config, name)
-
-
-def _num_layers(config: Config) -> int:
-    """``num_hidden_layers``.
-
-    Raises:
-        UserError: more than any model has, whose weights would be listed for minutes.
-    """
-    layers = _number(config, "num_hidden_layers")
-    if layers > MOST_LAYERS:
-        raise UserError(f"MODEL: its config says num_hidden_layers: {layers:,}, and plans are made for {MOST_LAYERS:,}")
-    return layers
-
-
-def _heads(config: Config) -> tuple[int, int]:
-    """Heads of queries, and of keys and values.
-
-    Raises:
-        UserError: they do not go together.
-    """
-    heads = _number(config, "num_attention_heads")
-    kv_heads = _number(config, "num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise UserError(f"MODEL: its config says num_key_value_heads: {kv_heads}, which must divide "
-                        f"num_attention_heads: {heads}")  # fmt: skip
-    return heads, kv_heads
-
-
-def _number(config: Config, key: str, default: int | None = None) -> int:
-    """A size: a whole number above zero.
-
-    Args:
-        config: contents of a config.json.
-        key: name of the size.
-        default: what it is if it is not given, or null.
-    """
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"MODEL: its config says {key}: {value!r}, which must be a whole number above 0")
-    return value
+    kind = str(config.get("model_type"))
+    if kind in FAMILIES:
+        return FAMILIES[kind](config, name)
+    template = DECODERS.get(kind) or ENCODERS.get(kind)
+    return None if template is None else shape_by_template(template, config, name)
 
 
 def _module(kind: ModuleKind, prefix: str, **shapes: tuple[int, ...]) -> ModuleShape:
@@ -111,13 +74,13 @@ def _ends(embedding: str, head: str, vocabulary: int, hidden: int, *, tied: bool
 def _llama(config: Config, name: str) -> ModelShape:
     """Llama and its kin (`LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`,
     `MixtralForCausalLM`, `Qwen3MoeForCausalLM`)."""
-    hidden, layers, vocabulary = _number(config, "hidden_size"), _num_layers(config), _number(config, "vocab_size")
-    heads, kv_heads = _heads(config)
-    head_dim = _number(config, "head_dim", max(1, hidden // heads))
-    experts = _number(config, "num_local_experts", _number(config, "num_experts", 1))
+    hidden, layers, vocabulary = number(config, "hidden_size"), num_layers(config), number(config, "vocab_size")
+    heads, kv_heads = num_heads(config)
+    head_dim = number(config, "head_dim", max(1, hidden // heads))
+    experts = number(config, "num_local_experts", number(config, "num_experts", 1))
     sparse = [layer for layer in range(layers) if _has_experts(config, layer, experts)]
-    inner = _number(config, "intermediate_size")
-    expert_inner = _number(config, "moe_intermediate_size", inner)
+    inner = number(config, "intermediate_size")
+    expert_inner = number(config, "moe_intermediate_size", inner)
     blocks = []
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
@@ -143,9 +106,9 @@ def _llama(config: Config, name: str) -> ModelShape:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocabulary=vocabulary,
-        window=_number(config, "max_position_embeddings", 2048),
+        window=number(config, "max_position_embeddings", 2048),
         experts=experts if sparse else 1,
-        active_experts=_number(config, "num_experts_per_tok", 2) if sparse else 1,
+        active_experts=number(config, "num_experts_per_tok", 2) if sparse else 1,
         block_kind="gated",
         is_dense_everywhere=not sparse,
     )
@@ -162,7 +125,7 @@ def _has_experts(config: Config, layer: int, experts: int) -> bool:
     """
     if experts == 1 or layer in (config.get("mlp_only_layers") or ()):
         return False
-    return (layer + 1) % _number(config, "decoder_sparse_step", 1) == 0
+    return (layer + 1) % number(config, "decoder_sparse_step", 1) == 0
 
 
 def _attention(
@@ -206,10 +169,10 @@ def _expert_modules(prefix: str, hidden: int, inner: int, experts: int) -> list[
 
 def _opt(config: Config, name: str) -> ModelShape:
     """`OPTForCausalLM`. OPT-350M projects its embeddings, and has no last norm."""
-    hidden, layers = _number(config, "hidden_size"), _num_layers(config)
-    inner, heads = _number(config, "ffn_dim"), _number(config, "num_attention_heads")
-    vocabulary, width = _number(config, "vocab_size"), _number(config, "word_embed_proj_dim", hidden)
-    window, bias = _number(config, "max_position_embeddings", 2048), bool(config.get("enable_bias", True))
+    hidden, layers = number(config, "hidden_size"), num_layers(config)
+    inner, heads = number(config, "ffn_dim"), number(config, "num_attention_heads")
+    vocabulary, width = number(config, "vocab_size"), number(config, "word_embed_proj_dim", hidden)
+    window, bias = number(config, "max_position_embeddings", 2048), bool(config.get("enable_bias", True))
     norm_bias = bool(config.get("layer_norm_elementwise_affine", True))
     before = bool(config.get("do_layer_norm_before", True))
     decoder = "model.decoder"

@@ -1,7 +1,8 @@
 """The shape of any model that transformers knows, read off its class, instantiated on device meta: no weight is loaded
 or made.
 
-This is right for every architecture, but imports torch and transformers, which takes seconds.
+This is right for every architecture, but imports torch and transformers, which takes seconds; so
+`mezo_dist.planning.kept_shapes` remembers what comes out.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import nn
 from mezo_dist.engines.hooked import HookedModule
 from mezo_dist.engines.units import Unit, find_blocks, find_units
 from mezo_dist.errors import UserError
-from mezo_dist.planning.families import MOST_LAYERS
-from mezo_dist.planning.shapes import ModelShape, ModuleKind, ModuleShape, UnitShape, WeightShape
+from mezo_dist.planning.shapes import ModelShape, ModuleKind, ModuleShape, UnitShape, WeightShape, widest_layer
+from mezo_dist.planning.templates import MOST_LAYERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -68,7 +69,7 @@ def shape_of(config: PreTrainedConfig, name: str) -> ModelShape:
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModel):
         try:
             with torch.device("meta"):
-                model = auto.from_config(config)
+                model = auto.from_config(config, trust_remote_code=False)  # else it might ask whether to run code
         except Exception as error:  # noqa: BLE001 (model code may raise anything)
             problem = problem or error
             continue
@@ -78,22 +79,24 @@ def shape_of(config: PreTrainedConfig, name: str) -> ModelShape:
 
 def _shape(model: nn.Module, config: PreTrainedConfig, name: str) -> ModelShape:
     text: Any = config.get_text_config()
-    blocks = set(find_blocks(model))
+    vocabulary = int(getattr(text, "vocab_size", None) or 1)
+    blocks = {block for block in find_blocks(model) if not _embeds(block, vocabulary)}
     units = find_units(model)
+    shapes = tuple(_unit(unit, is_block=any(module in blocks for module in unit.modules)) for unit in units)
     sizes = [max(w.shape[-2:]) for unit in units for h in unit.hooked_modules for w in h.weights if len(w.shape) >= 2]
     hidden = int(getattr(text, "hidden_size", None) or min(sizes, default=1))
     heads = int(getattr(text, "num_attention_heads", None) or 1)
     experts = int(getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1)
     return ModelShape(
         name,
-        tuple(_unit(unit, is_block=any(module in blocks for module in unit.modules)) for unit in units),
+        shapes,
         hidden=hidden,
-        inner=_inner(text, units, hidden),
+        inner=int(getattr(text, "moe_intermediate_size", None) or widest_layer(shapes, hidden)),
         layers=max(1, len(blocks)),
         heads=heads,
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(text, "head_dim", None) or max(1, hidden // heads)),
-        vocabulary=int(getattr(text, "vocab_size", None) or 1),
+        vocabulary=vocabulary,
         window=int(getattr(text, "max_position_embeddings", None) or 2**20),
         experts=experts,
         active_experts=int(getattr(text, "num_experts_per_tok", None) or experts),
@@ -101,11 +104,9 @@ def _shape(model: nn.Module, config: PreTrainedConfig, name: str) -> ModelShape:
     )
 
 
-def _inner(text: Any, units: list[Unit], hidden: int) -> int:
-    """The widest output of a layer in a block; a config has many names for it."""
-    widest = [w.shape[-2] for unit in units if len(unit.hooked_modules) > 1 and not unit.stays
-              for hooked in unit.hooked_modules for w in hooked.weights if len(w.shape) >= 2]  # fmt: skip
-    return int(getattr(text, "moe_intermediate_size", None) or max(widest, default=hidden))
+def _embeds(block: nn.Module, vocabulary: int) -> bool:
+    """Whether a block embeds tokens, and is no layer: BERT's embeddings, which are gathered like one."""
+    return any(isinstance(m, nn.Embedding) and m.num_embeddings == vocabulary for m in block.modules())
 
 
 def _unit(unit: Unit, *, is_block: bool) -> UnitShape:

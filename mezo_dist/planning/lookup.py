@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mezo_dist.assets.registry import is_demo, resolve_model
-from mezo_dist.errors import UserError
+from mezo_dist.errors import UserError, printable
 from mezo_dist.planning.families import shape_of_config
+from mezo_dist.planning.kept_shapes import keep_shape, kept_shape
 from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.shapes import ModelShape
 
@@ -21,7 +23,8 @@ PATIENCE_S = 5.0
 
 
 def find_shape(name: str, notes: list[str]) -> ModelShape:
-    """The shape of a model, by formula where its architecture is written down, else by transformers. No weight is read.
+    """The shape of a model, by formula where its architecture is written down, else by transformers, whose answers are
+    kept. No weight is read.
 
     Args:
         name: a named shape, folder, config.json, demo model or hub name. A hub name that ends in a named shape
@@ -49,12 +52,17 @@ def find_shape(name: str, notes: list[str]) -> ModelShape:
 def _of_contents(contents: Mapping[str, Any], name: str, notes: list[str]) -> ModelShape:
     if contents.get("quantization_config"):
         notes.append(f"the weights of {name} are quantised (quantization_config); they are counted as if they were not")
-    shape = shape_of_config(contents, name)
+    shape = shape_of_config(contents, name) or kept_shape(contents, name)
     if shape is not None:
         return shape
+    kind = contents.get("model_type")
+    print(f"{printable(name)}: transformers makes an empty model of its architecture (model_type: {kind!r}), which "
+          "takes some seconds the first time ...", file=sys.stderr)  # fmt: skip
     from mezo_dist.planning.instantiated import shape_of_contents
 
-    return shape_of_contents(contents, name)
+    shape = shape_of_contents(contents, name)
+    keep_shape(contents, shape)
+    return shape
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -198,9 +198,12 @@ def _details(best: Plan) -> list[str]:
 
 def _step_line(what: str, step: StepPlan) -> str:
     parts = "  ".join(f"{name} {_figure(s)}" for name, s in step.duration.parts.items() if s > 0)
+    framing = step.traffic.framed_gathers + step.traffic.framed_scalars
+    framed = f", {framing:,} of framing beside {step.traffic.between_hosts:,} between hosts" if framing else ""
     return (
         f"  {what}, {_figure(step.duration.total)} s: {parts}; {step.round.passes} passes, {step.width} "
-        f"micro-batch(es) in lock step, {step.work.flops / 1e12:,.2f} TFLOP, {step.traffic.scalars:,} bytes of scalars"
+        f"micro-batch(es) in lock step, {step.work.flops / 1e12:,.2f} TFLOP, {step.traffic.scalars:,} bytes of "
+        f"scalars{framed}"
     )
 
 

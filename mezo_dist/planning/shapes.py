@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -57,6 +57,19 @@ class UnitShape:
     def weights(self) -> tuple[WeightShape, ...]:
         """Each weight once."""
         return tuple({w.name: w for module in self.modules for w in module.weights}.values())
+
+
+def widest_layer(units: Iterable[UnitShape], hidden: int) -> int:
+    """The widest output of a layer inside a block, as which `ModelShape.inner` counts where no config says it;
+    ``hidden`` if there is none.
+
+    Args:
+        units: of the model.
+        hidden: features of the residual stream.
+    """
+    blocks = (unit for unit in units if len(unit.modules) > 1 and not unit.stays)
+    matrices = (w for unit in blocks for module in unit.modules for w in module.weights if len(w.shape) >= 2)
+    return max((w.shape[-2] for w in matrices), default=hidden)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bytes that cross between ranks in a step: the scalars of a round, and gathered weights.
+"""Bytes that cross between ranks in a step: the scalars of a round, gathered weights, and the framing of both.
 
 Assumptions: collectives go round a ring, so that of what they bring to a rank the part (n - 1) / n has crossed a link
 (Thakur et al. 2005); ranks of a host are neighbours, so that one rank's stream crosses each link between hosts.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mezo_dist.planning.framing import framing_of, messages_of_gather, messages_of_reduce
 from mezo_dist.planning.machine import Machine
 from mezo_dist.planning.rounds import Round
 from mezo_dist.planning.setting import Setting
@@ -37,7 +38,12 @@ class Traffic:
     """Bytes among ``scalars`` that say which unit is gathered; one all-reduce for each gather, among the ranks that
     share a copy of the weights."""
     between_hosts: int
-    """Bytes that cross the link of a host, in each direction."""
+    """Bytes that cross the link of a host, in each direction: the contents of messages."""
+    framed_gathers: int
+    """Bytes that cross it beside the contents of gathers (`mezo_dist.planning.framing`): of gloo's, on CPUs. Of NCCL's
+    they are not counted."""
+    framed_scalars: int
+    """The same of all-reduces, which are gloo's everywhere."""
     within_host: int
     """Bytes that a rank gets from a neighbour on its host."""
 
@@ -67,6 +73,10 @@ def traffic_of(shape: ModelShape, setting: Setting, machine: Machine, step: Roun
     reduced = 2 * losses * (ranks - 1) // ranks
     crossing = (gathered + 2 * agreed) * (over - 1) // over
     spans_hosts = over > machine.ranks_per_host
+    sizes = [WORD * part for words in messages for part in (ROUND_WORDS, words - ROUND_WORDS)]
+    framed_scalars = sum(_framed_reduce(size, ranks) for size in sizes) if machine.hosts > 1 else 0
+    framed_scalars += gathers * _framed_reduce(WORD * ROUND_WORDS, over) if spans_hosts else 0
+    by_gloo = spans_hosts and not machine.gpu
     return Traffic(
         gathers,
         gathered,
@@ -74,5 +84,17 @@ def traffic_of(shape: ModelShape, setting: Setting, machine: Machine, step: Roun
         reduces,
         agreed,
         between_hosts=(crossing if spans_hosts else 0) + (reduced if machine.hosts > 1 else 0),
+        framed_gathers=turns * sum(_framed_gather(unit_bytes(u, setting, ranks), over) for u in shape.units) * by_gloo,
+        framed_scalars=framed_scalars,
         within_host=(crossing + reduced) if machine.ranks_per_host > 1 else 0,
     )
+
+
+def _framed_gather(size: int, over: int) -> int:
+    """Framing of a unit of ``size`` bytes that is gathered among ``over`` ranks."""
+    return framing_of(messages_of_gather(over), size * (over - 1) / over, over)
+
+
+def _framed_reduce(size: int, ranks: int) -> int:
+    """Framing of an all-reduce of ``size`` bytes among ``ranks`` ranks."""
+    return framing_of(messages_of_reduce(size, ranks), 2 * size * (ranks - 1) / ranks, ranks)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mezo_dist.planning.framing import framing_of, messages_of_reduce
+
 from .conftest import ROOT, need
 
 pytestmark = pytest.mark.distributed
@@ -31,6 +33,8 @@ def test_a_step_sends_a_few_hundred_bytes_whatever_the_link(tmp_path: Path) -> N
     assert figures["payload_bytes_per_step"] == 256
     # gloo puts its own few words before each message; the card counts those, and headers and acknowledgements.
     assert 256 <= figures["tcp_payload_bytes_per_step"] < figures["bytes_per_step"] < 2048
+    counted = 256 + framing_of(messages_of_reduce(256, 2), 256, 2)
+    assert figures["bytes_per_step"] == pytest.approx(counted, rel=0.2), "what mezo-dist plan says"
     weights = 3_000_000
     assert figures["ddp_bytes_per_step"] > 4 * weights, "a gradient of all weights"
     assert (tmp_path / "comm.png").stat().st_size > 1000

@@ -56,6 +56,17 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) <= 118
 
 
+def test_framing_is_shown_apart_from_contents(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["opt-125m", "--hosts", "2", "--algorithm", "mezo", "--layout", "replicated"]
+    (one,) = answered(capsys, *asked)["plans"]
+    traffic = one["steps"][0]["traffic"]
+    assert (traffic["between_hosts"], traffic["framed_gathers"], traffic["framed_scalars"]) == (256, 0, 1434)
+    assert main(["plan", *asked]) == 0
+    assert "256 bytes of scalars, 1,434 of framing beside 256 between hosts" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_ranks_without_work_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "12 of the 16 ranks only gather" in " ".join(
         answered(capsys, "opt-125m", "--ranks-per-host", "16", "--algorithm", "mezo")["notes"]
