@@ -38,7 +38,9 @@ CASES = {
         "gpt2", "mezo-svrg", (*STORED, "algorithm.q=4", "algorithm.weight_decay=0.9", "distributed.variant_groups=4")
     ),
     "decay": Case("gpt2", "mezo-svrg", (*SVRG_RATES, "algorithm.anchor=auto", "algorithm.weight_decay=0.2")),
-    "auto rate": Case("opt", "mezo", ("algorithm.lr=auto", "algorithm.directions=3", "algorithm.one_sided=true")),
+    "auto rate": Case(  # it looks back after 4 steps
+        "opt", "mezo", ("algorithm.lr=auto", "algorithm.directions=4", "algorithm.one_sided=true", "train.batch_size=2")
+    ),
     "auto rates, calibrated": Case(
         "distilbert",
         "mezo-svrg",

@@ -42,6 +42,8 @@ CHANGE = 2.0
 """The most by which a look multiplies or divides the share."""
 MOST = 0.5
 """The largest share."""
+LEAST = 0.25
+"""The smallest share, as a part of that at the start: where looks say nothing but noise, their mean is near zero."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class LookBack:
             directions: of a step.
         """
         window = max(WINDOW, math.ceil(DIRECTIONS / directions))
-        if problem.epoch < window or step + window // 2 >= problem.num_steps:
+        if problem.epoch < window or problem.num_steps - step < window // 4:
             return False
         return self.steps >= (window // 2 if self.looks < EARLY else window)
 
@@ -85,12 +87,13 @@ class LookBack:
         """The passes of a look: the weights as they were, and as they are."""
         return Evaluation((Variant(-self.displacement), Variant()), pairs=(Pair(1, 0, 1.0),))
 
-    def after_look(self, losses: Losses, typical: float) -> LookBack:
+    def after_look(self, losses: Losses, typical: float, start: float) -> LookBack:
         """The state after a look.
 
         Args:
             losses: what came of `evaluation`.
             typical: curvature along one direction of length 1, the mean over recent steps.
+            start: the share at the start.
 
         Raises:
             ValueError: the losses have no curvature.
@@ -106,7 +109,7 @@ class LookBack:
             gain += taken * (then - now + losses.curvature / 2) / expected
             curvature += losses.curvature / expected
         best = gain / curvature if curvature > 0 else self.share
-        share = min(max(best, self.share / CHANGE), self.share * CHANGE, max(MOST, self.share))
+        share = min(max(best, self.share / CHANGE, LEAST * start), self.share * CHANGE, MOST)
         return LookBack(gain=gain, curvature=curvature, looks=self.looks + 1, share=share)
 
     def after_step(self, update: Combination, schedule: float) -> LookBack:

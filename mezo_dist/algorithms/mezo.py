@@ -173,15 +173,15 @@ class MeZOPlanner:
 
     def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState] | Evaluation:
         config, probe, losses = self.config, self._probe(step), rounds[0]
-        look_back = state.look_back
+        start = share(config.eta, self.problem.num_steps)
+        look_back = state.look_back.starting_at(start)
         if self._looks(look_back, step):
             if len(rounds) == 1:
                 return look_back.evaluation()
-            look_back = look_back.after_look(rounds[1], state.auto.recent)
+            look_back = look_back.after_look(rounds[1], state.auto.recent, start)
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(scaled(clipped(projected, config.clip), config.scaling, one_sided=config.one_sided))
         gradient, past = state.past.with_now(estimate, config.momentum)
-        look_back = look_back.starting_at(share(config.eta, self.problem.num_steps))
         base_lr, auto = settle(config.lr, state.auto, losses.curvature, look_back.share, config.directions)
         schedule = config.schedule.factor(step, self.problem.num_steps) * auto.warm_up(config.schedule)
         lr = base_lr * schedule * state.plateau.factor * self.rate

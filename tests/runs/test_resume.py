@@ -118,6 +118,12 @@ def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path)
 # Evaluate and export
 
 
+def test_the_run_that_finds_its_rate_has_looked_back(root: Path) -> None:
+    """What the cases of this file and of others rest on."""
+    steps = trajectory.read(root / "auto rate" / "run" / "trajectory.jsonl").steps
+    assert [step.step for step in steps if len(step.rounds) > 1] == [4]
+
+
 @every_run
 def test_base_and_trajectory_give_the_trained_weights(root: Path, name: str) -> None:
     run = loaded_run(root / name / "run")
