@@ -6,8 +6,7 @@ For every data set and kind of weights (`KINDS`), MeZO (and, for norms, MeZO-SVR
 gets the same forward passes, batches and schedule with
 
 * a tuned rate: four of them, half a decade apart, on seed 0; the best one by validation (accuracy, then loss) goes on,
-  and the grid grows by one at an edge, once more if need be. Where a run takes long, one that is known to be good
-  stands for it (`Kind.known`);
+  and the grid grows by one at an edge, once more if need be;
 * ``lr: auto`` as it is by default. Nothing is chosen for it here.
 
 Both run from `SEEDS` and are scored on `UNTOUCHED`: samples that no choice in this repository was held against.
@@ -45,6 +44,7 @@ RATES = 4
 """Learning rates of a grid to begin with."""
 BATCH = 16
 LAYERS = [f"layers.29.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+ALL = ("model.trainable=['*']",)
 LORA = ("model.trainable=['*']", "model.peft.method=lora", "model.peft.r=4", f"model.peft.target_modules={LAYERS}")
 
 
@@ -63,9 +63,6 @@ class Kind:
     calibrated: bool = True
     anchors: int = 0
     """Samples of an anchor of MeZO-SVRG with q = 2, both of whose rates are one; 0: MeZO."""
-    known: float | None = None
-    """A rate in place of a tuned one."""
-    seeds: tuple[int, ...] = SEEDS
 
     @property
     def passes(self) -> int:
@@ -113,7 +110,8 @@ KINDS = {
     "norms, bfloat16": Kind(0.03, ("model.weights=bfloat16",)),
     "LoRA": Kind(0.003, LORA),
     "last MLP": Kind(1e-4, ('model.trainable=["model.layers.29.mlp.*"]',)),
-    "all weights": Kind(2e-4, ("model.trainable=['*']",), directions=1, eps=1e-3, known=6e-4, seeds=(1,)),
+    "all weights": Kind(6e-5, ALL, steps=128, directions=1, eps=1e-3),
+    "all weights, bfloat16": Kind(6e-5, (*ALL, "model.weights=bfloat16"), steps=128, directions=1, eps=2e-3),
 }
 
 
@@ -142,8 +140,6 @@ class Cell:
 
     def best_rate(self) -> float:
         """The rate that validation likes best."""
-        if self.kind.known is not None:
-            return self.kind.known
         rates, scores = [self.kind.least * STEP_OF_RATES**k for k in range(RATES)], {}
         for _ in range(EXTENSIONS + 1):
             runs = {rounded(lr): self.tuned(lr, TUNING_SEED) for lr in rates}
@@ -184,10 +180,10 @@ class Cell:
 
 def work(cell: Cell) -> None:
     """All runs of a cell that are not there yet."""
-    for seed in cell.kind.seeds:
+    for seed in SEEDS:
         cell.auto(seed)
     lr = cell.best_rate()
-    for seed in cell.kind.seeds:
+    for seed in SEEDS:
         cell.tuned(lr, seed)
 
 
@@ -196,7 +192,7 @@ def table(cells: Sequence[Cell]) -> str:
     head = "| weights, data | tuned: rate | accuracy | loss | auto: rate | accuracy | loss | accuracy, auto - tuned |"
     lines = [head, "|---" * 8 + "|"]
     for cell in cells:
-        lr, seeds = cell.best_rate(), cell.kind.seeds
+        lr, seeds = cell.best_rate(), SEEDS
         tuned = [run for seed in seeds if (run := cell.tuned(lr, seed)) is not None]
         auto = [run for seed in seeds if (run := cell.auto(seed)) is not None]
         if len(tuned) == len(auto) == len(seeds):
@@ -228,8 +224,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    seeds = f"{TUNING_SEED} to choose rates, then {SEEDS} (all weights: 1 alone)"
-    about = provenance(f"a process with {options.threads} thread(s)", seeds)
+    seeds = f"{TUNING_SEED} to choose rates, then {SEEDS}"
+    where = (
+        f"a process with {options.threads} thread(s)" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+    )
+    about = provenance(where, seeds)
     columns = "forward passes of training, seconds, validation loss and accuracy, the same of untouched samples"
     rates = "first, middle and last learning rate, before the schedule"
     results = Results(options.out / "auto_rate-untouched.jsonl", {**about, "columns": columns, "rates": rates})
@@ -239,7 +238,7 @@ def main() -> None:
         shared = (*KINDS[name].overrides, task)
         if shared not in benches:
             with tempfile.TemporaryDirectory() as folder:
-                benches = {shared: Bench.open(KINDS[name].preset(task), "", task, Path(folder), "cpu")}
+                benches = {shared: Bench.open(KINDS[name].preset(task), "", task, Path(folder))}
         work(Cell(name, task, results, benches[shared]))
     print(table([Cell(name, task, results) for name, task in pairs]))
 

@@ -52,8 +52,8 @@ class Bench:
     """By law."""
 
     @staticmethod
-    def open(preset: CurvePreset, setting: str, task: str, folder: Path, device: str) -> Bench:
-        """Model, data and engine; the frozen blocks are computed for all samples."""
+    def open(preset: CurvePreset, setting: str, task: str, folder: Path) -> Bench:
+        """Model (on the GPU, if there is one), data and engine; frozen blocks are computed for all samples."""
         overrides = [
             "train.micro_batch=32",
             *preset.settings[setting].overrides,
@@ -69,8 +69,7 @@ class Bench:
         else:
             source = f"task={ROOT / preset.tasks[task]}"
             config = reader.load(ROOT / "configs/quickstart.yaml", [source, *overrides])
-        with torch.device(device):
-            run = build_run(config, Communicator())
+        run = build_run(config, Communicator())
         if task in preset.untouched:
             run = dataclasses.replace(run, splits={**run.splits, "test": run.splits["test"][preset.untouched[task]]})
         start = {name: p.detach().clone() for name, p in trainable(run)}

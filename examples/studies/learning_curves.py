@@ -56,7 +56,6 @@ class Job:
     setting: str
     task: str
     only: tuple[str, ...]
-    device: str
     threads: int
     out: Path
 
@@ -128,7 +127,7 @@ def work(job: Job) -> None:
     torch.set_num_threads(job.threads)
     preset, results = PRESETS[job.preset], Results(job.path, about(job))
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.open(preset, job.setting, job.task, Path(folder), job.device)
+        bench = Bench.open(preset, job.setting, job.task, Path(folder))
         chosen = [c for c in learners(preset, bench.num_train) if not job.only or c.label in job.only]
         for learner in chosen:
             lr = tune(bench, job, learner, results)
@@ -176,7 +175,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="LABEL", default=(), help="contenders; all if left out")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, one data set each")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", action="store_true", help="sum up what is there and run nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     options = parser.parse_args()
@@ -184,7 +182,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.report:
         jobs = [
-            Job(options.preset, setting, task, tuple(options.only), options.device, options.threads, options.out)
+            Job(options.preset, setting, task, tuple(options.only), options.threads, options.out)
             for setting in options.settings or preset.settings
             for task in options.tasks or preset.tasks
         ]

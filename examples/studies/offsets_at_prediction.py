@@ -38,7 +38,7 @@ def study(out: Path, preset: str, task: str, labels: list[str], results: Results
     """All runs on one data set that are not done yet; ``out``: where those of `learning_curves.py` are."""
     chosen = PRESETS[preset]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.open(chosen, SETTING, task, Path(folder), "cpu")
+        bench = Bench.open(chosen, SETTING, task, Path(folder))
         for learner in (c for c in learners(chosen, bench.num_train) if c.label in labels):
             for stored in final_runs(out, preset, task, learner.label):
                 key = f"{learner.label}, {task}", stored["lr"], stored["seed"]

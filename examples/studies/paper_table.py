@@ -131,7 +131,7 @@ def work(job: Job) -> None:
     about = provenance(f"a process with {job.threads} thread(s)", seeds)
     results = Results(path_of(job), {**about, "columns": columns, "lr": "0: auto"})
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.open(preset, job.setting, job.task, Path(folder), job.device)
+        bench = Bench.open(preset, job.setting, job.task, Path(folder))
         for learner in contenders(preset, bench.num_train):
             if job.only and learner.label not in job.only:
                 continue
@@ -207,7 +207,7 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     for setting in options.settings or preset.settings:
         for task in options.tasks or preset.tasks:
             only = tuple(options.only)
-            yield Job(options.preset, setting, task, only, options.device, options.threads, options.out)
+            yield Job(options.preset, setting, task, only, options.threads, options.out)
 
 
 def main() -> None:
@@ -217,7 +217,6 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="all of the preset if left out")
     parser.add_argument("--only", nargs="+", metavar="LABEL", default=(), help="contenders; all if left out")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", action="store_true", help="sum up what is there and run nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     options = parser.parse_args()

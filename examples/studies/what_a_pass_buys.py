@@ -108,7 +108,7 @@ def measured(bench: Bench) -> dict[str, float]:
 def work(kind: str, task: str, folder: Path) -> Record:
     """The numbers, what they predict, and what runs did."""
     preset = TINY if task in TINY.tasks else PRESET
-    bench = Bench.open(preset, kind, task, folder, "cpu")
+    bench = Bench.open(preset, kind, task, folder)
     bench.splits = {name: bench.run.split(name) for name in ("train", "test")}
     numbers = measured(bench)
     rate = DIRECTIONS / numbers["curvature"] / (1 + numbers["noise"])

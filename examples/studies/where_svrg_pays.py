@@ -241,7 +241,7 @@ def main() -> None:
                 preset = TINY if task in TINY.tasks else PRESET
                 sizes = {"train": num_samples, "validation": 8} | ({} if preset is TINY else {"test": 512})
                 preset = dataclasses.replace(preset, sizes=sizes)
-                bench = Bench.open(preset, "norms", task, Path(folder), "cpu")
+                bench = Bench.open(preset, "norms", task, Path(folder))
                 bench.splits = {name: bench.run.split(name) for name in ("train", "test")}
                 cells.append(cell := Cell(task, num_samples, results, bench))
                 for name in (MEZO, SVRG):
