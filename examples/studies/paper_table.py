@@ -32,7 +32,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from curve_contenders import MINILM, TASKS, CurvePreset, Learner, Setting, schedule
 from curve_runs import Bench
 from learning_curves import TUNING_SEED, Job, Record, Results, provenance, run, tune
