@@ -11,10 +11,11 @@ gets the same forward passes, batches and schedule with
 
 Both run from `SEEDS` and are scored on `UNTOUCHED`: samples that no choice in this repository was held against.
 
-The default, eta = 0.8 / sqrt(steps), was chosen before, on the validation samples of three of these data sets, among
-0.24, 0.8 and 1.6. Those runs are in results/auto_rate.jsonl, whose heads name the commits that made them.
+The share at the start, 0.8 / sqrt(steps), was chosen before, on the validation samples of three of these data sets,
+among 0.24, 0.8 and 1.6: results/auto_rate.jsonl, whose heads name the commits that made the runs. That share alone,
+without looking back, is in results/auto_rate-untouched.jsonl.
 
-Writes one line per finished run to auto_rate-untouched.jsonl, headed by a line about machine and versions. What is
+Writes one line per finished run to auto_rate-look_back.jsonl, headed by a line about machine and versions. What is
 there is not run again, so the same command goes on where it was stopped; `--report` prints tables of what is there.
 """
 
@@ -231,7 +232,7 @@ def main() -> None:
     about = provenance(where, seeds)
     columns = "forward passes of training, seconds, validation loss and accuracy, the same of untouched samples"
     rates = "first, middle and last learning rate, before the schedule"
-    results = Results(options.out / "auto_rate-untouched.jsonl", {**about, "columns": columns, "rates": rates})
+    results = Results(options.out / "auto_rate-look_back.jsonl", {**about, "columns": columns, "rates": rates})
     pairs = [(name, task) for task in options.tasks for name in options.kinds]
     benches: dict[tuple[str, ...], Bench] = {}
     for name, task in pairs if not options.report else ():

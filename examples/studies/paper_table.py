@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from curve_contenders import MINILM, TASKS, CurvePreset, Learner, Setting, schedule
 from curve_runs import Bench
 from learning_curves import TUNING_SEED, Job, Record, Results, provenance, run, tune
