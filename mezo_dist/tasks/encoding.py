@@ -73,6 +73,11 @@ def ask(tokenise: Tokenise, texts: Sequence[Texts]) -> list[Any]:
     return answer
 
 
+def is_among_rows() -> bool:
+    """A row of many is being encoded, whose questions are answered with those of others."""
+    return isinstance(getcurrent(), _Worker)
+
+
 @dataclass(frozen=True)
 class _Block(Generic[B]):
     """What became of some rows."""
@@ -179,7 +184,7 @@ def _encoded(rows: Sequence[Row], numbers: range, split: str, encode: Callable[[
                 results[number] = encode(rows[number])
             except UserError as error:
                 results[number] = UserError(f"{split} sample {number}, {reprlib.repr(dict(rows[number]))}: {error}")
-            if not worker.has_asked and worker.parent is not None:
+            if len(results) >= AT_ONCE and not worker.has_asked and worker.parent is not None:
                 worker.parent.switch(None)
 
     number = numbers.start
@@ -192,7 +197,7 @@ def _encoded(rows: Sequence[Row], numbers: range, split: str, encode: Callable[[
 def _rounds(workers: Sequence[_Worker]) -> Iterator[None]:
     """Run the workers to their end; comes back whenever a row may be done.
 
-    A worker waits with a question, or has done a row without any and may go on with the next.
+    A worker waits with a question, or has done as many rows without any as are done at once, and may go on.
     """
     ready: deque[tuple[_Worker, list[Any] | None]] = deque((worker, None) for worker in workers)
     waiting: list[tuple[_Worker, _Question]] = []
@@ -205,7 +210,9 @@ def _rounds(workers: Sequence[_Worker]) -> Iterator[None]:
         if isinstance(question, _Question):
             waiting.append((worker, question))
         elif not worker.dead:
-            ready.appendleft((worker, None))
+            ready.append((worker, None))
+            if waiting:  # maybe with an earlier row: else those without questions would run ahead of it to the last one
+                ready.extendleft(reversed(_answered(waiting)))
         yield
 
 

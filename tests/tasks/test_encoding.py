@@ -85,6 +85,23 @@ def test_the_first_wrong_row_is_named() -> None:
     assert not done or done == list(range(5))
 
 
+def test_rows_without_questions_do_not_run_ahead_of_one_that_waits() -> None:
+    """Else all samples could be in memory before the first is taken."""
+    calls, seen = Calls(), list[int]()
+
+    def encode(row: Row) -> int:
+        seen.append(row["number"])
+        if row["number"] % 1_000 == 0:
+            ask(calls.lengths, [("a",)])
+            ask(calls.lengths, [("b",)])
+        return int(row["number"])
+
+    rows = [{"number": number} for number in range(10_000)]
+    for number, sample in enumerate(encode_rows(rows, "train", encode)):
+        assert sample == number
+        assert len(seen) <= number + 6 * encoding.AT_ONCE
+
+
 def test_samples_come_as_they_are_asked_for() -> None:
     """A million rows are not in memory before the first sample is there."""
     seen: list[int] = []
@@ -148,7 +165,8 @@ def test_the_number_of_calls_does_not_grow_with_rows(monkeypatch: pytest.MonkeyP
     texts = TextEncoder(tokenizer, 64, None)
     rows = [{"text": f"the film was {'good ' * (number % 7)}"} for number in range(NUM_ROWS)]
     samples = list(encode_rows(rows, "train", lambda row: texts.tokenize(row["text"])))
-    assert len(calls) <= NUM_ROWS // text_module.CHECKED + 2 * (NUM_ROWS // encoding.AT_ONCE + 1)
+    around = 3  # to see what is put around texts
+    assert len(calls) <= around + NUM_ROWS // text_module.CHECKED + 2 * (NUM_ROWS // encoding.AT_ONCE + 1)
     assert samples == [call(tokenizer, row["text"])["input_ids"] for row in rows]
 
 
