@@ -24,7 +24,7 @@ LONG_TEXT = 50_000
 """Characters up to which a text is tokenised as a whole, however few of them the window takes."""
 MARGIN_TOKENS = 64
 """Tokens that are cut off beyond the window: those next to the cut may not be those of the whole text."""
-LEAST_AT_ONCE, CHECKED = 16, 128
+LEAST_AT_ONCE, CHECKED = 4, 128
 """Texts from which on they are tokenised together; and every so manieth is tokenised by itself, too."""
 
 S = TypeVar("S", bound=Sized)
@@ -69,7 +69,7 @@ class TextEncoder:
             if self._are_known(pieces):
                 return tokens
         else:
-            tokens = self._asked(texts)
+            tokens = ask(self._ids, [(text,) for text in texts])
         for ids in tokens:
             self.check_known(ids)
         return tokens
@@ -99,12 +99,7 @@ class TextEncoder:
 
     @functools.cached_property
     def _pieces(self) -> Pieces | None:
-        return Pieces(self.tokenizer, self._asked) if self.is_plain else None
-
-    def _asked(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts as wholes."""
-        tokens: list[list[int]] = ask(self._ids, [(text,) for text in texts])
-        return tokens
+        return Pieces(self.tokenizer, lambda texts: self._ids([(text,) for text in texts])) if self.is_plain else None
 
     @functools.cached_property
     def of_nothing(self) -> list[int]:

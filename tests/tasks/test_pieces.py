@@ -29,7 +29,7 @@ def built(pre: Any, normalizer: Any = None, around: str | None = None, added: Se
     core.pre_tokenizer, core.normalizer = pre, normalizer
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    core.train_from_iterator([*SENTENCES, *PIECES] * 9, trainer)
+    core.train_from_iterator([*SENTENCES, *PIECES, "| | 1|"] * 9, trainer)
     core.add_tokens(list(added))
     if around is not None:
         core.post_processor = processors.TemplateProcessing(single=around, special_tokens=[("<s>", 1), ("</s>", 2)])
@@ -120,8 +120,9 @@ def test_tokens_are_those_of_whole_texts(name: str) -> None:
     pieces = Pieces(tokenizer, lambda some: whole_tokens(tokenizer, some, calls))
     for number in range(50):
         pieces.with_endings(f"film {number % 5}. It was ", ["great", "terrible"])
-    learnt = ["film", *(f"a {n}." for n in range(5)), "a It", "a was", "a great", "a terrible"]
-    assert sorted(calls) == sorted([*learnt, "film 0. It was great"]), "and one text, to see whether they agree"
+    assert " ".join(calls).count("film") <= 2, "the second time in a text, to see whether they agree"
+    assert " ".join(calls).count("It") <= 2
+    assert len(calls) <= 12
 
 
 @pytest.mark.parametrize(
@@ -175,8 +176,9 @@ def test_texts_that_differ_from_their_pieces_are_not_taken() -> None:
     pieces = Pieces(tokenizer, joining)
     with pytest.raises(RuntimeError, match="makes other tokens of 'a very good film' than of its pieces"):
         pieces.tokenised("a very good film")
+    assert not Pieces(tokenizer, lambda some: [ids[:-1] for ids in joining(some)]).is_of_use
     with pytest.raises(RuntimeError, match="makes other tokens of 'film' than of its pieces"):
-        Pieces(tokenizer, lambda some: [ids[:-1] for ids in joining(some)]).tokenised("film")
+        Pieces(tokenizer, lambda some: [ids[: len(ids) - ("film" in some)] for ids in joining(some)]).tokenised("film")
 
 
 @pytest.mark.parametrize("name", WHOLE)
