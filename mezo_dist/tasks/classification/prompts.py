@@ -79,14 +79,21 @@ class Encoder:
             UserError: a label is not in the task's list, a field is missing, a prompt does not fit, or label words are
                 other tokens than in the first row; says in which sample.
         """
-        self._check_labels(rows, split)
+        for row in rows[:1]:
+            lookup(row, self.task.label, "task.label")  # no row has it, or all have
+
+        def label_of(row: Row) -> int:
+            if lookup(row, self.task.label, "task.label") is None:
+                raise self._no_label(rows, split)
+            return self.label(row)
+
         if self.kind == "classifier":
-            return encode_rows(rows, split, self._plain_sample)
+            return encode_rows(rows, split, lambda row: self._plain_sample(row, label_of(row)))
         words = self.task.words[:2]
         (first,) = encode_rows(rows[:1], split, lambda row: self._fit(row, words).answers)
 
         def sample(row: Row) -> Sample:
-            label, prompt = self.label(row), self._fit(row, words)
+            label, prompt = label_of(row), self._fit(row, words)
             if prompt.answers != first:
                 tokens, before = (self.tokenizer.convert_ids_to_tokens(list(ids)) for ids in (prompt.answers, first))
                 raise UserError(
@@ -123,14 +130,13 @@ class Encoder:
 
     # Labels
 
-    def _check_labels(self, rows: Sequence[Row], split: str) -> None:
-        """Raises UserError if rows have no label: in how many, and what to do."""
+    def _no_label(self, rows: Sequence[Row], split: str) -> UserError:
+        """What to do about rows without a label, and how many there are: they are counted only if there is one."""
         nulls = sum(lookup(row, self.task.label, "task.label") is None for row in rows)
-        if nulls:
-            raise UserError(
-                f"task.label: the field {self.task.label!r} is null in {nulls} of the {len(rows)} samples of the "
-                f"{split} split; leave these rows out with task.where: {{drop: {{{self.task.label}: [null]}}}}"
-            )
+        return UserError(
+            f"task.label: the field {self.task.label!r} is null in {nulls} of the {len(rows)} samples of the "
+            f"{split} split; leave these rows out with task.where: {{drop: {{{self.task.label}: [null]}}}}"
+        )
 
     @functools.cached_property
     def _class_of(self) -> dict[str, int]:
@@ -153,8 +159,7 @@ class Encoder:
 
     # Prompts
 
-    def _plain_sample(self, row: Row) -> Sample:
-        label = self.label(row)
+    def _plain_sample(self, row: Row, label: int) -> Sample:
         ids, types = self._texts.plain(self.task.plain, row)
         return Sample(ids, label, -1, types)
 
