@@ -118,7 +118,8 @@ class EncodedRows(Generic[T]):
         Args:
             make: what it returns can be pickled.
         """
-        num_rows, num_samples, said_s = len(self.rows), 0, time.monotonic()
+        num_rows, num_samples, began_s = len(self.rows), 0, time.monotonic()
+        said_s = began_s
 
         def encode_some(numbers: range) -> Iterator[_Block[B]]:
             return self._blocks(numbers, make)
@@ -131,8 +132,8 @@ class EncodedRows(Generic[T]):
                 raise block.refusal
             num_samples += block.num_samples
             if time.monotonic() - said_s > SILENT_S:
-                log.info("encoding the %s split: %d of %d samples are done", self.split, block.rows.stop, num_rows)
                 said_s = time.monotonic()
+                log.info(_progress(self.split, block.rows.stop, num_rows, said_s - began_s))
         self.finish(num_samples)
 
     def _blocks(self, numbers: range, make: Callable[[Sequence[T]], B]) -> Iterator[_Block[B]]:
@@ -150,6 +151,20 @@ class EncodedRows(Generic[T]):
             yield _Block(rows, make(samples), len(samples), refusal)
             if refusal is not None:
                 return
+
+
+def _progress(split: str, done: int, num_rows: int, seconds: float) -> str:
+    """How far it is.
+
+    Args:
+        split: its name.
+        done: rows that are encoded.
+        num_rows: of the split.
+        seconds: that it took so far.
+    """
+    rate = done / max(seconds, 1e-9)
+    left = f", about {(num_rows - done) / rate:.0f} s to go" if done < num_rows else ""
+    return f"encoding the {split} split: {done:,} of {num_rows:,} rows, {rate:,.0f} a second{left}"
 
 
 def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> EncodedRows[T]:

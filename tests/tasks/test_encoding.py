@@ -197,3 +197,9 @@ def test_tokens_that_differ_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(type(texts.tokenizer), "backend_tokenizer", Wrong())
     with pytest.raises(RuntimeError, match="makes other tokens of a text than its backend"):
         texts.tokenize_all(["good film"] * 40)
+
+
+def test_progress_says_how_long_it_will_take() -> None:
+    assert encoding._progress("train", 600_000, 1_000_000, 5.0) == (
+        "encoding the train split: 600,000 of 1,000,000 rows, 120,000 a second, about 3 s to go"
+    )
