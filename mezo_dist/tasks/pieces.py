@@ -167,9 +167,14 @@ class Pieces:
         return [tokens[one] for one in pieces]
 
     def _behind_others(self, pieces: Sequence[str]) -> Iterator[tuple[str, Ids]]:
-        """Pieces that do not begin a text, with their tokens: many go through the tokenizer in one text."""
+        """Pieces that do not begin a text, with their tokens: many go through the tokenizer in one text.
+
+        Not those that are not cut from what follows, which are the last ones of texts.
+        """
         size = TOGETHER if len(self._between) == 1 else 1
-        pending = [pieces[start : start + size] for start in range(0, len(pieces), size)]
+        inner = [piece for piece in pieces if "!" <= piece[-1:] <= "~"]
+        pending = [inner[start : start + size] for start in range(0, len(inner), size)]
+        pending += [[piece] for piece in pieces if not "!" <= piece[-1:] <= "~"]
         while pending:
             groups, pending = pending, []
             answers = self._tokenise([self._behind_near(group) for group in groups])
