@@ -156,6 +156,16 @@ def test_many_rows_have_the_tokens_of_whole_texts(name: str, monkeypatch: pytest
     assert list(all_of_them) == whole
 
 
+def test_what_the_next_piece_might_join_is_looked_at_by_itself() -> None:
+    tokenizer, calls = CUT["GPT-2"], list[str]()
+    pieces = Pieces(tokenizer, lambda some: whole_tokens(tokenizer, some, calls))
+    for end in ("é", "film\n", "", "film\u00a0"):
+        calls.clear()
+        pieces.tokenised(f"film 12 345 {end}")
+        assert f"| {end}" in calls
+        assert not any(f"| {end} |" in call for call in calls)
+
+
 def test_pieces_that_are_of_no_use_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces_module, "MOST_KNOWN", 40)
     tokenizer, calls = CUT["GPT-2"], list[str]()
