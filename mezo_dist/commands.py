@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mezo_dist.engines.malloc import tune_malloc
 from mezo_dist.errors import UserError, printable
+from mezo_dist.imports import imports_at_once
 
 if TYPE_CHECKING:
     from mezo_dist.distributed.communicator import Communicator
@@ -244,10 +245,16 @@ def _with_communicator(timeout_s: float, work: Callable[[Communicator], None], p
         patience_s: seconds of waiting after which a rank says for whom.
     """
     announce_imports()
-    from mezo_dist.distributed.connect import connect
-    from mezo_dist.monitoring.console import configure_logging
+    with imports_at_once():
+        from mezo_dist.distributed.connect import connect
+        from mezo_dist.monitoring.console import configure_logging
 
     comm = connect(timeout_s, patience_s=patience_s)
     configure_logging(comm.rank, sys.stderr.isatty())
+    with imports_at_once(for_good="mezo_dist.runs.build" not in sys.modules):  # of what all work needs
+        import mezo_dist.runs.build  # noqa: F401
+        from mezo_dist.models.load import import_models
+
+        import_models()
     work(comm)
     comm.close()  # not after an error: other ranks may not be there to leave together

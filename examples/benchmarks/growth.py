@@ -5,7 +5,8 @@
 Every part does the same work at several sizes and divides what it took by the size. Of the last column, `cost of a unit
 of work at the largest size over that at the smallest`, 1 is what grows in step with work, and less is what has a fixed
 part; much more grows faster than it should. Seconds are those of processors (all threads of the process), so that a
-busy machine disturbs them less; `--fast` takes small sizes. Start-ups are processes of their own: their memory counts.
+busy machine disturbs them less; `--fast` takes small sizes. Starts are processes of their own (`one_start.py`): their
+imports count, and their memory after these.
 
 * `samples`: a start on so many short rows, first with an empty cache of samples, then with a full one, and then with
   blocks that are frozen.
@@ -17,7 +18,6 @@ busy machine disturbs them less; `--fast` takes small sizes. Start-ups are proce
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -95,26 +95,13 @@ def config_in(folder: Path, num_rows: int, **algorithm: object) -> Path:
 # Start-up
 
 
-def start(config: str, *overrides: str) -> None:
-    """A process of its own: one start, told in JSON."""
-    began = resident()
-    seconds = processor_seconds(lambda: build_run(reader.load(Path(config), list(overrides)), Communicator()))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "mib": (peak - began) / 2**20}))
-
-
-def resident() -> int:
-    """Bytes of memory that this process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def samples(size: int, folder: Path) -> Figures:
     """See above."""
     path = config_in(folder, size)
     environment = {**os.environ, "MEZO_DIST_CACHE": str(folder / "cache")}
     figures: Figures = {}
     for name, overrides in (("first", []), ("again", []), ("frozen", [LAST_BLOCK])):
-        command = [sys.executable, __file__, "--start", str(path), *overrides]
+        command = [sys.executable, str(Path(__file__).with_name("one_start.py")), str(path), *overrides]
         began = time.perf_counter()
         output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         took = json.loads(output.splitlines()[-1])
@@ -258,12 +245,8 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sizes", nargs="+", type=int, help="instead of those of the parts")
-    parser.add_argument("--start", nargs="+", help=argparse.SUPPRESS)
     arguments = harness.parse(parser, {})
     logging.getLogger("mezo_dist").setLevel(logging.WARNING)
-    if arguments.start:
-        start(*arguments.start)
-        return
     facts = harness.begin()
     figures: dict[str, object] = {}
     for part in arguments.parts:

@@ -38,14 +38,13 @@ def shuffled(size: int, run_seed: int, *purpose: int | str) -> array[int]:
     """
     import numpy as np  # here, for planners and configs need no numpy
 
-    begun = hashlib.blake2b(f"{_text(run_seed, purpose)}/".encode(), digest_size=8)
-
-    def digest(number: int) -> bytes:
-        state = begun.copy()
+    copy = hashlib.blake2b(f"{_text(run_seed, purpose)}/".encode(), digest_size=8).copy
+    digests = []
+    for number in range(size):
+        state = copy()
         state.update(b"%d" % number)
-        return state.digest()
-
-    seeds = np.frombuffer(b"".join(map(digest, range(size))), dtype="<u8")
+        digests.append(state.digest())
+    seeds = np.frombuffer(b"".join(digests), dtype="<u8")
     order = np.argsort(seeds, kind="stable")  # equal seeds leave the numbers in their order
     return array("q", order.astype(np.int64).tobytes())
 

@@ -18,6 +18,7 @@ from mezo_dist.assets.registry import is_demo, resolve_model
 from mezo_dist.config.schema import ModelConfig, ModelKind
 from mezo_dist.directions.seeds import derive_seed
 from mezo_dist.errors import UserError
+from mezo_dist.imports import imports_at_once
 from mezo_dist.json_types import JsonObject
 from mezo_dist.models import adapters, fresh_weights
 from mezo_dist.models.checkpoint_files import checkpoint_files
@@ -79,7 +80,7 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     Raises:
         UserError: the model cannot be found or loaded, or has no head of the wanted kind.
     """
-    _quieten()
+    import_models()
     source = _source(config.name.removeprefix(RANDOM))
     options: JsonObject = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
@@ -126,12 +127,17 @@ def load_model(config: ModelConfig, *, num_labels: int, seed: int, whole: bool =
     return Pretrained(model.eval(), tokenizer, kind, window, num_tokens, pad_id, *digests, weights)
 
 
-def _quieten() -> None:
-    """Other packages say nothing that mezo_dist says itself, or that nobody can act upon."""
+def import_models() -> None:
+    """Import what all models need of transformers.
+
+    Other packages say nothing that mezo_dist says itself, or that nobody can act upon.
+    """
     # Before transformers imports them, which it does where they are installed, whatever the layout and the model.
     for name in ("DeepSpeed", "torchao", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
         logging.getLogger(name).addFilter(_is_no_news)
-    import transformers
+    with imports_at_once():
+        import transformers
+        import transformers.modeling_utils
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is checked and said by `load_model`

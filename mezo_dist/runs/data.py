@@ -48,6 +48,8 @@ LIMIT = "MEZO_DIST_SAMPLES_GIB"
 DEFAULT_LIMIT_GIB = 20.0
 LONGEST_MANIFEST = 1 << 24
 """Bytes of a file about rows, most of which is the first row."""
+_FROZEN_AT_FIRST = gc.get_freeze_count()
+"""Objects that Python itself froze at its start, as some versions do."""
 Beat = Callable[[], None]
 
 
@@ -271,13 +273,12 @@ def _encoded(data: TaskData, kind: TaskKind, split: str, key: str | None, beat: 
 @contextlib.contextmanager
 def _no_search_for_cycles() -> Iterator[None]:
     """Within, Python's search for unused cycles does not look at a million rows over and over again."""
-    is_ours = not gc.get_freeze_count()
-    if is_ours:
-        gc.freeze()
+    is_ours = gc.get_freeze_count() <= _FROZEN_AT_FIRST
+    gc.freeze()
     try:
         yield
     finally:
-        if is_ours:
+        if is_ours:  # not if somebody wants what was there before to stay so
             gc.unfreeze()
 
 

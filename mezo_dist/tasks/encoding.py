@@ -73,6 +73,11 @@ def ask(tokenise: Tokenise, texts: Sequence[Texts]) -> list[Any]:
     return answer
 
 
+def is_among_rows() -> bool:
+    """A row of many is being encoded, whose questions are answered with those of others."""
+    return isinstance(getcurrent(), _Worker)
+
+
 @dataclass(frozen=True)
 class _Block(Generic[B]):
     """What became of some rows."""
@@ -113,7 +118,8 @@ class EncodedRows(Generic[T]):
         Args:
             make: what it returns can be pickled.
         """
-        num_rows, num_samples, said_s = len(self.rows), 0, time.monotonic()
+        num_rows, num_samples, began_s = len(self.rows), 0, time.monotonic()
+        said_s = began_s
 
         def encode_some(numbers: range) -> Iterator[_Block[B]]:
             return self._blocks(numbers, make)
@@ -126,8 +132,8 @@ class EncodedRows(Generic[T]):
                 raise block.refusal
             num_samples += block.num_samples
             if time.monotonic() - said_s > SILENT_S:
-                log.info("encoding the %s split: %d of %d samples are done", self.split, block.rows.stop, num_rows)
                 said_s = time.monotonic()
+                log.info(_progress(self.split, block.rows.stop, num_rows, said_s - began_s))
         self.finish(num_samples)
 
     def _blocks(self, numbers: range, make: Callable[[Sequence[T]], B]) -> Iterator[_Block[B]]:
@@ -145,6 +151,20 @@ class EncodedRows(Generic[T]):
             yield _Block(rows, make(samples), len(samples), refusal)
             if refusal is not None:
                 return
+
+
+def _progress(split: str, done: int, num_rows: int, seconds: float) -> str:
+    """How far it is.
+
+    Args:
+        split: its name.
+        done: rows that are encoded.
+        num_rows: of the split.
+        seconds: that it took so far.
+    """
+    rate = done / max(seconds, 1e-9)
+    left = f", about {(num_rows - done) / rate:.0f} s to go" if done < num_rows else ""
+    return f"encoding the {split} split: {done:,} of {num_rows:,} rows, {rate:,.0f} a second{left}"
 
 
 def encode_rows(rows: Sequence[Row], split: str, encode: Callable[[Row], T]) -> EncodedRows[T]:
@@ -179,7 +199,7 @@ def _encoded(rows: Sequence[Row], numbers: range, split: str, encode: Callable[[
                 results[number] = encode(rows[number])
             except UserError as error:
                 results[number] = UserError(f"{split} sample {number}, {reprlib.repr(dict(rows[number]))}: {error}")
-            if not worker.has_asked and worker.parent is not None:
+            if len(results) >= AT_ONCE and not worker.has_asked and worker.parent is not None:
                 worker.parent.switch(None)
 
     number = numbers.start
@@ -192,7 +212,7 @@ def _encoded(rows: Sequence[Row], numbers: range, split: str, encode: Callable[[
 def _rounds(workers: Sequence[_Worker]) -> Iterator[None]:
     """Run the workers to their end; comes back whenever a row may be done.
 
-    A worker waits with a question, or has done a row without any and may go on with the next.
+    A worker waits with a question, or has done as many rows without any as are done at once, and may go on.
     """
     ready: deque[tuple[_Worker, list[Any] | None]] = deque((worker, None) for worker in workers)
     waiting: list[tuple[_Worker, _Question]] = []
@@ -205,7 +225,9 @@ def _rounds(workers: Sequence[_Worker]) -> Iterator[None]:
         if isinstance(question, _Question):
             waiting.append((worker, question))
         elif not worker.dead:
-            ready.appendleft((worker, None))
+            ready.append((worker, None))
+            if waiting:  # maybe with an earlier row: else those without questions would run ahead of it to the last one
+                ready.extendleft(reversed(_answered(waiting)))
         yield
 
 

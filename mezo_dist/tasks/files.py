@@ -10,6 +10,7 @@ import csv
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import secrets
@@ -47,6 +48,10 @@ class Table(Protocol):
         """The rows at ``indices``, in that order."""
         ...
 
+    def has_nulls(self) -> bool:
+        """A field of some row may be null."""
+        ...
+
     def digest(self) -> str:
         """Hexadecimal digits over all rows."""
         ...
@@ -63,7 +68,11 @@ class Records:
 
     def take(self, indices: Sequence[int]) -> list[Row]:
         """See `Table`."""
-        return [self.rows[index] for index in indices]
+        return list(map(self.rows.__getitem__, indices))
+
+    def has_nulls(self) -> bool:
+        """See `Table`."""
+        return any(None in row.values() for row in self.rows)
 
     def digest(self) -> str:
         """See `Table`."""
@@ -99,6 +108,10 @@ class Arrow:
                 if row[field] is not None and 0 <= row[field] < len(names):  # -1 stands for no class
                     row[field] = ClassIndex(row[field], names[row[field]])
         return list[Row](rows)
+
+    def has_nulls(self) -> bool:
+        """See `Table`."""
+        return True  # rows that are taken show it as fast
 
     def digest(self) -> str:
         """See `Table`."""
@@ -179,29 +192,32 @@ def _json_rows(text: str) -> list[Row]:
     if text.lstrip()[:1] == "[":
         rows = _loaded(text, "")
     else:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = text.split("\n")
         try:
             rows = _all_loaded(lines)
         except ValueError:
-            if not lines or not _is_incomplete(lines[0][1]):
+            if not _is_incomplete(next(filter(str.strip, lines), "")):
                 raise
             rows = _columns(_loaded(text, ""))
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no object with fields but {str(row)[:40]!r}")
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    if set(map(type, rows)) - {dict}:
+        number, row = next((number, row) for number, row in enumerate(rows, 1) if not isinstance(row, dict))
+        raise ValueError(f"row {number} is no object with fields but {str(row)[:40]!r}")
+    names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     if len(names) * len(rows) > MOST_CELLS + SPARSEST * sum(map(len, rows)):  # every row gets every field
         raise ValueError(f"its {len(rows)} rows have {len(names)} different fields, most of which most rows lack")
     return [row if len(row) == len(names) else {name: row.get(name) for name in names} for row in rows]
 
 
-def _all_loaded(lines: Sequence[tuple[int, str]]) -> list[Any]:
-    """The values in numbered lines of JSON. Raises ValueError for the first line that is not one value."""
+def _all_loaded(lines: Sequence[str]) -> list[Any]:
+    """The values in lines of JSON, without empty ones. Raises ValueError for the first line that is not one value."""
     values: list[Any] = []
     for start in range(0, len(lines), LINES_AT_ONCE):
         some = lines[start : start + LINES_AT_ONCE]
-        together = _loaded_together([line for _, line in some])
-        values += [_loaded(line, f"line {number}: ") for number, line in some] if together is None else together
+        together = _loaded_together(some if all(map(str.strip, some)) else list(filter(str.strip, some)))
+        if together is None:
+            numbered = [(number, line) for number, line in enumerate(some, start + 1) if line.strip()]
+            together = [_loaded(line, f"line {number}: ") for number, line in numbered]
+        values += together
     return values
 
 

@@ -57,6 +57,7 @@ def load_rows(task: TaskSettings, tell: Tell = _to_log) -> Rows:
     _check_texts(task)
     data = load_tables(task.data, task.subset, task.revision)
     orders: dict[str, Sequence[int]] = {}
+    has_nulls: dict[str, bool] = {}
     taken: dict[str, int] = {}
     rows: dict[str, list[Row]] = {}
     for name in SPLITS:
@@ -68,6 +69,7 @@ def load_rows(task: TaskSettings, tell: Tell = _to_log) -> Rows:
         if split.source not in orders:
             kept = _kept(task, split.source, data[split.source], tell)
             places = shuffled(len(kept), task.splits.seed, "split", split.source)
+            has_nulls[split.source] = data[split.source].has_nulls()  # in their order in memory, which is faster
             orders[split.source] = places if isinstance(kept, range) else [kept[i] for i in places]
         order = orders[split.source]
         start = taken.get(split.source, 0)
@@ -83,7 +85,8 @@ def load_rows(task: TaskSettings, tell: Tell = _to_log) -> Rows:
             )
         taken[split.source] = start + size
         rows[name] = data[split.source].take(order[start : start + size])
-        _tell_nulls(task, name, rows[name], tell)
+        if has_nulls[split.source]:
+            _tell_nulls(task, name, rows[name], tell)
     return Rows(**rows)
 
 

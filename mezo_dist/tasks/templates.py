@@ -65,20 +65,22 @@ LONGEST_TEMPLATE, MOST_ELEMENTS = 50_000, 2_000
 """Characters and elements of a template: its compiler takes time that grows with their square."""
 
 
-def render(template: str, values: Mapping[str, object], row: Row) -> str:
-    """``template`` with ``values`` filled in, without space around it.
+def render(template: str, row: Row, values: Mapping[str, object]) -> str:
+    """``template`` with fields and values filled in, without space around it.
 
     Args:
         template: in jinja2, see above.
-        values: by name.
-        row: whose fields a message offers.
+        row: its fields by name, and itself as ``row``.
+        values: further ones by name, which hide fields.
 
     Raises:
         UserError: the template is wrong, not allowed, or does not fit the values.
     """
     try:
-        filled = _joined(template, values)
-        return (_compiled(template).render(values) if filled is None else filled).strip()
+        filled = _joined(template, row, values)
+        if filled is None:
+            filled = _compiled(template).render({ROW: row, **row, **values})
+        return filled.strip()
     except RecursionError as error:
         raise UserError("task template: it is nested too deeply") from error
     except Exception as error:  # a filter may raise whatever it likes, and the template is the user's
@@ -216,17 +218,25 @@ def _make_environment() -> _Environment:
 _environment = _make_environment()
 
 
-def _joined(template: str, values: Mapping[str, object]) -> str | None:
+def _joined(template: str, row: Row, values: Mapping[str, object]) -> str | None:
     """What jinja2 makes of a template that only prints texts; None where it has to be asked.
 
     Such templates are the usual ones, and jinja2 takes five times as long.
+
+    Args:
+        template: see `render`.
+        row: see `render`.
+        values: see `render`.
     """
     pieces = []
     for piece, is_name in _pieces(template):
-        value = values.get(piece) if is_name else piece
-        if type(value) is not str:  # it may have a text of its own, or none
-            return None
-        pieces.append(value)
+        if is_name:
+            value = values[piece] if piece in values else row.get(piece)
+            if type(value) is not str:  # it may have a text of its own, or none
+                return None
+            pieces.append(value)
+        else:
+            pieces.append(piece)
     return "".join(pieces) if pieces else None
 
 

@@ -14,17 +14,17 @@ from typing import Any, TypeVar
 
 from mezo_dist.config.task import TruncateSide
 from mezo_dist.errors import UserError
-from mezo_dist.tasks.encoding import Texts, ask
-from mezo_dist.tasks.endings import Endings
+from mezo_dist.tasks.encoding import Texts, ask, is_among_rows
 from mezo_dist.tasks.fields import Row, field_names, listed, lookup, replaced
-from mezo_dist.tasks.templates import ROW, render
+from mezo_dist.tasks.pieces import Ends, Pieces
+from mezo_dist.tasks.templates import render
 
 log = logging.getLogger(__name__)
 LONG_TEXT = 50_000
 """Characters up to which a text is tokenised as a whole, however few of them the window takes."""
 MARGIN_TOKENS = 64
 """Tokens that are cut off beyond the window: those next to the cut may not be those of the whole text."""
-LEAST_AT_ONCE, CHECKED = 16, 128
+LEAST_AT_ONCE, CHECKED = 4, 128
 """Texts from which on they are tokenised together; and every so manieth is tokenised by itself, too."""
 
 S = TypeVar("S", bound=Sized)
@@ -35,7 +35,7 @@ def render_row(template: str, row: Row, **values: Any) -> str:
 
     A field that a value hides, or whose name is none in jinja2, is ``row.answer`` or ``row['a name']``.
     """
-    return render(template, {ROW: row, **row, **values}, row)
+    return render(template, row, values)
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,43 @@ class TextEncoder:
 
     def tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
         """See `tokenize`; of several texts, in one go."""
-        found: list[list[int]] = ask(self._ids, [(text,) for text in texts])
-        for ids in found:
+        pieces = self._pieces if is_among_rows() else None
+        if pieces is not None and pieces.is_of_use:
+            tokens = [pieces.tokenised(text) for text in texts]
+            if self._are_known(pieces):
+                return tokens
+        else:
+            tokens = ask(self._ids, [(text,) for text in texts])
+        for ids in tokens:
             self.check_known(ids)
-        return found
+        return tokens
 
-    def tokenize_endings(self, before: str, endings: Sequence[str]) -> list[list[int]]:
-        """See `tokenize`; of ``before`` with each of several endings after it."""
-        return self._tokenised_endings(before, endings)
+    def tokenize_endings(self, before: str, endings: Sequence[str]) -> tuple[list[int], Ends]:
+        """See `tokenize`; of ``before`` with each of several endings after it.
+
+        Args:
+            before: may be long.
+            endings: one or more.
+
+        Returns:
+            Tokens that all of these texts begin with, and what follows them in each (which may begin alike, too).
+        """
+        pieces = self._pieces if is_among_rows() else None
+        if pieces is None or not pieces.is_of_use:
+            return [], tuple(map(tuple, self.tokenize_all([before + ending for ending in endings])))
+        start, ends = pieces.with_endings(before, endings)
+        if not self._are_known(pieces):
+            for end in ends:
+                self.check_known([*start, *end])
+        return start, ends
+
+    def _are_known(self, pieces: Pieces) -> bool:
+        """All tokens that came out so far are ones that the model knows."""
+        return self.num_tokens is None or pieces.largest < self.num_tokens
 
     @functools.cached_property
-    def _tokenised_endings(self) -> Callable[[str, Sequence[str]], list[list[int]]]:
-        if self.is_plain:
-            return Endings(self.tokenizer, self.tokenize_all).tokenised
-        return lambda before, endings: self.tokenize_all([before + ending for ending in endings])
+    def _pieces(self) -> Pieces | None:
+        return Pieces(self.tokenizer, lambda texts: self._ids([(text,) for text in texts])) if self.is_plain else None
 
     @functools.cached_property
     def of_nothing(self) -> list[int]:

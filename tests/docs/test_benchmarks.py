@@ -22,7 +22,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 BENCHMARKS = ROOT / "examples" / "benchmarks"
-PARTS_OF_OTHERS = {"harness.py", "shapes.py"}
+PARTS_OF_OTHERS = {"harness.py", "shapes.py", "one_start.py"}
 
 
 def test_all_have_the_same_options_and_a_section_with_their_figures() -> None:

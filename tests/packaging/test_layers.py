@@ -19,6 +19,7 @@ LAYERS = {
     "json_types": "",
     "patience": "",
     "child_process": "",
+    "imports": "",
     "directions": "errors patience",
     "algorithms": "errors json_types directions",
     "config": "errors json_types algorithms",
@@ -27,7 +28,7 @@ LAYERS = {
     "assets": "errors json_types",
     # beside one another
     "storage": "errors json_types directions algorithms config distributed engines",
-    "models": "errors json_types directions config distributed engines assets storage",
+    "models": "errors imports json_types directions config distributed engines assets storage",
     "tasks": "errors child_process directions config engines assets models",
     "objectives": "errors child_process algorithms config distributed tasks",
     "monitoring": "errors patience json_types storage",
@@ -41,7 +42,8 @@ LAYERS = {
     "trainer": "errors json_types directions algorithms config distributed engines storage tasks optim runs",
     "simulation": "errors json_types algorithms planning",
     "studies": "errors json_types algorithms config distributed engines storage testing runs planning",
-    "commands": "errors config distributed engines objectives monitoring runs planning simulation studies",
+    "commands": "errors imports config distributed engines models objectives monitoring runs planning simulation "
+    "studies",
     "cli": "errors config engines planning simulation studies commands distributed",
     "__main__": "cli",
 }

@@ -85,6 +85,23 @@ def test_the_first_wrong_row_is_named() -> None:
     assert not done or done == list(range(5))
 
 
+def test_rows_without_questions_do_not_run_ahead_of_one_that_waits() -> None:
+    """Else all samples could be in memory before the first is taken."""
+    calls, seen = Calls(), list[int]()
+
+    def encode(row: Row) -> int:
+        seen.append(row["number"])
+        if row["number"] % 1_000 == 0:
+            ask(calls.lengths, [("a",)])
+            ask(calls.lengths, [("b",)])
+        return int(row["number"])
+
+    rows = [{"number": number} for number in range(10_000)]
+    for number, sample in enumerate(encode_rows(rows, "train", encode)):
+        assert sample == number
+        assert len(seen) <= number + 6 * encoding.AT_ONCE
+
+
 def test_samples_come_as_they_are_asked_for() -> None:
     """A million rows are not in memory before the first sample is there."""
     seen: list[int] = []
@@ -148,7 +165,8 @@ def test_the_number_of_calls_does_not_grow_with_rows(monkeypatch: pytest.MonkeyP
     texts = TextEncoder(tokenizer, 64, None)
     rows = [{"text": f"the film was {'good ' * (number % 7)}"} for number in range(NUM_ROWS)]
     samples = list(encode_rows(rows, "train", lambda row: texts.tokenize(row["text"])))
-    assert len(calls) <= NUM_ROWS // text_module.CHECKED + 2 * (NUM_ROWS // encoding.AT_ONCE + 1)
+    first = 6  # to see what is put around texts, and for the first pieces
+    assert len(calls) <= first + NUM_ROWS // text_module.CHECKED + 2 * (NUM_ROWS // encoding.AT_ONCE + 1)
     assert samples == [call(tokenizer, row["text"])["input_ids"] for row in rows]
 
 
@@ -179,3 +197,9 @@ def test_tokens_that_differ_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(type(texts.tokenizer), "backend_tokenizer", Wrong())
     with pytest.raises(RuntimeError, match="makes other tokens of a text than its backend"):
         texts.tokenize_all(["good film"] * 40)
+
+
+def test_progress_says_how_long_it_will_take() -> None:
+    assert encoding._progress("train", 600_000, 1_000_000, 5.0) == (
+        "encoding the train split: 600,000 of 1,000,000 rows, 120,000 a second, about 3 s to go"
+    )

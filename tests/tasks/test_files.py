@@ -133,7 +133,7 @@ def test_lines_of_json_are_read_together_as_they_are_one_by_one(
         '{"a": {"a": null}}',
         "{}",
     ]
-    monkeypatch.setattr(files, "LINES_AT_ONCE", 2)
+    monkeypatch.setattr(files, "LINES_AT_ONCE", 4)  # every other one is empty
     one_by_one: list[str] = []
     load = files._loaded
 

@@ -109,6 +109,7 @@ def test_rows_without_a_label() -> None:
     with pytest.raises(UserError) as caught:
         list(encoder().encode(rows, "train"))
     assert str(caught.value) == (
+        "train sample 1, {'label': None, 'text': 'a film'}: "
         "task.label: the field 'label' is null in 2 of the 4 samples of the train split; leave these rows out with "
         "task.where: {drop: {label: [null]}}"
     )

@@ -142,7 +142,7 @@ def test_encoding_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplo
     monkeypatch.setattr(encoding, "SILENT_S", -1.0)
     caplog.set_level("INFO")
     list(encoder().encode([{"label": 0, "text": "a film"}] * 3, "test"))
-    assert "encoding the test split: 3 of 3 samples are done" in caplog.text
+    assert "encoding the test split: 3 of 3 rows, " in caplog.text
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

@@ -15,6 +15,7 @@ from mezo_dist.errors import UserError
 from mezo_dist.tasks.continuation import shared
 from mezo_dist.tasks.encoding import EncodedRows, encode_rows
 from mezo_dist.tasks.fields import Row, lookup, shown
+from mezo_dist.tasks.pieces import MOST_ENDS, Ends
 from mezo_dist.tasks.text import TextEncoder, render_row
 
 if TYPE_CHECKING:
@@ -78,14 +79,21 @@ class Encoder:
             UserError: a label is not in the task's list, a field is missing, a prompt does not fit, or label words are
                 other tokens than in the first row; says in which sample.
         """
-        self._check_labels(rows, split)
+        for row in rows[:1]:
+            lookup(row, self.task.label, "task.label")  # no row has it, or all have
+
+        def label_of(row: Row) -> int:
+            if lookup(row, self.task.label, "task.label") is None:
+                raise self._no_label(rows, split)
+            return self.label(row)
+
         if self.kind == "classifier":
-            return encode_rows(rows, split, self._plain_sample)
+            return encode_rows(rows, split, lambda row: self._plain_sample(row, label_of(row)))
         words = self.task.words[:2]
         (first,) = encode_rows(rows[:1], split, lambda row: self._fit(row, words).answers)
 
         def sample(row: Row) -> Sample:
-            label, prompt = self.label(row), self._fit(row, words)
+            label, prompt = label_of(row), self._fit(row, words)
             if prompt.answers != first:
                 tokens, before = (self.tokenizer.convert_ids_to_tokens(list(ids)) for ids in (prompt.answers, first))
                 raise UserError(
@@ -122,14 +130,13 @@ class Encoder:
 
     # Labels
 
-    def _check_labels(self, rows: Sequence[Row], split: str) -> None:
-        """Raises UserError if rows have no label: in how many, and what to do."""
+    def _no_label(self, rows: Sequence[Row], split: str) -> UserError:
+        """What to do about rows without a label, and how many there are: they are counted only if there is one."""
         nulls = sum(lookup(row, self.task.label, "task.label") is None for row in rows)
-        if nulls:
-            raise UserError(
-                f"task.label: the field {self.task.label!r} is null in {nulls} of the {len(rows)} samples of the "
-                f"{split} split; leave these rows out with task.where: {{drop: {{{self.task.label}: [null]}}}}"
-            )
+        return UserError(
+            f"task.label: the field {self.task.label!r} is null in {nulls} of the {len(rows)} samples of the "
+            f"{split} split; leave these rows out with task.where: {{drop: {{{self.task.label}: [null]}}}}"
+        )
 
     @functools.cached_property
     def _class_of(self) -> dict[str, int]:
@@ -152,17 +159,17 @@ class Encoder:
 
     # Prompts
 
-    def _plain_sample(self, row: Row) -> Sample:
-        label = self.label(row)
+    def _plain_sample(self, row: Row, label: int) -> Sample:
         ids, types = self._texts.plain(self.task.plain, row)
         return Sample(ids, label, -1, types)
 
     def _parts(self, row: Row) -> tuple[str, str]:
         """The prompt before and after the answer."""
         text = render_row(self.task.prompt, row, **{ANSWER: _SLOT})
-        if text.count(_SLOT) != 1:
+        parts = text.split(_SLOT)
+        if len(parts) != 2:
             raise UserError("task.prompt: {{ answer }} must occur exactly once")
-        before, after = text.split(_SLOT)
+        before, after = parts
         if self.kind == "causal" and after.strip():
             raise UserError(
                 f"task.prompt: {{{{ answer }}}} must come last for a causal model, not before {after!r:.100}"
@@ -178,26 +185,46 @@ class Encoder:
         first word of a masked prompt belongs the space that words have in the middle of a text (as in LM-BFF).
         """
         before, after = self._parts(row)
-        filled = self._texts.tokenize_endings(before, [word + after for word in words])
-        place = _shared(filled)
-        if len(filled) > 2 or place == len(filled[0]):
-            _check_differ(words, filled)
-        # After the answer a causal prompt has only what the tokenizer appends to every text.
-        common = self._texts.of_nothing if self.kind == "causal" else filled[0]
-        after_answer = min(_shared_at_end([common, *filled]), min(map(len, filled)) - place) if common else 0
-        answers = [ids[place : len(ids) - after_answer] for ids in filled]
-        for word, tokens in zip(words, answers, strict=True):
-            if len(tokens) != 1 or tokens[0] == self._unknown:
-                raise UserError(self._not_one_token(word, tokens, before))
-        prompt = filled[0][:place]
+        start, ends = self._texts.tokenize_endings(before, [word + after for word in words])
+        known = self._answers.get(ends)
+        place, tokens = self._read_off(words, ends, before) if known is None else known
+        prompt = (*start, *ends[0][:place])
         if self.kind == "masked":
             mask = self.tokenizer.mask_token_id
-            prompt = [*prompt, mask, *filled[0][place + 1 :]]
+            prompt = (*prompt, mask, *ends[0][place + 1 :])
             if prompt.count(mask) != 1:
                 raise UserError(
                     f"task.prompt: {prompt.count(mask)} mask tokens where one is needed (is one in the text?)"
                 )
-        return _Prompt(tuple(prompt), tuple([tokens[0] for tokens in answers]), place)
+        return _Prompt(prompt, tokens, len(start) + place)
+
+    def _read_off(self, words: Sequence[str], ends: Ends, before: str) -> tuple[int, tuple[int, ...]]:
+        """Where the token of the word is in the ends of texts, and that of each word.
+
+        Args:
+            words: of the labels, of which one is in each text.
+            ends: tokens of the texts, or their ends.
+            before: the text before the words.
+        """
+        place = _shared(ends)
+        if len(ends) > 2 or place == len(ends[0]):
+            _check_differ(words, ends)
+        # After the answer a causal prompt has only what the tokenizer appends to every text.
+        common = tuple(self._texts.of_nothing) if self.kind == "causal" else ends[0]
+        after_answer = min(_shared_at_end([common, *ends]), min(map(len, ends)) - place) if common else 0
+        answers = [ids[place : len(ids) - after_answer] for ids in ends]
+        for word, tokens in zip(words, answers, strict=True):
+            if len(tokens) != 1 or tokens[0] == self._unknown:
+                raise UserError(self._not_one_token(word, tokens, before))
+        if len(self._answers) >= MOST_ENDS:
+            self._answers.clear()
+        self._answers[ends] = place, tuple([tokens[0] for tokens in answers])
+        return self._answers[ends]
+
+    @functools.cached_property
+    def _answers(self) -> dict[Ends, tuple[int, tuple[int, ...]]]:
+        """What `_read_off` read off the ends of texts, most of which are the same ones."""
+        return {}
 
     def _not_one_token(self, word: str, tokens: Sequence[int], before: str) -> str:
         """The message for a label word that is not one token.
@@ -218,12 +245,12 @@ class Encoder:
 _SLOT = "\ufdd0"  # what stands for the answer until the prompt is known: a noncharacter, so no text has it
 
 
-def _check_differ(words: Sequence[str], filled: Sequence[list[int]]) -> None:
+def _check_differ(words: Sequence[str], filled: Ends) -> None:
     """Raises UserError where two words are the same tokens.
 
     Args:
         words: of the labels.
-        filled: token ids of a prompt with each of them.
+        filled: token ids of a prompt with each of them, or their ends.
     """
     for number, ids in enumerate(filled):
         if ids in filled[:number]:
