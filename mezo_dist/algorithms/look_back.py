@@ -30,7 +30,7 @@ from mezo_dist.directions.combination import ZERO, Combination
 
 WINDOW = 8
 """Steps between looks, at least."""
-DIRECTIONS = 32
+DIRECTIONS = 16
 """Directions between looks, at least: what a window is worth rises with their number."""
 EARLY = 2
 """Looks whose windows are half as long, for the share at the start may be far off."""

@@ -87,7 +87,7 @@ def test_when_a_run_looks_back() -> None:
         8,
         16,
     ]  # the last steps have nothing after them
-    assert looks(MeZO(lr="auto"), LONG, 70) == [16, 32, 64]  # one direction in a step tells less
+    assert looks(MeZO(lr="auto"), LONG, 40) == [8, 16, 32]  # one direction in a step tells less
     assert looks(dataclasses.replace(auto, eta=0.1), LONG) == []
     assert looks(MeZO(lr=0.1, directions=7), LONG) == []
     assert looks(auto, Problem(num_steps=1000, batch_size=4, num_train=28)) == []  # no sample would be new
