@@ -172,7 +172,9 @@ def _steps_of(bench: Bench, learner: Learner, lr: float, seed: int, num_steps: i
         gradients = Gradients(run.evaluator, run.engine.optimizer, learner.calibrated, recompute=False)
     run = dataclasses.replace(
         run,
-        algorithm=algorithms.build(config.name, config, Problem(seed, num_steps, learner.batch_size, full, num_train=n)),
+        algorithm=algorithms.build(
+            config.name, config, Problem(seed, num_steps, learner.batch_size, full, num_train=n)
+        ),
         order=BatchOrder(n, learner.batch_size, seed),
         full_order=BatchOrder(n, full, derive_seed(seed, "full")),
         gradients=gradients,

@@ -16,8 +16,10 @@ looks, to which the share at the start belongs with the weight of `TRUST` looks:
 
     share = sum(s * (gain of D)) / sum(c),      each look divided by the c that its directions have on average
 
-A look takes two forward passes of a minibatch (the one that the step uses anyway, which the steps before have not seen,
-as long as batches do not come again within a window) after 8 steps or more.
+A look takes two forward passes of a minibatch after 8 steps or more. It is the one that the step uses anyway, which the
+steps before have not seen, as long as batches do not come again within a window. Where they do, the steps seem better than
+they are by a part r / N, with r the variance of single samples' gradients over that of their mean, squared, and N training
+samples: little with `MANY` of them, and too much with few.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ CHANGE = 2.0
 """The most by which a look multiplies or divides the share."""
 MOST = 0.5
 """The largest share."""
+MANY = 256
+"""Training samples from which on windows may be longer than an epoch."""
 LEAST = 0.25
 """The smallest share, as a part of that at the start: where looks say nothing but noise, their mean is near zero."""
 
@@ -71,7 +75,7 @@ class LookBack:
 
     def is_due(self, step: int, problem: Problem, directions: int) -> bool:
         """Whether ``step`` has a look: not at the end of a run, for which it would come too late, and not where a
-        window goes through all training samples, so that none of its samples is new.
+        window goes through all of few training samples, so that none of its samples is new.
 
         Args:
             step: number of the step.
@@ -79,7 +83,7 @@ class LookBack:
             directions: of a step.
         """
         window = max(WINDOW, math.ceil(DIRECTIONS / directions))
-        if problem.epoch < window or problem.num_steps - step < window // 4:
+        if (problem.epoch < window and (problem.num_train or 0) < MANY) or problem.num_steps - step < window // 4:
             return False
         return self.steps >= (window // 2 if self.looks < EARLY else window)
 
