@@ -44,7 +44,15 @@ CASES = {
     "auto rates, calibrated": Case(
         "distilbert",
         "mezo-svrg",
-        ("algorithm.lr=auto", "algorithm.anchor_lr=auto", "algorithm.directions=2", "train.calibrate=true"),
+        (
+            *(
+                "algorithm.lr=auto",
+                "algorithm.anchor_lr=auto",
+                "algorithm.directions=2",
+                "algorithm.anchor_directions=2",
+            ),
+            *("train.calibrate=true", "train.batch_size=2"),
+        ),
     ),
     "two rounds": Case("opt", "mezo-svrg-released", ("algorithm.lr=1e-3", "algorithm.q=3")),
 }

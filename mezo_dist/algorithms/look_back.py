@@ -17,9 +17,9 @@ looks, to which the share at the start belongs with the weight of `TRUST` looks:
     share = sum(s * (gain of D)) / sum(c),      each look divided by the c that its directions have on average
 
 A look takes two forward passes of a minibatch after 8 steps or more. It is the one that the step uses anyway, which the
-steps before have not seen, as long as batches do not come again within a window. Where they do, the steps seem better than
-they are by a part r / N, with r the variance of single samples' gradients over that of their mean, squared, and N training
-samples: little with `MANY` of them, and too much with few.
+steps before have not seen, as long as batches do not come again within a window. Where they do, the steps seem better
+than they are by a part r / N, with N training samples, and r the variance of single samples' gradients over the square
+of their mean: little with `MANY` samples, and too much with few.
 """
 
 from __future__ import annotations

@@ -164,18 +164,11 @@ class MeZOPlanner:
     def plan(self, state: MeZOState, step: int) -> Evaluation:
         return self._probe(step).evaluation()
 
-    def _looks(self, look_back: LookBack, step: int) -> bool:
-        """Whether a step begins with a look at what those before were worth."""
-        config, problem = self.config, self.problem
-        if config.lr != "auto" or config.eta is not None:
-            return False
-        return look_back.is_due(step, problem, config.directions)
-
     def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState] | Evaluation:
         config, probe, losses = self.config, self._probe(step), rounds[0]
-        start = share(config.eta, self.problem.num_steps)
+        start, adapts = share(config.eta, self.problem.num_steps), config.lr == "auto" and config.eta is None
         look_back = state.look_back.starting_at(start)
-        if self._looks(look_back, step):
+        if adapts and look_back.is_due(step, self.problem, config.directions):
             if len(rounds) == 1:
                 return look_back.evaluation()
             look_back = look_back.after_look(rounds[1], state.auto.recent, start)
@@ -192,7 +185,7 @@ class MeZOPlanner:
         scale, decay = state.decay.after(lr * config.weight_decay)
         metrics = {"loss": loss, "projected_gradient": typical(projected), "lr": lr}
         metrics["zero_differences"] = zero_share(projected)
-        if config.lr == "auto" and config.eta is None:
+        if adapts:
             look_back = look_back.after_step(combination, schedule * state.plateau.factor * self.rate)
         return Update(
             MeZOState(plateau, past, total, decay, auto, look_back),

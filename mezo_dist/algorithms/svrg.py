@@ -37,6 +37,7 @@ from typing import ClassVar, Literal
 from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
+from mezo_dist.algorithms.look_back import LookBack
 from mezo_dist.algorithms.momentum import Momentum, Past
 from mezo_dist.algorithms.operations import update_operations
 from mezo_dist.algorithms.ranges import MANY, check_ranges, check_types
@@ -63,8 +64,9 @@ class MeZOSVRG:
     """Learning rate of anchor steps (the paper's eta1). ``auto`` together with ``lr``."""
     eta: float | None = None
     """For ``lr: auto``: the share of the best step, anchor_directions / curvature, that the q steps of a cycle take
-    together, for they all go along the anchor's estimate. Null: 0.8 / sqrt(train.steps), and at most 0.1. Unless
-    `schedule` has a warm-up, the first 8 steps of both kinds are one."""
+    together, for they all go along the anchor's estimate. Null: 0.8 / sqrt(train.steps), and at most 0.1, at the start, and
+    then what looking back at the last steps says was best, every 8 steps or more; a look takes two forward passes of a
+    minibatch. A number stays what it is. Unless `schedule` has a warm-up, the first 8 steps of both kinds are one."""
     eps: float | Literal["auto"] = 1e-3
     """Size of the perturbation (the paper's mu). ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that
     is not lost in the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around
@@ -134,6 +136,7 @@ class SVRGState:
     decay: Decay = Decay()
     auto: AutoRate = AutoRate()
     anchor_auto: AutoRate = AutoRate()
+    look_back: LookBack = LookBack()
 
 
 @dataclass(frozen=True)
@@ -191,14 +194,20 @@ class SVRGPlanner:
     def plan(self, state: SVRGState, step: int) -> Evaluation:
         return self._probe(state, step).evaluation()
 
-    def update(self, state: SVRGState, step: int, rounds: Sequence[Losses]) -> Update[SVRGState]:
+    def update(self, state: SVRGState, step: int, rounds: Sequence[Losses]) -> Update[SVRGState] | Evaluation:
         config, probe, losses = self.config, self._probe(state, step), rounds[0]
+        start, adapts = share(config.eta, self.problem.num_steps), config.lr == "auto" and config.eta is None
+        look_back = state.look_back.starting_at(start)
+        if adapts and look_back.is_due(step, self.problem, config.anchor_directions):
+            if len(rounds) == 1:
+                return look_back.evaluation()
+            look_back = look_back.after_look(rounds[1], state.anchor_auto.recent, start)
         is_anchor = self._is_anchor(state, step)
         projected = probe.projected(losses)
         plateau, rule = state.plateau, config.annealing
         metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
         metrics["zero_differences"] = zero_share([p for row in projected for p in row])
-        eta = share(config.eta, self.problem.num_steps)
+        eta = look_back.share
         auto, anchor_auto, along_anchor = state.auto, state.anchor_auto, config.anchor_directions / config.q
         if is_anchor:
             base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, losses.curvature, eta, along_anchor)
@@ -218,11 +227,13 @@ class SVRGPlanner:
         schedule *= (anchor_auto if is_anchor else auto).warm_up(config.schedule)
         lr = base_lr * schedule * state.plateau.factor * self.rate
         combination = -lr * gradient
+        if adapts:
+            look_back = look_back.after_step(combination, schedule * state.plateau.factor * self.rate)
         is_stored = self._is_stored()
         before = ZERO if is_anchor else state.displacement
         displacement = ZERO if is_stored else before + combination
         scale, decay = state.decay.after(lr * config.weight_decay)
-        new = SVRGState(anchor_step, anchor_gradient, displacement, plateau, past, decay, auto, anchor_auto)
+        new = SVRGState(anchor_step, anchor_gradient, displacement, plateau, past, decay, auto, anchor_auto, look_back)
         exempt = not config.weight_decay_all
         copies = is_stored and is_anchor
         operations = update_operations(combination, scale=scale, exempt_vectors=exempt, copy_anchor=copies)

@@ -36,8 +36,8 @@ def setting_of(config: RunConfig, notes: list[str]) -> Setting:
                      "with the other settings of the config")  # fmt: skip
         algorithm = MeZO()
     if isinstance(algorithm, MeZO) and algorithm.lr == "auto" and algorithm.eta is None:
-        notes.append("lr: auto looks back every 8 to 16 steps, with two more forward passes of the minibatch (3 to 6 % of "
-                     "a run's), which are left out here")  # fmt: skip
+        notes.append("lr: auto looks back every 8 to 16 steps, with two more forward passes of the minibatch (3 to 6 % "
+                     "of a run's), which are left out here")  # fmt: skip
     num_train = config.task.splits.train.size
     joint, columns = _joint(config)
     return Setting(

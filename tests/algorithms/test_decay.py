@@ -41,7 +41,7 @@ def test_decay_follows_the_learning_rate_of_the_step() -> None:
     done = [planner.update(state, step, [Losses((1.0, 1.0))]) for step in (0, 5, 9)]
     assert [scale_of(update) for update in done] == [to_fp32(1 - update.metrics["lr"] * 0.1) for update in done]
     assert 0.94 < scale_of(done[0]) < scale_of(done[1]) < scale_of(done[2]) <= 1.0
-    svrg = SVRGPlanner(MeZOSVRG(lr=0.25, anchor_lr=0.5, q=2, anchor="auto", weight_decay=0.1), PROBLEM)
+    svrg: Any = SVRGPlanner(MeZOSVRG(lr=0.25, anchor_lr=0.5, q=2, anchor="auto", weight_decay=0.1), PROBLEM)
     first = svrg.update(svrg.init(), 0, [Losses((1.0, 1.0))])
     second = svrg.update(first.state, 1, [Losses((1.0,) * 4)])
     assert (first.copies_anchor, scale_of(first), scale_of(second)) == (True, to_fp32(1 - 0.05), to_fp32(1 - 0.025))

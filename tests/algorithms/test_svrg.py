@@ -16,7 +16,7 @@ from mezo_dist.directions.bits import GAUSSIAN
 from mezo_dist.directions.combination import Combination
 
 PROBLEM = Problem(seed=1, num_steps=10, batch_size=4, full_size=16)
-SVRG = SVRGPlanner(MeZOSVRG(lr=0.01, anchor_lr=0.1, eps=0.5, q=3), PROBLEM)
+SVRG: Any = SVRGPlanner(MeZOSVRG(lr=0.01, anchor_lr=0.1, eps=0.5, q=3), PROBLEM)
 
 
 def after_anchor() -> SVRGState:
@@ -124,7 +124,7 @@ def test_variance_is_several_times_below_mezos_and_that_of_the_released_code_abo
     for draw in range(DRAWS):
         problem = Problem(seed=draw, num_steps=10, batch_size=BATCH_SIZE, full_size=NUM_SAMPLES)
         mezo = MeZOPlanner(MeZO(lr=lr, eps=1e-3), problem)
-        svrg = SVRGPlanner(MeZOSVRG(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
+        svrg: Any = SVRGPlanner(MeZOSVRG(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
         released = SVRGReleasedPlanner(MeZOSVRGReleased(lr=lr, anchor_lr=1e-2, eps=1e-3, q=10), problem)
         estimates = {"mezo": toy.estimate(mezo, toy.w, mezo.init(), 1)[0]}
         anchors: dict[str, Algorithm[Any]] = {"svrg": svrg, "released": released}

@@ -18,7 +18,7 @@ SEEDS = [PROBLEM.direction_seed(0, k) for k in range(4)]
 
 def test_svrg_has_several_directions_per_sample_in_both_kinds_of_step() -> None:
     config = MeZOSVRG(eps=0.5, q=2, per_sample=True, directions=3, anchor_directions=2)
-    planner = SVRGPlanner(config, replace(PROBLEM, batch_size=2, full_size=5))
+    planner: Any = SVRGPlanner(config, replace(PROBLEM, batch_size=2, full_size=5))
     shapes = []
     for state in (SVRGState(), SVRGState(0, Combination.single(9, 1.0), Combination.single(9, -3.0))):
         plan = planner.plan(state, 1)
@@ -29,7 +29,7 @@ def test_svrg_has_several_directions_per_sample_in_both_kinds_of_step() -> None:
 
 def test_svrg_with_several_directions_averages_differences() -> None:
     config = MeZOSVRG(lr=1.0, anchor_lr=0.1, eps=0.5, q=3, directions=2, clip=2.5)
-    planner = SVRGPlanner(config, PROBLEM)
+    planner: Any = SVRGPlanner(config, PROBLEM)
     state = planner.update(planner.init(), 0, [Losses((3.0, 1.0))]).state
     plan = planner.plan(state, 1)
     z1, z2 = (PROBLEM.direction_seed(1, k) for k in range(2))
@@ -41,7 +41,7 @@ def test_svrg_with_several_directions_averages_differences() -> None:
 
 
 def test_svrg_one_sided_probes_both_points_themselves() -> None:
-    planner = SVRGPlanner(MeZOSVRG(eps=0.5, q=2, one_sided=True), PROBLEM)
+    planner: Any = SVRGPlanner(MeZOSVRG(eps=0.5, q=2, one_sided=True), PROBLEM)
     state = SVRGState(0, Combination.single(9, 1.0), Combination.single(9, -3.0))
     z = PROBLEM.direction_seed(1)
     shifts = [v.shift for v in planner.plan(state, 1).variants]
@@ -56,14 +56,14 @@ def test_svrg_one_sided_probes_both_points_themselves() -> None:
 
 
 def test_svrg_with_a_stored_anchor_probes_a_copy() -> None:
-    planner = SVRGPlanner(MeZOSVRG(eps=0.5, q=2, anchor="stored"), PROBLEM)
+    planner: Any = SVRGPlanner(MeZOSVRG(eps=0.5, q=2, anchor="stored"), PROBLEM)
     first = planner.update(planner.init(), 0, [Losses((3.0, 1.0))])
     assert first.copies_anchor
     z = PROBLEM.direction_seed(1)
     around = [Combination.single(z, step) for step in (0.5, -0.5)]
     assert planner.plan(first.state, 1).variants == (*map(Variant, around), *(Variant(s, (), "anchor") for s in around))
     second = planner.update(first.state, 1, [Losses((5.0, 1.0, 3.0, 2.0))])
-    replayed = SVRGPlanner(MeZOSVRG(eps=0.5, q=2), PROBLEM)
+    replayed: Any = SVRGPlanner(MeZOSVRG(eps=0.5, q=2), PROBLEM)
     assert second.combination == replayed.update(first.state, 1, [Losses((5.0, 1.0, 3.0, 2.0))]).combination
     assert not second.copies_anchor
     assert second.state.displacement == ZERO
@@ -85,7 +85,7 @@ def test_svrg_with_a_stored_anchor_probes_a_copy() -> None:
     ],
 )
 def test_auto_stores_what_is_long_or_rounded(settings: dict[str, Any], problem: dict[str, Any], stored: bool) -> None:
-    planner = SVRGPlanner(MeZOSVRG(anchor="auto", **settings), replace(PROBLEM, **problem))
+    planner: Any = SVRGPlanner(MeZOSVRG(anchor="auto", **settings), replace(PROBLEM, **problem))
     number = len(planner.plan(planner.init(), 0).variants)
     losses = Losses((1.0,) * number, ((1.0,) * planner.problem.full_size,) * number)
     assert planner.update(planner.init(), 0, [losses]).copies_anchor is stored
@@ -93,6 +93,7 @@ def test_auto_stores_what_is_long_or_rounded(settings: dict[str, Any], problem: 
 
 def test_svrg_stores_anchors_of_16_bit_weights_unless_told_otherwise() -> None:
     for settings, stored in ((MeZOSVRG(), True), (MeZOSVRG(anchor="replay"), False)):
-        planner = SVRGPlanner(settings, replace(PROBLEM, has_16bit_weights=True))
+        planner: Any = SVRGPlanner(settings, replace(PROBLEM, has_16bit_weights=True))
         assert planner.update(planner.init(), 0, [Losses((1.0, 1.0))]).copies_anchor is stored
-    assert not SVRGPlanner(MeZOSVRG(), PROBLEM).update(SVRGState(), 0, [Losses((1.0, 1.0))]).copies_anchor
+    default: Any = SVRGPlanner(MeZOSVRG(), PROBLEM)
+    assert not default.update(SVRGState(), 0, [Losses((1.0, 1.0))]).copies_anchor

@@ -118,9 +118,10 @@ def test_a_file_torn_inside_its_header_is_no_run_yet(root: Path, tmp_path: Path)
 # Evaluate and export
 
 
-def test_the_run_that_finds_its_rate_has_looked_back(root: Path) -> None:
+@pytest.mark.parametrize("name", ["auto rate", "auto rates, calibrated"])
+def test_the_run_that_finds_its_rate_has_looked_back(root: Path, name: str) -> None:
     """What the cases of this file and of others rest on."""
-    steps = trajectory.read(root / "auto rate" / "run" / "trajectory.jsonl").steps
+    steps = trajectory.read(root / name / "run" / "trajectory.jsonl").steps
     assert [step.step for step in steps if len(step.rounds) > 1] == [4]
 
 

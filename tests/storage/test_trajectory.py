@@ -100,7 +100,7 @@ def test_a_direction_per_sample_takes_at_most_16_bytes_per_coefficient(batch: in
     update = mezo.update(mezo.init(), 19_000, [losses])
     assert len(update.combination) == batch
     assert line_size(19_000, losses) <= 16 * batch
-    svrg = SVRGPlanner(MeZOSVRG(per_sample=True), problem)
+    svrg: Any = SVRGPlanner(MeZOSVRG(per_sample=True), problem)
     anchor = tuple(tuple(measured(v, i) for i in range(128)) for v in range(2))
     means = tuple(sum(int(loss * 2**32) for loss in row) / (128 * 2**32) for row in anchor)
     first = svrg.update(svrg.init(), 0, [Losses(means, anchor)])
