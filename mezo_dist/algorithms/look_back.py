@@ -16,10 +16,10 @@ looks, to which the share at the start belongs with the weight of `TRUST` looks:
 
     share = sum(s * (gain of D)) / sum(c),      each look divided by the c that its directions have on average
 
-A look takes two forward passes of a minibatch after 8 steps or more. It is the one that the step uses anyway, which the
-steps before have not seen, as long as batches do not come again within a window. Where they do, the steps seem better
-than they are by a part r / N, with N training samples, and r the variance of single samples' gradients over the square
-of their mean: little with `MANY` samples, and too much with few.
+A look takes two forward passes of a minibatch after 8 steps or more. It is the one that the step uses anyway, which
+the steps before have not seen in the first epoch. Later, the steps seem better than they are by a part r / N, with N
+training samples, and r the variance of single samples' gradients over the square of their mean: little with `MANY`
+samples, and too much with few.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHANGE = 2.0
 MOST = 0.5
 """The largest share."""
 MANY = 256
-"""Training samples from which on windows may be longer than an epoch."""
+"""Training samples from which on they may have been seen in an epoch before."""
 LEAST = 0.25
 """The smallest share, as a part of that at the start: where looks say nothing but noise, their mean is near zero."""
 
@@ -74,8 +74,8 @@ class LookBack:
         return self if self.share else replace(self, share=share)
 
     def is_due(self, step: int, problem: Problem, directions: int) -> bool:
-        """Whether ``step`` has a look: not at the end of a run, for which it would come too late, and not where a
-        window goes through all of few training samples, so that none of its samples is new.
+        """Whether ``step`` has a look: not at the end of a run, for which it would come too late, and not where its
+        minibatch has been seen in an epoch before, unless samples are many.
 
         Args:
             step: number of the step.
@@ -83,7 +83,8 @@ class LookBack:
             directions: of a step.
         """
         window = max(WINDOW, math.ceil(DIRECTIONS / directions))
-        if (problem.epoch < window and (problem.num_train or 0) < MANY) or problem.num_steps - step < window // 4:
+        is_new = problem.num_train is None or problem.num_train >= MANY or step < problem.epoch
+        if not is_new or problem.num_steps - step < window // 4:
             return False
         return self.steps >= (window // 2 if self.looks < EARLY else window)
 

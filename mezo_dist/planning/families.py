@@ -31,9 +31,39 @@ def shape_of_config(config: Config, name: str) -> ModelShape | None:
     """
     kind = str(config.get("model_type"))
     if kind in FAMILIES:
-        return FAMILIES[kind](config, name)
+        return None if _is_open(config, kind) else FAMILIES[kind](config, name)
     template = DECODERS.get(kind) or ENCODERS.get(kind)
     return None if template is None else shape_by_template(template, config, name)
+
+
+_GROUPED = ("num_key_value_heads", "max_position_embeddings")
+_EXPERTS = (*_GROUPED, "num_experts_per_tok")
+_ASKED = {
+    "mistral": _GROUPED,
+    "mixtral": (*_EXPERTS, "num_local_experts"),
+    "qwen2": _GROUPED,
+    "qwen3": (*_GROUPED, "head_dim"),
+    "qwen3_moe": (*_EXPERTS, "head_dim", "num_experts", "moe_intermediate_size"),
+}
+"""``model_type`` -> settings for which its class has a default of its own."""
+_IGNORED = {
+    "mistral": ("attention_bias", "mlp_bias"),
+    "mixtral": ("attention_bias", "mlp_bias"),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), ("mlp_bias",)),
+}
+"""``model_type`` -> settings of its kin that its class does not have."""
+
+
+def _is_open(config: Config, kind: str) -> bool:
+    """Whether the formula would have to guess what transformers knows.
+
+    Args:
+        config: contents of a config.json.
+        kind: its ``model_type``.
+    """
+    return any(config.get(key) is None for key in _ASKED.get(kind, ())) or any(
+        config.get(key) for key in _IGNORED.get(kind, ())
+    )
 
 
 def _module(kind: ModuleKind, prefix: str, **shapes: tuple[int, ...]) -> ModuleShape:

@@ -38,7 +38,7 @@ def kept_shape(contents: Mapping[str, Any], name: str) -> ModelShape | None:
         with open_regular(_path(contents)) as file:
             kept = json.loads(file.read())
         return _shape(kept["shape"], name) if kept["digest"] == _digest(kept["shape"]) else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

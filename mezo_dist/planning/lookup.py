@@ -70,7 +70,7 @@ def _read(file: Path) -> dict[str, Any]:
         if file.stat().st_size > LARGEST:
             raise ValueError("it is too large")
         return _parsed(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"MODEL: {file} is no readable config.json ({error})") from error
 
 

@@ -53,8 +53,9 @@ def replay_updates(
             raise UserError(f"step {step.step} has losses that no step of this run can have ({error})") from error
         if isinstance(update, Evaluation) or not fits:
             raise UserError(
-                f"step {step.step} is not what this version of the algorithm makes of its losses; the trajectory's "
-                "header names the version of mezo_dist that can rebuild it"
+                f"step {step.step} is not what this version of the algorithm makes of its losses: another version of "
+                "mezo_dist took it (the trajectory's header names it, CHANGELOG.md what changed), and that one can go "
+                "on with the run or rebuild it; or begin anew, with --output.if_exists=new"
             )
         progress.after(update)
         yield update

@@ -90,8 +90,8 @@ def test_when_a_run_looks_back() -> None:
     assert looks(MeZO(lr="auto"), LONG, 40) == [8, 16, 32]  # one direction in a step tells less
     assert looks(dataclasses.replace(auto, eta=0.1), LONG) == []
     assert looks(MeZO(lr=0.1, directions=7), LONG) == []
-    assert looks(auto, Problem(num_steps=1000, batch_size=4, num_train=28)) == []  # no sample would be new
-    assert looks(auto, Problem(num_steps=1000, batch_size=64, num_train=256)) == [4, 8, 16, 24, 32]  # one of many is
+    assert looks(auto, Problem(num_steps=1000, batch_size=4, num_train=40)) == [4, 8]  # later no sample is new
+    assert looks(auto, Problem(num_steps=1000, batch_size=64, num_train=256)) == [4, 8, 16, 24, 32]  # of many
     assert looks(auto, Problem()) == []
 
 

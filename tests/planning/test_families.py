@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from mezo_dist.errors import UserError
-from mezo_dist.planning.families import shape_of_config
+from mezo_dist.planning.families import _ASKED, shape_of_config
 from mezo_dist.planning.instantiated import shape_of
 from mezo_dist.planning.named import NAMED
 from mezo_dist.planning.shapes import ModelShape
@@ -47,6 +47,16 @@ def test_a_named_shape_is_the_model_that_transformers_builds(name: str) -> None:
     assert units_of(shape) == units_of(built)
     assert numbers_of(shape) == numbers_of(built)
     assert shape.active_size == built.active_size
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "mixtral-8x7b", "qwen3-30b-a3b"])
+def test_what_a_class_has_a_default_for_is_not_guessed(name: str) -> None:
+    """Qwen3's heads have 128 dimensions, whatever hidden / heads is; Mixtral has 8 experts."""
+    for key in _ASKED[str(NAMED[name]["model_type"])]:
+        for missing in ({k: v for k, v in NAMED[name].items() if k != key}, {**NAMED[name], key: None}):
+            assert shape_of_config(missing, name) is None, key
+    assert shape_of_config({**NAMED[name], "mlp_bias": True}, name) is None  # these classes have none
+    assert shape_of_config(NAMED[name], name) is not None
 
 
 def test_published_sizes() -> None:

@@ -58,8 +58,8 @@ def test_a_damaged_file_is_ignored_and_rewritten(shape: ModelShape, cache: Path,
     path = the_file(cache)
     good = path.read_text()
     (tmp_path / "config.json").write_text(json.dumps(CONTENTS))
-    damages = [good[:-9], good.replace('"layers": 2', '"layers": 3'), "[]", "", "null", '{"digest": "", "shape": {}}']
-    for damaged in damages:
+    damages = [good[:-9], good.replace('"layers": 2', '"layers": 3'), "[]", "", "null", "[" * 100_000]
+    for damaged in [*damages, '{"digest": "", "shape": {}}']:
         assert damaged != good
         path.write_text(damaged)
         assert kept_shape(CONTENTS, "mine") is None, damaged
