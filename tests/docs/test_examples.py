@@ -76,7 +76,7 @@ def test_learning_curves(tmp_path: Path) -> None:
 def test_auto_rate(tmp_path: Path) -> None:
     command = ["examples/studies/auto_rate.py", "--tasks", "tiny", "--kinds", "norms", "--out", str(tmp_path)]
     table = run(*command)
-    about, *runs = map(json.loads, (tmp_path / "auto_rate-untouched.jsonl").read_text().splitlines())
+    about, *runs = map(json.loads, (tmp_path / "auto_rate-look_back.jsonl").read_text().splitlines())
     assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
     auto = [row for row in runs if row["label"] == "norms, tiny, auto"]
     assert {row["seed"] for row in auto} == {1, 2, 3}, "nothing is chosen for it"
