@@ -138,6 +138,8 @@ def shape_by_template(template: Template, config: Config, name: str) -> ModelSha
         return None
     layers, (heads, kv_heads) = num_layers(config, layers_at), num_heads(config, heads_at)
     sizes = _sizes(template, config, heads, kv_heads)
+    if config.get("head_dim") is None and sizes["h"] % heads:
+        return None  # refused by some classes, rounded down by others
     flags = {key: bool(usual if config.get(key) is None else config[key]) for key, usual in template.flags.items()}
 
     def unit(text: str, prefix: str = "", *, is_block: bool = False) -> UnitShape:
@@ -163,7 +165,8 @@ def _covers(template: Template, config: Config) -> bool:
     letters = _letters(template)
     needs = [*template.needs, *([template.inner] if template.inner else [])]
     needs += ["num_key_value_heads"] if "k" in letters else []
-    has_sizes = all(_name(config, names) for letter, names in LETTERS.items() if letter in letters)
+    sizes = [LAYERS, HEADS, *(names for letter, names in LETTERS.items() if letter in letters)]
+    has_sizes = all(sum(config.get(name) is not None for name in names) == 1 for names in sizes)  # not two names of one
     is_plain = all(config.get(key, value) in (value, None) for key, value in template.plain.items())
     return has_sizes and is_plain and all(config.get(key) is not None for key in needs)
 

@@ -81,6 +81,14 @@ def test_an_electra_as_wide_as_its_embeddings_has_no_projection() -> None:
     assert shape_of_config({"model_type": "electra", **settings}, "electra") == built
 
 
+def test_a_size_under_two_names_or_heads_that_do_not_divide_it_are_asked_of_transformers() -> None:
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_size": 64, "max_position_embeddings": 64}
+    distilbert = {"model_type": "distilbert", **sizes}
+    assert shape_of_config(distilbert, "x") is not None
+    assert shape_of_config({**distilbert, "n_embd": 8}, "x") is None
+    assert shape_of_config({**distilbert, "n_heads": 3}, "x") is None
+
+
 def test_sizes_that_the_class_has_defaults_for() -> None:
     """Gemma's heads are 256 wide if nothing is said, whatever 48 / 6 is."""
     contents = {"model_type": "gemma", **{key: value for key, value in DECODER.items() if key != "head_dim"}}
