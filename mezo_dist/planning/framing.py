@@ -10,7 +10,7 @@ a link carries all three frames of every message, once.
 Numbers of messages are those of gloo's ring algorithms (``gloo/allreduce.cc``, ``gloo/allgather.cc``), which cut what
 a rank sends to its neighbour in two halves, so that one is under way while the other is worked on. All of it was held
 against the frames that a virtual host's network card sends and receives: with 2, 4 and 8 hosts the frames are exactly
-these, and the bytes come out within 8 % (`examples/scaling_study/README.md`). On a link of 1 Mbit/s between two hosts
+these, and the bytes come out within 4 % (`examples/scaling_study/README.md`). On a link of 1 Mbit/s between two hosts
 a quarter of the frames share a packet.
 
 Assumptions: IPv4 with time stamps, packets of 1,500 bytes, no TLS, nothing lost; a receiver acknowledges every second
