@@ -22,6 +22,7 @@ EVERY_OPTION = ("lr=1e-3", "directions=3", "one_sided=true", "scaling=normalised
                 "pool=8", "pull=0.1")  # fmt: skip
 BF16 = ("algorithm.lr=1e-3", "model.weights=bfloat16", "law=rademacher")
 STORED = ("algorithm.lr=1e-3", "algorithm.anchor=stored", "model.weights=bfloat16")
+AUTO = ("algorithm.lr=auto", "algorithm.anchor_lr=auto")
 CASES = {
     "mezo": Case("opt", "mezo", ("algorithm.lr=1e-3",)),
     "mezo-svrg": Case("llama-tied", "mezo-svrg", (*SVRG_RATES, "algorithm.q=3")),
@@ -45,20 +46,18 @@ CASES = {
         "distilbert",
         "mezo-svrg",
         (
-            *(
-                "algorithm.lr=auto",
-                "algorithm.anchor_lr=auto",
-                "algorithm.directions=2",
-                "algorithm.anchor_directions=2",
-            ),
-            *("train.calibrate=true", "train.batch_size=2"),
+            *AUTO,
+            *("algorithm.directions=2", "algorithm.anchor_directions=2", "train.calibrate=true", "train.batch_size=2"),
         ),
+    ),
+    "auto rates, per sample": Case(
+        "llama", "mezo-svrg", ("law=lowrank", "algorithm.per_sample=true", *AUTO, "train.batch_size=2")
     ),
     "two rounds": Case("opt", "mezo-svrg-released", ("algorithm.lr=1e-3", "algorithm.q=3")),
 }
 WORLD_SIZES = ("mezo", "mezo-svrg", "per-sample", "stored, shared out", "auto rate", "auto rates, calibrated",
-               "two rounds")  # fmt: skip
+               "auto rates, per sample", "two rounds")  # fmt: skip
 """Run on one, two and three processes, and on every layout."""
 RESUMED = ("mezo", "mezo-svrg", "bf16", "per-sample, causal", "several per sample", "every option", "stored", "decay",
-           "auto rate", "auto rates, calibrated", "two rounds")  # fmt: skip
+           "auto rate", "auto rates, calibrated", "auto rates, per sample", "two rounds")  # fmt: skip
 """Killed, resumed, replayed and exported."""

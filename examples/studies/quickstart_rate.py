@@ -72,7 +72,9 @@ class Study:
     def train(self, lr: float | str, seed: int) -> int:
         """A run of the product from the base weights; the steps that it took before losses were no longer finite."""
         put(self.run, self.start)
-        settings = dataclasses.replace(self.run.config.algorithm, lr=lr)
+        settings: Any = self.run.config.algorithm
+        rates = {"lr": lr, "anchor_lr": lr} if hasattr(settings, "anchor_lr") else {"lr": lr}
+        settings = dataclasses.replace(settings, **rates)
         config = dataclasses.replace(self.run.config, algorithm=settings, seed=seed)
         known, n = self.run.problem, len(self.run.splits["train"])
         problem = problem_of(config, known.full_size, n, known.eps)

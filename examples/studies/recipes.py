@@ -5,8 +5,9 @@
 Runs of configs/NAME.yaml as it stands, with other rates. Every rate of a recipe's grid runs from its tuning seeds
 (`--tuning-seeds`), and is scored on the validation split. The rate with the best mean figure there (and among equals
 the lowest mean loss) runs from the seeds `SEEDS`; each of these runs is scored on the test split, and so is the model
-before training. Nothing is chosen on the test split. All runs of a recipe share one process, and with it what is
-remembered of frozen blocks: ``cpu_s``, the processor time of a run, holds the computing of that in the first run alone.
+before training. So is ``lr: auto`` from these seeds, for which nothing is chosen. Nothing is chosen on the test split.
+All runs of a recipe share one process, and with it what is remembered of frozen blocks: ``cpu_s``, the processor time
+of a run, holds the computing of that in the first run alone.
 
 Writes one line per finished run to recipes.jsonl, headed by a line about machine and versions. What is there is not run
 again, so the same command goes on where it was stopped.
@@ -38,6 +39,8 @@ GRIDS = {
     "choice": (0.03, 0.1, 0.3),
     "completion": (0.03, 0.1, 0.3),
     "reward": (0.15, 0.3, 0.6),
+    "mezo-svrg": (0.038, 0.12, 0.38),
+    "lora": (0.003, 0.01, 0.03),
     "tiny": (0.001, 0.01),
 }
 """Recipe -> its rates. ``tiny`` is a tiny job, to try this script."""
@@ -50,28 +53,35 @@ def scores(study: Study, split: str) -> dict[str, float]:
     return {name: round(result[name], 4) for name in ("loss", run.config.task.metric)}
 
 
+AUTO = "auto"
+"""Kind of the runs of ``lr: auto``."""
+
+
 def record(study: Study, results: Results, label: str, lr: float, seed: int, split: str) -> Record:
-    """One run with its scores, from the file if it is there; ``lr`` 0: the model before training.
+    """One run with its scores, from the file if it is there.
 
     Args:
         study: model and data.
         results: the file.
-        label: of the runs.
-        lr: learning rate.
+        label: of the runs; it ends in `AUTO` for ``lr: auto``.
+        lr: learning rate; 0: ``lr: auto``, or the model before training.
         seed: of the run.
         split: what is scored.
     """
     if (done := results.find(label, lr, seed)) is not None:
         return done
-    started = time.process_time()
-    if lr:
-        steps = study.train(lr, seed)
+    started, is_auto = time.process_time(), label.endswith(AUTO)
+    if lr or is_auto:
+        steps = study.train(AUTO if is_auto else lr, seed)
     else:
         steps = 0
         put(study.run, study.start)
     seconds = round(time.process_time() - started, 1)
     row = {"kind": "run", "label": label, "lr": rounded(lr), "seed": seed, "steps": steps, "cpu_s": seconds}
-    row |= {"diverged": bool(lr) and steps < study.run.config.train.steps, "scores": {split: scores(study, split)}}
+    row |= {
+        "diverged": (bool(lr) or is_auto) and steps < study.run.config.train.steps,
+        "scores": {split: scores(study, split)},
+    }
     results.add(row)
     print({name: row[name] for name in ("label", "lr", "seed", "cpu_s", "scores")}, flush=True)
     return row
@@ -105,15 +115,18 @@ def learn(name: str, results: Results, overrides: list[str], rates: list[float],
             run = build_run(config, comm, judge=judge)
             study = Study(run, {name: p.detach().clone() for name, p in trainable(run)})
             record(study, results, f"{name}, before", 0.0, 0, "test")
+            kinds = {AUTO: [record(study, results, f"{name}, {AUTO}", 0.0, seed, "test") for seed in SEEDS]}
             label = f"{name}, to choose"
             tried = {lr: [record(study, results, label, lr, seed, "validation") for seed in seeds] for lr in rates}
             best = max(tried, key=lambda lr: value(study, tried[lr]))
             print(f"{name}: validation chose {best:g}", flush=True)
-            rows = [record(study, results, f"{name}, chosen", best, seed, "test") for seed in SEEDS]
+            kinds["chosen"] = [record(study, results, f"{name}, chosen", best, seed, "test") for seed in SEEDS]
             metric = run.config.task.metric
-    for figure in dict.fromkeys(("loss", metric)):
-        values = [row["scores"]["test"][figure] for row in rows]
-        print(f"{name}: test {figure} {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}", flush=True)
+    for kind, rows in kinds.items():
+        for figure in dict.fromkeys(("loss", metric)):
+            values = [row["scores"]["test"][figure] for row in rows]
+            spread = f"{statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
+            print(f"{name}, {kind}: test {figure} {spread}", flush=True)
 
 
 def main() -> None:

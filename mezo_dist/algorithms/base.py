@@ -135,6 +135,8 @@ class Problem:
     """Training samples; None: there are no epochs, or their length is not known."""
     eps: float | None = None
     """For ``eps: auto``: the size of the perturbation that was chosen at start-up."""
+    is_discrete: bool = False
+    """The objective is a metric or a reward: it takes few values, and has no curvature."""
 
     @property
     def epoch(self) -> int:

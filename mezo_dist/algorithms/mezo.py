@@ -30,7 +30,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mezo_dist.algorithms.auto_rate import AUTO_IN_CONFIGS, AutoRate, check_auto_rate, settle, share
+from mezo_dist.algorithms.auto_rate import (
+    AUTO_IN_CONFIGS,
+    AutoRate,
+    check_auto_rate,
+    equal_directions,
+    roughness,
+    settle,
+    share,
+)
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.look_back import LookBack
@@ -158,7 +166,7 @@ class MeZOPlanner:
         number = config.directions * max(samples, 1)
         seeds = tuple(problem.direction_seed(step, k, config.pool) for k in range(number))
         eps = problem.perturbation(config.eps) * config.eps_schedule.factor(step, problem.num_steps)
-        curvature = config.lr == "auto"
+        curvature = config.lr == "auto" and not problem.is_discrete
         return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided, curvature=curvature)
 
     def plan(self, state: MeZOState, step: int) -> Evaluation:
@@ -166,16 +174,18 @@ class MeZOPlanner:
 
     def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState] | Evaluation:
         config, probe, losses = self.config, self._probe(step), rounds[0]
-        start, adapts = share(config.eta, self.problem.num_steps), config.lr == "auto" and config.eta is None
+        start, adapts = share(config.eta, self.problem.num_steps), probe.curvature and config.eta is None
         look_back = state.look_back.starting_at(start)
-        if adapts and look_back.is_due(step, self.problem, config.directions):
+        if adapts and look_back.is_due(step, self.problem, len(probe.seeds)):
             if len(rounds) == 1:
                 return look_back.evaluation()
             look_back = look_back.after_look(rounds[1], state.auto.recent, start)
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(scaled(clipped(projected, config.clip), config.scaling, one_sided=config.one_sided))
         gradient, past = state.past.with_now(estimate, config.momentum)
-        base_lr, auto = settle(config.lr, state.auto, losses.curvature, look_back.share, config.directions)
+        directions = equal_directions(config.directions, probe.per_sample, agree=self.problem.is_discrete)
+        curvature = losses.curvature if probe.curvature else roughness(projected, probe.eps)
+        base_lr, auto = settle(config.lr, state.auto, curvature, look_back.share, directions)
         schedule = config.schedule.factor(step, self.problem.num_steps) * auto.warm_up(config.schedule)
         lr = base_lr * schedule * state.plateau.factor * self.rate
         combination = -lr * (gradient + config.pull * state.total)

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, settle, share
+from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, equal_directions, roughness, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.look_back import LookBack
@@ -189,7 +189,7 @@ class SVRGPlanner:
             self._samples(is_anchor),
             config.one_sided,
             bases=(Variant(),) if is_anchor else (Variant(), anchor),
-            curvature=config.lr == "auto",
+            curvature=config.lr == "auto" and not problem.is_discrete,
         )
 
     def plan(self, state: SVRGState, step: int) -> Evaluation:
@@ -197,9 +197,9 @@ class SVRGPlanner:
 
     def update(self, state: SVRGState, step: int, rounds: Sequence[Losses]) -> Update[SVRGState] | Evaluation:
         config, probe, losses = self.config, self._probe(state, step), rounds[0]
-        start, adapts = share(config.eta, self.problem.num_steps), config.lr == "auto" and config.eta is None
+        start, adapts = share(config.eta, self.problem.num_steps), probe.curvature and config.eta is None
         look_back = state.look_back.starting_at(start)
-        if adapts and look_back.is_due(step, self.problem, config.anchor_directions):
+        if adapts and look_back.is_due(step, self.problem, self._number_of_seeds(True)):
             if len(rounds) == 1:
                 return look_back.evaluation()
             look_back = look_back.after_look(rounds[1], state.anchor_auto.recent, start)
@@ -209,15 +209,18 @@ class SVRGPlanner:
         metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
         metrics["zero_differences"] = zero_share([p for row in projected for p in row])
         eta = look_back.share
-        auto, anchor_auto, along_anchor = state.auto, state.anchor_auto, config.anchor_directions / config.q
+        auto, anchor_auto = state.auto, state.anchor_auto
+        agree = self.problem.is_discrete
+        along_anchor = equal_directions(config.anchor_directions, self._samples(True), agree=agree) / config.q
+        curvature = losses.curvature if probe.curvature else roughness(projected[0], probe.eps)
         if is_anchor:
-            base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, losses.curvature, eta, along_anchor)
+            base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, curvature, eta, along_anchor)
             metrics |= anchor_auto.metrics(base_lr, eta)
             anchor_step = step
             plateau = plateau.after(metrics["loss"], rule, rule.losses_per_window(self.problem.epoch, config.q))
             estimate = anchor_gradient = probe.gradient(clipped(projected[0], config.clip))
         else:
-            base_lr, auto = settle(config.lr, auto, losses.curvature, eta, along_anchor)
+            base_lr, auto = settle(config.lr, auto, curvature, eta, along_anchor)
             metrics |= auto.metrics(base_lr, eta)
             anchor_step, anchor_gradient = state.anchor_step, state.anchor_gradient
             differences = [p - p0 for p, p0 in zip(*projected, strict=True)]

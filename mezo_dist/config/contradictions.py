@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mezo_dist.algorithms import FirstOrder
-from mezo_dist.algorithms.auto_rate import GIVE_A_NUMBER
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.config.reward import check_reward
 
@@ -41,8 +40,6 @@ def check_contradictions(config: RunConfig) -> None:
     if config.train.objective == "metric":
         _check_metric_objective(config)
     check_reward(config.task, config.train.objective, config.reward)
-    if config.algorithm.lr == "auto":
-        _check_auto_rate(config)
 
 
 def _check_compile(config: RunConfig) -> None:
@@ -87,19 +84,6 @@ def _check_registers(config: RunConfig) -> None:
         reason = f"computes linear layers one by one, and train.compile: {config.train.compile} compiles whole blocks"
     if reason:
         raise ValueError(f"layout.linear: registers {reason}; set it to materialised")
-
-
-def _check_auto_rate(config: RunConfig) -> None:
-    if config.train.objective != "loss":
-        raise ValueError(
-            "algorithm.lr: auto reads curvature off cross-entropies, and train.objective: "
-            f"{config.train.objective} is none; {GIVE_A_NUMBER}"
-        )
-    if config.task.kind == "regression":
-        raise ValueError(
-            "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a "
-            f"squared error; {GIVE_A_NUMBER}"
-        )
 
 
 def _check_first_order(config: RunConfig) -> None:

@@ -178,6 +178,7 @@ def build_run(config: RunConfig, comm: Communicator, recorded: Header | None = N
         _work_split(config, comm),
         joint_objective(config, kind, judge),
         _writer(loaded, kind, bench, forward, comm),
+        is_squared_error=config.task.kind == "regression",
     )
     with patience("measuring what rounding leaves of a perturbation"):
         eps = recorded.eps if recorded is not None else _settled_eps(loaded, comm)
@@ -243,7 +244,8 @@ def problem_of(config: RunConfig, full_size: int, num_train: int | None, eps: fl
         eps: the size of the perturbation that was chosen for ``algorithm.eps: auto``.
     """
     train, is_16bit = config.train, config.model.weights != "float32"
-    return Problem(config.seed, train.steps, train.batch_size, full_size, is_16bit, num_train, eps)
+    is_discrete = train.objective != "loss"
+    return Problem(config.seed, train.steps, train.batch_size, full_size, is_16bit, num_train, eps, is_discrete)
 
 
 def _probe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,6 +58,8 @@ class Evaluator:
     """If not None: what makes losses of the scores of a whole batch; else they are means over samples."""
     writer: Writer | None = None
     """If not None: how texts are written, which figures and joint losses are about."""
+    is_squared_error: bool = False
+    """Losses are squares of what a number is wrong by, and not negative log-likelihoods; see `losses`."""
 
     def losses(self, request: Evaluation, batch: Sequence[MicroBatch], mark: tuple[object, ...]) -> Losses | None:
         """Evaluate a round. None if any loss, anywhere, is not finite (or has diverged): then no rank may update.
@@ -74,7 +77,13 @@ class Evaluator:
             for variant, score in scores:
                 table.add(variant, micro_batch.slots, score.loss, score.weight)
         losses = table.total(self.comm, fingerprint(*mark, _describe(request)), request.pairs)
-        return losses if losses is None or request.each_sample else replace(losses, each=())
+        if losses is None:
+            return None
+        if losses.curvature and self.is_squared_error:
+            # The slope of e^2 along a direction is 2 e e', and its curvature 2 e'^2: on average, slopes squared over
+            # 2 e^2.
+            losses = replace(losses, curvature=losses.curvature / (2 * math.fsum(losses.mean) / len(losses.mean)))
+        return losses if request.each_sample else replace(losses, each=())
 
     def compute(
         self,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mezo_dist.algorithms.auto_rate import RECENT, RELEASE, WARM_UP, AutoRate
-from mezo_dist.algorithms.base import Losses, Problem
+from mezo_dist.algorithms.auto_rate import RECENT, RELEASE, SPREAD, WARM_UP, AutoRate
+from mezo_dist.algorithms.base import Losses, Problem, Update
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
 from mezo_dist.algorithms.schedules import Annealing, Schedule
 from mezo_dist.algorithms.svrg import MeZOSVRG, SVRGPlanner
@@ -97,6 +97,38 @@ def test_the_steps_of_an_svrg_cycle_share_the_best_step_along_the_anchor() -> No
     assert steps == pytest.approx([share / 4, share / 2, share / 2, share / 4])  # each kind by its own curvature
 
 
+def test_a_direction_per_sample_is_worth_less_than_one_that_all_samples_share() -> None:
+    """For the gradients of samples differ: their number is divided by 1 + SPREAD."""
+    one_each = MeZO(lr="auto", eta=0.3, per_sample=True, directions=2, schedule=Schedule(warmup_steps=1))
+    each = ((1.0,) * 5, (0.5,) * 5) * 2
+    losses = Losses((1.0, 0.5) * 2, each, curvature=4.0)
+    assert rates(MeZOPlanner(one_each, Problem(batch_size=5)), losses) == pytest.approx([0.3 * 10 / (1 + SPREAD) / 4])
+    several = MeZOSVRG(
+        lr="auto", anchor_lr="auto", eta=0.3, per_sample=True, anchor_directions=2, schedule=Schedule(warmup_steps=1)
+    )
+    found = rates(SVRGPlanner(several, Problem(batch_size=5, full_size=5)), losses)
+    assert found == pytest.approx([0.3 * 10 / (1 + SPREAD) / 4 / 2])
+
+
+def test_an_objective_of_few_values_has_the_slope_over_eps_for_a_curvature() -> None:
+    """So that an estimate as large as usual moves each direction by the share of eps; no pass more is asked for."""
+    settings = MeZO(lr="auto", directions=2, eps=0.5, per_sample=True, schedule=Schedule(warmup_steps=1))
+    planner: Any = MeZOPlanner(settings, Problem(num_steps=100, batch_size=2, num_train=400, is_discrete=True))
+    state = planner.init()
+    assert planner.plan(state, 0).pairs == ()
+    for step in range(40):
+        update = planner.update(state, step, [Losses((0.5, 0.0) * 2, ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (0.0, 0.0)))])
+        assert isinstance(update, Update), "looks back"
+        state = update.state
+    rms = 0.5**0.5
+    assert update.metrics["rate/curvature"] == pytest.approx(rms / 0.5)
+    assert update.metrics["lr"] == pytest.approx(0.08 * 4 * 0.5 / rms)
+    moved = [abs(c) for _, c in update.combination.terms if c]
+    assert moved == pytest.approx([0.08 * 0.5 / rms] * 2)
+    stays = planner.update(planner.init(), 0, [Losses((0.0, 0.0) * 2, ((0.0, 0.0),) * 4)])
+    assert not stays.combination, "nothing changes along any direction"
+
+
 def test_only_auto_asks_for_curvature() -> None:
     def pairs(settings: Any, planner: Any) -> int:
         algorithm = planner(settings, Problem(eps=1e-3))
@@ -118,7 +150,6 @@ def test_a_trajectory_without_curvatures_is_refused_by_the_planner() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (MeZO, {"per_sample": True}, "auto does not go together with algorithm.per_sample, .*; give a number"),
         (MeZO, {"scaling": "sign"}, "algorithm.lr: auto does not go together with algorithm.scaling"),
         (
             MeZO,
@@ -131,7 +162,6 @@ def test_a_trajectory_without_curvatures_is_refused_by_the_planner() -> None:
         (MeZO, {"eta": math.inf}, "algorithm.eta: must be above 0"),
         (MeZO, {"lr": 0.1, "eta": 0.2}, "algorithm.eta: is a setting of algorithm.lr: auto"),
         (MeZOSVRG, {}, "algorithm.lr: lr and anchor_lr are auto together, or both are numbers"),
-        (MeZOSVRG, {"anchor_lr": "auto", "per_sample": True}, "auto does not go together with algorithm.per_sample"),
         (MeZOSVRG, {"anchor_lr": "auto", "weight_decay": 0.1}, "does not go together with algorithm.weight_decay"),
     ],
 )

@@ -88,16 +88,6 @@ REFUSED = [
         ["train.objective=metric", "train.calibrate=true"],
         "train.calibrate: changes the loss, which train.",
     ),
-    (
-        TASK,
-        ["train.objective=metric", "algorithm.lr=auto"],
-        "algorithm.lr: auto reads curvature off cross-entropies, and train.objective: metric is none; give a number",
-    ),
-    (
-        REGRESSION + "plain: [a]\n",
-        [HEAD, "algorithm.lr=auto"],
-        "algorithm.lr: auto reads curvature off cross-entropies, and the loss of task.kind: regression is a squared",
-    ),
     (TASK, ["train.objective=margin"], "train.objective: must be loss or metric"),
 ]
 

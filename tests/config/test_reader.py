@@ -68,7 +68,6 @@ def test_where_auto_does_not_do_a_rate_must_be_given(write_config: Write) -> Non
     for option, reason in {
         "algorithm.scaling=sign": "does not go together with algorithm.scaling",
         "algorithm.weight_decay=0.1": "does not go together with algorithm.weight_decay",
-        "train.objective=metric": "reads curvature off cross-entropies, and train.objective: metric is none",
     }.items():
         message = fault(path, option)
         assert f"algorithm.lr: auto {reason}" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +11,19 @@ import torch
 import transformers
 from torchmetrics.functional import regression as tm
 
+from mezo_dist.algorithms.base import Evaluation, Variant
+from mezo_dist.config import reader
 from mezo_dist.config.kinds.regression import RegressionTask
+from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.models.frozen_cache import run_whole
+from mezo_dist.runs.build import build_run
 from mezo_dist.tasks.batches import cut
 from mezo_dist.tasks.kind import Bench, TextModel
 from mezo_dist.tasks.regression.kind import Regression
 from mezo_dist.tasks.regression.metrics import pearson, spearman
 from mezo_dist.testing import tiny_tokenizer
+from tests.tasks.kind_configs import write_kind_config
 from tests.tasks.test_prompts import bert_like
 
 TASK = RegressionTask(name="t", data="nowhere", plain=("{{ text }}",), label="score")
@@ -80,3 +86,18 @@ def test_a_pair_of_texts() -> None:
 def test_what_is_no_number_is_refused(score: Any) -> None:
     with pytest.raises(UserError, match=r"train sample 0.*task\.label: .* is no finite number.*task\.where: {drop: "):
         list(kind().encode([{**ROWS[0], "score": score}], "train"))
+
+
+def test_the_curvature_of_squared_errors_is_that_of_the_loss_on_average(tmp_path: Path) -> None:
+    """``lr: auto`` reads it off slopes; of the head, in which predictions are linear, it is the second difference."""
+    options = ['model.trainable=["classifier.*"]', "algorithm.lr=auto", "algorithm.eps=0.1", "train.batch_size=20"]
+    path = write_kind_config(tmp_path, "regression")
+    run = build_run(reader.load(path, [*options, "algorithm.directions=100"]), Communicator())
+    losses = run.evaluator.losses(run.algorithm.plan(run.algorithm.init(), 0), run.batch("minibatch", 0), ())
+    here = run.evaluator.losses(Evaluation((Variant(),)), run.batch("minibatch", 0), ())
+    assert losses is not None
+    assert losses.curvature is not None
+    assert here is not None
+    ahead, behind = losses.mean[0::2], losses.mean[1::2]
+    second = [(plus + minus - 2 * here.mean[0]) / 0.1**2 for plus, minus in zip(ahead, behind, strict=True)]
+    assert losses.curvature == pytest.approx(sum(second) / len(second), rel=0.4)
