@@ -15,6 +15,17 @@ the square root of the number of steps, and is `SHARE` / sqrt(steps) if none is 
 beyond those of the step: it is read off what the passes at both ends of a direction say of each sample
 (`mezo_dist.objectives.curvature`, `mezo_dist.engines.loss_table`), and stands in the trajectory beside the losses.
 
+With a direction per sample, K is the number of all of them, and samples' noise counts in full: a factor 1 + r in place
+of 1 + r / B, of which `SPREAD` stands for r until looking back tells more (`mezo_dist.algorithms.look_back`).
+
+**Objectives that take few values**, metrics and rewards, have no curvature: they are smooth because they are probed at
+a distance, and in the mean over samples. What stands for it is the size of a typical slope over eps (`roughness`), so
+that a typical estimate moves each of a step's directions by eta times eps. That share stays: on a minibatch, what some
+steps have changed in such an objective is mostly noise.
+
+**Squared errors** have the mean square of slopes over twice the loss (`mezo_dist.runs.evaluation`): e^2 has the slope
+2 e e' along a direction and the curvature 2 e'^2.
+
 The first `WARM_UP` steps are shorter where no schedule warms up: a few directions may miss what is curved most, and
 adapters that begin at zero are flat there and nowhere else. H is bounded below by a decayed maximum, for as a model
 grows sure of its answers, the curvature of its losses goes to zero, and the rate with it to infinity, much faster than

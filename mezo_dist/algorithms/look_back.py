@@ -25,8 +25,10 @@ samples, and too much with few.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mezo_dist.algorithms.auto_rate import share
 from mezo_dist.algorithms.base import Evaluation, Losses, Pair, Problem, Variant
 from mezo_dist.directions.combination import ZERO, Combination
 
@@ -72,6 +74,25 @@ class LookBack:
     def starting_at(self, share: float) -> LookBack:
         """With this share, before the first step; later, as it is."""
         return self if self.share else replace(self, share=share)
+
+    def at_step(
+        self, step: int, rounds: Sequence[Losses], problem: Problem, directions: int, typical: float, eta: float | None
+    ) -> LookBack | Evaluation:
+        """The state that a step goes on with; or the passes of a look, if it is time for one and they are not there.
+
+        Args:
+            step: number of the step.
+            rounds: losses of the step so far: of its own evaluation, and then of the look.
+            problem: what is known of the run.
+            directions: of a step, those of all samples together.
+            typical: see `after_look`.
+            eta: the setting; a number is a share that stays.
+        """
+        start = share(eta, problem.num_steps)
+        state = self.starting_at(start)
+        if eta is not None or not state.is_due(step, problem, directions):
+            return state
+        return state.after_look(rounds[1], typical, start) if len(rounds) > 1 else state.evaluation()
 
     def is_due(self, step: int, problem: Problem, directions: int) -> bool:
         """Whether ``step`` has a look: not at the end of a run, for which it would come too late, and not where its

@@ -59,14 +59,14 @@ class MeZO:
     """The algorithm."""
     lr: float | Literal["auto"] = field(default=1e-6, metadata=AUTO_IN_CONFIGS)
     """Learning rate. ``auto``: it is found, step by step, from the curvature of the loss along the step's directions,
-    which their forward passes tell (`algorithm.eta` says how). Needs losses that are cross-entropies; schedules and
-    `annealing` come on top. A config that gives none means ``auto``; the class, which also serves losses of which
-    nothing is known, has 1e-6."""
+    which their forward passes tell (`algorithm.eta` says how); schedules and `annealing` come on top. A config that
+    gives none means ``auto``; the class, which also serves losses of which nothing is known, has 1e-6."""
     eta: float | None = None
     """For ``lr: auto``: the share of the best step, directions / curvature, that is taken (from 1 on steps go too far,
     however precise the estimates are). Null: 0.8 / sqrt(train.steps), and at most 0.1, at the start, and then what
     looking back at the last steps says was best, every 8 steps or more; a look takes two forward passes of the
-    minibatch. A number stays what it is. Unless `schedule` has a warm-up, the first 8 steps are one."""
+    minibatch (no looks at metrics and rewards, whose share stays). A number stays what it is. Unless `schedule` has a
+    warm-up, the first 8 steps are one."""
     eps: float | Literal["auto"] = 1e-3
     """Size of the perturbation. ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that is not lost in
     the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around 1, as those of
@@ -174,12 +174,10 @@ class MeZOPlanner:
 
     def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState] | Evaluation:
         config, probe, losses = self.config, self._probe(step), rounds[0]
-        start, adapts = share(config.eta, self.problem.num_steps), probe.curvature and config.eta is None
-        look_back = state.look_back.starting_at(start)
-        if adapts and look_back.is_due(step, self.problem, len(probe.seeds)):
-            if len(rounds) == 1:
-                return look_back.evaluation()
-            look_back = look_back.after_look(rounds[1], state.auto.recent, start)
+        eta = config.eta if probe.curvature else share(config.eta, self.problem.num_steps)
+        look_back = state.look_back.at_step(step, rounds, self.problem, len(probe.seeds), state.auto.recent, eta)
+        if isinstance(look_back, Evaluation):
+            return look_back
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(scaled(clipped(projected, config.clip), config.scaling, one_sided=config.one_sided))
         gradient, past = state.past.with_now(estimate, config.momentum)
@@ -195,7 +193,7 @@ class MeZOPlanner:
         scale, decay = state.decay.after(lr * config.weight_decay)
         metrics = {"loss": loss, "projected_gradient": typical(projected), "lr": lr}
         metrics["zero_differences"] = zero_share(projected)
-        if adapts:
+        if eta is None:
             look_back = look_back.after_step(combination, schedule * state.plateau.factor * self.rate)
         return Update(
             MeZOState(plateau, past, total, decay, auto, look_back),

@@ -58,16 +58,15 @@ class MeZOSVRG:
     """The algorithm."""
     lr: float | Literal["auto"] = 1e-6
     """Learning rate of inner steps (the paper's eta2). ``auto``: both rates are found, step by step, from the curvature
-    of the loss along the steps' directions, which their forward passes tell. Needs losses that are cross-entropies;
-    schedules and `annealing` come on top."""
+    of the loss along the steps' directions, which their forward passes tell; schedules and `annealing` come on top."""
     anchor_lr: float | Literal["auto"] = 5e-5
     """Learning rate of anchor steps (the paper's eta1). ``auto`` together with ``lr``."""
     eta: float | None = None
     """For ``lr: auto``: the share of the best step, anchor_directions / curvature, that the q steps of a cycle take
     together, for they all go along the anchor's estimate. Null: 0.8 / sqrt(train.steps), and at most 0.1, at the start,
     and then what looking back at the last steps says was best, every 8 steps or more; a look takes two forward passes
-    of a minibatch. A number stays what it is. Unless `schedule` has a warm-up, the first 8 steps of both kinds are one.
-    """
+    of a minibatch (no looks at metrics and rewards, whose share stays). A number stays what it is. Unless `schedule` has a
+    warm-up, the first 8 steps of both kinds are one."""
     eps: float | Literal["auto"] = 1e-3
     """Size of the perturbation (the paper's mu). ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that
     is not lost in the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around
@@ -197,31 +196,30 @@ class SVRGPlanner:
 
     def update(self, state: SVRGState, step: int, rounds: Sequence[Losses]) -> Update[SVRGState] | Evaluation:
         config, probe, losses = self.config, self._probe(state, step), rounds[0]
-        start, adapts = share(config.eta, self.problem.num_steps), probe.curvature and config.eta is None
-        look_back = state.look_back.starting_at(start)
-        if adapts and look_back.is_due(step, self.problem, self._number_of_seeds(True)):
-            if len(rounds) == 1:
-                return look_back.evaluation()
-            look_back = look_back.after_look(rounds[1], state.anchor_auto.recent, start)
+        eta = config.eta if probe.curvature else share(config.eta, self.problem.num_steps)
+        look_back = state.look_back.at_step(
+            step, rounds, self.problem, self._number_of_seeds(True), state.anchor_auto.recent, eta
+        )
+        if isinstance(look_back, Evaluation):
+            return look_back
         is_anchor = self._is_anchor(state, step)
         projected = probe.projected(losses)
         plateau, rule = state.plateau, config.annealing
         metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
         metrics["zero_differences"] = zero_share([p for row in projected for p in row])
-        eta = look_back.share
         auto, anchor_auto = state.auto, state.anchor_auto
         agree = self.problem.is_discrete
         along_anchor = equal_directions(config.anchor_directions, self._samples(True), agree=agree) / config.q
         curvature = losses.curvature if probe.curvature else roughness(projected[0], probe.eps)
         if is_anchor:
-            base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, curvature, eta, along_anchor)
-            metrics |= anchor_auto.metrics(base_lr, eta)
+            base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, curvature, look_back.share, along_anchor)
+            metrics |= anchor_auto.metrics(base_lr, look_back.share)
             anchor_step = step
             plateau = plateau.after(metrics["loss"], rule, rule.losses_per_window(self.problem.epoch, config.q))
             estimate = anchor_gradient = probe.gradient(clipped(projected[0], config.clip))
         else:
-            base_lr, auto = settle(config.lr, auto, curvature, eta, along_anchor)
-            metrics |= auto.metrics(base_lr, eta)
+            base_lr, auto = settle(config.lr, auto, curvature, look_back.share, along_anchor)
+            metrics |= auto.metrics(base_lr, look_back.share)
             anchor_step, anchor_gradient = state.anchor_step, state.anchor_gradient
             differences = [p - p0 for p, p0 in zip(*projected, strict=True)]
             estimate = probe.gradient(clipped(differences, config.clip)) + anchor_gradient
@@ -231,7 +229,7 @@ class SVRGPlanner:
         schedule *= (anchor_auto if is_anchor else auto).warm_up(config.schedule)
         lr = base_lr * schedule * state.plateau.factor * self.rate
         combination = -lr * gradient
-        if adapts:
+        if eta is None:
             look_back = look_back.after_step(combination, schedule * state.plateau.factor * self.rate)
         is_stored = self._is_stored()
         before = ZERO if is_anchor else state.displacement
