@@ -65,8 +65,8 @@ class MeZOSVRG:
     """For ``lr: auto``: the share of the best step, anchor_directions / curvature, that the q steps of a cycle take
     together, for they all go along the anchor's estimate. Null: 0.8 / sqrt(train.steps), and at most 0.1, at the start,
     and then what looking back at the last steps says was best, every 8 steps or more; a look takes two forward passes
-    of a minibatch (no looks at metrics and rewards, whose share stays). A number stays what it is. Unless `schedule` has a
-    warm-up, the first 8 steps of both kinds are one."""
+    of a minibatch (no looks at metrics and rewards, whose share stays). A number stays what it is. Unless `schedule`
+    has a warm-up, the first 8 steps of both kinds are one."""
     eps: float | Literal["auto"] = 1e-3
     """Size of the perturbation (the paper's mu). ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that
     is not lost in the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around
