@@ -90,16 +90,16 @@ def error(projected: Sequence[float], right: Sequence[float]) -> float:
     return math.dist(projected, right) / math.hypot(*right)
 
 
-def measure(run: Run, reference: Run, number: int) -> dict[str, Any]:
+def measure(run: Run, reference: Run, place: int) -> dict[str, Any]:
     """One minibatch."""
-    batch = run.batch("minibatch", number)
-    seeds = tuple(derive_seed(0, "auto_eps", number, k) for k in range(DIRECTIONS))
-    right = exact(reference, reference.batch("minibatch", number), seeds)
-    base = run.evaluator.losses(Evaluation((Variant(),)), batch, ("base", number))
+    batch = run.batch("minibatch", place)
+    seeds = tuple(derive_seed(0, "auto_eps", place, k) for k in range(DIRECTIONS))
+    right = exact(reference, reference.batch("minibatch", place), seeds)
+    base = run.evaluator.losses(Evaluation((Variant(),)), batch, ("base", place))
     assert base is not None
     rows: dict[bool, list[list[float]]] = {False: [], True: []}
     for eps in auto_eps.LADDER:
-        losses = run.evaluator.losses(Probe(seeds, eps).evaluation(), batch, (number, eps))
+        losses = run.evaluator.losses(Probe(seeds, eps).evaluation(), batch, (place, eps))
         assert losses is not None
         rows[False] += Probe(seeds, eps).projected(losses)
         one_sided = Losses((*losses.mean[0::2], base.mean[0]))
@@ -108,10 +108,12 @@ def measure(run: Run, reference: Run, number: int) -> dict[str, Any]:
     smallest = run.problem.eps or auto_eps.LADDER[0]
     for is_one_sided, name in ((False, "two-sided"), (True, "one-sided")):
         judged = [row if is_one_sided else row[: auto_eps.DIRECTIONS] for row in rows[is_one_sided]]
-        ladder = [(e, row) for e, row in zip(auto_eps.LADDER, judged, strict=True) if e >= smallest]
-        choice = auto_eps.choose_eps([e for e, _ in ladder], [row for _, row in ladder], one_sided=is_one_sided)
+        sizes = [eps for eps in auto_eps.LADDER if eps >= smallest]
+        judged = judged[-len(sizes) :]
+        number = next((n for n in range(1, len(sizes)) if auto_eps.is_too_bent(judged[:n])), len(sizes))
+        choice = auto_eps.choose_eps(sizes[:number], judged[:number], one_sided=is_one_sided)
         errors = [float(f"{error(row, right):.3g}") for row in rows[is_one_sided]]
-        record[name] = {"errors": errors, "smallest": smallest, **vars(choice)}
+        record[name] = {"climbed": number, "errors": errors, "smallest": smallest, **vars(choice)}
     return record
 
 

@@ -7,9 +7,10 @@ directions p(eps) would be the same for every eps but for these, so neighbouring
     D^2 = N^2 (1 / a^2 + 1 / b^2) + B^2 (b^m - a^m)^2,      m = 2, or 1 if one-sided, as a mean over directions
 
 Each pair of neighbours bounds both N and B from above, as neither part is negative. The tightest bounds are near: some
-pair is mostly noise, another mostly bend. The rung of the smallest N^2 / eps^2 + B^2 eps^2m is chosen. A loss that
-takes few values (accuracy, rewards) is rounded very coarsely, and gets a large eps by the same rule; a rung counts only
-if most of its differences are not zero.
+pair is mostly noise, another mostly bend. N is the same at every rung; for B a rung asks the pairs up to its own, for
+far away the loss bends less than the law says. The rung of the smallest N^2 / eps^2 + B^2 eps^2m is chosen. A loss
+that takes few values (accuracy, rewards) is rounded very coarsely, and gets a large eps by the same rule; a rung counts
+only if most of its differences are not zero.
 
 The passes are further rounds of the first step, which takes the smallest rung itself. They are as large as rounds of
 any step, their losses stand in the trajectory, and the choice follows from them: resumed and replayed runs, and all
@@ -32,7 +33,7 @@ LADDER = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 DIRECTIONS = 4
 """Projected gradients that a rung is judged by, at least."""
 TOO_BENT = 0.3
-"""Rungs are climbed until neighbours differ by more than this part of p, and by more than those before."""
+"""Rungs are climbed until neighbours differ by more than this part of p, and by far more than those before."""
 TOO_WRONG = 0.5
 """A relative error of p that people are warned of."""
 
@@ -55,14 +56,14 @@ class Choice:
         if self.is_flat:
             return (
                 f"algorithm.eps: auto: {self.eps:g}, but at every eps that was tried most differences of losses are "
-                "zero; give a larger number for algorithm.eps, or take larger batches (train.batch_size)"
+                "zero; give a larger number for algorithm.eps, or take a larger train.batch_size"
             )
         why = (
             f"rounding of losses makes projected gradients wrong by {self.noise:.2g} of their size, the bend of the "
             f"loss by {self.bend:.2g}"
         )
         if math.hypot(self.noise, self.bend) > TOO_WRONG:
-            why += "; no eps has both in hand: compute in float32 (model.compute), or take larger batches (train.batch_size)"
+            why += "; no eps has both in hand: compute in float32 (model.compute), or take a larger train.batch_size"
         return f"algorithm.eps: auto: {self.eps:g} from now on, where {why}"
 
 
@@ -101,7 +102,7 @@ class Ladder:
     def next(self, rounds: Sequence[Losses]) -> Evaluation | None:
         """The round after these; None if they are enough."""
         rung, place = divmod(len(rounds), len(self.probes))
-        if len(self.sizes) == 1 or (place == 0 and (rung == len(self.sizes) or _is_too_bent(self._rows(rounds)))):
+        if len(self.sizes) == 1 or (place == 0 and (rung == len(self.sizes) or is_too_bent(self._rows(rounds)))):
             return None
         return replace(self.probes[place], eps=self.sizes[rung]).evaluation()
 
@@ -139,26 +140,26 @@ def choose_eps(sizes: Sequence[float], rows: Sequence[Sequence[float]], *, one_s
         difference = _mean_square([q - p for p, q in zip(lower, upper, strict=True)])
         noises.append(difference / (1 / a**2 + 1 / b**2))
         bends.append(difference / ((b - a) if one_sided else (b * b - a * a)) ** 2)
-    noise, bend = min(noises), min(bends)
-
-    def parts(size: float) -> tuple[float, float]:
-        return noise / size**2, bend * (size if one_sided else size * size) ** 2
-
-    best, row = min(kept, key=lambda pair: sum(parts(pair[0])))
+    bends = [*itertools.accumulate(bends, min), min(bends)]  # of the pairs up to a rung's own
+    parts = [
+        (min(noises) / size**2, bend * (size if one_sided else size * size) ** 2)
+        for (size, _), bend in zip(kept, bends, strict=True)
+    ]
+    place = min(range(len(kept)), key=lambda k: sum(parts[k]))
+    (best, row), (by_noise, by_bend) = kept[place], parts[place]
     length = math.sqrt(_mean_square(row)) or math.inf
-    by_noise, by_bend = parts(best)
     return Choice(best, math.sqrt(by_noise) / length, math.sqrt(by_bend) / length)
 
 
-def _is_too_bent(rows: Sequence[Sequence[float]]) -> bool:
-    """Larger rungs are not worth a look."""
+def is_too_bent(rows: Sequence[Sequence[float]]) -> bool:
+    """Whether larger rungs are not worth a look, by the projected gradients of the rungs so far."""
     if len(rows) < 3:
         return False
     before, now = (
         _mean_square([q - p for p, q in zip(lower, upper, strict=True)])
         for lower, upper in ((rows[-3], rows[-2]), (rows[-2], rows[-1]))
     )
-    return now > before and now > TOO_BENT**2 * _mean_square(rows[-1]) and zero_share(rows[-3]) <= 0.5
+    return now > 2 * before and now > TOO_BENT**2 * _mean_square(rows[-1]) and zero_share(rows[-3]) <= 0.5
 
 
 def _mean_square(values: Sequence[float]) -> float:

@@ -69,7 +69,7 @@ class Survival:
 
 
 def settle_eps(engine: Engine, comm: Communicator, settings: Settings, seed: int) -> float | None:
-    """For ``eps: auto`` the smallest one allowed; for a number None, and a warning if it is lost in rounding. Collective.
+    """For ``eps: auto`` the smallest one left; for a number None, and a warning if it is lost in rounding. Collective.
 
     Args:
         engine: owns the weights, on which the perturbation is measured.
