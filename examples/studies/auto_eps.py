@@ -104,7 +104,7 @@ def measure(run: Run, reference: Run, place: int) -> dict[str, Any]:
         rows[False] += Probe(seeds, eps).projected(losses)
         one_sided = Losses((*losses.mean[0::2], base.mean[0]))
         rows[True] += Probe(seeds, eps, one_sided=True).projected(one_sided)
-    record: dict[str, Any] = {"length": math.hypot(*right) / DIRECTIONS**0.5}
+    record: dict[str, Any] = {"exact": right}
     smallest = run.problem.eps or auto_eps.LADDER[0]
     for is_one_sided, name in ((False, "two-sided"), (True, "one-sided")):
         judged = [row if is_one_sided else row[: auto_eps.DIRECTIONS] for row in rows[is_one_sided]]
@@ -113,7 +113,13 @@ def measure(run: Run, reference: Run, place: int) -> dict[str, Any]:
         number = next((n for n in range(1, len(sizes)) if auto_eps.is_too_bent(judged[:n])), len(sizes))
         choice = auto_eps.choose_eps(sizes[:number], judged[:number], one_sided=is_one_sided)
         errors = [float(f"{error(row, right):.3g}") for row in rows[is_one_sided]]
-        record[name] = {"climbed": number, "errors": errors, "smallest": smallest, **vars(choice)}
+        record[name] = {
+            "climbed": number,
+            "errors": errors,
+            "smallest": smallest,
+            **vars(choice),
+            "projected": rows[is_one_sided],
+        }
     return record
 
 

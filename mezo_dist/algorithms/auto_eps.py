@@ -6,11 +6,10 @@ directions p(eps) would be the same for every eps but for these, so neighbouring
 
     D^2 = N^2 (1 / a^2 + 1 / b^2) + B^2 (b^m - a^m)^2,      m = 2, or 1 if one-sided, as a mean over directions
 
-Each pair of neighbours bounds both N and B from above, as neither part is negative. The tightest bounds are near: some
-pair is mostly noise, another mostly bend. N is the same at every rung; for B a rung asks the pairs up to its own, for
-far away the loss bends less than the law says. The rung of the smallest N^2 / eps^2 + B^2 eps^2m is chosen. A loss
-that takes few values (accuracy, rewards) is rounded very coarsely, and gets a large eps by the same rule; a rung counts
-only if most of its differences are not zero.
+N and B are those that fit the D of all pairs best, each to its own scale. They are looked for among what single pairs
+say if they were all noise, or all bend: some pair mostly is. The rung of the smallest N^2 / eps^2 + B^2 eps^2m is
+chosen. A loss that takes few values (accuracy, rewards) is rounded very coarsely, and gets a large eps by the same
+rule; a rung counts only if most of its differences are not zero.
 
 The passes are further rounds of the first step, which takes the smallest rung itself. They are as large as rounds of
 any step, their losses stand in the trajectory, and the choice follows from them: resumed and replayed runs, and all
@@ -34,6 +33,8 @@ DIRECTIONS = 4
 """Projected gradients that a rung is judged by, at least."""
 TOO_BENT = 0.3
 """Rungs are climbed until neighbours differ by more than this part of p, and by far more than those before."""
+LEAST = 1e-9
+"""A part of p that no pair of rungs agrees better than."""
 TOO_WRONG = 0.5
 """A relative error of p that people are warned of."""
 
@@ -135,20 +136,33 @@ def choose_eps(sizes: Sequence[float], rows: Sequence[Sequence[float]], *, one_s
         return Choice(sizes[zeros.index(min(zeros))], math.inf, math.inf, is_flat=True)
     if len(kept) == 1:  # it was the last one
         return Choice(kept[0][0], math.inf, 0.0)
-    noises, bends = [], []
-    for (a, lower), (b, upper) in itertools.pairwise(kept):
-        difference = _mean_square([q - p for p, q in zip(lower, upper, strict=True)])
-        noises.append(difference / (1 / a**2 + 1 / b**2))
-        bends.append(difference / ((b - a) if one_sided else (b * b - a * a)) ** 2)
-    bends = [*itertools.accumulate(bends, min), min(bends)]  # of the pairs up to a rung's own
-    parts = [
-        (min(noises) / size**2, bend * (size if one_sided else size * size) ** 2)
-        for (size, _), bend in zip(kept, bends, strict=True)
-    ]
+    noise, bend = _fitted(kept, one_sided=one_sided)
+    parts = [(noise / size**2, bend * (size if one_sided else size * size) ** 2) for size, _ in kept]
     place = min(range(len(kept)), key=lambda k: sum(parts[k]))
     (best, row), (by_noise, by_bend) = kept[place], parts[place]
     length = math.sqrt(_mean_square(row)) or math.inf
     return Choice(best, math.sqrt(by_noise) / length, math.sqrt(by_bend) / length)
+
+
+def _fitted(kept: Sequence[tuple[float, Sequence[float]]], *, one_sided: bool) -> tuple[float, float]:
+    """N^2 and B^2. No logarithm decides, whose last bits are other ones on other machines.
+
+    Args:
+        kept: eps and projected gradients of each rung.
+        one_sided: see `choose_eps`.
+    """
+    pairs = []  # D^2, and what N^2 and B^2 are multiplied by in it
+    for (a, lower), (b, upper) in itertools.pairwise(kept):
+        difference = _mean_square([q - p for p, q in zip(lower, upper, strict=True)])
+        least = LEAST**2 * _mean_square(upper)
+        pairs.append((max(difference, least), 1 / a**2 + 1 / b**2, ((b - a) if one_sided else (b * b - a * a)) ** 2))
+    noises, bends = [0.0, *(d / x for d, x, _ in pairs)], [0.0, *(d / y for d, _, y in pairs)]
+
+    def misfit(both: tuple[float, float]) -> float:
+        expected = [both[0] * x + both[1] * y for _, x, y in pairs]
+        return sum(d / e + e / d for (d, _, _), e in zip(pairs, expected, strict=True))
+
+    return min(list(itertools.product(noises, bends))[1:], key=misfit)
 
 
 def is_too_bent(rows: Sequence[Sequence[float]]) -> bool:
