@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 
@@ -88,21 +89,21 @@ def losses_of(request: Evaluation) -> Losses:
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("kind", ["mezo", "mezo-svrg", "groups"])
 def test_the_first_step_asks_and_the_others_use_the_answer(kind: str, per_sample: bool, one_sided: bool) -> None:
-    settings = {"eps": "auto", "per_sample": per_sample, "one_sided": one_sided, "directions": 2}
-    planner: MeZOPlanner | SVRGPlanner | GroupedPlanner
+    settings: dict[str, Any] = {"eps": "auto", "per_sample": per_sample, "one_sided": one_sided, "directions": 2}
+    planner: Any
     if kind == "mezo":
-        planner = MeZOPlanner(MeZO(**settings), PROBLEM)  # type: ignore[arg-type]
+        planner = MeZOPlanner(MeZO(**settings), PROBLEM)
     elif kind == "groups":
-        planner = GroupedPlanner(MeZO(**settings), PROBLEM, (Group(("a",)), Group(("b",))))  # type: ignore[arg-type]
+        planner = GroupedPlanner(MeZO(**settings), PROBLEM, (Group(("a",)), Group(("b",))))
     else:
-        planner = SVRGPlanner(MeZOSVRG(**settings), PROBLEM)  # type: ignore[arg-type]
+        planner = SVRGPlanner(MeZOSVRG(**settings), PROBLEM)
     asked: list[Evaluation] = []
 
     def evaluate(request: Evaluation, number: int) -> Losses:
         asked.append(request)
         return losses_of(request)
 
-    result = run_step(planner, planner.init(), 0, evaluate)  # type: ignore[arg-type, misc]
+    result = run_step(planner, planner.init(), 0, evaluate)
     update = result.update
     assert update is not None
     assert any("algorithm.eps: auto: 0.001 from now on" in note for note in update.notes)
@@ -115,7 +116,7 @@ def test_the_first_step_asks_and_the_others_use_the_answer(kind: str, per_sample
     again = planner.update(planner.init(), 0, result.rounds)
     assert again == update, "what a replay sees"
     asked.clear()
-    run_step(planner, update.state, 1, evaluate)  # type: ignore[arg-type, misc]
+    run_step(planner, update.state, 1, evaluate)
     assert len(asked) == 1, "once"
 
 
