@@ -73,9 +73,12 @@ class GroupedPlanner:
             )
         return first
 
-    def update(self, state: GroupedState, step: int, rounds: Sequence[Losses]) -> Update[GroupedState]:
+    def update(self, state: GroupedState, step: int, rounds: Sequence[Losses]) -> Update[GroupedState] | Evaluation:
         pairs = zip(self._planners(), state.states, strict=True)
-        updates: list[Update[MeZOState | SVRGState]] = [p.update(s, step, rounds) for p, s in pairs]  # type: ignore[arg-type, misc]
+        answers = [p.update(s, step, rounds) for p, s in pairs]  # type: ignore[arg-type]
+        if isinstance(answers[0], Evaluation):  # for eps: auto, and the same for all: they have one seed
+            return answers[0]
+        updates: list[Update[MeZOState | SVRGState]] = answers  # type: ignore[assignment]
         new, first = GroupedState(tuple(update.state for update in updates)), updates[0]
         return Update(new, self._together([u.operations for u in updates]), first.metrics, first.notes)
 

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from mezo_dist.algorithms.auto_eps import Ladder
 from mezo_dist.algorithms.auto_rate import (
     AUTO_IN_CONFIGS,
     AutoRate,
@@ -68,9 +69,11 @@ class MeZO:
     minibatch (no looks at metrics and rewards, whose share stays). A number stays what it is. Unless `schedule` has a
     warm-up, the first 8 steps are one."""
     eps: float | Literal["auto"] = 1e-3
-    """Size of the perturbation. ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that is not lost in
-    the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around 1, as those of
-    norms are; the log says so."""
+    """Size of the perturbation. ``auto``: of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2, those that are not lost in the
+    rounding of any trainable weight (in 16 bits 1e-3 is, on weights around 1, as those of norms are), and of these the
+    one at which projected gradients of the first minibatch are least wrong, by the rounding of losses and by their
+    bend. The first step takes the smallest; further rounds of it, of at least four directions for every size (once, and
+    no larger than those of any step), decide for the steps after it. The log says what was chosen."""
     directions: int = 1
     """Directions per step (with ``per_sample``, per sample); each costs two forward passes of the minibatch (one, if
     ``one_sided``)."""
@@ -142,6 +145,8 @@ class MeZOState:
     decay: Decay = Decay()
     auto: AutoRate = AutoRate()
     look_back: LookBack = LookBack()
+    eps: float = 0.0
+    """For ``eps: auto``, what was chosen; 0 before the first step."""
 
 
 @dataclass(frozen=True)
@@ -160,24 +165,37 @@ class MeZOPlanner:
     def init(self) -> MeZOState:
         return MeZOState()
 
-    def _probe(self, step: int) -> Probe:
+    def _probe(self, state: MeZOState, step: int) -> Probe:
         config, problem = self.config, self.problem
         samples = problem.batch_size if config.per_sample else 0
         number = config.directions * max(samples, 1)
         seeds = tuple(problem.direction_seed(step, k, config.pool) for k in range(number))
-        eps = problem.perturbation(config.eps) * config.eps_schedule.factor(step, problem.num_steps)
+        eps = (state.eps or problem.perturbation(config.eps)) * config.eps_schedule.factor(step, problem.num_steps)
         curvature = config.lr == "auto" and not problem.is_discrete
         return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided, curvature=curvature)
 
+    def _ladder(self, state: MeZOState) -> Ladder | None:
+        """The rungs of ``eps: auto``, until one was chosen."""
+        config, problem = self.config, self.problem
+        if config.eps != "auto" or state.eps:
+            return None
+        smallest = problem.perturbation(config.eps)
+        return Ladder.of(problem, smallest, config.directions, per_sample=config.per_sample, one_sided=config.one_sided)
+
     def plan(self, state: MeZOState, step: int) -> Evaluation:
-        return self._probe(step).evaluation()
+        return self._probe(state, step).evaluation()
 
     def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState] | Evaluation:
-        config, probe, losses = self.config, self._probe(step), rounds[0]
+        config, probe, losses = self.config, self._probe(state, step), rounds[0]
         eta = config.eta if probe.curvature else share(config.eta, self.problem.num_steps)
         look_back = state.look_back.at_step(step, rounds, self.problem, len(probe.seeds), state.auto.recent, eta)
         if isinstance(look_back, Evaluation):
             return look_back
+        ladder, choice = self._ladder(state), None
+        if ladder is not None:
+            if (more := ladder.next(rounds[1:])) is not None:
+                return more
+            choice = ladder.choice(rounds[1:])
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(scaled(clipped(projected, config.clip), config.scaling, one_sided=config.one_sided))
         gradient, past = state.past.with_now(estimate, config.momentum)
@@ -196,8 +214,8 @@ class MeZOPlanner:
         if eta is None:
             look_back = look_back.after_step(combination, schedule * state.plateau.factor * self.rate)
         return Update(
-            MeZOState(plateau, past, total, decay, auto, look_back),
+            MeZOState(plateau, past, total, decay, auto, look_back, choice.eps if choice else state.eps),
             update_operations(combination, scale=scale, exempt_vectors=not config.weight_decay_all),
             metrics | plateau.metrics(rule) | auto.metrics(base_lr, look_back.share),
-            plateau.note_on(state.plateau),
+            (*plateau.note_on(state.plateau), *([choice.note] if choice else [])),
         )

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from mezo_dist.algorithms.auto_eps import Ladder
 from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, equal_directions, roughness, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
@@ -68,9 +69,11 @@ class MeZOSVRG:
     of a minibatch (no looks at metrics and rewards, whose share stays). A number stays what it is. Unless `schedule`
     has a warm-up, the first 8 steps of both kinds are one."""
     eps: float | Literal["auto"] = 1e-3
-    """Size of the perturbation (the paper's mu). ``auto``: the smallest of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2 that
-    is not lost in the rounding of any trainable weight, measured at start-up. In 16 bits 1e-3 is lost on weights around
-    1, as those of norms are; the log says so."""
+    """Size of the perturbation (the paper's mu). ``auto``: of 1e-3, 2e-3, 5e-3, 1e-2, 2e-2 and 5e-2, those that are not
+    lost in the rounding of any trainable weight (in 16 bits 1e-3 is, on weights around 1, as those of norms are), and
+    of these the one at which projected gradients of the first minibatch are least wrong, by the rounding of losses and
+    by their bend. The first step takes the smallest; further rounds of it, of at least four directions for every size
+    (once, and no larger than those of any step), decide for the steps after it. The log says what was chosen."""
     q: int = 2
     """The q-th step after an anchor step is the next one; 1 means full-batch steps only. An anchor step evaluates the
     full batch in place of its minibatch. One that is skipped is made up for by the next step."""
@@ -137,6 +140,8 @@ class SVRGState:
     auto: AutoRate = AutoRate()
     anchor_auto: AutoRate = AutoRate()
     look_back: LookBack = LookBack()
+    eps: float = 0.0
+    """For ``eps: auto``, what was chosen; 0 before the first step."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +188,21 @@ class SVRGPlanner:
         anchor = Variant(base="anchor") if self._is_stored() else Variant(-state.displacement)
         return Probe(
             tuple(problem.direction_seed(step, k) for k in range(self._number_of_seeds(is_anchor))),
-            problem.perturbation(config.eps) * config.eps_schedule.factor(step, problem.num_steps),
+            (state.eps or problem.perturbation(config.eps)) * config.eps_schedule.factor(step, problem.num_steps),
             "full" if is_anchor else "minibatch",
             self._samples(is_anchor),
             config.one_sided,
             bases=(Variant(),) if is_anchor else (Variant(), anchor),
             curvature=config.lr == "auto" and not problem.is_discrete,
         )
+
+    def _ladder(self, state: SVRGState) -> Ladder | None:
+        """The rungs of ``eps: auto``, until one was chosen."""
+        config, problem = self.config, self.problem
+        if config.eps != "auto" or state.eps:
+            return None
+        smallest = problem.perturbation(config.eps)
+        return Ladder.of(problem, smallest, config.directions, per_sample=config.per_sample, one_sided=config.one_sided)
 
     def plan(self, state: SVRGState, step: int) -> Evaluation:
         return self._probe(state, step).evaluation()
@@ -202,6 +215,11 @@ class SVRGPlanner:
         )
         if isinstance(look_back, Evaluation):
             return look_back
+        ladder, choice = self._ladder(state), None
+        if ladder is not None:
+            if (more := ladder.next(rounds[1:])) is not None:
+                return more
+            choice = ladder.choice(rounds[1:])
         is_anchor = self._is_anchor(state, step)
         projected = probe.projected(losses)
         plateau, rule = state.plateau, config.annealing
@@ -235,8 +253,12 @@ class SVRGPlanner:
         before = ZERO if is_anchor else state.displacement
         displacement = ZERO if is_stored else before + combination
         scale, decay = state.decay.after(lr * config.weight_decay)
-        new = SVRGState(anchor_step, anchor_gradient, displacement, plateau, past, decay, auto, anchor_auto, look_back)
+        eps = choice.eps if choice else state.eps
+        new = SVRGState(
+            anchor_step, anchor_gradient, displacement, plateau, past, decay, auto, anchor_auto, look_back, eps
+        )
         exempt = not config.weight_decay_all
         copies = is_stored and is_anchor
         operations = update_operations(combination, scale=scale, exempt_vectors=exempt, copy_anchor=copies)
-        return Update(new, operations, metrics | {"lr": lr} | plateau.metrics(rule), plateau.note_on(state.plateau))
+        notes = (*plateau.note_on(state.plateau), *([choice.note] if choice else []))
+        return Update(new, operations, metrics | {"lr": lr} | plateau.metrics(rule), notes)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms.auto_eps import LADDER
 from mezo_dist.directions.combination import ZERO, Combination
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import derive_seed
@@ -35,8 +36,6 @@ from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 
 log = logging.getLogger(__name__)
-LADDER = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
-"""What ``eps: auto`` chooses from."""
 MIN_COSINE = 0.9
 """Below it, more than a fifth of the realised perturbation's square is noise."""
 MIN_LENGTH, MAX_LENGTH = 0.8, 1.25
@@ -70,7 +69,7 @@ class Survival:
 
 
 def settle_eps(engine: Engine, comm: Communicator, settings: Settings, seed: int) -> float | None:
-    """For ``eps: auto`` the eps of the run; for a number None, and a warning if it is lost in rounding. Collective.
+    """For ``eps: auto`` the smallest one left; for a number None, and a warning if it is lost in rounding. Collective.
 
     Args:
         engine: owns the weights, on which the perturbation is measured.
@@ -91,7 +90,9 @@ def settle_eps(engine: Engine, comm: Communicator, settings: Settings, seed: int
     if eps == "auto":
         chosen = choose(survivals, sizes)
         log.info(
-            "algorithm.eps: auto: %g, at which the perturbations of all trainable weights survive rounding", chosen
+            "algorithm.eps: auto: from %g on the perturbations of all trainable weights survive rounding; "
+            "the losses of the first step choose among these",
+            chosen,
         )
         return chosen
     if comm.rank == 0 and (lost := lost_weights(survivals, 0)):

@@ -9,6 +9,7 @@ models: it shards them, shares work out over processes, logs and resumes; none o
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms.auto_eps import LADDER
 from mezo_dist.algorithms.base import Batch, Evaluation, Losses, Problem, Variant
 from mezo_dist.algorithms.decay import check_something_decays, decays
 from mezo_dist.algorithms.step import Progress, take_step
@@ -31,6 +33,7 @@ from mezo_dist.engines.layouts.base import Shard
 from mezo_dist.errors import UserError
 from mezo_dist.optim.checks import check_without_samples
 
+log = logging.getLogger(__name__)
 Params = dict[str, Tensor]
 """Named tensors."""
 
@@ -112,6 +115,8 @@ def minimize(
     while progress.step < steps:
         evaluator.step = progress.step
         update = take_step(planner, progress, evaluator, weights, seed).update
+        for text in update.notes if update else ():
+            log.info("step %d: %s", progress.step, text)
         _check_skips(progress, max_skipped)
         losses.append(update.metrics["loss"] if update else math.nan)
         if after_step is not None:
@@ -172,8 +177,8 @@ class _Weights:
         eps = None
         if algorithm.eps == "auto":
             shards = [Shard(name, self.ids[name], tensor.shape, 0, tensor) for name, tensor in self.params.items()]
-            sums = survival.measure_settings(shards, self.law, algorithm, survival.LADDER, seed=seed)
-            eps = survival.choose(survival.combined([sums]), survival.LADDER)
+            sums = survival.measure_settings(shards, self.law, algorithm, LADDER, seed=seed)
+            eps = survival.choose(survival.combined([sums]), LADDER)
         return Problem(seed, steps, has_16bit_weights=has_16bit_weights, eps=eps)
 
     def variants(self, variants: Sequence[Variant]) -> list[Params]:

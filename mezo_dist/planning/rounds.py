@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mezo_dist import algorithms
@@ -115,6 +115,8 @@ def _cycle(settings: Settings, problem: Problem) -> list[_Step]:
         settings: of the algorithm.
         problem: what the planner is told of the run.
     """
+    if settings.eps == "auto":  # the passes that choose it are taken once
+        settings = replace(settings, eps=problem.perturbation("auto"))
     planner = algorithms.build(settings.name, settings, problem)
     state, steps, has_copy = planner.init(), list[_Step](), False
     for step in range(min(getattr(settings, "q", 1), MOST_STEPS)):

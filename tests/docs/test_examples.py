@@ -89,6 +89,20 @@ def test_auto_rate(tmp_path: Path) -> None:
     assert table.endswith(run(*command, "--report")), "what is there is summed up"
 
 
+def test_auto_eps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    main_of("auto_eps", monkeypatch, "--kinds", "tiny", "--batches", "2", "--out", str(tmp_path))
+    about, *batches = map(json.loads, (tmp_path / "auto_eps.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    assert len(batches) == 2
+    for batch in batches:
+        errors = batch["two-sided"]["errors"]
+        assert errors[0] < 0.02, "projected gradients are those of back-propagation"
+        assert errors[0] < 0.1 * errors[-1]
+        assert {batch["two-sided"]["eps"], batch["one-sided"]["eps"]} <= {1e-3, 2e-3}
+        assert errors[0] < batch["one-sided"]["errors"][0]
+    assert "| tiny, two-sided |" in capsys.readouterr().out
+
+
 def test_untouched_samples_are_those_that_no_study_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
     study = importlib.import_module("auto_rate")

@@ -154,7 +154,7 @@ def test_auto_picks(caplog: pytest.LogCaptureFixture) -> None:
     assert settled(MeZO(eps="auto"), torch.float32) == 1e-3
     assert settled(MeZO(eps="auto")) == 5e-3
     assert settled(MeZO(eps="auto"), torch.float32, torch.bfloat16) == 5e-3
-    assert "algorithm.eps: auto: 0.005, at which" in caplog.text
+    assert "algorithm.eps: auto: from 0.005 on the perturbations" in caplog.text
 
 
 def _on_layout(comm: Communicator, name: str) -> Any:

@@ -51,6 +51,23 @@ def test_a_function_gets_an_eps_that_its_weights_can_hold(dtype: torch.dtype, ex
     assert seen[0] == pytest.approx(expected * (2 / torch.pi) ** 0.5, rel=0.1)
 
 
+@pytest.mark.parametrize(("step", "expected"), [(0.0, 2e-3), (1e-5, 1e-2), (3e-2, 5e-2)])
+def test_a_function_gets_an_eps_that_fits_its_rounding_and_its_bend(step: float, expected: float) -> None:
+    """A function that bends, with values that are multiples of ``step`` (0: only the weights are rounded, to fp32)."""
+    seen: list[float] = []
+
+    def function(weights: Params, draw: Draw) -> float:
+        x = weights["x"].double()
+        if draw.step:
+            seen.append(float((x - 1).abs().mean()))
+        value = float(x.sum() + (x - 1).sum() ** 3 / 100)
+        return round(value / step) * step if step else value
+
+    minimum = minimize(function, {"x": torch.ones(16)}, MeZO(lr=0.0001, eps="auto"), steps=2)
+    assert seen[0] == pytest.approx(expected * (2 / torch.pi) ** 0.5, rel=0.5)
+    assert minimum.calls <= 2 * (2 + 4 * 6), "counted"
+
+
 def test_an_optimizer_chooses_eps_warns_and_is_replayed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def model() -> nn.LayerNorm:
         return nn.LayerNorm(300).bfloat16()
@@ -66,6 +83,9 @@ def test_an_optimizer_chooses_eps_warns_and_is_replayed(tmp_path: Path, caplog: 
         optimizer.step(loss, batch)
     optimizer.close()
     assert json.loads(path.read_text().splitlines()[0])["eps"] == 5e-3
+    first, *others = (line["loss"] for line in map(json.loads, path.read_text().splitlines()) if "loss" in line)
+    assert len(first) > 1, "what decides is logged"
+    assert all(len(rounds) == 1 for rounds in others)
     assert replay(again, path) == 3
     assert torch.equal(trained.weight, again.weight)
     assert not torch.equal(trained.weight, model().weight)
