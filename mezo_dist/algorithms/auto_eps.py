@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem
 from mezo_dist.algorithms.spsa import Probe, zero_share
@@ -103,14 +104,14 @@ class Ladder:
     def next(self, rounds: Sequence[Losses]) -> Evaluation | None:
         """The round after these; None if they are enough."""
         rung, place = divmod(len(rounds), len(self.probes))
-        if len(self.sizes) == 1 or (place == 0 and (rung == len(self.sizes) or is_too_bent(self._rows(rounds)))):
+        if place == 0 and (rung == len(self.sizes) or is_too_bent(self._rows(rounds))):
             return None
         return replace(self.probes[place], eps=self.sizes[rung]).evaluation()
 
-    def choice(self, rounds: Sequence[Losses]) -> Choice | None:
-        """What follows from all rounds; None if there was nothing to choose from."""
+    def choice(self, rounds: Sequence[Losses]) -> Choice:
+        """What follows from all rounds."""
         rows = self._rows(rounds)
-        return choose_eps(self.sizes[: len(rows)], rows, one_sided=self.probes[0].one_sided) if rows else None
+        return choose_eps(self.sizes[: len(rows)], rows, one_sided=self.probes[0].one_sided)
 
     def _rows(self, rounds: Sequence[Losses]) -> list[list[float]]:
         """The projected gradients of each rung."""
@@ -120,6 +121,42 @@ class Ladder:
             (projected,) = replace(self.probes[place], eps=self.sizes[rung]).projected(losses)
             rows[rung:] = [[*(rows[rung] if place else ()), *projected]]
         return rows
+
+
+class Settings(Protocol):
+    """Of an algorithm, what matters here."""
+
+    @property
+    def eps(self) -> float | Literal["auto"]: ...
+    @property
+    def directions(self) -> int: ...
+    @property
+    def per_sample(self) -> bool: ...
+    @property
+    def one_sided(self) -> bool: ...
+
+
+def chosen_eps(
+    settings: Settings, problem: Problem, before: float, rounds: Sequence[Losses]
+) -> Evaluation | Choice | None:
+    """The choice, in the first step; or the round that it still needs. None: there is nothing to choose.
+
+    Args:
+        settings: of the algorithm.
+        problem: what is known of the run.
+        before: what was chosen in a step before; 0: nothing.
+        rounds: losses of the step so far, of its own evaluation first.
+    """
+    if settings.eps != "auto" or before:
+        return None
+    smallest = problem.perturbation(settings.eps)
+    ladder = Ladder.of(
+        problem, smallest, settings.directions, per_sample=settings.per_sample, one_sided=settings.one_sided
+    )
+    if len(ladder.sizes) == 1:
+        return None
+    more = ladder.next(rounds[1:])
+    return ladder.choice(rounds[1:]) if more is None else more
 
 
 def choose_eps(sizes: Sequence[float], rows: Sequence[Sequence[float]], *, one_sided: bool) -> Choice:

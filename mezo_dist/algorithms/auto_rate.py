@@ -19,7 +19,7 @@ With a direction per sample, K is the number of all of them, and samples' noise 
 of 1 + r / B, of which `SPREAD` stands for r until looking back tells more (`mezo_dist.algorithms.look_back`).
 
 **Objectives that take few values**, metrics and rewards, have no curvature: they are smooth because they are probed at
-a distance, and in the mean over samples. What stands for it is the size of a typical slope over eps (`roughness`), so
+a distance, and in the mean over samples. What stands for it is the size of a typical slope over eps (`measured`), so
 that a typical estimate moves each of a step's directions by eta times eps. That share stays: on a minibatch, what some
 steps have changed in such an objective is mostly noise.
 
@@ -130,28 +130,26 @@ def share(eta: float | None, num_steps: int) -> float:
     return min(MOST, SHARE / math.sqrt(num_steps)) if num_steps > 1 else MOST
 
 
-def equal_directions(directions: int, samples: int, *, agree: bool = False) -> float:
-    """The number of directions that all samples share, an estimate along which wants the same rate.
+def measured(
+    curvature: float | None, projected: Sequence[float], eps: float, directions: int, samples: int, *, is_discrete: bool
+) -> tuple[float | None, float]:
+    """What a step says of the curvature, and the number of directions that its estimate is worth.
+
+    An objective that takes few values has the size of its differences in place of a curvature, in units of eps: so
+    that a step moves each direction by a share of eps, whatever eps was before.
 
     Args:
+        curvature: the mean along the step's directions; None if the objective has none.
+        projected: projected gradients.
+        eps: size of the perturbation.
         directions: per step; with ``samples``, of each of them.
         samples: those that have directions of their own; 0: all share them.
-        agree: whether the gradients of samples are taken to be alike, and not to differ by `SPREAD`.
+        is_discrete: see `mezo_dist.algorithms.base.Problem`.
     """
-    return directions * max(samples, 1) / (1 + (SPREAD if samples and not agree else 0.0))
-
-
-def roughness(projected: Sequence[float], eps: float) -> float:
-    """What stands for the curvature of an objective that takes few values: the slope along a direction, over eps.
-
-    Such an objective is smooth by being probed at a distance alone. How it looks at that distance says what a step may
-    change: a slope that is seen over eps need not last for longer.
-
-    Args:
-        projected: projected gradients of a step.
-        eps: size of the perturbation.
-    """
-    return math.sqrt(math.fsum(p * p for p in projected) / len(projected)) / eps
+    number = float(directions * max(samples, 1))
+    if is_discrete:
+        return math.sqrt(math.fsum(p * p for p in projected) / len(projected)) * eps, number * eps**2
+    return curvature, number / (1 + SPREAD if samples else 1)
 
 
 def settle(

@@ -30,13 +30,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mezo_dist.algorithms.auto_eps import Ladder
+from mezo_dist.algorithms.auto_eps import chosen_eps
 from mezo_dist.algorithms.auto_rate import (
     AUTO_IN_CONFIGS,
     AutoRate,
     check_auto_rate,
-    equal_directions,
-    roughness,
+    measured,
     settle,
     share,
 )
@@ -174,14 +173,6 @@ class MeZOPlanner:
         curvature = config.lr == "auto" and not problem.is_discrete
         return Probe(seeds, eps, per_sample=samples, one_sided=config.one_sided, curvature=curvature)
 
-    def _ladder(self, state: MeZOState) -> Ladder | None:
-        """The rungs of ``eps: auto``, until one was chosen."""
-        config, problem = self.config, self.problem
-        if config.eps != "auto" or state.eps:
-            return None
-        smallest = problem.perturbation(config.eps)
-        return Ladder.of(problem, smallest, config.directions, per_sample=config.per_sample, one_sided=config.one_sided)
-
     def plan(self, state: MeZOState, step: int) -> Evaluation:
         return self._probe(state, step).evaluation()
 
@@ -191,16 +182,20 @@ class MeZOPlanner:
         look_back = state.look_back.at_step(step, rounds, self.problem, len(probe.seeds), state.auto.recent, eta)
         if isinstance(look_back, Evaluation):
             return look_back
-        ladder, choice = self._ladder(state), None
-        if ladder is not None:
-            if (more := ladder.next(rounds[1:])) is not None:
-                return more
-            choice = ladder.choice(rounds[1:])
+        choice = chosen_eps(config, self.problem, state.eps, rounds)
+        if isinstance(choice, Evaluation):
+            return choice
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(scaled(clipped(projected, config.clip), config.scaling, one_sided=config.one_sided))
         gradient, past = state.past.with_now(estimate, config.momentum)
-        directions = equal_directions(config.directions, probe.per_sample, agree=self.problem.is_discrete)
-        curvature = losses.curvature if probe.curvature else roughness(projected, probe.eps)
+        curvature, directions = measured(
+            losses.curvature,
+            projected,
+            probe.eps,
+            config.directions,
+            probe.per_sample,
+            is_discrete=self.problem.is_discrete,
+        )
         base_lr, auto = settle(config.lr, state.auto, curvature, look_back.share, directions)
         schedule = config.schedule.factor(step, self.problem.num_steps) * auto.warm_up(config.schedule)
         lr = base_lr * schedule * state.plateau.factor * self.rate

@@ -34,8 +34,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mezo_dist.algorithms.auto_eps import Ladder
-from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, equal_directions, roughness, settle, share
+from mezo_dist.algorithms.auto_eps import chosen_eps
+from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, measured, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.look_back import LookBack
@@ -196,14 +196,6 @@ class SVRGPlanner:
             curvature=config.lr == "auto" and not problem.is_discrete,
         )
 
-    def _ladder(self, state: SVRGState) -> Ladder | None:
-        """The rungs of ``eps: auto``, until one was chosen."""
-        config, problem = self.config, self.problem
-        if config.eps != "auto" or state.eps:
-            return None
-        smallest = problem.perturbation(config.eps)
-        return Ladder.of(problem, smallest, config.directions, per_sample=config.per_sample, one_sided=config.one_sided)
-
     def plan(self, state: SVRGState, step: int) -> Evaluation:
         return self._probe(state, step).evaluation()
 
@@ -215,28 +207,33 @@ class SVRGPlanner:
         )
         if isinstance(look_back, Evaluation):
             return look_back
-        ladder, choice = self._ladder(state), None
-        if ladder is not None:
-            if (more := ladder.next(rounds[1:])) is not None:
-                return more
-            choice = ladder.choice(rounds[1:])
+        choice = chosen_eps(config, self.problem, state.eps, rounds)
+        if isinstance(choice, Evaluation):
+            return choice
         is_anchor = self._is_anchor(state, step)
         projected = probe.projected(losses)
         plateau, rule = state.plateau, config.annealing
         metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
         metrics["zero_differences"] = zero_share([p for row in projected for p in row])
         auto, anchor_auto = state.auto, state.anchor_auto
-        agree = self.problem.is_discrete
-        along_anchor = equal_directions(config.anchor_directions, self._samples(True), agree=agree) / config.q
-        curvature = losses.curvature if probe.curvature else roughness(projected[0], probe.eps)
+        curvature, directions = measured(
+            losses.curvature,
+            projected[0],
+            probe.eps,
+            config.anchor_directions,
+            self._samples(True),
+            is_discrete=self.problem.is_discrete,
+        )
         if is_anchor:
-            base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, curvature, look_back.share, along_anchor)
+            base_lr, anchor_auto = settle(
+                config.anchor_lr, anchor_auto, curvature, look_back.share, directions / config.q
+            )
             metrics |= anchor_auto.metrics(base_lr, look_back.share)
             anchor_step = step
             plateau = plateau.after(metrics["loss"], rule, rule.losses_per_window(self.problem.epoch, config.q))
             estimate = anchor_gradient = probe.gradient(clipped(projected[0], config.clip))
         else:
-            base_lr, auto = settle(config.lr, auto, curvature, look_back.share, along_anchor)
+            base_lr, auto = settle(config.lr, auto, curvature, look_back.share, directions / config.q)
             metrics |= auto.metrics(base_lr, look_back.share)
             anchor_step, anchor_gradient = state.anchor_step, state.anchor_gradient
             differences = [p - p0 for p, p0 in zip(*projected, strict=True)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mezo_dist.algorithms.auto_eps import LADDER, Ladder, choose_eps, is_too_bent
+from mezo_dist.algorithms.auto_eps import LADDER, choose_eps, is_too_bent
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem
 from mezo_dist.algorithms.groups import Group, GroupedPlanner
 from mezo_dist.algorithms.mezo import MeZO, MeZOPlanner
@@ -121,6 +122,14 @@ def test_the_first_step_asks_and_the_others_use_the_answer(kind: str, per_sample
 
 
 def test_one_rung_is_no_choice() -> None:
-    ladder = Ladder.of(PROBLEM, 5e-2, 1, per_sample=False, one_sided=False)
-    assert ladder.next([]) is None
-    assert ladder.choice([]) is None
+    """Neither in the first step nor where a later one has a second round, to look back at."""
+    problem = replace(PROBLEM, eps=5e-2, num_steps=1000, num_train=1000)
+    planner = MeZOPlanner(MeZO(eps="auto", lr="auto", directions=4), problem)
+    state, numbers = planner.init(), []
+    for step in range(10):
+        result = run_step(planner, state, step, lambda request, _: replace(losses_of(request), curvature=1.0))
+        assert result.update is not None
+        assert not result.update.notes
+        state = result.update.state
+        numbers.append(len(result.rounds))
+    assert numbers == [1, 1, 1, 1, 2, 1, 1, 1, 2, 1], "looks back after 4 and 8 steps"

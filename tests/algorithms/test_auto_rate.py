@@ -121,7 +121,7 @@ def test_an_objective_of_few_values_has_the_slope_over_eps_for_a_curvature() -> 
         assert isinstance(update, Update), "looks back"
         state = update.state
     rms = 0.5**0.5
-    assert update.metrics["rate/curvature"] == pytest.approx(rms / 0.5)
+    assert update.metrics["rate/curvature"] == pytest.approx(rms * 0.5)
     assert update.metrics["lr"] == pytest.approx(0.08 * 4 * 0.5 / rms)
     moved = [abs(c) for _, c in update.combination.terms if c]
     assert moved == pytest.approx([0.08 * 0.5 / rms] * 2)

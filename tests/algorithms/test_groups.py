@@ -43,7 +43,7 @@ def test_groups_that_are_alike_are_one(settings: MeZO | MeZOSVRG) -> None:
 
 
 def test_groups_that_differ_have_updates_of_their_own() -> None:
-    planner = GroupedPlanner(MeZO(lr=1.0), PROBLEM, (Group(NAMES[0], weight_decay=0.25), GROUPS[1]))
+    planner: Any = GroupedPlanner(MeZO(lr=1.0), PROBLEM, (Group(NAMES[0], weight_decay=0.25), GROUPS[1]))
     scale, *additions = planner.at([0.5, 0.0]).update(planner.init(), 0, [TWO]).operations
     assert scale == Scale(0.875, exempt_vectors=False, only=NAMES[0])
     alone: Any = MeZOPlanner(MeZO(lr=0.5), PROBLEM)
@@ -53,7 +53,7 @@ def test_groups_that_differ_have_updates_of_their_own() -> None:
 
 
 def test_any_decay_keeps_a_copy_of_the_anchor() -> None:
-    planner = GroupedPlanner(MeZOSVRG(), PROBLEM, (Group(NAMES[0], weight_decay=0.25), GROUPS[1]))
+    planner: Any = GroupedPlanner(MeZOSVRG(), PROBLEM, (Group(NAMES[0], weight_decay=0.25), GROUPS[1]))
     update = planner.update(planner.init(), 0, [TWO])
     assert update.operations[0] == CopyAnchor()
     assert CopyAnchor() not in update.operations[1:]
@@ -62,7 +62,7 @@ def test_any_decay_keeps_a_copy_of_the_anchor() -> None:
 
 
 def test_a_replayed_anchor_has_one_way_back() -> None:
-    planner = GroupedPlanner(MeZOSVRG(), PROBLEM, GROUPS)
+    planner: Any = GroupedPlanner(MeZOSVRG(), PROBLEM, GROUPS)
     moved = planner.at([1e-6, 5e-7]).update(planner.init(), 0, [TWO])
     with pytest.raises(UserError, match="set anchor='stored'"):
         planner.plan(moved.state, 1)
