@@ -49,7 +49,7 @@ class Contender:
     method: str
     place: str
     rates: tuple[float, ...]
-    """The grid to begin with."""
+    """The grid to begin with; 0 alone: ``lr: auto``."""
     eps: float = 0.2
     """Size of MeZO's perturbation."""
 
@@ -61,6 +61,7 @@ class Contender:
 
 CONTENDERS = (
     Contender("MeZO", "two norms", (0.15, 0.3, 0.6)),
+    Contender("MeZO with lr: auto", "two norms", (0.0,)),
     Contender("REINFORCE", "two norms", (0.003, 0.01, 0.03)),
     Contender("supervised", "two norms", (0.003, 0.01, 0.03)),
     Contender("MeZO", "last MLP", (0.003, 0.01, 0.03), eps=0.01),
@@ -211,7 +212,8 @@ def steps_of(bench: Bench, contender: Contender, lr: float, seed: int) -> Iterat
         run = dataclasses.replace(run, config=dataclasses.replace(given, seed=seed), order=order)
         return reinforce(run, bench.prompts, bench.written, lr, seed, REPEATS)
     size = TEXTS if contender.method == "supervised" else TEXTS // 2
-    settings: Any = dataclasses.replace(given.algorithm, lr=lr, eps=contender.eps * bench.faster)
+    rate: dict[str, Any] = {"lr": lr, "scaling": "normalised"} if lr else {"lr": "auto", "scaling": "plain"}
+    settings: Any = dataclasses.replace(given.algorithm, eps=contender.eps * bench.faster, **rate)
     train = dataclasses.replace(given.train, batch_size=size)
     config = dataclasses.replace(given, algorithm=settings, train=train, seed=seed)
     if contender.method == "supervised":

@@ -14,7 +14,8 @@ Two tasks on SmolLM2-135M-Instruct and headlines.
 Contenders, each on the two norms of configs/reward.yaml (1,152 weights) and on these with the MLP of the last block
 (2.7 million), all with the schedule of that config and 32 texts a step:
 
-* MeZO with a direction per sample, normalised: the likeliest texts of 16 headlines, under both signs of a direction.
+* MeZO with a direction per sample, normalised: the likeliest texts of 16 headlines, under both signs of a direction;
+  and the same with ``lr: auto``, plain, for which no rate is chosen.
 * REINFORCE (`reinforce.py`): 4 texts drawn for each of 8 headlines, the mean reward of the other three as baseline,
   back-propagation, Adam.
 * supervised: the package's AdamW on 32 labelled headlines.
@@ -83,6 +84,8 @@ class Study:
     def best_rate(self, contender: Contender) -> float | None:
         """The rate that validation likes best; None if none was tried."""
         rates, scores = [rounded(lr * TASKS[self.task].faster) for lr in contender.rates], {}
+        if rates == [0.0]:  # nothing is chosen
+            return 0.0
         ratio = rates[1] / rates[0]
         for _ in range(2):
             runs = {lr: self.run(contender, lr, TUNING_SEED) for lr in rates}

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.schedules import Schedule
+from mezo_dist.algorithms.auto_eps import LADDER
 from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import param_id
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Shard
-from mezo_dist.engines.survival import LADDER, SAMPLE, Survival, choose, combined, measure, settle_eps
+from mezo_dist.engines.survival import SAMPLE, Survival, choose, combined, measure, settle_eps
 from mezo_dist.errors import UserError
 from mezo_dist.testing import spawn, tiny_model
 
