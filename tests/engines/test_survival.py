@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mezo_dist.algorithms.auto_eps import LADDER
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.schedules import Schedule
-from mezo_dist.algorithms.auto_eps import LADDER
 from mezo_dist.algorithms.svrg_released import MeZOSVRGReleased
 from mezo_dist.directions.law import Law
 from mezo_dist.directions.seeds import param_id
