@@ -179,21 +179,21 @@ class Cell:
         return Learner("", make, kind.passes, {}, BATCH, full_size=full, calibrated=kind.calibrated)
 
 
-def work(cell: Cell) -> None:
+def work(cell: Cell, seeds: Sequence[int]) -> None:
     """All runs of a cell that are not there yet."""
-    for seed in SEEDS:
+    for seed in seeds:
         cell.auto(seed)
     lr = cell.best_rate()
-    for seed in SEEDS:
+    for seed in seeds:
         cell.tuned(lr, seed)
 
 
-def table(cells: Sequence[Cell]) -> str:
+def table(cells: Sequence[Cell], seeds: Sequence[int]) -> str:
     """Accuracy and loss of tuned rates and of ``lr: auto``, and the rates, in Markdown."""
     head = "| weights, data | tuned: rate | accuracy | loss | auto: rate | accuracy | loss | accuracy, auto - tuned |"
     lines = [head, "|---" * 8 + "|"]
     for cell in cells:
-        lr, seeds = cell.best_rate(), SEEDS
+        lr = cell.best_rate()
         tuned = [run for seed in seeds if (run := cell.tuned(lr, seed)) is not None]
         auto = [run for seed in seeds if (run := cell.auto(seed)) is not None]
         if len(tuned) == len(auto) == len(seeds):
@@ -220,12 +220,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--tasks", nargs="+", choices=DATA, default=[name for name in DATA if name != "tiny"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the runs that are scored")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="sum up what is there and run nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    seeds = f"{TUNING_SEED} to choose rates, then {SEEDS}"
+    seeds = f"{TUNING_SEED} to choose rates, then {tuple(options.seeds)}"
     where = (
         f"a process with {options.threads} thread(s)" if not torch.cuda.is_available() else torch.cuda.get_device_name()
     )
@@ -240,8 +241,8 @@ def main() -> None:
         if shared not in benches:
             with tempfile.TemporaryDirectory() as folder:
                 benches = {shared: Bench.open(KINDS[name].preset(task), "", task, Path(folder))}
-        work(Cell(name, task, results, benches[shared]))
-    print(table([Cell(name, task, results) for name, task in pairs]))
+        work(Cell(name, task, results, benches[shared]), options.seeds)
+    print(table([Cell(name, task, results) for name, task in pairs], options.seeds))
 
 
 if __name__ == "__main__":
