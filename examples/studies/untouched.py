@@ -118,7 +118,7 @@ def again_of(first: Record, bench: Bench, learner: Learner) -> Record:
 
 def table(results: Results, tasks: Sequence[str]) -> str:
     """Accuracy on untouched samples, and the test accuracy of the learning curves, in Markdown."""
-    head = "".join(f" {task}: untouched | test of before |" for task in tasks)
+    head = "".join(f" {task}: untouched | older test |" for task in tasks)
     lines = [f"| |{head}", "| --- " * (1 + 2 * len(tasks)) + "|"]
     cells: dict[str, dict[str, list[Record]]] = {}
     for row in results.runs.values():
