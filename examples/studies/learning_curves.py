@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +139,20 @@ def work(job: Job) -> None:
 def tune(bench: Bench, job: Job, learner: Learner, results: Results) -> float:
     """The rate that validation likes best."""
     rates = learner.rates(job.setting, bench.preset)
+    return best_rate(rates, lambda lr: run(bench, job, learner, lr, TUNING_SEED, results))
+
+
+def best_rate(rates: list[float], run_with: Callable[[float], Record]) -> float:
+    """The rate that validation likes best, of a grid that grows where its best one lies at an edge.
+
+    Args:
+        rates: to begin with.
+        run_with: the run of `TUNING_SEED` with a rate.
+    """
     scores: dict[float, tuple[float, float]] = {}
     for _ in range(EXTENSIONS + 1):
         for lr in rates:
-            scores[lr] = score(run(bench, job, learner, lr, TUNING_SEED, results))
+            scores[lr] = score(run_with(lr))
         best = max(scores, key=lambda lr: scores[lr])
         if min(scores) < best < max(scores):
             break

@@ -180,25 +180,31 @@ def _accuracy(runs: list[Record], place: int) -> str:
 
 
 def plot(jobs: list[Job], path: Path) -> None:
-    """Test accuracy against forward passes."""
+    """Test accuracy against forward passes: a row for each setting, the same colour for a contender everywhere."""
     from matplotlib.figure import Figure
 
-    whole = [(job, cell) for job in jobs if (cell := chosen(job))]
-    if not whole:
+    labels = [contender.label for contender in contenders(PRESETS[jobs[0].preset], 512)]
+    cells = {(job.setting, job.task): cell for job in jobs if (cell := chosen(job))}
+    if not cells:
         return
-    figure = Figure(figsize=(1 + 4 * len(whole), 4), layout="constrained")
-    for k, (job, cell) in enumerate(whole):
-        axes = figure.add_subplot(1, len(whole), k + 1)
-        for label, runs in cell.items():
-            points = [run["points"][1:] for run in runs if not run["diverged"]]
+    settings, tasks = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    figure = Figure(figsize=(1 + 4 * len(tasks), 1 + 3.5 * len(settings)), layout="constrained")
+    panels = figure.subplots(len(settings), len(tasks), squeeze=False)
+    for (setting, task), cell in cells.items():
+        axes = panels[settings.index(setting)][tasks.index(task)]
+        for number, label in enumerate(labels):
+            points = [run["points"][1:] for run in cell.get(label, []) if not run["diverged"]]
             means = [statistics.mean(100 * point[5] for point in same) for same in zip(*points, strict=False)]
-            axes.plot([point[0] for point in points[0]][: len(means)] if points else [], means, label=label)
-        axes.set_title(f"{job.setting}, {job.task}")
+            passes = [point[0] for point in points[0]][: len(means)] if points else []
+            axes.plot(passes, means, color=f"C{number}", label=label)
+        axes.set_title(f"{setting}, {task}")
         axes.set_xscale("log", base=2)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("test accuracy, %")
+    for axes in panels[-1]:
         axes.set_xlabel("forward passes of one sample")
-    figure.axes[0].set_ylabel("test accuracy, %")
-    figure.axes[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=90)
 
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:

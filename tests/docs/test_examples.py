@@ -127,6 +127,33 @@ def main_of(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None
     study.main()
 
 
+def test_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    label = "MeZO, batch 4, calibrated"
+    command = ["--preset", "smoke", "--out", str(tmp_path), "--only", label]
+    main_of("learning_curves", monkeypatch, *command, "--settings", "prompts")
+    path = tmp_path / "learning_curves-smoke-prompts-tiny.jsonl"
+    (stored,) = (row for row in map(json.loads, path.read_text().splitlines()) if row.get("seed") == 1)
+    untouched = importlib.import_module("untouched")
+    monkeypatch.setitem(untouched.UNTOUCHED, "tiny", slice(5, 12))
+    main_of("untouched", monkeypatch, *command)
+    about, *before, row = map(json.loads, (tmp_path / "untouched-smoke.jsonl").read_text().splitlines())
+    assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
+    assert [other["label"] for other in before] == ["before, tiny", "before, calibrated, tiny"]
+    assert (row["lr"], row["same"], row["validation"]) == (stored["lr"], True, stored["points"][-1][2:4])
+    assert row["untouched"][0] != stored["points"][-1][4], "other samples"
+    assert abs(7 * row["untouched"][1] - round(7 * row["untouched"][1])) < 1e-3, "seven of them"
+    assert row["passes"] == stored["points"][-1][0] + 48, "passes that fit offsets count"
+    assert f"| {label} | {100 * row['untouched'][1]:.1f} |" in capsys.readouterr().out
+
+    path.write_text(path.read_text().replace(str(row["validation"][0]), "0.1"))
+    (tmp_path / "untouched-smoke.jsonl").unlink()
+    main_of("untouched", monkeypatch, *command)
+    assert "0 of 1 runs" in capsys.readouterr().out, "a run that is another one is told"
+    path.unlink()
+    with pytest.raises(ValueError, match=r"no run of .* let learning_curves.py make it first"):
+        main_of("untouched", monkeypatch, *command)
+
+
 def test_where_svrg_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--tasks", "tiny", "--samples", "16", "--out", str(tmp_path)]
     main_of("where_svrg_pays", monkeypatch, *command)
