@@ -154,7 +154,7 @@ def table(study: Study) -> str:
         work = [f"{statistics.mean(run[name] for run in runs):,.0f}" for name in ("texts", "tokens", "cpu_s")]
         memory = study.memory(contender)
         peak = "" if memory is None else f"{memory['peak_gib']:.2f}"
-        lines.append(f"| {' | '.join([contender.label, f'{lr:g}', *columns, *work, peak])} |")
+        lines.append(f"| {' | '.join([contender.label, f'{lr:g}' if lr else 'auto', *columns, *work, peak])} |")
     memory = {c.label: m["peak_gib"] for c in study.measured if c not in CONTENDERS and (m := study.memory(c))}
     lines += ["", *(f"Peak of {label}: {peak:.2f} GiB" for label, peak in memory.items())]
     return "\n".join(lines)
