@@ -170,7 +170,8 @@ def choose_eps(sizes: Sequence[float], rows: Sequence[Sequence[float]], *, one_s
     zeros = [zero_share(row) for row in rows]
     kept = [(size, row) for size, row, share in zip(sizes, rows, zeros, strict=True) if share <= 0.5]
     if not kept:
-        return Choice(sizes[zeros.index(min(zeros))], math.inf, math.inf, is_flat=True)
+        largest = max(size for size, share in zip(sizes, zeros, strict=True) if share == min(zeros))
+        return Choice(largest, math.inf, math.inf, is_flat=True)
     if len(kept) == 1:  # it was the last one
         return Choice(kept[0][0], math.inf, 0.0)
     noise, bend = _fitted(kept, one_sided=one_sided)

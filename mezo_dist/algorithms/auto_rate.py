@@ -19,9 +19,9 @@ With a direction per sample, K is the number of all of them, and samples' noise 
 of 1 + r / B, of which `SPREAD` stands for r until looking back tells more (`mezo_dist.algorithms.look_back`).
 
 **Objectives that take few values**, metrics and rewards, have no curvature: they are smooth because they are probed at
-a distance, and in the mean over samples. What stands for it is the size of a typical slope over eps (`measured`), so
-that a typical estimate moves each of a step's directions by eta times eps. That share stays: on a minibatch, what some
-steps have changed in such an objective is mostly noise.
+a distance, and in the mean over samples. What stands for it is the size of a typical slope over eps
+(`of_few_values`), so that a typical estimate moves each of a step's directions by eta times eps. That share stays: on a
+minibatch, what some steps have changed in such an objective is mostly noise.
 
 **Squared errors** have the mean square of slopes over twice the loss (`mezo_dist.runs.evaluation`): e^2 has the slope
 2 e e' along a direction and the curvature 2 e'^2.
@@ -79,8 +79,14 @@ class AutoRate:
     steps: int = 0
     """Steps so far, up to `WARM_UP`."""
 
-    def after(self, curvature: float | None) -> AutoRate:
+    def after(self, curvature: float | None, directions: float = 1.0) -> AutoRate:
         """The state after a step with this mean ``curvature`` along its directions.
+
+        Args:
+            curvature: of the step. A large part of it counts at once, so that a loss that becomes steep within few
+                steps is not met with the rate of before; a part that the mean over so many directions hardly ever
+                reaches by chance.
+            directions: their number.
 
         Raises:
             ValueError: there is none.
@@ -89,7 +95,9 @@ class AutoRate:
             raise ValueError("lr: auto: losses without a curvature")
         mean = RECENT * self.mean + (1 - RECENT) * curvature
         weight = RECENT * self.weight + (1 - RECENT)
-        return AutoRate(mean, weight, max(mean / weight, RELEASE * self.curvature), min(self.steps + 1, WARM_UP))
+        at_once = curvature / (2 + 6 / max(directions, 1.0))
+        counts = max(mean / weight, RELEASE * self.curvature, at_once)
+        return AutoRate(mean, weight, counts, min(self.steps + 1, WARM_UP))
 
     @property
     def recent(self) -> float:
@@ -130,26 +138,27 @@ def share(eta: float | None, num_steps: int) -> float:
     return min(MOST, SHARE / math.sqrt(num_steps)) if num_steps > 1 else MOST
 
 
-def measured(
-    curvature: float | None, projected: Sequence[float], eps: float, directions: int, samples: int, *, is_discrete: bool
-) -> tuple[float | None, float]:
-    """What a step says of the curvature, and the number of directions that its estimate is worth.
-
-    An objective that takes few values has the size of its differences in place of a curvature, in units of eps: so
-    that a step moves each direction by a share of eps, whatever eps was before.
+def equal_directions(directions: int, samples: int) -> float:
+    """The number of directions that all samples share, an estimate along which wants the same rate.
 
     Args:
-        curvature: the mean along the step's directions; None if the objective has none.
-        projected: projected gradients.
-        eps: size of the perturbation.
         directions: per step; with ``samples``, of each of them.
         samples: those that have directions of their own; 0: all share them.
-        is_discrete: see `mezo_dist.algorithms.base.Problem`.
     """
-    number = float(directions * max(samples, 1))
-    if is_discrete:
-        return math.sqrt(math.fsum(p * p for p in projected) / len(projected)) * eps, number * eps**2
-    return curvature, number / (1 + SPREAD if samples else 1)
+    return directions * samples / (1 + SPREAD) if samples else float(directions)
+
+
+def of_few_values(projected: Sequence[float], eps: float, directions: int) -> tuple[float, float]:
+    """For an objective that takes few values, what stands for the curvature and for the number of directions: the size
+    of its differences, and that number in units of eps^2. So a step moves each direction by a share of eps, whatever
+    eps was before.
+
+    Args:
+        projected: projected gradients.
+        eps: size of the perturbation.
+        directions: number of all of a step.
+    """
+    return math.sqrt(math.fsum(p * p for p in projected) / len(projected)) * eps, directions * eps**2
 
 
 def settle(
@@ -166,7 +175,7 @@ def settle(
     """
     if lr != "auto":
         return lr, state
-    after = state.after(curvature)
+    after = state.after(curvature, directions)
     return after.rate(eta, directions), after
 
 

@@ -16,6 +16,11 @@ looks, to which the share at the start belongs with the weight of `TRUST` looks:
 
     share = sum(s * (gain of D)) / sum(c),      each look divided by the c that its directions have on average
 
+Where gradients lie along what is curved most, single steps may overshoot though all of them together are too short:
+with k = g' G g / (|g|^2 tr G), a step along K directions is best at the share 1 / (1 + (K + 1) k) without noise, and D,
+with T steps in it, is 1 + T K k times as curved as its directions are on average. So looks tell k, and the share stays
+below that; before the first look, below 1 / (K + 2), which is right for any k.
+
 A look takes two forward passes of a minibatch after 8 steps or more. It is the one that the step uses anyway, which
 the steps before have not seen in the first epoch. Later, the steps seem better than they are by a part r / N, with N
 training samples, and r the variance of single samples' gradients over the square of their mean: little with `MANY`
@@ -43,7 +48,7 @@ MEMORY = 0.9
 TRUST = 4.0
 """Looks that the share at the start counts for."""
 CHANGE = 2.0
-"""The most by which a look multiplies or divides the share."""
+"""The most by which a look multiplies the share."""
 MOST = 0.5
 """The largest share."""
 MANY = 256
@@ -68,6 +73,8 @@ class LookBack:
     """Decaying sum over looks of curvatures."""
     looks: int = 0
     """Looks so far."""
+    alignment: float = 1.0
+    """The k above: decaying mean over looks; 1, as much as it can be, before the first one."""
     share: float = 0.0
     """The share that the steps take; 0 before the first one."""
 
@@ -75,8 +82,19 @@ class LookBack:
         """With this share, before the first step; later, as it is."""
         return self if self.share else replace(self, share=share)
 
+    def most(self, directions: float) -> float:
+        """The largest share at which steps along so many directions do not overshoot, by the looks so far."""
+        return min(MOST, 1 / (1 + (directions + 1) * self.alignment))
+
     def at_step(
-        self, step: int, rounds: Sequence[Losses], problem: Problem, directions: int, typical: float, eta: float | None
+        self,
+        step: int,
+        rounds: Sequence[Losses],
+        problem: Problem,
+        directions: int,
+        worth: float,
+        typical: float,
+        eta: float | None,
     ) -> LookBack | Evaluation:
         """The state that a step goes on with; or the passes of a look, if it is time for one and they are not there.
 
@@ -85,14 +103,18 @@ class LookBack:
             rounds: losses of the step so far: of its own evaluation, and then of the look.
             problem: what is known of the run.
             directions: of a step, those of all samples together.
+            worth: the number of them that the rate is a share of.
             typical: see `after_look`.
             eta: the setting; a number is a share that stays.
         """
         start = share(eta, problem.num_steps)
+        if eta is not None:
+            return self.starting_at(start)
+        start = min(start, LookBack().most(worth))
         state = self.starting_at(start)
-        if eta is not None or not state.is_due(step, problem, directions):
+        if not state.is_due(step, problem, directions):
             return state
-        return state.after_look(rounds[1], typical, start) if len(rounds) > 1 else state.evaluation()
+        return state.after_look(rounds[1], typical, start, worth) if len(rounds) > 1 else state.evaluation()
 
     def is_due(self, step: int, problem: Problem, directions: int) -> bool:
         """Whether ``step`` has a look: not at the end of a run, for which it would come too late, and not where its
@@ -105,7 +127,8 @@ class LookBack:
         """
         window = max(WINDOW, math.ceil(DIRECTIONS / directions))
         is_new = problem.num_train is None or problem.num_train >= MANY or step < problem.epoch
-        if not is_new or problem.num_steps - step < window // 4:
+        is_known = problem.num_steps > 1
+        if not is_new or (is_known and problem.num_steps - step < window // 4):
             return False
         return self.steps >= (window // 2 if self.looks < EARLY else window)
 
@@ -113,13 +136,14 @@ class LookBack:
         """The passes of a look: the weights as they were, and as they are."""
         return Evaluation((Variant(-self.displacement), Variant()), pairs=(Pair(1, 0, 1.0),))
 
-    def after_look(self, losses: Losses, typical: float, start: float) -> LookBack:
+    def after_look(self, losses: Losses, typical: float, start: float, directions: float) -> LookBack:
         """The state after a look.
 
         Args:
             losses: what came of `evaluation`.
             typical: curvature along one direction of length 1, the mean over recent steps.
             start: the share at the start.
+            directions: the number that the rate is a share of.
 
         Raises:
             ValueError: the losses have no curvature.
@@ -134,9 +158,17 @@ class LookBack:
             taken = self.shares / self.steps
             gain += taken * (then - now + losses.curvature / 2) / expected
             curvature += losses.curvature / expected
+        seen = replace(
+            self, alignment=self._alignment(losses.curvature / expected, directions) if expected > 0 else 1.0
+        )
         best = gain / curvature if curvature > 0 else self.share
-        share = min(max(best, self.share / CHANGE, LEAST * start), self.share * CHANGE, MOST)
-        return LookBack(gain=gain, curvature=curvature, looks=self.looks + 1, share=share)
+        share = min(max(best, LEAST * start), self.share * CHANGE, seen.most(directions))
+        return LookBack(gain=gain, curvature=curvature, looks=self.looks + 1, share=share, alignment=seen.alignment)
+
+    def _alignment(self, ratio: float, directions: float) -> float:
+        """`alignment` after a look whose D is so many times as curved as its directions are on average."""
+        now = min(max((ratio - 1) / (self.steps * directions), 0.0), 1.0)
+        return now if self.looks == 0 else MEMORY * self.alignment + (1 - MEMORY) * now
 
     def after_step(self, update: Combination, schedule: float) -> LookBack:
         """The state after a step.

@@ -35,7 +35,8 @@ from mezo_dist.algorithms.auto_rate import (
     AUTO_IN_CONFIGS,
     AutoRate,
     check_auto_rate,
-    measured,
+    equal_directions,
+    of_few_values,
     settle,
     share,
 )
@@ -179,7 +180,8 @@ class MeZOPlanner:
     def update(self, state: MeZOState, step: int, rounds: Sequence[Losses]) -> Update[MeZOState] | Evaluation:
         config, probe, losses = self.config, self._probe(state, step), rounds[0]
         eta = config.eta if probe.curvature else share(config.eta, self.problem.num_steps)
-        look_back = state.look_back.at_step(step, rounds, self.problem, len(probe.seeds), state.auto.recent, eta)
+        worth = equal_directions(config.directions, probe.per_sample)
+        look_back = state.look_back.at_step(step, rounds, self.problem, len(probe.seeds), worth, state.auto.recent, eta)
         if isinstance(look_back, Evaluation):
             return look_back
         choice = chosen_eps(config, self.problem, state.eps, rounds)
@@ -188,15 +190,10 @@ class MeZOPlanner:
         (projected,) = probe.projected(losses)
         estimate = probe.gradient(scaled(clipped(projected, config.clip), config.scaling, one_sided=config.one_sided))
         gradient, past = state.past.with_now(estimate, config.momentum)
-        curvature, directions = measured(
-            losses.curvature,
-            projected,
-            probe.eps,
-            config.directions,
-            probe.per_sample,
-            is_discrete=self.problem.is_discrete,
-        )
-        base_lr, auto = settle(config.lr, state.auto, curvature, look_back.share, directions)
+        curvature = losses.curvature
+        if self.problem.is_discrete:
+            curvature, worth = of_few_values(projected, probe.eps, len(probe.seeds))
+        base_lr, auto = settle(config.lr, state.auto, curvature, look_back.share, worth)
         schedule = config.schedule.factor(step, self.problem.num_steps) * auto.warm_up(config.schedule)
         lr = base_lr * schedule * state.plateau.factor * self.rate
         combination = -lr * (gradient + config.pull * state.total)

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mezo_dist.algorithms.auto_eps import chosen_eps
-from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, measured, settle, share
+from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, equal_directions, of_few_values, settle, share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.look_back import LookBack
@@ -202,8 +202,9 @@ class SVRGPlanner:
     def update(self, state: SVRGState, step: int, rounds: Sequence[Losses]) -> Update[SVRGState] | Evaluation:
         config, probe, losses = self.config, self._probe(state, step), rounds[0]
         eta = config.eta if probe.curvature else share(config.eta, self.problem.num_steps)
+        worth = equal_directions(config.anchor_directions, self._samples(True)) / config.q
         look_back = state.look_back.at_step(
-            step, rounds, self.problem, self._number_of_seeds(True), state.anchor_auto.recent, eta
+            step, rounds, self.problem, self._number_of_seeds(True), worth, state.anchor_auto.recent, eta
         )
         if isinstance(look_back, Evaluation):
             return look_back
@@ -216,24 +217,18 @@ class SVRGPlanner:
         metrics = {"loss": probe.loss(losses), "projected_gradient": typical(projected[0])}
         metrics["zero_differences"] = zero_share([p for row in projected for p in row])
         auto, anchor_auto = state.auto, state.anchor_auto
-        curvature, directions = measured(
-            losses.curvature,
-            projected[0],
-            probe.eps,
-            config.anchor_directions,
-            self._samples(True),
-            is_discrete=self.problem.is_discrete,
-        )
+        curvature = losses.curvature
+        if self.problem.is_discrete:
+            curvature, worth = of_few_values(projected[0], probe.eps, self._number_of_seeds(True))
+            worth /= config.q
         if is_anchor:
-            base_lr, anchor_auto = settle(
-                config.anchor_lr, anchor_auto, curvature, look_back.share, directions / config.q
-            )
+            base_lr, anchor_auto = settle(config.anchor_lr, anchor_auto, curvature, look_back.share, worth)
             metrics |= anchor_auto.metrics(base_lr, look_back.share)
             anchor_step = step
             plateau = plateau.after(metrics["loss"], rule, rule.losses_per_window(self.problem.epoch, config.q))
             estimate = anchor_gradient = probe.gradient(clipped(projected[0], config.clip))
         else:
-            base_lr, auto = settle(config.lr, auto, curvature, look_back.share, directions / config.q)
+            base_lr, auto = settle(config.lr, auto, curvature, look_back.share, worth)
             metrics |= auto.metrics(base_lr, look_back.share)
             anchor_step, anchor_gradient = state.anchor_step, state.anchor_gradient
             differences = [p - p0 for p, p0 in zip(*projected, strict=True)]

@@ -40,6 +40,11 @@ def check_contradictions(config: RunConfig) -> None:
     if config.train.objective == "metric":
         _check_metric_objective(config)
     check_reward(config.task, config.train.objective, config.reward)
+    if config.train.objective != "loss" and getattr(config.algorithm, "eps", None) == "auto":
+        raise ValueError(
+            f"algorithm.eps: auto finds where a loss is straight, and train.objective: {config.train.objective} takes "
+            "few values, which a larger size changes more often; give a number, such as 0.02"
+        )
 
 
 def _check_compile(config: RunConfig) -> None:

@@ -10,8 +10,11 @@ from functools import lru_cache
 
 from mezo_dist import algorithms
 from mezo_dist.algorithms import Settings
+from mezo_dist.algorithms.auto_rate import share
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Variant
+from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.operations import CopyAnchor
+from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.errors import UserError
 from mezo_dist.planning.setting import Setting
 
@@ -117,6 +120,10 @@ def _cycle(settings: Settings, problem: Problem) -> list[_Step]:
     """
     if settings.eps == "auto":  # the passes that choose it are taken once
         settings = replace(settings, eps=problem.perturbation("auto"))
+    if (
+        isinstance(settings, MeZO | MeZOSVRG) and settings.lr == "auto"
+    ):  # nor is looking back planned, a few per cent of a run's passes
+        settings = replace(settings, eta=share(settings.eta, problem.num_steps))
     planner = algorithms.build(settings.name, settings, problem)
     state, steps, has_copy = planner.init(), list[_Step](), False
     for step in range(min(getattr(settings, "q", 1), MOST_STEPS)):

@@ -38,6 +38,16 @@ def test_the_rate_does_not_run_away_from_a_model_that_grows_sure() -> None:
     assert state.after(16.0).curvature > 1  # up it goes at once
 
 
+def test_a_loss_that_becomes_steep_at_once_is_not_met_with_the_rate_of_before() -> None:
+    state = AutoRate()
+    for _ in range(20):
+        state = state.after(1.0, 7)
+    assert state.after(100.0, 7).curvature == pytest.approx(100 / (2 + 6 / 7))
+    assert state.after(2.6, 7).curvature == pytest.approx(
+        state.after(2.6, 1).curvature
+    )  # by chance: what the mean says
+
+
 def test_the_default_share_falls_with_the_square_root_of_the_number_of_steps() -> None:
     def rate(num_steps: int, **more: Any) -> float:
         planner: Any = MeZOPlanner(MeZO(lr="auto", **more), Problem(num_steps=num_steps))

@@ -34,30 +34,53 @@ def test_a_look_compares_the_weights_before_the_steps_with_those_after_them() ->
 def test_the_share_is_what_the_parabola_says_averaged_with_the_one_at_the_start() -> None:
     state = after(0.1, Combination.of([(1, 3.0), (2, -4.0)]))
     # two directions that together are 5 long: 25 times the curvature 0.2 of one is what they are expected to have
-    looked = state.after_look(Losses((2.0, 1.0), curvature=4.0), 0.2, 0.1)
+    looked = state.after_look(Losses((2.0, 1.0), curvature=4.0), 0.2, 0.1, 1)
     gain = (2.0 - 1.0 + 4.0 / 2) / 5
     assert looked.share == pytest.approx((TRUST * 0.1 + 0.1 * gain) / (TRUST + 4.0 / 5))
     assert (looked.looks, looked.steps, looked.displacement.terms) == (1, 0, ())
     # a step on a schedule took a smaller share, and says how much longer that should have been
     slowed = after(0.1, Combination.of([(1, 3.0), (2, -4.0)]), schedule=0.5)
-    half = slowed.after_look(Losses((2.0, 1.0), curvature=4.0), 0.2, 0.1)
+    half = slowed.after_look(Losses((2.0, 1.0), curvature=4.0), 0.2, 0.1, 1)
     assert half.share == pytest.approx((TRUST * 0.1 + 0.05 * gain) / (TRUST + 4.0 / 5))
 
 
 def test_one_look_cannot_carry_the_share_away() -> None:
-    state = after(0.1, Combination.single(1, 1.0))
-    assert state.after_look(Losses((1e6, 0.0), curvature=1.0), 1.0, 0.1).share == pytest.approx(0.1 * CHANGE)
-    assert state.after_look(Losses((0.0, 1e6), curvature=1.0), 1.0, 0.1).share == pytest.approx(0.1 / CHANGE)
-    halved = state
-    for _ in range(5):
-        halved = halved.after_look(Losses((0.0, 1e6), curvature=1.0), 1.0, 0.1).after_step(
-            Combination.single(1, 1.0), 1.0
-        )
-    assert halved.share == pytest.approx(0.1 * LEAST)
-    assert after(MOST, Combination.single(1, 1.0)).after_look(Losses((1e6, 0.0), curvature=1.0), 1.0, 0.1).share == MOST
-    assert state.after_look(Losses((1.0, 1.0), curvature=0.0), 0.0, 0.1).share == pytest.approx(0.1)  # nothing moved
+    state = after(0.1, *[Combination.single(k, 1.0) for k in range(8)])
+    assert state.after_look(Losses((1e6, 0.0), curvature=8.0), 1.0, 0.1, 1).share == pytest.approx(0.1 * CHANGE)
+    at_its_end = after(MOST, Combination.single(1, 1.0))
+    assert at_its_end.after_look(Losses((1e6, 0.0), curvature=1.0), 1.0, 0.1, 1).share == MOST
+    assert state.after_look(Losses((1.0, 1.0), curvature=0.0), 0.0, 0.1, 1).share == pytest.approx(0.1)  # nothing moved
     with pytest.raises(ValueError, match="without a curvature"):
-        state.after_look(Losses((1.0, 1.0)), 1.0, 0.1)
+        state.after_look(Losses((1.0, 1.0)), 1.0, 0.1, 1)
+
+
+def test_one_look_can_end_what_goes_wrong() -> None:
+    state = after(0.4, Combination.single(1, 1.0))
+    assert state.after_look(Losses((0.0, 1e6), curvature=1.0), 1.0, 0.1, 1).share == pytest.approx(0.1 * LEAST)
+
+
+@pytest.mark.parametrize("alignment", [0.0, 0.25, 1.0])
+def test_steps_do_not_overshoot_where_gradients_lie_along_what_is_curved_most(alignment: float) -> None:
+    """4 steps along 7 directions, each as long as it is: together as curved as the alignment makes them."""
+    state = after(0.1, *[Combination.single(k, 1.0) for k in range(4)])
+    curved = 4.0 * (1 + 4 * 7 * alignment)
+    looked = state.after_look(Losses((1e6, 0.0), curvature=curved), 1.0, 0.1, 7)
+    assert looked.alignment == pytest.approx(alignment)
+    assert looked.most(7) == pytest.approx(min(MOST, 1 / (1 + 8 * alignment)))
+    assert looked.share == pytest.approx(min(0.2, looked.most(7)))
+    again = dataclasses.replace(looked, displacement=state.displacement, steps=4)
+    assert again.after_look(Losses((1.0, 1.0), curvature=4.0), 1.0, 0.1, 7).alignment == pytest.approx(0.9 * alignment)
+
+
+def test_many_directions_begin_with_the_step_that_is_safe_for_any_loss() -> None:
+    def share(directions: int, **more: Any) -> float:
+        planner: Any = MeZOPlanner(MeZO(lr="auto", directions=directions, **more), LONG)
+        losses = Losses((1.0,) * 2 * directions, curvature=1.0)
+        return planner.update(planner.init(), 0, [losses]).metrics["rate/share"]
+
+    assert share(7) == pytest.approx(0.8 / 1000**0.5)
+    assert share(200) == pytest.approx(1 / 202)
+    assert share(200, eta=0.1) == 0.1
 
 
 def looks(settings: MeZO, problem: Problem, steps: int = 40) -> list[int]:
@@ -92,7 +115,7 @@ def test_when_a_run_looks_back() -> None:
     assert looks(MeZO(lr=0.1, directions=7), LONG) == []
     assert looks(auto, Problem(num_steps=1000, batch_size=4, num_train=40)) == [4, 8]  # later no sample is new
     assert looks(auto, Problem(num_steps=1000, batch_size=64, num_train=256)) == [4, 8, 16, 24, 32]  # of many
-    assert looks(auto, Problem()) == []
+    assert looks(auto, Problem()) == [4, 8, 16, 24, 32]  # neither epochs nor an end are known
 
 
 def run(share: float | None, curvatures: Any, noise: float, steps: int = 200) -> tuple[float, float]:

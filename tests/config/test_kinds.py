@@ -88,6 +88,12 @@ REFUSED = [
         ["train.objective=metric", "train.calibrate=true"],
         "train.calibrate: changes the loss, which train.",
     ),
+    (
+        TASK,
+        ["train.objective=metric", "algorithm.eps=auto"],
+        "algorithm.eps: auto finds where a loss is straight, and train.objective: metric takes few values, which a "
+        "larger size changes more often; give a number, such as 0.02",
+    ),
     (TASK, ["train.objective=margin"], "train.objective: must be loss or metric"),
 ]
 
