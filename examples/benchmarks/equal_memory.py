@@ -49,6 +49,7 @@ from memory import peak_bytes
 
 from mezo_dist.algorithms.step import Progress
 from mezo_dist.config import reader
+from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.malloc import ask_for_huge_pages, tune_malloc
 from mezo_dist.runs.build import Run, build_run, with_gradients
@@ -83,6 +84,17 @@ def give_back() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def config_of(settings: Sequence[str], folder: Path, tiny: str | None = None) -> RunConfig:
+    """All settings of a run that writes to ``folder``; see `run_case` for the others."""
+    if tiny:
+        path = write_tiny_config(folder, tiny, "mezo", batch_size=4, micro_batch=4)
+        sizes: list[str] = []
+    else:
+        path = ROOT / "configs/adamw.yaml"
+        sizes = ["train.batch_size=16", "train.micro_batch=16", 'model.trainable=["*"]', *LOOKS]
+    return reader.load(path, [*merged(sizes, list(settings)), f"output.dir={folder / 'run'}"])
+
+
 def run_case(settings: Sequence[str], *, tiny: str | None, is_scored: bool) -> Figures:
     """Load model and data, see all training samples once, take the steps, and measure.
 
@@ -97,13 +109,7 @@ def run_case(settings: Sequence[str], *, tiny: str | None, is_scored: bool) -> F
 
 def _measured(settings: Sequence[str], folder: Path, *, tiny: str | None, is_scored: bool) -> Figures:
     """See `run_case`; what a run needs goes to ``folder``."""
-    if tiny:
-        path = write_tiny_config(folder, tiny, "mezo", batch_size=4, micro_batch=4)
-        sizes: list[str] = []
-    else:
-        path = ROOT / "configs/adamw.yaml"
-        sizes = ["train.batch_size=16", "train.micro_batch=16", 'model.trainable=["*"]', *LOOKS]
-    config = reader.load(path, [*merged(sizes, settings), f"output.dir={folder / 'run'}"])
+    config = config_of(settings, folder, tiny)
     run = with_gradients(build_run(config, Communicator()))
     is_partial = not all(p.requires_grad for p in run.pretrained.model.parameters())
     if is_partial and config.train.frozen_cache_gib:  # or there is nothing to remember
