@@ -74,6 +74,7 @@ CONTESTS = {
             "task.splits.test.size=64",
         ),
         full_size=16,
+        rates=(("last blocks", 1e-3),),
         memory_steps=2,
         is_short=True,
     ),

@@ -1,7 +1,7 @@
 """In the memory that MeZO-SVRG takes on all weights, which first-order choice fits, and what does each reach?
 
     python examples/benchmarks/equal_memory.py [--contest movie] [--seconds 300] [--seeds 0] [--room 1.0]
-                                               [--only LABEL ...] [--memory] [--out FILE]
+                                               [--only LABEL ...] [--untuned] [--memory] [--out FILE]
 
 Somebody with a machine in which back-propagation through a whole model does not fit has a choice: forward passes on
 all weights, or gradients of less. The limit is the peak memory of a MeZO-SVRG cycle on all weights. Against it: AdamW
@@ -18,7 +18,8 @@ MiniLM-L6 with a fresh head and batches of 16 movie sentences (``minilm``).
    linear schedule as in the studies, and a grid of three rates; it grows by one, and once more, where its best one lies
    at an edge. The rate with the best validation accuracy (among equals, loss) of seed 0 runs from ``--seeds``, and
    these are scored on the test split. Looks at data are not counted as training, nor is what fills the cache (``movie``
-   alone has one). MeZO-SVRG learns with ``lr: auto``, too, for which nothing is chosen.
+   alone has one). MeZO-SVRG learns with ``lr: auto``, too, for which nothing is chosen; ``--untuned`` chooses nothing
+   for the others either, and takes the rates in the middle of the grids.
 
 MeZO-SVRG's losses are calibrated, for that is how it learns most (examples/studies/README.md); gradients gain nothing
 from it. One thread per process, and seconds are the processor's, so that other work disturbs them little. What is in
@@ -208,18 +209,29 @@ def fitting(rows: Sequence[tuple[Choice, Figures | None]], room: float) -> list[
     return [c for n, c in enumerate(fit) if not c.family or all(other.family != c.family for other in fit[n + 1 :])]
 
 
-def learn(cases: Cases, contest: Contest, choice: Choice, steps: int, seeds: Sequence[int]) -> Figures | None:
-    """The best rate of a choice, by validation, and what it reaches from all seeds; None if nothing learnt."""
+def learn(
+    cases: Cases, contest: Contest, choice: Choice, steps: int, seeds: Sequence[int], *, untuned: bool = False
+) -> Figures | None:
+    """The best rate of a choice, by validation, and what it reaches from all seeds; None if nothing learnt.
+
+    Args:
+        cases: what runs them.
+        contest: the model and its batches.
+        choice: what learns.
+        steps: of a run.
+        seeds: of the runs that are scored.
+        untuned: take the rate in the middle of the grid.
+    """
 
     def tried(rate: float | None, seed: int = 0) -> Figures | None:
         return cases.run(merged(contest.overrides, choice.settings(rate, steps, seed)), is_scored=True)
 
-    if choice.rate is None:  # it finds itself
-        best, runs = None, [tried(None, seed) for seed in seeds]
-    else:
-        best = best_rate(choice.rate, tried)
-        runs = [] if best is None else [tried(best, seed) for seed in seeds]
-    sound = [figures for figures in runs if figures is not None]
+    best = choice.rate
+    if best is not None and not untuned:
+        best = best_rate(best, tried)
+        if best is None:
+            return None
+    sound = [figures for figures in (tried(best, seed) for seed in seeds) if figures is not None]
     if not sound:
         return None
     tests = [figures["test"] for figures in sound]
@@ -262,6 +274,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="of training, for every run")
     parser.add_argument("--room", type=float, default=1.0, help="memory that may be taken, in that of MeZO-SVRG")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--untuned", action="store_true", help="take the rates in the middle of the grids")
     parser.add_argument("--memory", action="store_true", help="measure memory alone")
     parser.add_argument("--out", type=Path, help="results, a line each; what is there is not run again")
     parser.add_argument("--only", nargs="+", default=[], help="labels of choices, beside MeZO-SVRG")
@@ -275,7 +288,7 @@ def main() -> None:
         print(f"\nin the memory of {LIMIT}, {arguments.seconds:g} s each:", flush=True)
         for choice in fitting(rows, arguments.room):
             steps = max(1, round(arguments.seconds / seconds[choice.label]))
-            table[choice.label] = learn(cases, contest, choice, steps, arguments.seeds)
+            table[choice.label] = learn(cases, contest, choice, steps, arguments.seeds, untuned=arguments.untuned)
             print(choice.label, table[choice.label], flush=True)
     peaks = {choice.label: figures and round(figures["peak_gib"], 4) for choice, figures in rows}
     harness.end(arguments, facts, {"contest": arguments.contest, "peaks_gib": peaks, "learnt": table})

@@ -179,6 +179,9 @@ def test_equal_memory_takes_the_largest_that_fits_at_its_best_rate(monkeypatch: 
     (auto,) = (c for c in every if c.label == importlib.import_module("equal_choices").AUTO)
     assert equal_memory.learn(Cases(), contest, auto, 5, [0, 1])["rate"] == "auto"
     assert tried == [0.5, 0.5], "no grid"
+    tried.clear()
+    assert equal_memory.learn(Cases(), contest, choice, 5, [0, 1], untuned=True)["rate"] == choice.rate
+    assert tried == [choice.rate, choice.rate], "the middle of the grid"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' peak counters")
