@@ -13,7 +13,8 @@ MiniLM-L6 with a fresh head and batches of 16 movie sentences (``minilm``).
 1. Memory. Every choice takes a few steps in a process of its own. What is measured is the largest resident memory from
    the first step on (Linux: VmHWM, reset when the model is loaded and, where a cache remembers frozen blocks, all
    training samples were seen once, so that what it remembers is there). Everything counts: weights, activations,
-   optimiser, Python and torch. Of the last blocks, k grows until it does not fit. ``--memory`` stops here.
+   optimiser, Python and torch (and peft). Of the last blocks, k grows until it does not fit. A whole run may take more,
+   where longer texts come later: what it took is said beside what it reached. ``--memory`` stops here.
 2. Learning. What fits learns for the same time of training, with as many steps as the seconds of a step in 1. allow, a
    linear schedule as in the studies, and a grid of three rates; it grows by one, and once more, where its best one lies
    at an edge. The rate with the best validation accuracy (among equals, loss) of seed 0 runs from ``--seeds``, and
