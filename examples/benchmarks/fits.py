@@ -27,7 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import harness
-from equal_memory import LIMIT, ROOT, Cases, Choice, choices
+from equal_choices import LIMIT, ROOT, Choice, Contest, choices
+from equal_memory import Cases
 
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.assets.registry import resolve_model
@@ -89,7 +90,7 @@ def settings_of(choice: Choice, model: str, tokens: int) -> list[str]:
 
 def measured(cases: Cases, model: str, tokens: int) -> Row:
     """The peak memory of every choice, GiB; those of ``last`` in the order of k, up to the first that does not fit."""
-    every = choices(SIZES[model]["num_hidden_layers"])
+    every = choices(Contest(num_blocks=SIZES[model]["num_hidden_layers"]))
     row: Row = {"model": model, "tokens": tokens}
 
     def peak(choice: Choice) -> float | None:
@@ -179,7 +180,7 @@ def main() -> None:
     arguments = harness.parse(parser, FAST)
     facts = harness.begin()
     cells = [] if arguments.plan else [(model, tokens) for model in arguments.model for tokens in arguments.tokens]
-    cases = Cases(arguments.out, fast=arguments.model == ["tiny"])
+    cases = Cases(arguments.out, tiny="llama-tied" if arguments.model == ["tiny"] else None)
     rows = [measured(cases, model, tokens) for model, tokens in cells]
     planned_rows, text = plan_table(PLANNED[:1] if arguments.fast else PLANNED)
     print("\n" + (measured_table(rows) + "\n\n" if rows else "") + text, flush=True)

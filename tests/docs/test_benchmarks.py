@@ -22,7 +22,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 BENCHMARKS = ROOT / "examples" / "benchmarks"
-PARTS_OF_OTHERS = {"harness.py", "shapes.py", "one_start.py"}
+PARTS_OF_OTHERS = {"equal_choices.py", "harness.py", "shapes.py", "one_start.py"}
 
 
 def test_all_have_the_same_options_and_a_section_with_their_figures() -> None:
@@ -83,42 +83,87 @@ def test_a_case_that_fails_is_told_and_left_out() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' peak counters")
 def test_equal_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases in this process, as imports take longer than all that they do."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     equal_memory = importlib.import_module("equal_memory")
-    every = {choice.label: choice for choice in equal_memory.choices(2)}
-    taken = {}
-    for label in (equal_memory.LIMIT, "AdamW, last 1 of 2 blocks", "AdamW, LoRA, checkpointing"):
-        settings = every[label].settings(every[label].rate, 2, seed=0)
-        taken[label] = equal_memory.run_case(settings, fast=True, is_scored=True)
-        assert taken[label]["peak_gib"] > taken[label]["weights_gib"] > 0
-        assert taken[label]["steps"] == 2
-        assert all(
-            0 < loss < 10 and 0 <= accuracy <= 1 for loss, accuracy in map(taken[label].get, ("validation", "test"))
-        )
-    assert [figures["passes"] for figures in taken.values()] == [2 * 8 + 4 * 4, 2 * 3 * 4, 2 * 4 * 4]
+    for name, kind in equal_memory.TINY.items():
+        contest = equal_memory.CONTESTS[name]
+        every = {choice.label: choice for choice in equal_memory.choices(contest)}
+        taken = {}
+        for label in (equal_memory.LIMIT, "AdamW, last 1 of 2 blocks", "AdamW, LoRA, checkpointing"):
+            settings = equal_memory.merged(contest.overrides, every[label].settings(every[label].rate, 2, seed=0))
+            taken[label] = equal_memory.run_case(settings, tiny=kind, is_scored=True)
+            assert taken[label]["peak_gib"] > taken[label]["weights_gib"] > 0
+            assert taken[label]["steps"] == 2
+            assert all(
+                0 < loss < 10 and 0 <= accuracy <= 1 for loss, accuracy in map(taken[label].get, ("validation", "test"))
+            )
+        assert [figures["passes"] for figures in taken.values()] == [2 * 8 + 4 * 4, 2 * 3 * 4, 2 * 4 * 4]
+
+
+def test_contests_of_equal_memory_are_settings_that_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a typing error would break, without the models."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    equal_memory = importlib.import_module("equal_memory")
+    for name, contest in equal_memory.CONTESTS.items():
+        if name not in equal_memory.TINY:
+            for choice in equal_memory.choices(contest):
+                config = equal_memory.config_of(
+                    equal_memory.merged(contest.overrides, choice.settings(choice.rate, 2, 0)), tmp_path
+                )
+                assert config.train.batch_size == (1 if "batch 1" in choice.label else 4 if name == "news" else 16)
+                assert ("minilm" in config.model.name) == (name == "minilm")
+                assert (config.algorithm.lr == "auto") == (
+                    choice.label == importlib.import_module("equal_choices").AUTO
+                )
+                named = re.search(r"last (\d+) of (\d+)", choice.label)
+                if named:
+                    blocks = [re.search(r"layers?\.(\d+)", pattern) for pattern in config.model.trainable]
+                    numbers = [int(block[1]) for block in blocks if block]
+                    assert numbers == list(range(int(named[2])))[-int(named[1]) :]
+
+
+def test_equal_memory_asks_for_more_blocks_until_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    equal_memory = importlib.import_module("equal_memory")
+
+    class Cases:
+        def run(self, settings: list[str], *, is_scored: bool) -> dict[str, Any] | None:
+            assert not is_scored
+            trainable = next((item for item in settings if item.startswith("model.trainable")), "")
+            return {"peak_gib": 0.8 + 0.15 * trainable.count("layer.") if trainable else 1.0}
+
+    rows = equal_memory.remembered(Cases(), equal_memory.CONTESTS["minilm"], 1.0, ["AdamW, last 1 of 6 blocks"])
+    assert [choice.label for choice, _ in rows][2:] == ["AdamW, last 1 of 6 blocks"]
+    rows = equal_memory.remembered(Cases(), equal_memory.CONTESTS["minilm"], 1.0, [])
+    blocks = [choice.label for choice, _ in rows if choice.family == "last blocks"]
+    assert blocks == ["AdamW, last 1 of 6 blocks", "AdamW, last 2 of 6 blocks"], "four are not tried"
+    assert "AdamW, last 1 of 6 blocks" in [choice.label for choice in equal_memory.fitting(rows, 1.0)]
 
 
 def test_equal_memory_takes_the_largest_that_fits_at_its_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     equal_memory = importlib.import_module("equal_memory")
-    peaks = {equal_memory.LIMIT: 1.0, "AdamW, all weights": 3.5, "AdamW, last 1 of 30 blocks": 0.8}
-    peaks |= {"AdamW, last 2 of 30 blocks": 0.9, "AdamW, last 4 of 30 blocks": 1.01}
-    rows = [(c, {"peak_gib": peaks[c.label]} if c.label in peaks else None) for c in equal_memory.choices(30)]
-    assert [c.label for c in equal_memory.fitting(rows, 1.0)] == [equal_memory.LIMIT, "AdamW, last 2 of 30 blocks"]
-    assert [c.label for c in equal_memory.fitting(rows, 1.1)] == [equal_memory.LIMIT, "AdamW, last 4 of 30 blocks"]
+    peaks = {equal_memory.LIMIT: 1.0, importlib.import_module("equal_choices").AUTO: 1.2, "AdamW, all weights": 3.5}
+    peaks |= {f"AdamW, last {k} of 30 blocks": peak for k, peak in ((1, 0.8), (2, 0.9), (4, 1.01))}
+    contest = equal_memory.CONTESTS["movie"]
+    every = equal_memory.choices(contest)
+    rows = [(c, {"peak_gib": peaks[c.label]} if c.label in peaks else None) for c in every]
+    by_passes = [equal_memory.LIMIT, importlib.import_module("equal_choices").AUTO]
+    assert [c.label for c in equal_memory.fitting(rows, 1.0)] == [*by_passes, "AdamW, last 2 of 30 blocks"]
+    assert [c.label for c in equal_memory.fitting(rows, 1.1)] == [*by_passes, "AdamW, last 4 of 30 blocks"]
 
     tried: list[float] = []
 
     class Cases:
         def run(self, settings: list[str], *, is_scored: bool) -> dict[str, Any] | None:
-            rate = next(float(item.partition("=")[2]) for item in settings if item.startswith("algorithm.lr="))
-            tried.append(rate)
+            value = next(item.partition("=")[2] for item in settings if item.startswith("algorithm.lr="))
+            tried.append(rate := 0.5 if value == "auto" else float(value))
             figures = {"steps": 5, "passes": 60, "seconds": 1.0, "peak_gib": 0.9}
             scores = {"validation": [0.5, min(rate, 1.0) / 2], "test": [0.4, 0.75]}
             return None if rate > 2 else figures | scores
 
-    (choice,) = (c for c in equal_memory.choices(30) if c.label == "AdamW, LoRA, checkpointing")
-    best = equal_memory.learn(Cases(), choice, 5, [0, 1])
+    (choice,) = (c for c in every if c.label == "AdamW, LoRA, checkpointing")
+    best = equal_memory.learn(Cases(), contest, choice, 5, [0, 1])
     assert tried == [0.00032, 0.001, 0.0032, 0.01, 0.032, 0.032, 0.032], "the grid grows twice at most"
     assert best == {
         "rate": 0.032,
@@ -128,15 +173,25 @@ def test_equal_memory_takes_the_largest_that_fits_at_its_best_rate(monkeypatch: 
         "peak_gib": 0.9,
         "loss": 0.4,
         "accuracy": 0.75,
+        "accuracies": [0.75, 0.75],
     }
+    tried.clear()
+    (auto,) = (c for c in every if c.label == importlib.import_module("equal_choices").AUTO)
+    assert equal_memory.learn(Cases(), contest, auto, 5, [0, 1])["rate"] == "auto"
+    assert tried == [0.5, 0.5], "no grid"
+    tried.clear()
+    assert equal_memory.learn(Cases(), contest, choice, 5, [0, 1], untuned=True)["rate"] == choice.rate
+    assert tried == [choice.rate, choice.rate], "the middle of the grid"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' peak counters")
 def test_what_fits_is_measured_on_settings_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     fits, equal_memory = importlib.import_module("fits"), importlib.import_module("equal_memory")
-    choice = next(c for c in equal_memory.choices(2) if c.label == "AdamW, last 1 of 2 blocks")
-    figures = equal_memory.run_case(fits.settings_of(choice, "tiny", 16), fast=True, is_scored=False)
+    choice = next(
+        c for c in equal_memory.choices(equal_memory.CONTESTS["tiny"]) if c.label == "AdamW, last 1 of 2 blocks"
+    )
+    figures = equal_memory.run_case(fits.settings_of(choice, "tiny", 16), tiny="llama-tied", is_scored=False)
     assert figures["peak_gib"] > figures["weights_gib"] > 0
     assert (figures["steps"], figures["passes"]) == (2, 2 * 3)
 
