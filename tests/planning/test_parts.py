@@ -107,6 +107,15 @@ def test_a_rate_that_finds_itself_takes_the_losses_of_all_samples() -> None:
     assert auto.passes >= plain.passes
 
 
+@pytest.mark.parametrize("eta", [None, 0.1])
+def test_a_long_cycle_is_planned_without_its_looks_back(eta: float | None) -> None:
+    given, auto = (
+        rounds_of(Setting(algorithm=MeZOSVRG(q=50, **rates)), 1)
+        for rates in ({"lr": 1e-3, "anchor_lr": 1e-3}, {"lr": "auto", "anchor_lr": "auto", "eta": eta})
+    )
+    assert [(step.what, step.steps) for step in auto] == [(step.what, step.steps) for step in given]
+
+
 def test_the_shortest_round() -> None:
     assert ROUND_WORDS == PAYLOAD_WORDS
 
