@@ -105,6 +105,11 @@ def test_rewards(
         tried = {run["lr"]: run["scores"]["validation"] for run in here if run["seed"] == 3}
         final = [run for run in here if run["seed"] != 3]
         assert {run["seed"] for run in final} == {0}
+        if contender.rates == (0.0,):  # lr: auto
+            assert not tried, "nothing is chosen"
+            assert final[0]["lr"] == 0.0
+            assert final[0]["scores"]["validation"] > before["scores"]["validation"], "it learns"
+            continue
         assert tried[final[0]["lr"]] == max(tried.values()), "validation chooses the rate"
         assert all("test" not in run["scores"] for run in here if run["seed"] == 3), "no test data"
         assert {run["texts"] for run in here} == {0 if contender.method == "supervised" else 4 * 32}
