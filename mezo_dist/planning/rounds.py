@@ -120,9 +120,8 @@ def _cycle(settings: Settings, problem: Problem) -> list[_Step]:
     """
     if settings.eps == "auto":  # the passes that choose it are taken once
         settings = replace(settings, eps=problem.perturbation("auto"))
-    if (
-        isinstance(settings, MeZO | MeZOSVRG) and settings.lr == "auto"
-    ):  # nor is looking back planned, a few per cent of a run's passes
+    # Nor is looking back planned, a few per cent of a run's passes.
+    if isinstance(settings, MeZO | MeZOSVRG) and settings.lr == "auto":
         settings = replace(settings, eta=share(settings.eta, problem.num_steps))
     planner = algorithms.build(settings.name, settings, problem)
     state, steps, has_copy = planner.init(), list[_Step](), False
