@@ -44,6 +44,14 @@ from mezo_dist.tasks.kind import Answer
 log = logging.getLogger(__name__)
 
 
+STILL = 10
+"""Steps in a row without any difference of losses, after which people are told."""
+STANDS_STILL = (
+    f"in {STILL} steps no loss has differed along any direction, so nothing is learnt; a larger algorithm.eps or "
+    "train.batch_size may change that, or an objective that tells answers apart"
+)
+
+
 def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path:
     """Run the whole job on this rank: evaluate, train, evaluate, export. Returns the run folder.
 
@@ -187,7 +195,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         monitor: shows what happens.
     """
     config, comm, engine = run.config.train, run.comm, run.engine
-    look_every = evaluation_interval(run)
+    look_every, still = evaluation_interval(run), 0
     while progress.step < config.steps:
         if comm.stopping:
             _stop(run, progress, recorder)
@@ -201,6 +209,9 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         apply_step(run, result)
         progress.after(result.update)
         _check_skips(progress, result, config, monitor)
+        still = still + 1 if result.update and result.update.metrics.get("zero_differences") == 1.0 else 0
+        if still == STILL:
+            monitor.say(f"step {progress.step}/{config.steps}: {STANDS_STILL}")
         for text in result.update.notes if result.update else ():
             monitor.say(f"step {progress.step}/{config.steps}: {text}")
         metrics = result.update.metrics if result.update else {}

@@ -52,6 +52,17 @@ def test_the_share_of_differences_that_are_zero_is_shown(tmp_path: Path) -> None
     assert any(share > 0 for share in shown), "six samples often agree"
 
 
+def test_people_are_told_when_nothing_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["train.objective=metric", "algorithm.eps=1e-6", "algorithm.lr=auto", "output.test=false"]
+    path = write_tiny_config(tmp_path, "opt", "mezo")
+    training.train(reader.load(path, [*options, "train.steps=12", "output.export=false"]), Communicator())
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(
+        "in 10 steps no loss has differed along any direction, so nothing is learnt"
+    ) == 1
+    assert "step 10/12" in said.out + said.err
+
+
 def test_a_loss_that_changes_smoothly_has_no_such_share(tmp_path: Path) -> None:
     options = ["output.test=false", "output.export=false", "train.steps=1"]
     folder = training.train(
