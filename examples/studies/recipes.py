@@ -96,6 +96,23 @@ def value(study: Study, rows: list[Record]) -> tuple[float, float]:
     return (statistics.mean(merits), -statistics.mean(losses))
 
 
+def chosen(study: Study, results: Results, name: str, rates: list[float], seeds: list[int]) -> list[Record]:
+    """The runs of the rate that validation likes best.
+
+    Args:
+        study: model and data.
+        results: the file.
+        name: of the recipe.
+        rates: the grid.
+        seeds: to choose the rate.
+    """
+    label = f"{name}, to choose"
+    tried = {lr: [record(study, results, label, lr, seed, "validation") for seed in seeds] for lr in rates}
+    best = max(tried, key=lambda lr: value(study, tried[lr]))
+    print(f"{name}: validation chose {best:g}", flush=True)
+    return [record(study, results, f"{name}, chosen", best, seed, "test") for seed in SEEDS]
+
+
 def learn(name: str, results: Results, overrides: list[str], rates: list[float], seeds: list[int]) -> None:
     """All runs of a recipe.
 
@@ -103,7 +120,7 @@ def learn(name: str, results: Results, overrides: list[str], rates: list[float],
         name: of the recipe.
         results: the file.
         overrides: settings other than the config's.
-        rates: the grid.
+        rates: the grid; empty: ``lr: auto`` alone.
         seeds: to choose the rate.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -116,12 +133,9 @@ def learn(name: str, results: Results, overrides: list[str], rates: list[float],
             study = Study(run, {name: p.detach().clone() for name, p in trainable(run)})
             record(study, results, f"{name}, before", 0.0, 0, "test")
             kinds = {AUTO: [record(study, results, f"{name}, {AUTO}", 0.0, seed, "test") for seed in SEEDS]}
-            label = f"{name}, to choose"
-            tried = {lr: [record(study, results, label, lr, seed, "validation") for seed in seeds] for lr in rates}
-            best = max(tried, key=lambda lr: value(study, tried[lr]))
-            print(f"{name}: validation chose {best:g}", flush=True)
-            kinds["chosen"] = [record(study, results, f"{name}, chosen", best, seed, "test") for seed in SEEDS]
             metric = run.config.task.metric
+            if rates:
+                kinds["chosen"] = chosen(study, results, name, rates, seeds)
     for kind, rows in kinds.items():
         for figure in dict.fromkeys(("loss", metric)):
             values = [row["scores"]["test"][figure] for row in rows]
@@ -133,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", choices=GRIDS, help="names of configs")
     parser.add_argument("--rates", nargs="+", type=float, help="in place of the recipe's grid")
+    parser.add_argument("--auto-alone", action="store_true", help="runs of lr: auto, and no grid")
     parser.add_argument("--tuning-seeds", nargs="+", type=int, default=[3], help="seeds to choose the rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
@@ -144,7 +159,8 @@ def main() -> None:
     about = provenance(f"a process with {options.threads} thread(s)", f"{seeds} to choose the rate, then {SEEDS}")
     results = Results(options.out / "recipes.jsonl", {**about, "scores": "loss and main figure of a split"})
     for name in options.recipes:
-        learn(name, results, options.set, options.rates or list(GRIDS[name]), seeds)
+        rates = [] if options.auto_alone else options.rates or list(GRIDS[name])
+        learn(name, results, options.set, rates, seeds)
 
 
 if __name__ == "__main__":

@@ -269,6 +269,11 @@ def test_recipes(tmp_path: Path) -> None:
     assert [(row["lr"], row["seed"]) for row in chosen] == [(best, seed) for seed in (0, 1, 2)]
     assert all(row["scores"].keys() == {"test"} for row in chosen)
     assert f"validation chose {best:g}" in output
+    auto = [(row["lr"], row["seed"], row["steps"]) for row in rows if row["label"] == "tiny, auto"]
+    assert auto == [(0.0, seed, 2) for seed in (0, 1, 2)]
+    alone = run(*command[:-2], "--auto-alone", *command[-2:])
+    assert "tiny, auto: test" in alone
+    assert "validation chose" not in alone
     before_again = (tmp_path / "recipes.jsonl").read_bytes()
     run(*command)
     assert (tmp_path / "recipes.jsonl").read_bytes() == before_again, "nothing is run twice"
