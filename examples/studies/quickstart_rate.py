@@ -1,11 +1,13 @@
 """Which learning rate should the quickstart have? Validation says; then sentences that nobody has looked at are scored.
 
     python examples/studies/quickstart_rate.py
+    python examples/studies/quickstart_rate.py --config configs/mezo-svrg.yaml
 
 Runs of configs/quickstart.yaml as it stands (its training split, batches, schedule, 131,072 forward passes), with
-other rates. Every rate runs from the seeds `TUNING_SEEDS` and is scored on the quickstart's validation split. The best
-one has the highest mean accuracy there, and among equals the lowest mean loss. If it lies at an edge of the grid, the
-grid grows there by one, and once more if need be.
+other rates; with the second command, of its second act at its full length. Every rate runs from the seeds
+`TUNING_SEEDS` and is scored on the quickstart's validation split. The best one has the highest mean accuracy there, and
+among equals the lowest mean loss. If it lies at an edge of the grid, the grid grows there by one, and once more if need
+be.
 
 Then the best rate runs from the seeds `SEEDS`, and the last `HELD_OUT` sentences of the data's permutation are scored,
 once per seed. They are in none of the quickstart's splits (its test split of 1,000 is the part of the permutation that
@@ -45,7 +47,6 @@ STEP_OF_GRID = 10**0.25
 """Ratio of neighbouring learning rates."""
 TUNING_SEEDS, SEEDS = (3,), (0, 1, 2)
 HELD_OUT = 1000
-LABEL = "quickstart"
 AUTO = "auto"
 """The kind of runs with ``lr: auto``; 0 stands for their rate."""
 Scores = dict[str, list[float]]
@@ -59,6 +60,8 @@ class Study:
     run: Run
     """Its splits have another one, ``held out``."""
     start: Vector
+    label: str = ""
+    """What records of its runs are called: the config's name."""
 
     @staticmethod
     def open(config: str, overrides: list[str], held_out: int, folder: Path) -> Study:
@@ -67,7 +70,7 @@ class Study:
         given = ["task.splits.test.size=null", f"output.dir={folder / 'run'}", *overrides]
         run = build_run(reader.load(path, given), Communicator())
         run = dataclasses.replace(run, splits={**run.splits, "held out": run.splits["test"][-held_out:]})
-        return Study(run, {name: p.detach().clone() for name, p in trainable(run)})
+        return Study(run, {name: p.detach().clone() for name, p in trainable(run)}, Path(config).stem)
 
     def train(self, lr: float | str, seed: int) -> int:
         """A run of the product from the base weights; the steps that it took before losses were no longer finite."""
@@ -106,10 +109,11 @@ class Study:
 
 def record(study: Study, results: Results, lr: float, seed: int, kind: str, splits: tuple[str, ...]) -> Record:
     """One run with its scores, from the file if it is there."""
-    if (done := results.find(f"{LABEL}, {kind}", lr, seed)) is not None:
+    label = f"{study.label}, {kind}"
+    if (done := results.find(label, lr, seed)) is not None:
         return done
     steps = study.train("auto" if kind == AUTO else lr, seed) if lr or kind == AUTO else 0
-    row = {"kind": "run", "label": f"{LABEL}, {kind}", "lr": rounded(lr), "seed": seed, "steps": steps}
+    row = {"kind": "run", "label": label, "lr": rounded(lr), "seed": seed, "steps": steps}
     row |= {"diverged": (bool(lr) or kind == AUTO) and steps < study.run.config.train.steps}
     row |= {"scores": study.scores(splits, calibrated=kind != "before")}
     results.add(row)
@@ -166,7 +170,7 @@ def main() -> None:
         for seed in SEEDS:
             record(study, results, 0.0, seed, AUTO, ("validation", "held out"))
     for kind, lr in (("chosen", best), (AUTO, 0.0)):
-        rows = [results.find(f"{LABEL}, {kind}", lr, seed) for seed in SEEDS]
+        rows = [results.find(f"{study.label}, {kind}", lr, seed) for seed in SEEDS]
         accuracies = [row["scores"]["held out"][1] for row in rows if row is not None]
         mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
         print(f"{kind}, held out: {mean:.4f}, standard deviation {deviation:.4f}")

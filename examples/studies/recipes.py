@@ -96,7 +96,9 @@ def value(study: Study, rows: list[Record]) -> tuple[float, float]:
     return (statistics.mean(merits), -statistics.mean(losses))
 
 
-def chosen(study: Study, results: Results, name: str, rates: list[float], seeds: list[int]) -> list[Record]:
+def chosen(
+    study: Study, results: Results, name: str, rates: list[float], tuning_seeds: list[int], seeds: list[int]
+) -> list[Record]:
     """The runs of the rate that validation likes best.
 
     Args:
@@ -104,16 +106,19 @@ def chosen(study: Study, results: Results, name: str, rates: list[float], seeds:
         results: the file.
         name: of the recipe.
         rates: the grid.
-        seeds: to choose the rate.
+        tuning_seeds: to choose the rate.
+        seeds: of the runs that are scored.
     """
     label = f"{name}, to choose"
-    tried = {lr: [record(study, results, label, lr, seed, "validation") for seed in seeds] for lr in rates}
+    tried = {lr: [record(study, results, label, lr, seed, "validation") for seed in tuning_seeds] for lr in rates}
     best = max(tried, key=lambda lr: value(study, tried[lr]))
     print(f"{name}: validation chose {best:g}", flush=True)
-    return [record(study, results, f"{name}, chosen", best, seed, "test") for seed in SEEDS]
+    return [record(study, results, f"{name}, chosen", best, seed, "test") for seed in seeds]
 
 
-def learn(name: str, results: Results, overrides: list[str], rates: list[float], seeds: list[int]) -> None:
+def learn(
+    name: str, results: Results, overrides: list[str], rates: list[float], tuning_seeds: list[int], seeds: list[int]
+) -> None:
     """All runs of a recipe.
 
     Args:
@@ -121,7 +126,8 @@ def learn(name: str, results: Results, overrides: list[str], rates: list[float],
         results: the file.
         overrides: settings other than the config's.
         rates: the grid; empty: ``lr: auto`` alone.
-        seeds: to choose the rate.
+        tuning_seeds: to choose the rate.
+        seeds: of the runs that are scored.
     """
     with tempfile.TemporaryDirectory() as folder:
         tiny = name == "tiny"
@@ -132,10 +138,10 @@ def learn(name: str, results: Results, overrides: list[str], rates: list[float],
             run = build_run(config, comm, judge=judge)
             study = Study(run, {name: p.detach().clone() for name, p in trainable(run)})
             record(study, results, f"{name}, before", 0.0, 0, "test")
-            kinds = {AUTO: [record(study, results, f"{name}, {AUTO}", 0.0, seed, "test") for seed in SEEDS]}
+            kinds = {AUTO: [record(study, results, f"{name}, {AUTO}", 0.0, seed, "test") for seed in seeds]}
             metric = run.config.task.metric
             if rates:
-                kinds["chosen"] = chosen(study, results, name, rates, seeds)
+                kinds["chosen"] = chosen(study, results, name, rates, tuning_seeds, seeds)
     for kind, rows in kinds.items():
         for figure in dict.fromkeys(("loss", metric)):
             values = [row["scores"]["test"][figure] for row in rows]
@@ -149,18 +155,19 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, help="in place of the recipe's grid")
     parser.add_argument("--auto-alone", action="store_true", help="runs of lr: auto, and no grid")
     parser.add_argument("--tuning-seeds", nargs="+", type=int, default=[3], help="seeds to choose the rate")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the runs that are scored on test")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings other than the config's")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    seeds = options.tuning_seeds
-    about = provenance(f"a process with {options.threads} thread(s)", f"{seeds} to choose the rate, then {SEEDS}")
+    seeds = f"{options.tuning_seeds} to choose the rate, then {tuple(options.seeds)}"
+    about = provenance(f"a process with {options.threads} thread(s)", seeds)
     results = Results(options.out / "recipes.jsonl", {**about, "scores": "loss and main figure of a split"})
     for name in options.recipes:
         rates = [] if options.auto_alone else options.rates or list(GRIDS[name])
-        learn(name, results, options.set, rates, seeds)
+        learn(name, results, options.set, rates, options.tuning_seeds, options.seeds)
 
 
 if __name__ == "__main__":

@@ -248,13 +248,13 @@ def test_quickstart_rate(tmp_path: Path) -> None:
     assert choice, output
     accuracies: dict[float, list[float]] = {}
     for row in rows:
-        if row["label"] == "quickstart, to choose":
+        if row["label"] == "tiny, to choose":
             assert row["scores"].keys() == {"validation"}, "nothing else is looked at before the rate is chosen"
             accuracies.setdefault(row["lr"], []).append(row["scores"]["validation"][1])
     assert sum(accuracies[float(choice[1])]) == max(map(sum, accuracies.values()))
-    chosen = {row["seed"] for row in rows if row["label"] == "quickstart, chosen" and row["lr"] == float(choice[1])}
+    chosen = {row["seed"] for row in rows if row["label"] == "tiny, chosen" and row["lr"] == float(choice[1])}
     assert chosen == {0, 1, 2}
-    assert {row["seed"] for row in rows if row["label"] == "quickstart, auto"} == {0, 1, 2}
+    assert {row["seed"] for row in rows if row["label"] == "tiny, auto"} == {0, 1, 2}
 
 
 def test_recipes(tmp_path: Path) -> None:
