@@ -65,7 +65,7 @@ class Choice:
             f"loss by {self.bend:.2g}"
         )
         if math.hypot(self.noise, self.bend) > TOO_WRONG:
-            why += "; no eps has both in hand: compute in float32 (model.compute), or take a larger train.batch_size"
+            why += "; no eps has both in hand: take a larger train.batch_size, or model.compute: float32 if it is not"
         return f"algorithm.eps: auto: {self.eps:g} from now on, where {why}"
 
 

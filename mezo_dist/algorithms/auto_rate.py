@@ -192,7 +192,9 @@ def check_auto_rate(settings: object, *rates: str) -> None:
     values = [getattr(settings, name) for name in rates]
     if "auto" not in values:
         if settings.eta is not None:  # type: ignore[attr-defined]
-            raise ValueError(f"algorithm.eta: is a setting of algorithm.{rates[0]}: auto")
+            raise ValueError(
+                f"algorithm.eta: is a setting of algorithm.{rates[0]}: auto; leave eta out, or write {rates[0]}: auto"
+            )
         return
     if any(value != "auto" for value in values):
         raise ValueError(f"algorithm.{rates[0]}: {' and '.join(rates)} are auto together, or both are numbers")

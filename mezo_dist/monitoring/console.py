@@ -18,7 +18,7 @@ from typing import final
 
 from mezo_dist.errors import needs, printable
 from mezo_dist.json_types import JsonObject
-from mezo_dist.monitoring.scalars import Curves, train_loss_tag
+from mezo_dist.monitoring.scalars import Curves, figure, train_loss_tag
 from mezo_dist.patience import show_with
 
 with needs("rich", "rich, which draws the console"):
@@ -172,7 +172,7 @@ class Monitor:
             metrics: name -> value, the loss among them.
         """
         self._record(step, {f"eval/{split}/{name}": value for name, value in metrics.items()}, split=split)
-        shown = [f"{name} {value:.4f}" for name, value in metrics.items()]
+        shown = [f"{name} {figure(value)}" for name, value in metrics.items()]
         self.say("  ".join([f"eval {split} step {step}/{self._num_steps}", *shown]))
 
     def _record(self, step: int, scalars: Mapping[str, float], **facts: str) -> None:

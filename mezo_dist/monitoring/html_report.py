@@ -15,6 +15,7 @@ from mezo_dist.monitoring.outcome import in_words, setting
 from mezo_dist.monitoring.page import fill, in_short
 from mezo_dist.monitoring.plots import MOST_SERIES, draw, panels, shortened
 from mezo_dist.monitoring.run_data import RunData, as_number, read_run
+from mezo_dist.monitoring.scalars import figure
 from mezo_dist.storage.files import replace_file
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ def _value(value: object) -> str:
     number = as_number(value)
     if number is None:
         return "not finite" if value is None else "not a number that fits"
-    return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"
+    return figure(number)
 
 
 def _event(event: JsonObject) -> str:

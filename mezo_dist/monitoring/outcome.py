@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mezo_dist.json_types import JsonObject
 from mezo_dist.monitoring.run_data import RunData, Series, as_number
+from mezo_dist.monitoring.scalars import figure
 from mezo_dist.storage import trajectory
 
 PASSES = "forward_passes_per_step"
@@ -113,7 +114,7 @@ def shown(name: str, value: float) -> str:
     """A figure for people: 81.7 %, or 0.4051."""
     if name in SHARES and 0 <= value <= 1:
         return f"{100 * value:.1f} %"
-    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+    return figure(value)
 
 
 def duration(number: float) -> str:

@@ -26,6 +26,16 @@ def train_loss_tag(*, calibrated: bool) -> str:
     return "loss/train_calibrated_biased_low" if calibrated else "loss/train"
 
 
+def figure(value: float, digits: int = 4) -> str:
+    """A loss, a metric or a reward for people, with so many digits.
+
+    >>> figure(0.40512), figure(0.40512, 3), figure(2.5e-06), figure(0), figure(12345678)
+    ('0.4051', '0.405', '2.5e-06', '0.0000', '1.235e+07')
+    """
+    is_in_reach = value == 0 or 10 ** (1 - digits) <= abs(value) < 1e6
+    return f"{value:.{digits}f}" if is_in_reach else f"{value:.{digits}g}"
+
+
 @final
 class Curves:
     """The curves of one run. `open` makes one.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mezo_dist.models.window import NO_LIMIT
+from mezo_dist.monitoring.scalars import figure
 from mezo_dist.runs.build import Run, text_model_of
 from mezo_dist.tasks.batches import MicroBatch, Sample
 from mezo_dist.tasks.generation.kind import Generation
@@ -108,7 +109,7 @@ def _untrained(run: Run) -> list[str]:
 
     figures = run.evaluator.score(batch, summarise, lambda _: None)
     size = sum(len(item.slots) for item in batch)
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    shown = ", ".join(f"{name} {figure(value, 3)}" for name, value in figures.items())
     lines = [f"the untrained model on {size} training samples: {shown}"]
     names = _classes(run, batch)
     for payload in payloads:

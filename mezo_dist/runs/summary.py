@@ -10,6 +10,7 @@ from pathlib import Path
 from mezo_dist.algorithms import FirstOrder
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.json_types import JsonObject
+from mezo_dist.monitoring.scalars import figure
 from mezo_dist.runs.build import Run
 from mezo_dist.runs.looks import evaluation_interval
 from mezo_dist.storage import trajectory
@@ -75,10 +76,10 @@ def summary(run: Run, folder: Path, results: JsonObject) -> list[str]:
     how = "by back-propagation" if is_first_order else "with forward passes only"
     lines = [""]
     if before and after:
+        merits, losses = (f"from {figure(was, 3)} to {figure(now, 3)}" for was, now in zip(before, after, strict=True))
         lines.append(
-            f"On {len(run.splits['test'])} held-out test samples {metric} went from {before[0]:.3f} to "
-            f"{after[0]:.3f} and the loss from {before[1]:.3f} to {after[1]:.3f}, {how}, in {results['steps']} steps "
-            f"({results['training_s']:.0f} s)."
+            f"On {len(run.splits['test'])} held-out test samples {metric} went {merits} and the loss {losses}, {how}, "
+            f"in {results['steps']} steps ({results['training_s']:.0f} s)."
         )
     lines += [
         _whereabouts(run, folder, results["steps"])

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from mezo_dist.monitoring.console import Monitor
-from mezo_dist.monitoring.scalars import train_loss_tag
+from mezo_dist.monitoring.scalars import figure, train_loss_tag
 from tests.monitoring.consoles import Clock, plain, scalars, shown, terminal
 
 
@@ -237,3 +237,12 @@ def test_damage_in_an_older_part_stays_where_it_is(tmp_path: Path) -> None:
 def test_the_tag_of_a_calibrated_loss_says_so() -> None:
     assert train_loss_tag(calibrated=False) == "loss/train"
     assert "biased_low" in train_loss_tag(calibrated=True)
+
+
+def test_small_figures_are_not_shown_as_nothing() -> None:
+    """A reward of 2e-6 is no 0.0000."""
+    assert [figure(value) for value in (0.40512, 2.5e-6, -4e-4, 0.0, 12345678.0)] == [
+        "0.4051", "2.5e-06", "-0.0004", "0.0000", "1.235e+07"
+    ]  # fmt: skip
+    assert [figure(value, 3) for value in (0.6875, 0.0049, 0.0)] == ["0.688", "0.0049", "0.000"]
+    assert figure(float("nan")) == "nan"
