@@ -247,6 +247,11 @@ def _tokenizer(source: str, options: JsonObject) -> PreTrainedTokenizerBase:
         raise ValueError(f"its tokenizer: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one for some architectures
         raise ValueError("it has no tokenizer: save the model's tokenizer there, too (tokenizer.save_pretrained)")
+    if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
+        raise ValueError(
+            "its tokenizer leaves out merges at random (BPE dropout), so that a text has other tokens each time; "
+            "set model.dropout to null in tokenizer.json"
+        )
     return tokenizer
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from mezo_dist.config.schema import ModelConfig
 from mezo_dist.errors import UserError
@@ -151,6 +153,10 @@ def cut_weights(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
 
 
+def write_tokenizer(folder: Path, model: BPE) -> None:
+    transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>").save_pretrained(folder)
+
+
 def drop_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -169,6 +175,10 @@ def drop_tokenizer(folder: Path) -> None:
             "these weights have another shape than needed: ",
         ),
         (drop_tokenizer, "could not be loaded from its folder"),
+        (
+            lambda folder: write_tokenizer(folder, BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.1)),
+            "its tokenizer leaves out merges at random (BPE dropout), so that",
+        ),
     ],
 )
 def test_damaged_folders(
