@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mezo_dist.algorithms.base import Batch, Problem, Variant
+from mezo_dist.algorithms.base import Batch, Problem
 from mezo_dist.algorithms.mezo import MeZO
 from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.directions.law import Law, LawName
@@ -22,11 +22,12 @@ from mezo_dist.engines.engine import Engine
 from mezo_dist.engines.layouts.base import Layout
 from mezo_dist.errors import UserError, needs
 from mezo_dist.optim.checks import check_arguments as check_model
-from mezo_dist.optim.losses import Loss, LossFunction, num_samples_of
+from mezo_dist.optim.losses import LossFunction
 from mezo_dist.storage.trajectory import FILE
 from mezo_dist.trainer import sharded
 from mezo_dist.trainer.batches import FullBatches, Inputs, Share
 from mezo_dist.trainer.checks import check_arguments, check_numbers, settled
+from mezo_dist.trainer.losses import TrainerLosses
 from mezo_dist.trainer.optimizer import StagedOptimizer
 
 with needs("mezo_dist[trainer]", "accelerate, on which Trainer stands"):
@@ -125,7 +126,7 @@ class MeZOTrainer(Trainer):
         self._mezo_width, self._mezo_sharded_engine = width, cast("Engine | None", None)
         self._mezo_micro_batches: list[Inputs] = []
         self._mezo_full: FullBatches | None = None
-        self._mezo_divides: bool | None = None  # whether losses are divided by what they are told; None: not known
+        self._mezo_losses = TrainerLosses(self, lambda: self._mezo_engine(self.model))
         self._mezo_optimizer: StagedOptimizer | None = None
         self._mezo_skipped_before = 0  # the last log
         super().__init__(*args, **kwargs)
@@ -161,7 +162,7 @@ class MeZOTrainer(Trainer):
             )
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * comm.world_size
         check_model(model, settings, self._mezo_law.name, batch_size, self.state.max_steps or None, None)
-        self._mezo_full = self._mezo_divides = None
+        self._mezo_full, self._mezo_losses = None, TrainerLosses(self, lambda: self._mezo_engine(self.model))
         if isinstance(settings, MeZOSVRG):
             loader = self.get_train_dataloader()
             place = {"rank": comm.rank, "world_size": comm.world_size}
@@ -217,11 +218,11 @@ class MeZOTrainer(Trainer):
 
         def batch_of(batch: Batch, step: int) -> tuple[Sequence[Inputs], LossFunction[Inputs]]:
             chosen = share if batch == "minibatch" else self._mezo_full_share(step)
-            return chosen.micro_batches, functools.partial(self._mezo_loss, chosen)
+            return chosen.micro_batches, functools.partial(self._mezo_losses.loss, chosen)
 
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             if len(items) > 1 or join().world_size > 1:  # or a sum of losses is their mean
-                self._mezo_learn_dividing(share)
+                self._mezo_losses.learn(share)
             loss = optimizer.stage(batch_of)
         return torch.tensor(loss, device=self.args.device)
 
@@ -354,64 +355,8 @@ class MeZOTrainer(Trainer):
         batches, num_items = self.get_batch_samples(iter(inputs), len(inputs), self.args.device)
         most = self._mezo_full.num_micro_batches / join().world_size
         share = Share([self._prepare_inputs(batch) for batch in batches], num_items, most, is_full=True)
-        self._mezo_learn_dividing(share)
+        self._mezo_losses.learn(share)
         return share
-
-    def _mezo_learn_dividing(self, share: Share) -> None:
-        """See `_mezo_try_dividing`; what is known is not tried again. Collective."""
-        if self._mezo_divides is None and self._mezo_is_told(share):
-            self._mezo_divides = self._mezo_try_dividing(share)
-            if self._mezo_divides is False:
-                log.warning(
-                    "the losses are not divided by num_items_in_batch, which they are told: they are taken for means "
-                    "of micro-batches (Trainer adds them up: its loss grows with gradient_accumulation_steps)"
-                )
-
-    def _mezo_is_told(self, share: Share) -> bool:
-        """Losses are told what to divide by."""
-        return share.num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
-
-    def _mezo_try_dividing(self, share: Share) -> bool | None:
-        """Whether losses are divided by ``num_items_in_batch``; None if those of this batch do not tell. Many models
-        take it and give means all the same (most classifiers): Trainer lets that be, but a loss, and with it the step,
-        would grow with the number of micro-batches. Collective: the first rank whose loss tells decides for all.
-        """
-
-        def both(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
-            assert share.num_items is not None
-            told = (share.num_items, 2 * share.num_items)
-            once, twice = (float(self.compute_loss(model, dict(inputs), num_items_in_batch=n).sum()) for n in told)
-            return once, twice
-
-        (((once, twice),),) = self._mezo_engine(self.model).evaluate([Variant()], share.micro_batches[:1], both, most=1)
-        tells = math.isfinite(once) and once != 0  # 0: no label of this micro-batch counts
-        votes = join().collect(lambda: once != twice if tells else None)
-        return next((vote for vote in votes if vote is not None), None)
-
-    def _mezo_loss(self, share: Share, model: nn.Module, inputs: Mapping[str, Any]) -> Loss:
-        """The loss of a micro-batch such that the mean over those of all ranks is Trainer's loss of the batch (but for
-        losses that Trainer adds up though they are means, see `_mezo_try_dividing`).
-
-        Args:
-            share: the batch that it belongs to.
-            model: the model, or a variant of it.
-            inputs: the micro-batch.
-        """
-        normalised = self._mezo_is_told(share)
-        loss = self.compute_loss(model, dict(inputs), num_items_in_batch=share.num_items)
-        if loss.dim():
-            if normalised and self.args.average_tokens_across_devices and join().world_size > 1:
-                raise UserError(
-                    "average_tokens_across_devices: set it to False where the loss is a vector: losses of samples are "
-                    "added up over processes without it"
-                )
-            return loss
-        is_sum = getattr(self, "loss_is_scaled_for_ga", None)
-        if is_sum is None:
-            is_sum = normalised or (self.compute_loss_func is not None and not share.is_full)
-        if is_sum and self._mezo_divides is not False:
-            return loss.double() * share.most  # without another rounding
-        return (loss, num_samples_of(inputs)) if share.is_full else loss
 
 
 def _has_16bit_weights(model: nn.Module) -> bool:
