@@ -9,6 +9,7 @@ MeZO-SVRG 24,000 (15,360,000) and SGD 1,000 (192,000, as a backward pass counts 
 * `cpu`: MiniLM-L6 on the data sets that install from PyPI (GLUE cannot be had offline). Every contender has the same
   number of passes, `PAPER` over `FACTOR`. `head` trains the classifier alone: what comes before it is computed once per
   sample, and a pass is nearly free. `pooler and head` trains the layer before it, too.
+* `cpu-whole`: the same with all weights of MiniLM-L6, and a quarter of the passes.
 * `gpu`: the paper's own models and tasks, all weights, its own number of passes. Never run.
 * `tiny`: a random model on made-up sentences, to try this script.
 
@@ -74,6 +75,10 @@ PRESETS = {
             ),
         },
         TASKS, budget=PAPER // FACTOR, eps=1e-3, rates=3, sizes={"test": 512}, looks=6,
+    ),
+    "cpu-whole": CurvePreset(
+        {"all weights": Setting((*MINILM, 'model.trainable=["*"]', LONGEST, "train.micro_batch=16"), 0.032, 0.1)},
+        TASKS, budget=PAPER // FACTOR // 4, eps=1e-3, rates=3, sizes={"test": 512}, looks=3,
     ),
     "gpu": CurvePreset(
         {model: _whole(model) for model in PAPERS_MODELS},

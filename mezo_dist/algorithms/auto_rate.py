@@ -197,7 +197,11 @@ def check_auto_rate(settings: object, *rates: str) -> None:
             )
         return
     if any(value != "auto" for value in values):
-        raise ValueError(f"algorithm.{rates[0]}: {' and '.join(rates)} are auto together, or both are numbers")
+        found, given = sorted(rates, key=lambda name: getattr(settings, name) != "auto")
+        raise ValueError(
+            f"algorithm.{found}: auto (which a config means that gives none), but algorithm.{given} is a number; give "
+            "both a number, or neither"
+        )
     for name, (allowed, reason) in _CONFLICTS.items():
         if getattr(settings, name, allowed) != allowed:
             raise ValueError(
