@@ -16,7 +16,7 @@ from mezo_dist.testing import write_tiny_config
 CASES = {
     "gaussian": [],
     "rademacher, bf16, stochastic rounding": ["--law=rademacher", "--model.weights=bfloat16"],
-    "MeZO-SVRG": ["--algorithm={name: mezo-svrg}"],
+    "MeZO-SVRG": ["--algorithm={name: mezo-svrg, lr: 1e-6, anchor_lr: 5e-5}"],
     "in registers": ["--law=rademacher", "--layout.linear=registers"],
     "units compiled": ["--train.compile=units"],
     "CUDA graphs": ["--train.compile=graphs"],
