@@ -199,8 +199,8 @@ def check_auto_rate(settings: object, *rates: str) -> None:
     if any(value != "auto" for value in values):
         found, given = sorted(rates, key=lambda name: getattr(settings, name) != "auto")
         raise ValueError(
-            f"algorithm.{found}: auto (which a config means that gives none), but algorithm.{given} is a number; give "
-            "both a number, or neither"
+            f"algorithm.{found}: auto, but algorithm.{given} is {getattr(settings, given):g}; write both as auto, or "
+            "give both a number"
         )
     for name, (allowed, reason) in _CONFLICTS.items():
         if getattr(settings, name, allowed) != allowed:

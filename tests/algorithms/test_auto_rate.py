@@ -171,7 +171,11 @@ def test_a_trajectory_without_curvatures_is_refused_by_the_planner() -> None:
         (MeZO, {"eta": 0.0}, "algorithm.eta: must be above 0"),
         (MeZO, {"eta": math.inf}, "algorithm.eta: must be above 0"),
         (MeZO, {"lr": 0.1, "eta": 0.2}, "algorithm.eta: is a setting of algorithm.lr: auto"),
-        (MeZOSVRG, {}, "but algorithm.anchor_lr is a number; give both a number, or neither"),
+        (
+            MeZOSVRG,
+            {},
+            "algorithm.lr: auto, but algorithm.anchor_lr is 5e-05; write both as auto, or",
+        ),
         (MeZOSVRG, {"anchor_lr": "auto", "weight_decay": 0.1}, "does not go together with algorithm.weight_decay"),
     ],
 )

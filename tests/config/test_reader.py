@@ -135,25 +135,15 @@ def test_an_override_may_fill_in_what_the_file_lacks(write_config: Write) -> Non
 
 
 def test_the_name_picks_the_settings(write_config: Write) -> None:
-    path = write_config(CONFIG.replace("mezo,", "mezo-svrg, anchor_lr: 0.1, q: 5,"))
-    assert load(path).algorithm == MeZOSVRG(lr=5e-5, anchor_lr=0.1, q=5)
+    assert load(write_config(CONFIG.replace("mezo,", "mezo-svrg, q: 5,"))).algorithm == MeZOSVRG(lr=5e-5, q=5)
     assert "algorithm.q is a setting of mezo-svrg and mezo-svrg-released, not of mezo" in fault(
         write_config(CONFIG.replace("mezo,", "mezo, q: 5,"))
     )
 
 
 def test_an_override_of_the_name_keeps_settings_that_both_have(write_config: Write) -> None:
-    config = load(write_config(), ["algorithm.name=mezo-svrg", "algorithm.anchor_lr=0.1", "algorithm.q=3"])
-    assert config.algorithm == MeZOSVRG(lr=5e-5, anchor_lr=0.1, q=3)
-
-
-def test_rates_that_no_config_gives_find_themselves(write_config: Write) -> None:
-    for name, expected in (("mezo", MeZO(lr="auto")), ("mezo-svrg", MeZOSVRG(lr="auto", anchor_lr="auto"))):
-        assert load(write_config(CONFIG.replace("mezo, lr: 5e-5", name))).algorithm == expected
-    assert (
-        "algorithm.anchor_lr: auto (which a config means that gives none), but algorithm.lr is a number; give both a "
-        "number, or neither" in fault(write_config(), "algorithm.name=mezo-svrg")
-    )
+    config = load(write_config(), ["algorithm.name=mezo-svrg", "algorithm.q=3"])
+    assert config.algorithm == MeZOSVRG(lr=5e-5, q=3)
 
 
 def test_an_override_of_the_name_to_one_that_does_not_fit_the_file(write_config: Write) -> None:
@@ -194,7 +184,6 @@ def test_no_such_algorithm(write_config: Write, section: str, expected: str) -> 
 def test_the_resolved_config_reads_back_equal(write_config: Write, algorithm: str) -> None:
     overrides = ["train.full_size=8", "train.max_tokens=9", "model.compute=bfloat16", "algorithm.annealing.window=4"]
     labels = "task.labels=[{value: '01', word: 'yes'}, {value: 1, word: '2'}]"
-    overrides += ["algorithm.anchor_lr=0.1"] if algorithm.startswith("mezo-svrg") else []
     config = load(write_config(), [f"algorithm.name={algorithm}", *overrides, labels, "seed=5"])
     again = load(write_config(yaml.safe_dump(config.to_dict(), sort_keys=False)))
     assert again == config
