@@ -62,8 +62,6 @@ IN_CONFIGS = "in configs"
 """Key of a field's metadata: its value in a config that gives none, where that is not the class's default."""
 AUTO_IN_CONFIGS = {IN_CONFIGS: "auto"}
 """Metadata of a learning rate that is ``auto`` unless a config gives a number."""
-GIVE_A_NUMBER = "give a number (a config that gives none means auto)"
-"""How messages about ``lr: auto`` end."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,8 @@ def check_auto_rate(settings: object, *rates: str) -> None:
     if "auto" not in values:
         if settings.eta is not None:  # type: ignore[attr-defined]
             raise ValueError(
-                f"algorithm.eta: is a setting of algorithm.{rates[0]}: auto; leave eta out, or write {rates[0]}: auto"
+                f"algorithm.eta: is a setting of algorithm.{rates[0]}: auto; leave eta out, or write "
+                f"{' and '.join(f'{name}: auto' for name in rates)}"
             )
         return
     if any(value != "auto" for value in values):
@@ -202,11 +201,10 @@ def check_auto_rate(settings: object, *rates: str) -> None:
             f"algorithm.{found}: auto, but algorithm.{given} is {getattr(settings, given):g}; write both as auto, or "
             "give both a number"
         )
+    fix = "give a number (a config that gives none means auto)" if rates == ("lr",) else "give numbers"
     for name, (allowed, reason) in _CONFLICTS.items():
         if getattr(settings, name, allowed) != allowed:
-            raise ValueError(
-                f"algorithm.{rates[0]}: auto does not go together with algorithm.{name}, {reason}; {GIVE_A_NUMBER}"
-            )
+            raise ValueError(f"algorithm.{rates[0]}: auto does not go together with algorithm.{name}, {reason}; {fix}")
 
 
 _CONFLICTS: dict[str, tuple[object, str]] = {

@@ -32,12 +32,12 @@ LINE_INTERVAL_S = 10.0
 """Without a terminal, the least time between two progress lines."""
 RECENT_STEPS = 20
 """Steps that samples/s is averaged over."""
-HEADLINE = {
-    train_loss_tag(calibrated=False): "loss {:.4f}",
-    train_loss_tag(calibrated=True): "calib.loss {:.4f}",
-    "projected_gradient": "proj.grad {:+.1e}",
-    "rate/lr": "lr {:.1e}",
-    "gradient_norm": "gradient {:.1e}",
+HEADLINE: dict[str, tuple[str, Callable[[float], str]]] = {
+    train_loss_tag(calibrated=False): ("loss", figure),
+    train_loss_tag(calibrated=True): ("calib.loss", figure),
+    "projected_gradient": ("proj.grad", "{:+.1e}".format),
+    "rate/lr": ("lr", "{:.1e}".format),
+    "gradient_norm": ("gradient", "{:.1e}".format),
 }
 """The scalars of a step that the console shows, and how: a line fits 80 columns, so a rate that is found
 (``algorithm.lr: auto``) stands in place of the projected gradient. Files get all scalars."""
@@ -131,7 +131,9 @@ class Monitor:
         pace = self._pace.add(samples)
         shown = [f"step {step}/{self._num_steps}"]
         left_out = "projected_gradient" if "rate/lr" in scalars else None
-        shown += [form.format(scalars[tag]) for tag, form in HEADLINE.items() if tag in scalars and tag != left_out]
+        for tag, (name, form) in HEADLINE.items():
+            if tag in scalars and tag != left_out:
+                shown.append(f"{name} {form(scalars[tag])}")
         if pace is not None:
             rate, step_s = pace
             shown += [f"{rate:.1f} samples/s", f"ETA {format_duration((self._num_steps - step) * step_s)}"]

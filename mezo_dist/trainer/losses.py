@@ -94,4 +94,6 @@ class TrainerLosses:
             is_sum = normalised or (trainer.compute_loss_func is not None and not share.is_full)
         if is_sum and self._divides is not False:
             return loss.double() * share.most  # without another rounding
+        if normalised and trainer.args.average_tokens_across_devices:
+            loss = loss / join().world_size  # by which compute_loss multiplies what it takes for a part of a sum
         return (loss, num_samples_of(inputs)) if share.is_full else loss

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mezo_dist.monitoring import console as monitor_module
-from mezo_dist.monitoring.console import Monitor
+from mezo_dist.monitoring.console import HEADLINE, Monitor
 from mezo_dist.monitoring.scalars import train_loss_tag
 from tests.monitoring.consoles import Clock, plain, scalars, shown, terminal, without_codes
 
@@ -236,3 +236,10 @@ def test_a_calibrated_loss_says_so() -> None:
     with Monitor.open(None, is_main=True, num_steps=1, console=console) as monitor:
         monitor.step(1, {train_loss_tag(calibrated=True): 0.5}, samples=1)
     assert shown(console) == "step 1/1  calib.loss 0.5000\n"
+
+
+def test_small_losses_of_steps_are_not_shown_as_nothing() -> None:
+    """The names and forms of a step's line, as for a reward of 1e-6."""
+    shown_as = {tag: f"{name} {form(-1.25e-6)}" for tag, (name, form) in HEADLINE.items()}
+    assert shown_as["loss/train"] == "loss -1.25e-06"
+    assert shown_as["rate/lr"] == "lr -1.2e-06"

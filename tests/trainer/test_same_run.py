@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from mezo_dist import MeZO, MeZOSVRG, MeZOTrainer, join
 from mezo_dist.config import reader
@@ -90,3 +91,28 @@ def test_two_processes_make_one_update(tmp_path: Path) -> None:
     assert ranks[0][:3] == [2, fingerprint(alone), fingerprint(alone)]
     one, two = (trajectory.read(tmp_path / folder / "trajectory.jsonl") for folder in ("one", "two"))
     assert one.steps == two.steps
+
+
+def first_loss(folder: Path, batch_size: int) -> float:
+    """The loss of a step of a classifier, which takes ``num_items_in_batch`` and gives means all the same."""
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    rows = [{"input_ids": torch.arange(4, 12) + k, "labels": torch.tensor(k % 2)} for k in range(12)]
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **size))
+    sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2}
+    options: dict[str, Any] = {**sizes, "learning_rate": 1e-12, "save_strategy": "no", "max_steps": 1}
+    done = trainer(folder, data=rows, model=model, **options)
+    done.train()
+    return float(trajectory.read(folder / "trajectory.jsonl").steps[0].rounds[0].mean[0])
+
+
+def first_loss_on_two(comm: Communicator, folder: str) -> float:
+    os.environ.update(LOCAL_RANK=str(comm.rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="1")
+    return first_loss(Path(folder), 3)
+
+
+@pytest.mark.distributed
+def test_losses_that_divide_by_nothing_do_not_grow_with_processes(tmp_path: Path) -> None:
+    """Trainer multiplies them by the number of processes."""
+    alone = first_loss(tmp_path / "one", 6)
+    assert spawn(first_loss_on_two, 2, str(tmp_path / "two")) == pytest.approx([alone, alone], abs=1e-5)
