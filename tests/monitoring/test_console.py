@@ -240,6 +240,6 @@ def test_a_calibrated_loss_says_so() -> None:
 
 def test_small_losses_of_steps_are_not_shown_as_nothing() -> None:
     """The names and forms of a step's line, as for a reward of 1e-6."""
-    shown_as = {tag: f"{name} {form(-1.25e-6)}" for tag, (name, form) in HEADLINE.items()}
-    assert shown_as["loss/train"] == "loss -1.25e-06"
-    assert shown_as["rate/lr"] == "lr -1.2e-06"
+    shown_as = {tag: f"{name} {form(-1e-6)}" for tag, (name, form) in HEADLINE.items()}
+    assert shown_as["loss/train"] == "loss -1e-06"
+    assert shown_as["rate/lr"] == "lr -1.0e-06"
