@@ -81,7 +81,9 @@ class TrainerLosses:
             UserError: losses of single samples would be averaged over processes.
         """
         trainer, normalised = self._trainer, self._is_told(share)
-        loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=share.num_items)
+        # Without a number that it would not divide by: Trainer multiplies what it has told one by that of processes.
+        num_items = None if self._divides is False else share.num_items
+        loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
         if loss.dim():
             if normalised and trainer.args.average_tokens_across_devices and join().world_size > 1:
                 raise UserError(
@@ -94,6 +96,4 @@ class TrainerLosses:
             is_sum = normalised or (trainer.compute_loss_func is not None and not share.is_full)
         if is_sum and self._divides is not False:
             return loss.double() * share.most  # without another rounding
-        if normalised and trainer.args.average_tokens_across_devices:
-            loss = loss / join().world_size  # by which compute_loss multiplies what it takes for a part of a sum
         return (loss, num_samples_of(inputs)) if share.is_full else loss

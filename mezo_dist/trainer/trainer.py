@@ -126,7 +126,6 @@ class MeZOTrainer(Trainer):
         self._mezo_width, self._mezo_sharded_engine = width, cast("Engine | None", None)
         self._mezo_micro_batches: list[Inputs] = []
         self._mezo_full: FullBatches | None = None
-        self._mezo_losses = TrainerLosses(self, lambda: self._mezo_engine(self.model))
         self._mezo_optimizer: StagedOptimizer | None = None
         self._mezo_skipped_before = 0  # the last log
         super().__init__(*args, **kwargs)

@@ -93,7 +93,15 @@ def test_two_processes_make_one_update(tmp_path: Path) -> None:
     assert one.steps == two.steps
 
 
-def first_loss(folder: Path, batch_size: int) -> float:
+class OwnMean(MeZOTrainer):
+    """Its ``compute_loss`` is its own, and divides by nothing."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+        loss: torch.Tensor = model(**inputs).loss
+        return loss
+
+
+def first_loss(folder: Path, batch_size: int, kind: type[MeZOTrainer]) -> float:
     """The loss of a step of a classifier, which takes ``num_items_in_batch`` and gives means all the same."""
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     rows = [{"input_ids": torch.arange(4, 12) + k, "labels": torch.tensor(k % 2)} for k in range(12)]
@@ -101,18 +109,19 @@ def first_loss(folder: Path, batch_size: int) -> float:
     model = BertForSequenceClassification(BertConfig(vocab_size=64, **size))
     sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2}
     options: dict[str, Any] = {**sizes, "learning_rate": 1e-12, "save_strategy": "no", "max_steps": 1}
-    done = trainer(folder, data=rows, model=model, **options)
+    done = trainer(folder, kind=kind, data=rows, model=model, **options)
     done.train()
     return float(trajectory.read(folder / "trajectory.jsonl").steps[0].rounds[0].mean[0])
 
 
-def first_loss_on_two(comm: Communicator, folder: str) -> float:
+def first_losses_on_two(comm: Communicator, folder: str) -> list[float]:
     os.environ.update(LOCAL_RANK=str(comm.rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="1")
-    return first_loss(Path(folder), 3)
+    return [first_loss(Path(folder, kind.__name__), 3, kind) for kind in (MeZOTrainer, OwnMean)]
 
 
 @pytest.mark.distributed
 def test_losses_that_divide_by_nothing_do_not_grow_with_processes(tmp_path: Path) -> None:
-    """Trainer multiplies them by the number of processes."""
-    alone = first_loss(tmp_path / "one", 6)
-    assert spawn(first_loss_on_two, 2, str(tmp_path / "two")) == pytest.approx([alone, alone], abs=1e-5)
+    """Trainer multiplies them by the number of processes, unless a trainer computes losses of its own."""
+    alone = first_loss(tmp_path / "one", 6, MeZOTrainer)
+    for rank in spawn(first_losses_on_two, 2, str(tmp_path / "two")):
+        assert rank == pytest.approx([alone, alone], abs=1e-5)
