@@ -37,6 +37,7 @@ from curve_runs import Bench, learn
 from learning_curves import Record, Results, provenance, score
 
 from mezo_dist.algorithms.mezo import MeZO
+from mezo_dist.algorithms.momentum import Momentum
 from mezo_dist.algorithms.schedules import Annealing
 from mezo_dist.algorithms.svrg import MeZOSVRG
 
@@ -64,6 +65,8 @@ class Kind:
     calibrated: bool = True
     anchors: int = 0
     """Samples of an anchor of MeZO-SVRG with q = 2, both of whose rates are one; 0: MeZO."""
+    momentum: float = 0.0
+    """Of a window of ten estimates."""
 
     @property
     def passes(self) -> int:
@@ -108,8 +111,10 @@ KINDS = {
     "norms, plain losses": Kind(0.003, calibrated=False),
     "norms, 256 steps": Kind(0.03, steps=256),
     "norms, MeZO-SVRG": Kind(0.03, steps=85, anchors=64),
+    "norms, momentum": Kind(0.03, momentum=0.9),
     "norms, bfloat16": Kind(0.03, ("model.weights=bfloat16",)),
     "LoRA": Kind(0.003, LORA),
+    "LoRA, bfloat16": Kind(0.003, (*LORA, "model.weights=bfloat16"), eps=2e-2),
     "last MLP": Kind(1e-4, ('model.trainable=["model.layers.29.mlp.*"]',)),
     "all weights": Kind(6e-5, ALL, steps=128, directions=1, eps=1e-3),
     "all weights, bfloat16": Kind(6e-5, (*ALL, "model.weights=bfloat16"), steps=128, directions=1, eps=2e-3),
@@ -170,6 +175,7 @@ class Cell:
         def make(lr: float, steps: int, eps: float) -> MeZO | MeZOSVRG:
             more: dict[str, Any] = {"lr": "auto" if auto else lr, "eps": eps, "schedule": schedule(steps)}
             more |= {"directions": kind.directions, "one_sided": kind.directions > 1}
+            more |= {"momentum": Momentum(kind.momentum)}
             if not kind.anchors:
                 return MeZO(**more)
             more |= {"anchor_lr": more["lr"], "anchor_directions": kind.directions}
@@ -226,6 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
     seeds = f"{TUNING_SEED} to choose rates, then {tuple(options.seeds)}"
     where = (
         f"a process with {options.threads} thread(s)" if not torch.cuda.is_available() else torch.cuda.get_device_name()
