@@ -59,6 +59,8 @@ class Job:
     only: tuple[str, ...]
     threads: int
     out: Path
+    seeds: tuple[int, ...] = ()
+    """Of the runs that are scored; the preset's if empty."""
 
     @property
     def path(self) -> Path:
