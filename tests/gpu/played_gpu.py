@@ -24,6 +24,7 @@ import pytest
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - imports ask for GPUs, and remember the answer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mezo_dist.directions import devices, lowrank
@@ -157,7 +158,7 @@ class PlayedGpu(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         self.counts.buffers += "empty" in name and _is_ours(sys._getframe())
         if name == "_fused_sdp_choice":
-            return 0  # attention by its definition, for which torch needs no kernel of its own
+            return SDPBackend.MATH.value  # as below, where torch has no CUDA to choose for
         if (device is not None and device.type == "cpu") or (name == "copy_" and not isinstance(args[0], DeviceTensor)):
             self.counts.reads += 1
         else:
@@ -294,7 +295,8 @@ def played_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedGpu]:
     torch._C._set_only_lift_cpu_tensors(True)
     monkeypatch.setattr(PlayedGpu, "current", there)
     try:
-        with _guard_like_that_of_meta_tensors():
+        # attention by its definition: torch with CUDA otherwise chooses kernels that the CPU does not have
+        with _guard_like_that_of_meta_tensors(), sdpa_kernel(SDPBackend.MATH):
             yield there
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
