@@ -59,7 +59,8 @@ with at the start. No pass tells it; looking back makes good what it is wrong by
 7 and 15."""
 
 IN_CONFIGS = "in configs"
-"""Key of a field's metadata: its value in a config that gives none, where that is not the class's default."""
+"""Key of a field's metadata: its value in a config that gives none, where that is not the class's default. Several such
+fields of a class go together: beside one that has another value the class's default counts."""
 AUTO_IN_CONFIGS = {IN_CONFIGS: "auto"}
 """Metadata of a learning rate that is ``auto`` unless a config gives a number."""
 
@@ -201,7 +202,7 @@ def check_auto_rate(settings: object, *rates: str) -> None:
             f"algorithm.{found}: auto, but algorithm.{given} is {getattr(settings, given):g}; write both as auto, or "
             "give both a number"
         )
-    fix = "give a number (a config that gives none means auto)" if rates == ("lr",) else "give numbers"
+    fix = f"give {'a number' if len(rates) == 1 else 'numbers'} (a config that gives none means auto)"
     for name, (allowed, reason) in _CONFLICTS.items():
         if getattr(settings, name, allowed) != allowed:
             raise ValueError(f"algorithm.{rates[0]}: auto does not go together with algorithm.{name}, {reason}; {fix}")

@@ -35,7 +35,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mezo_dist.algorithms.auto_eps import chosen_eps
-from mezo_dist.algorithms.auto_rate import AutoRate, check_auto_rate, equal_directions, of_few_values, settle, share
+from mezo_dist.algorithms.auto_rate import (
+    AUTO_IN_CONFIGS,
+    AutoRate,
+    check_auto_rate,
+    equal_directions,
+    of_few_values,
+    settle,
+    share,
+)
 from mezo_dist.algorithms.base import Evaluation, Losses, Problem, Update, Variant
 from mezo_dist.algorithms.decay import Decay, check_decay
 from mezo_dist.algorithms.look_back import LookBack
@@ -57,10 +65,11 @@ class MeZOSVRG:
 
     name: Literal["mezo-svrg"] = "mezo-svrg"
     """The algorithm."""
-    lr: float | Literal["auto"] = 1e-6
+    lr: float | Literal["auto"] = field(default=1e-6, metadata=AUTO_IN_CONFIGS)
     """Learning rate of inner steps (the paper's eta2). ``auto``: both rates are found, step by step, from the curvature
-    of the loss along the steps' directions, which their forward passes tell; schedules and `annealing` come on top."""
-    anchor_lr: float | Literal["auto"] = 5e-5
+    of the loss along the steps' directions, which their forward passes tell; schedules and `annealing` come on top. A
+    config that gives neither rate means ``auto``; beside one that is a number, the other is the class's."""
+    anchor_lr: float | Literal["auto"] = field(default=5e-5, metadata=AUTO_IN_CONFIGS)
     """Learning rate of anchor steps (the paper's eta1). ``auto`` together with ``lr``."""
     eta: float | None = None
     """For ``lr: auto``: the share of the best step, anchor_directions / curvature, that the q steps of a cycle take

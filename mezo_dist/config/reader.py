@@ -231,8 +231,22 @@ def _filled(
         elif name in options:
             section[last] = options[name]
         elif setting.default is not dataclasses.MISSING:
-            section.setdefault(last, setting.default)
+            section.setdefault(last, _default(setting, section, options, settings))
     return full
+
+
+def _default(
+    setting: Setting, section: Mapping[str, object], options: Mapping[str, Json], settings: Mapping[str, Setting]
+) -> object:
+    """The default of a setting, given the others of its section: a rate is no ``auto`` beside one that is a number."""
+    if setting.beside == setting.default:
+        return setting.default
+    for name, other in settings.items():
+        parent, _, last = name.rpartition(".")
+        is_rate_beside = other.beside != other.default and parent == setting.name.rpartition(".")[0]
+        if is_rate_beside and options.get(name, section.get(last, other.default)) != other.default:
+            return setting.beside
+    return setting.default
 
 
 def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], chosen: Chosen) -> tuple[str, str]:

@@ -63,6 +63,24 @@ def test_a_config_that_gives_no_rate_means_auto(write_config: Write) -> None:
     assert MeZO().lr == 1e-6, "code knows nothing of its losses"
 
 
+def test_two_rates_are_auto_together_or_not_at_all(write_config: Write) -> None:
+    neither = write_config(CONFIG.replace("name: mezo, lr: 5e-5", "name: mezo-svrg"))
+    rates = {
+        (): ("auto", "auto"),
+        ("algorithm.lr=0.1",): (0.1, MeZOSVRG.anchor_lr),
+        ("algorithm.anchor_lr=0.1",): (MeZOSVRG.lr, 0.1),
+        ("algorithm.lr=auto",): ("auto", "auto"),
+        ("algorithm.anchor_lr=auto", "algorithm.lr=auto"): ("auto", "auto"),
+        ("algorithm.anchor_lr=0.2", "algorithm.lr=0.1"): (0.1, 0.2),
+    }
+    for options, (lr, anchor_lr) in rates.items():
+        assert load(neither, options).algorithm == MeZOSVRG(lr=lr, anchor_lr=anchor_lr)
+    one = write_config(CONFIG.replace("name: mezo, lr: 5e-5", "name: mezo-svrg, anchor_lr: 0.1"))
+    assert load(one).algorithm == MeZOSVRG(anchor_lr=0.1)
+    assert load(one, ["algorithm.anchor_lr=auto"]).algorithm == MeZOSVRG(lr="auto", anchor_lr="auto")
+    assert "algorithm.lr: auto, but algorithm.anchor_lr is 0.1; write both as auto" in fault(one, "algorithm.lr=auto")
+
+
 def test_where_auto_does_not_do_a_rate_must_be_given(write_config: Write) -> None:
     path = write_config(CONFIG.replace(", lr: 5e-5", ""))
     for option, reason in {
