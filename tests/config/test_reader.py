@@ -65,7 +65,7 @@ def test_a_config_that_gives_no_rate_means_auto(write_config: Write) -> None:
 
 def test_two_rates_are_auto_together_or_not_at_all(write_config: Write) -> None:
     neither = write_config(CONFIG.replace("name: mezo, lr: 5e-5", "name: mezo-svrg"))
-    rates = {
+    rates: dict[tuple[str, ...], tuple[Any, Any]] = {
         (): ("auto", "auto"),
         ("algorithm.lr=0.1",): (0.1, MeZOSVRG.anchor_lr),
         ("algorithm.anchor_lr=0.1",): (MeZOSVRG.lr, 0.1),
