@@ -1,15 +1,15 @@
 """What do the contenders of `learning_curves.py` get on samples that no choice was held against?
 
-    python examples/studies/untouched.py [--preset cpu] [--tasks NAME ...] [--only LABEL ...]
+    python examples/studies/untouched.py [--preset cpu] [--setting prompts] [--tasks NAME ...] [--only LABEL ...]
     python examples/studies/untouched.py --report
 
 The test samples of the learning curves were looked at while contenders and recipes were thought up. So their final runs
-(prompts; the rate that validation of seed 0 likes best, seeds 1 to 3) are made again and scored on
+(the rate that validation of seed 0 likes best, seeds 1 to 3) are made again and scored on
 `auto_rate.UNTOUCHED`. Nothing is chosen here: rates are read off the stored runs by the rule that chose them, and every
 run is held against the stored one (`same`: validation loss and metric, to the last digit that is stored). A calibrated
 run is scored with offsets that the training samples fit, in as many forward passes; ``passes`` counts them.
 
-Writes one line per finished run to untouched-PRESET.jsonl, headed by a line about machine and versions. What is there
+Writes one line per finished run to untouched-PRESET.jsonl (for heads: untouched-PRESET-head.jsonl), headed by a line about machine and versions. What is there
 is not run again; `--report` prints the table of what is there, beside the test accuracy of the learning curves.
 """
 
@@ -29,7 +29,6 @@ from curve_report import PASSES, TEST, VALIDATION
 from curve_runs import Bench, learn
 from learning_curves import TUNING_SEED, Record, Results, best_rate, provenance
 
-SETTING = "prompts"
 BEFORE = {"before": False, "before, calibrated": True}
 """Rows without training, and whether offsets are fitted for them."""
 FIRST = (
@@ -49,12 +48,17 @@ class Stored:
     Args:
         folder: where.
         preset: name of the preset.
+        setting: of the preset.
         task: name of the data set.
     """
 
-    def __init__(self, folder: Path, preset: str, task: str) -> None:
-        self._path = folder / f"learning_curves-{preset}-{SETTING}-{task}.jsonl"
-        self._preset, self._runs = PRESETS[preset], Results(self._path, {})
+    def __init__(self, folder: Path, preset: str, setting: str, task: str) -> None:
+        self._path = folder / f"learning_curves-{preset}-{setting}-{task}.jsonl"
+        self._preset, self._setting, self._runs = PRESETS[preset], setting, Results(self._path, {})
+
+    def has(self, learner: Learner) -> bool:
+        """Whether a contender ran at all: some only ran in one of a preset's settings."""
+        return any(record["label"] == learner.label for record in self._runs.runs.values())
 
     def run(self, learner: Learner, lr: float, seed: int) -> Record:
         """One run.
@@ -70,7 +74,7 @@ class Stored:
 
     def rate(self, learner: Learner) -> float:
         """The rate that `learning_curves.py` chose: the same rule, on what it has stored."""
-        grid = learner.rates(SETTING, self._preset)
+        grid = learner.rates(self._setting, self._preset)
         return best_rate(grid, lambda lr: self.run(learner, lr, TUNING_SEED))
 
 
@@ -90,7 +94,7 @@ def study(stored: Stored, bench: Bench, task: str, only: Sequence[str], results:
             scores = [round(value, 4) for value in bench.scores(calibrated=calibrated)]
             about = {"label": f"{name}, {task}", "lr": 0.0, "seed": seeds[0], "passes": passes}
             results.add({"kind": "run", **about, "validation": scores[:2], "untouched": scores[2:]})
-    every = [c for c in learners(bench.preset, bench.num_train) if not only or c.label in only]
+    every = [c for c in learners(bench.preset, bench.num_train) if stored.has(c) and (not only or c.label in only)]
     for learner in sorted(every, key=lambda c: FIRST.index(c.label) if c.label in FIRST else len(FIRST)):
         lr = stored.rate(learner)
         for seed in seeds:
@@ -144,6 +148,7 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--setting", choices=("prompts", "head"), default="prompts")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="all of the preset if left out")
     parser.add_argument("--only", nargs="+", metavar="LABEL", default=(), help="contenders; all if left out")
     parser.add_argument("--threads", type=int, default=1)
@@ -155,11 +160,13 @@ def main() -> None:
     tasks = options.tasks or list(preset.tasks)
     about = provenance(f"a process with {options.threads} thread(s)", str(list(preset.seeds)))
     columns = "validation, untouched, stored: loss, metric; passes: with those that fit offsets"
-    results = Results(options.out / f"untouched-{options.preset}.jsonl", {**about, "columns": columns})
+    which = options.preset + ("-head" if options.setting == "head" else "")
+    results = Results(options.out / f"untouched-{which}.jsonl", {**about, "columns": columns})
     for task in () if options.report else tasks:
-        stored = Stored(options.out, options.preset, task)
+        stored = Stored(options.out, options.preset, options.setting, task)
         with tempfile.TemporaryDirectory() as folder:
-            study(stored, Bench.open(of_task(preset, task), SETTING, task, Path(folder)), task, options.only, results)
+            bench = Bench.open(of_task(preset, task), options.setting, task, Path(folder))
+            study(stored, bench, task, options.only, results)
     print(table(results, tasks))
 
 
