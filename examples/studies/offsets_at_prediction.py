@@ -4,11 +4,12 @@
 
 Contenders of `learning_curves.py` (preset `cpu`, prompts) with plain losses run again, with the rates that they were
 given there and from the same seeds. At the end each is scored twice: as it is, and with the offsets that minimise the
-loss of the training samples, as a calibrated run is scored (`mezo_dist.objectives.calibration`). Nothing is chosen.
+loss of the training samples, as a calibrated run is scored (`mezo_dist.objectives.calibration`), on validation samples
+and on `auto_rate.UNTOUCHED`, which no choice was held against. Nothing is chosen.
 
 Writes one line per finished run to offsets_at_prediction.jsonl, headed by a line about machine and versions: loss and
-metric on validation and test samples, without and with offsets, and the test metric that the run had in
-`learning_curves.py`. What is there is not run again.
+metric, without and with offsets, and the validation metric that the run had in `learning_curves.py`. What is there is
+not run again.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pathlib import Path
 
 import torch
 from curve_contenders import PRESETS, learners
-from curve_report import TEST
+from curve_report import VALIDATION
 from curve_runs import Bench, learn
 from learning_curves import Record, Results, provenance
+from untouched import of_task
 
 LABELS = ("AdamW", "MeZO, 7 one-sided", "MeZO, batch 64", "MeZO, 16 directions")
 SETTING = "prompts"
@@ -38,7 +40,7 @@ def study(out: Path, preset: str, task: str, labels: list[str], results: Results
     """All runs on one data set that are not done yet; ``out``: where those of `learning_curves.py` are."""
     chosen = PRESETS[preset]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.open(chosen, SETTING, task, Path(folder))
+        bench = Bench.open(of_task(chosen, task), SETTING, task, Path(folder))
         for learner in (c for c in learners(chosen, bench.num_train) if c.label in labels):
             for stored in final_runs(out, preset, task, learner.label):
                 key = f"{learner.label}, {task}", stored["lr"], stored["seed"]
@@ -46,7 +48,7 @@ def study(out: Path, preset: str, task: str, labels: list[str], results: Results
                     continue
                 learn(bench, learner, stored["lr"], stored["seed"])
                 row = dict(zip(("label", "lr", "seed"), key, strict=True))
-                row |= {"kind": "run", "stored": stored["points"][-1][TEST]}
+                row |= {"kind": "run", "stored": stored["points"][-1][VALIDATION]}
                 row |= {
                     name: [round(value, 4) for value in bench.scores(calibrated=calibrated)]
                     for name, calibrated in {"plain": False, "offsets": True}.items()
@@ -56,11 +58,12 @@ def study(out: Path, preset: str, task: str, labels: list[str], results: Results
 
 
 def table(results: Results) -> str:
-    """Means and standard deviations of test accuracy over seeds."""
-    lines = ["| | stored | plain | with offsets |", "| --- | --- | --- | --- |"]
+    """Means and standard deviations of accuracy over seeds: on validation samples, stored and now; on untouched ones."""
+    lines = ["| | validation: stored | again | untouched: plain | with offsets |", "| --- | --- | --- | --- | --- |"]
     for label in dict.fromkeys(row["label"] for row in results.runs.values()):
         rows = [row for row in results.runs.values() if row["label"] == label]
-        columns = ([row["stored"] for row in rows], *([row[name][-1] for row in rows] for name in ("plain", "offsets")))
+        untouched = ([row[name][-1] for row in rows] for name in ("plain", "offsets"))
+        columns = ([row["stored"] for row in rows], [row["plain"][1] for row in rows], *untouched)
         lines.append(f"| {label} | {' | '.join(_spread(column) for column in columns)} |")
     return "\n".join(lines)
 
@@ -82,7 +85,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[options.preset]
     about = provenance(f"a process with {options.threads} thread(s)", str(list(preset.seeds)))
-    columns = "plain and offsets: validation loss, validation metric, test loss, test metric"
+    columns = "plain and offsets: validation loss and metric, the same of untouched samples; stored: validation metric"
     results = Results(options.out / "offsets_at_prediction.jsonl", {**about, "columns": columns})
     for task in options.tasks or preset.tasks:
         study(options.out, options.preset, task, list(options.only), results)

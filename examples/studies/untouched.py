@@ -9,8 +9,9 @@ The test samples of the learning curves were looked at while contenders and reci
 run is held against the stored one (`same`: validation loss and metric, to the last digit that is stored). A calibrated
 run is scored with offsets that the training samples fit, in as many forward passes; ``passes`` counts them.
 
-Writes one line per finished run to untouched-PRESET.jsonl (for heads: untouched-PRESET-head.jsonl), headed by a line about machine and versions. What is there
-is not run again; `--report` prints the table of what is there, beside the test accuracy of the learning curves.
+Writes one line per finished run to untouched-PRESET.jsonl (for heads: untouched-PRESET-head.jsonl), headed by a line
+about machine and versions. What is there is not run again; `--report` prints the table of what is there, beside the
+test accuracy of the learning curves.
 """
 
 from __future__ import annotations
