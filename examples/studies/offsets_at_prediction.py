@@ -58,7 +58,7 @@ def study(out: Path, preset: str, task: str, labels: list[str], results: Results
 
 
 def table(results: Results) -> str:
-    """Means and standard deviations of accuracy over seeds: on validation samples, stored and now; on untouched ones."""
+    """Means and standard deviations of accuracy over seeds: of validation samples, then and now; of untouched ones."""
     lines = ["| | validation: stored | again | untouched: plain | with offsets |", "| --- | --- | --- | --- | --- |"]
     for label in dict.fromkeys(row["label"] for row in results.runs.values()):
         rows = [row for row in results.runs.values() if row["label"] == label]
