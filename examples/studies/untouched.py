@@ -95,7 +95,8 @@ def study(stored: Stored, bench: Bench, task: str, only: Sequence[str], results:
             scores = [round(value, 4) for value in bench.scores(calibrated=calibrated)]
             about = {"label": f"{name}, {task}", "lr": 0.0, "seed": seeds[0], "passes": passes}
             results.add({"kind": "run", **about, "validation": scores[:2], "untouched": scores[2:]})
-    every = [c for c in learners(bench.preset, bench.num_train) if stored.has(c) and (not only or c.label in only)]
+    every = learners(bench.preset, bench.num_train)
+    every = [c for c in every if (c.label in only if only else stored.has(c))]
     for learner in sorted(every, key=lambda c: FIRST.index(c.label) if c.label in FIRST else len(FIRST)):
         lr = stored.rate(learner)
         for seed in seeds:

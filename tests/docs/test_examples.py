@@ -127,16 +127,20 @@ def main_of(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None
     study.main()
 
 
-def test_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("setting", "name"), [("prompts", "untouched-smoke"), ("head", "untouched-smoke-head")])
+def test_untouched(
+    setting: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     label = "MeZO, batch 4, calibrated"
     command = ["--preset", "smoke", "--out", str(tmp_path), "--only", label]
-    main_of("learning_curves", monkeypatch, *command, "--settings", "prompts")
-    path = tmp_path / "learning_curves-smoke-prompts-tiny.jsonl"
+    main_of("learning_curves", monkeypatch, *command, "--settings", setting)
+    path = tmp_path / f"learning_curves-smoke-{setting}-tiny.jsonl"
     (stored,) = (row for row in map(json.loads, path.read_text().splitlines()) if row.get("seed") == 1)
+    command += ["--setting", setting]
     untouched = importlib.import_module("untouched")
     monkeypatch.setitem(untouched.UNTOUCHED, "tiny", slice(5, 12))
     main_of("untouched", monkeypatch, *command)
-    about, *before, row = map(json.loads, (tmp_path / "untouched-smoke.jsonl").read_text().splitlines())
+    about, *before, row = map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
     assert {"command", "commit", "machine", "date", "versions", "seeds"} <= about.keys()
     assert [other["label"] for other in before] == ["before, tiny", "before, calibrated, tiny"]
     assert (row["lr"], row["same"], row["validation"]) == (stored["lr"], True, stored["points"][-1][2:4])
@@ -146,7 +150,7 @@ def test_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert f"| {label} | {100 * row['untouched'][1]:.1f} |" in capsys.readouterr().out
 
     path.write_text(path.read_text().replace(str(row["validation"][0]), "0.1"))
-    (tmp_path / "untouched-smoke.jsonl").unlink()
+    (tmp_path / f"{name}.jsonl").unlink()
     main_of("untouched", monkeypatch, *command)
     assert "0 of 1 runs" in capsys.readouterr().out, "a run that is another one is told"
     path.unlink()
