@@ -89,6 +89,8 @@ def question_of(arguments: argparse.Namespace) -> Question:
     shape = None if arguments.find == "model" else find_shape(name, notes)
     settings = _settings(arguments, config, notes)
     if shape is not None:
+        if arguments.tokens is None and (config is None or config.train.max_tokens is None):
+            settings = _assumed_tokens(settings, shape, config is not None, notes)
         trainable = tuple(arguments.trainable or (config.model.trainable if config else ("*",)))
         shape = shape.trained(trainable, config.model.freeze if config else ())
         _check_model(arguments, shape, trainable, settings)
@@ -107,6 +109,29 @@ def question_of(arguments: argparse.Namespace) -> Question:
     settings = _on_layouts(arguments, settings, machine)
     _check_used(arguments, settings, notes)
     return Question(shape, settings, machine, notes)
+
+
+def _assumed_tokens(
+    settings: Sequence[Setting], shape: ModelShape, has_config: bool, notes: list[str]
+) -> list[Setting]:
+    """The settings with as many tokens, of those that nobody asked for, as the model has places for.
+
+    Args:
+        settings: ways to run, which differ by their algorithm.
+        shape: the model.
+        has_config: a config is planned; of its samples nothing is known.
+        notes: gets a sentence that says how many, where that is fewer than usual, and for a config.
+    """
+    usual, reads, targets = settings[0].tokens, settings[0].reads, settings[0].targets
+    places = shape.window - (targets if reads == "texts" else 0)
+    if places < 1:
+        return list(settings)  # which is refused
+    tokens = min(usual, places)
+    why = f", which fill the window of {shape.name}" if tokens < usual else ""
+    if has_config or why:
+        notes.append(f"samples of {tokens} tokens are assumed{why} (--tokens, or train.max_tokens of a config)")
+    targets = min(targets, tokens) if reads == "tokens" else targets
+    return [replace(setting, tokens=tokens, targets=targets) for setting in settings]
 
 
 def _check_used(arguments: argparse.Namespace, settings: Sequence[Setting], notes: list[str]) -> None:

@@ -26,8 +26,6 @@ def setting_of(config: RunConfig, notes: list[str]) -> Setting:
     elif config.task.kind == "generation":
         targets = int(getattr(config.task, "max_new_tokens", 128))
         reads = "tokens" if train.objective == "loss" else "texts"
-    if train.max_tokens is None:
-        notes.append("train.max_tokens is not set: samples of 512 tokens are assumed (--tokens)")
     if model.peft.method is not None:
         what = "model.peft is" if model.quantise is None else "model.peft and model.quantise are"
         notes.append(f"{what} not planned: figures are those of training the model's own weights")

@@ -90,6 +90,17 @@ def test_a_config_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert one["steps"][0]["passes"] == 2 * 5  # 20 samples in micro-batches of 4
 
 
+def test_tokens_that_nobody_gave_are_told_and_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = write_tiny_config(tmp_path, "llama-tied", max_tokens=None)
+    window = tiny_model("llama-tied").config.max_position_embeddings
+    assert window < 512
+    (assumed,) = (note for note in answered(capsys, str(config))["notes"] if "are assumed" in note)
+    assert f"samples of {window} tokens are assumed, which fill the window" in assumed
+    assert "assumed" not in " ".join(answered(capsys, "opt-125m")["notes"])
+    assert main(["plan", str(config), "--tokens", "512"]) == 2
+    assert "--tokens: 512 tokens are more than the window of" in capsys.readouterr().err
+
+
 def test_a_config_of_adamw_is_answered_with_what_forward_passes_would_need(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
