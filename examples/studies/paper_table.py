@@ -8,7 +8,8 @@ MeZO-SVRG 24,000 (15,360,000) and SGD 1,000 (192,000, as a backward pass counts 
 
 * `cpu`: MiniLM-L6 on the data sets that install from PyPI (GLUE cannot be had offline). Every contender has the same
   number of passes, `PAPER` over `FACTOR`. `head` trains the classifier alone: what comes before it is computed once per
-  sample, and a pass is nearly free. `pooler and head` trains the layer before it, too.
+  sample, and a pass is nearly free. `pooler and head` trains the layer before it, too. Scored on `auto_rate.UNTOUCHED`,
+  samples that no choice was held against; the presets below on test samples.
 * `whole`: the same with all weights of MiniLM-L6. Seconds a run on a GPU, a quarter of an hour on a core.
 * `whole-long`: ten times the passes, for those that need no tuning, and looks at every doubling.
 * `gpu`: the paper's own models and tasks, all weights, its own number of passes. Never run.
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from auto_rate import UNTOUCHED
 from curve_contenders import MINILM, TASKS, CurvePreset, Learner, Setting, schedule
 from curve_runs import Bench
 from learning_curves import TUNING_SEED, Job, Record, Results, provenance, run, tune
@@ -76,7 +78,7 @@ PRESETS = {
                 (*MINILM, 'model.trainable=["bert.pooler.*", "classifier.*"]', LONGEST, "train.micro_batch=64")
             ),
         },
-        TASKS, budget=PAPER // FACTOR, eps=1e-3, rates=3, sizes={"test": 512}, looks=6,
+        TASKS, budget=PAPER // FACTOR, eps=1e-3, rates=3, looks=6, untouched=UNTOUCHED,
     ),
     "whole": CurvePreset(
         {"all weights": WHOLE}, TASKS, budget=PAPER // FACTOR, eps=1e-3, rates=3, sizes={"test": 512}, looks=6
