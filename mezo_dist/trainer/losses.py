@@ -51,9 +51,11 @@ class TrainerLosses:
         )
 
     def _try_dividing(self, share: Share) -> bool | None:
-        """Whether losses are divided by ``num_items_in_batch``; None if those of this batch do not tell. Many models
-        take it and give means all the same (most classifiers): Trainer lets that be, but a loss, and with it the step,
-        would grow with the number of micro-batches. Collective: the first rank whose loss tells decides for all.
+        """Whether losses are divided by ``num_items_in_batch``; None if none of this batch tells, for all are 0 or not
+        finite. Many models take it and give means all the same (most classifiers): Trainer lets that be, but a loss,
+        and with it the step, would grow with the number of micro-batches. Collective: the first micro-batch whose loss
+        tells decides, on whichever rank it is. What is not known is asked again, so that a run that goes on from a
+        checkpoint knows as much as it did.
         """
         trainer = self._trainer
 
@@ -63,10 +65,15 @@ class TrainerLosses:
             once, twice = (float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=n).sum()) for n in told)
             return once, twice
 
-        (((once, twice),),) = self._engine().evaluate([Variant()], share.micro_batches[:1], both, most=1)
-        tells = math.isfinite(once) and once != 0  # 0: no label of this micro-batch counts
-        votes = join().collect(lambda: once != twice if tells else None)
-        return next((vote for vote in votes if vote is not None), None)
+        inputs = share.micro_batches
+        for place in range(max(join().collect(lambda: len(inputs)))):
+            here = self._engine().evaluate([Variant()], inputs[place : place + 1], both, most=1, filler=inputs[0])
+            # 0: no label of this micro-batch counts
+            told = [once != twice for ((once, twice),) in here if math.isfinite(once) and once != 0]
+            votes = [vote for rank in join().collect(lambda told=told: told) for vote in rank]  # type: ignore[misc]
+            if votes:
+                return bool(votes[0])
+        return None
 
     def loss(self, share: Share, model: nn.Module, inputs: Mapping[str, Any]) -> Loss:
         """The loss of a micro-batch such that the mean over those of all ranks is Trainer's loss of the batch (but for
@@ -85,7 +92,8 @@ class TrainerLosses:
         num_items = None if self._divides is False else share.num_items
         loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
         if loss.dim():
-            if normalised and trainer.args.average_tokens_across_devices and join().world_size > 1:
+            is_multiplied = normalised and self._divides is not False and trainer.args.average_tokens_across_devices
+            if is_multiplied and join().world_size > 1:
                 raise UserError(
                     "average_tokens_across_devices: set it to False where the loss is a vector: losses of samples are "
                     "added up over processes without it"

@@ -119,6 +119,63 @@ def first_losses_on_two(comm: Communicator, folder: str) -> list[float]:
     return [first_loss(Path(folder, kind.__name__), 3, kind) for kind in (MeZOTrainer, OwnMean)]
 
 
+def mean_of_those_that_count(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """It divides by nothing that it is told, and is 0 where no label counts."""
+    total = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)
+
+
+def each(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A loss for every sample."""
+    return nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+
+def masked_run(folder: Path, masked: Sequence[int], losses: Any, resume: str = "", **options: Any) -> list[Any]:
+    """Losses of the steps of a classifier, samples in order, some without a label that counts; and its weights."""
+
+    class InOrder(MeZOTrainer):
+        def _get_train_sampler(self, *_: Any) -> list[int]:
+            return list(range(16))
+
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    labels = [torch.tensor(-100 if k in masked else k % 2) for k in range(16)]
+    rows = [{"input_ids": torch.arange(4, 12) + k, "labels": label} for k, label in enumerate(labels)]
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **size))
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "save_steps": 2, **options}
+    done = trainer(folder, SETTINGS["mezo"], kind=InOrder, data=rows, model=model, compute_loss_func=losses, **options)
+    done.train(resume_from_checkpoint=f"{folder}/{resume}" if resume else None)
+    steps = trajectory.read(folder / "trajectory.jsonl").steps
+    return [[step.rounds[0].mean[0] for step in steps], fingerprint(done)]
+
+
+def masked_on_two(comm: Communicator, folder: str) -> list[Any]:
+    os.environ.update(LOCAL_RANK=str(comm.rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="1")
+    one = {"gradient_accumulation_steps": 1, "save_strategy": "no"}
+    masked = [masked_run(Path(folder, str(k)), rows, mean_of_those_that_count, **one) for k, rows in enumerate(MASKED)]
+    return [*masked, masked_run(Path(folder, "each"), (), each, **one)]
+
+
+MASKED = ((0, 1), (2, 3), (8, 9), (0, 1, 2, 3))
+"""Samples without labels, of micro-batches of 2 and batches of 4."""
+
+
+@pytest.mark.distributed
+def test_micro_batches_that_do_not_tell_whether_losses_are_divided(tmp_path: Path) -> None:
+    """The next one is asked, on whichever rank; so the same steps come out of one process, two, and after a restart."""
+    runs = [masked_run(tmp_path / f"one {k}", rows, mean_of_those_that_count) for k, rows in enumerate(MASKED)]
+    for number, (rows, run) in enumerate(zip(MASKED, runs, strict=True)):
+        losses = run[0]
+        assert losses[rows[0] // 4] == pytest.approx(0.35 if len(rows) == 2 else 0.0, abs=0.05), "means of two of four"
+        again = masked_run(tmp_path / f"one {number}", rows, mean_of_those_that_count, resume="checkpoint-2")
+        assert again == run
+    runs.append(masked_run(tmp_path / "each", (), each))
+    for ranks in spawn(masked_on_two, 2, str(tmp_path / "two")):
+        for one, two in zip(runs, ranks, strict=True):
+            assert two[0] == pytest.approx(one[0], abs=1e-6)
+            assert two[1] == one[1]
+
+
 @pytest.mark.distributed
 def test_losses_that_divide_by_nothing_do_not_grow_with_processes(tmp_path: Path) -> None:
     """Trainer multiplies them by the number of processes, unless a trainer computes losses of its own."""
