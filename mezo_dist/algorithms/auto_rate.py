@@ -60,7 +60,7 @@ with at the start. No pass tells it; looking back makes good what it is wrong by
 
 IN_CONFIGS = "in configs"
 """Key of a field's metadata: its value in a config that gives none, where that is not the class's default. Several such
-fields of a class go together: beside one that has another value the class's default counts."""
+fields of a class go along with each other: beside one that is given the others are the same."""
 AUTO_IN_CONFIGS = {IN_CONFIGS: "auto"}
 """Metadata of a learning rate that is ``auto`` unless a config gives a number."""
 

@@ -68,7 +68,7 @@ class MeZOSVRG:
     lr: float | Literal["auto"] = field(default=1e-6, metadata=AUTO_IN_CONFIGS)
     """Learning rate of inner steps (the paper's eta2). ``auto``: both rates are found, step by step, from the curvature
     of the loss along the steps' directions, which their forward passes tell; schedules and `annealing` come on top. A
-    config that gives neither rate means ``auto``; beside one that is a number, the other is the class's."""
+    config that gives neither rate means ``auto``; one that gives a number for one of them means it for both."""
     anchor_lr: float | Literal["auto"] = field(default=5e-5, metadata=AUTO_IN_CONFIGS)
     """Learning rate of anchor steps (the paper's eta1). ``auto`` together with ``lr``."""
     eta: float | None = None

@@ -238,15 +238,13 @@ def _filled(
 def _default(
     setting: Setting, section: Mapping[str, object], options: Mapping[str, Json], settings: Mapping[str, Setting]
 ) -> object:
-    """The default of a setting, given the others of its section: a rate is no ``auto`` beside one that is a number."""
-    if setting.beside == setting.default:
+    """The default of a setting, given the others of its section: of two rates one that is not given is the other."""
+    if not setting.goes_along:
         return setting.default
-    for name, other in settings.items():
-        parent, _, last = name.rpartition(".")
-        is_rate_beside = other.beside != other.default and parent == setting.name.rpartition(".")[0]
-        if is_rate_beside and options.get(name, section.get(last, other.default)) != other.default:
-            return setting.beside
-    return setting.default
+    parent = setting.name.rpartition(".")[0]
+    rates = [name for name, other in settings.items() if other.goes_along and name.rpartition(".")[0] == parent]
+    given = (options.get(name, section.get(name.rpartition(".")[2])) for name in rates)
+    return next((rate for rate in given if isinstance(rate, int | float)), setting.default)
 
 
 def _fault(detail: ErrorDetails, settings: Mapping[str, Setting], chosen: Chosen) -> tuple[str, str]:

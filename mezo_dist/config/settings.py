@@ -49,8 +49,8 @@ class Setting:
     """Its type; that of a section is its dataclass."""
     default: object
     """`dataclasses.MISSING` where a value must be given."""
-    beside: object
-    """The default beside another rate of the section that is given as a number; see `IN_CONFIGS`."""
+    goes_along: bool
+    """Beside another such setting of its section that is given, it is by default the same; see `IN_CONFIGS`."""
     owner: type
     """The dataclass that it is declared in: its section, or what several sections share."""
 
@@ -90,8 +90,7 @@ def _walk(section: type, prefix: str, default: object, chosen: Chosen) -> Iterat
         name = prefix + field.name
         kind = CHOICES[name].sections[chosen[name]] if name in CHOICES else kinds[field.name]
         value = _default(field) if default is None else getattr(default, field.name)
-        beside = field.default if IN_CONFIGS in field.metadata else value
-        yield Setting(name, kind, value, beside, _declares(section, field.name))
+        yield Setting(name, kind, value, IN_CONFIGS in field.metadata, _declares(section, field.name))
         if dataclasses.is_dataclass(kind):
             yield from _walk(
                 typing.cast(type, kind), f"{name}.", None if value is dataclasses.MISSING else value, chosen

@@ -67,8 +67,8 @@ def test_two_rates_are_auto_together_or_not_at_all(write_config: Write) -> None:
     neither = write_config(CONFIG.replace("name: mezo, lr: 5e-5", "name: mezo-svrg"))
     rates: dict[tuple[str, ...], tuple[Any, Any]] = {
         (): ("auto", "auto"),
-        ("algorithm.lr=0.1",): (0.1, MeZOSVRG.anchor_lr),
-        ("algorithm.anchor_lr=0.1",): (MeZOSVRG.lr, 0.1),
+        ("algorithm.lr=0.1",): (0.1, 0.1),
+        ("algorithm.anchor_lr=1e-1",): (0.1, 0.1),
         ("algorithm.lr=auto",): ("auto", "auto"),
         ("algorithm.anchor_lr=auto", "algorithm.lr=auto"): ("auto", "auto"),
         ("algorithm.anchor_lr=0.2", "algorithm.lr=0.1"): (0.1, 0.2),
@@ -76,7 +76,7 @@ def test_two_rates_are_auto_together_or_not_at_all(write_config: Write) -> None:
     for options, (lr, anchor_lr) in rates.items():
         assert load(neither, options).algorithm == MeZOSVRG(lr=lr, anchor_lr=anchor_lr)
     one = write_config(CONFIG.replace("name: mezo, lr: 5e-5", "name: mezo-svrg, anchor_lr: 0.1"))
-    assert load(one).algorithm == MeZOSVRG(anchor_lr=0.1)
+    assert load(one).algorithm == MeZOSVRG(lr=0.1, anchor_lr=0.1)
     assert load(one, ["algorithm.anchor_lr=auto"]).algorithm == MeZOSVRG(lr="auto", anchor_lr="auto")
     assert "algorithm.lr: auto, but algorithm.anchor_lr is 0.1; write both as auto" in fault(one, "algorithm.lr=auto")
 
