@@ -24,6 +24,7 @@ from mezo_dist.monitoring.console import Monitor
 from mezo_dist.monitoring.curve_writers import check_installed
 from mezo_dist.monitoring.scalars import train_loss_tag
 from mezo_dist.objectives.rewards.judge import judging
+from mezo_dist.runs.advice import Advice
 from mezo_dist.runs.answers import ask, confusion, samples_after, write_answers
 from mezo_dist.runs.build import Run, build_run, with_gradients
 from mezo_dist.runs.export import export_model
@@ -42,14 +43,6 @@ from mezo_dist.storage.trajectory import Log
 from mezo_dist.tasks.kind import Answer
 
 log = logging.getLogger(__name__)
-
-
-STILL = 10
-"""Steps in a row without any difference of losses, after which people are told."""
-STANDS_STILL = (
-    f"in {STILL} steps no loss has differed along any direction, so nothing is learnt; a larger algorithm.eps or "
-    "train.batch_size may change that, or an objective that tells answers apart"
-)
 
 
 def train(config: RunConfig, comm: Communicator, *, quiet: bool = False) -> Path:
@@ -195,7 +188,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         monitor: shows what happens.
     """
     config, comm, engine = run.config.train, run.comm, run.engine
-    look_every, still = evaluation_interval(run), 0
+    look_every, advice = evaluation_interval(run), Advice()
     while progress.step < config.steps:
         if comm.stopping:
             _stop(run, progress, recorder)
@@ -209,12 +202,9 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         apply_step(run, result)
         progress.after(result.update)
         _check_skips(progress, result, config, monitor)
-        still = still + 1 if result.update and result.update.metrics.get("zero_differences") == 1.0 else 0
-        if still == STILL:
-            monitor.say(f"step {progress.step}/{config.steps}: {STANDS_STILL}")
-        for text in result.update.notes if result.update else ():
-            monitor.say(f"step {progress.step}/{config.steps}: {text}")
         metrics = result.update.metrics if result.update else {}
+        for text in (*(result.update.notes if result.update else ()), *advice.after(metrics)):
+            monitor.say(f"step {progress.step}/{config.steps}: {text}")
         loss_tag = train_loss_tag(calibrated=config.calibrate)
         tags = {"loss": loss_tag, "zero_differences": "objective/zero_differences"}
         scalars = {tags.get(name, name): value for name, value in metrics.items()}

@@ -91,7 +91,7 @@ def test_a_config_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 
 def test_tokens_that_nobody_gave_are_told_and_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config = write_tiny_config(tmp_path, "llama-tied", max_tokens=None)
+    config = write_tiny_config(tmp_path, "llama-tied", max_tokens=None)  # type: ignore[arg-type]
     window = tiny_model("llama-tied").config.max_position_embeddings
     assert window < 512
     (assumed,) = (note for note in answered(capsys, str(config))["notes"] if "are assumed" in note)

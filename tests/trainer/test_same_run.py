@@ -151,7 +151,7 @@ def masked_run(folder: Path, masked: Sequence[int], losses: Any, resume: str = "
 
 def masked_on_two(comm: Communicator, folder: str) -> list[Any]:
     os.environ.update(LOCAL_RANK=str(comm.rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="1")
-    one = {"gradient_accumulation_steps": 1, "save_strategy": "no"}
+    one: dict[str, Any] = {"gradient_accumulation_steps": 1, "save_strategy": "no"}
     masked = [masked_run(Path(folder, str(k)), rows, mean_of_those_that_count, **one) for k, rows in enumerate(MASKED)]
     return [*masked, masked_run(Path(folder, "each"), (), each, **one)]
 
