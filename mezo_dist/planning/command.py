@@ -88,6 +88,10 @@ def question_of(arguments: argparse.Namespace) -> Question:
     notes: list[str] = []
     shape = None if arguments.find == "model" else find_shape(name, notes)
     settings = _settings(arguments, config, notes)
+    has_losses = config is None or config.train.objective == "loss"  # metrics and rewards are not looked back at
+    if has_losses and any(_looks_back(setting.algorithm) for setting in settings):
+        notes.append("lr: auto looks back every 8 to 16 steps, in two more forward passes of the minibatch (at most 6 "
+                     "% of a run's), which are left out here")  # fmt: skip
     if shape is not None:
         if arguments.tokens is None and (config is None or config.train.max_tokens is None):
             settings = _assumed_tokens(settings, shape, config is not None, notes)
@@ -109,6 +113,10 @@ def question_of(arguments: argparse.Namespace) -> Question:
     settings = _on_layouts(arguments, settings, machine)
     _check_used(arguments, settings, notes)
     return Question(shape, settings, machine, notes)
+
+
+def _looks_back(algorithm: object) -> bool:
+    return isinstance(algorithm, MeZO | MeZOSVRG) and algorithm.lr == "auto" and algorithm.eta is None
 
 
 def _assumed_tokens(

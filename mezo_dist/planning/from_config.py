@@ -6,7 +6,6 @@ from typing import Literal
 
 from mezo_dist.algorithms import FirstOrder
 from mezo_dist.algorithms.mezo import MeZO
-from mezo_dist.algorithms.svrg import MeZOSVRG
 from mezo_dist.config.schema import RunConfig
 from mezo_dist.planning.setting import Setting
 
@@ -34,9 +33,6 @@ def setting_of(config: RunConfig, notes: list[str]) -> Setting:
         notes.append(f"{algorithm.name} itself stands in the table of back-propagation; planned are mezo and mezo-svrg "
                      "with the other settings of the config")  # fmt: skip
         algorithm = MeZO()
-    if isinstance(algorithm, MeZO | MeZOSVRG) and algorithm.lr == "auto" and algorithm.eta is None:
-        notes.append("lr: auto looks back every 8 to 16 steps, with two more forward passes of the minibatch (3 to 6 % "
-                     "of a run's), which are left out here")  # fmt: skip
     num_train = config.task.splits.train.size
     joint, columns = _joint(config)
     return Setting(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mezo_dist.cli import main
 from mezo_dist.planning import calibration, command
@@ -99,6 +100,31 @@ def test_tokens_that_nobody_gave_are_told_and_fit(capsys: pytest.CaptureFixture[
     assert "assumed" not in " ".join(answered(capsys, "opt-125m")["notes"])
     assert main(["plan", str(config), "--tokens", "512"]) == 2
     assert "--tokens: 512 tokens are more than the window of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "overrides", "is_told"),
+    [
+        ("mezo", {"lr": "auto"}, True),
+        ("mezo", {"lr": 0.1}, False),
+        ("mezo", {"lr": "auto", "eta": 0.1}, False),
+        ("mezo-svrg", {"lr": "auto", "anchor_lr": "auto"}, True),
+        ("mezo-svrg", {}, True),
+        ("mezo-svrg", {"lr": 0.1}, False),
+    ],
+)
+def test_it_is_told_where_looks_are_left_out(
+    algorithm: str, overrides: dict[str, Any], is_told: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write_tiny_config(tmp_path, "llama-tied", algorithm)
+    data = yaml.safe_load(path.read_text())
+    for objective in ("loss", "metric"):
+        data |= {"algorithm": {"name": algorithm, **overrides}, "train": {**data["train"], "objective": objective}}
+        path.write_text(yaml.safe_dump(data))
+        notes = answered(capsys, str(path), "--tokens", "16")["notes"]
+        assert any("lr: auto looks back" in note for note in notes) is (is_told and objective == "loss")
+    others = answered(capsys, str(path), "--tokens", "16", "--algorithm", "mezo")["notes"]
+    assert "looks back" not in " ".join(others), "what is planned has a rate"
 
 
 def test_a_config_of_adamw_is_answered_with_what_forward_passes_would_need(

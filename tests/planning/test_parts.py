@@ -237,13 +237,3 @@ def test_messages_are_those_that_a_run_sends(tmp_path: Path, monkeypatch: pytest
         sent.clear()
         evaluate_step(run, run.algorithm.init(), 0)
         assert tuple(sent) == rounds_of(setting_of(config, []), 1)[0].messages, name
-
-
-@pytest.mark.parametrize("algorithm", ["mezo", "mezo-svrg"])
-def test_a_plan_tells_that_looks_back_are_left_out(tmp_path: Path, algorithm: str) -> None:
-    rates = ["algorithm.lr=auto", *(["algorithm.anchor_lr=auto"] if algorithm == "mezo-svrg" else [])]
-    path = write_tiny_config(tmp_path, algorithm=algorithm)
-    for more, is_told in (([], True), (["algorithm.eta=0.1"], False)):
-        notes: list[str] = []
-        setting_of(reader.load(path, [*rates, *more]), notes)
-        assert any("lr: auto looks back" in note for note in notes) is is_told
