@@ -93,7 +93,9 @@ def dump(data: Mapping[str, Json]) -> str:
 
 def shown(value: object) -> str:
     """A value for a message, as it stands in YAML or JSON, cut where it is too long for one."""
-    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    # A text that YAML would take for a number or the like stands in quotes.
+    is_word = isinstance(value, str) and value and isinstance(_plain(value), str)
+    text = str(value) if is_word else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:100]} ..."
 
 

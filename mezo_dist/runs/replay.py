@@ -9,6 +9,7 @@ from pathlib import Path
 from mezo_dist.algorithms.base import Algorithm, StateT
 from mezo_dist.algorithms.step import Progress
 from mezo_dist.config.schema import NO_RESULTS, RunConfig, differences
+from mezo_dist.config.yaml_file import shown
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.engines.engine import Engine
 from mezo_dist.errors import UserError
@@ -26,10 +27,19 @@ def check_config(config: RunConfig, header: Header) -> None:
     """Raises UserError naming the settings in which a run differs from the trajectory that it wants to go on with."""
     if config.digest() != header.config_digest:
         here, there = ({k: v for k, v in c.items() if k not in NO_RESULTS} for c in (config.to_dict(), header.config))
-        keys = sorted(differences(here, there))
+        names = sorted(differences(here, there))
+        told = [f"{name} ({shown(_value(there, name))} there, {shown(_value(here, name))} here)" for name in names]
         raise UserError(
-            f"settings differ from those of the trajectory: {', '.join(keys)}; use another output.dir, or --force-new"
+            f"settings differ from those of the trajectory: {', '.join(told)}; put back what they were, or use another "
+            "output.dir, or --force-new"
         )
+
+
+def _value(settings: object, name: str) -> object:
+    """A setting by its dotted name; None where there is none of that name."""
+    for part in name.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
 
 
 def check_header(mine: Header, theirs: Header) -> None:

@@ -75,6 +75,9 @@ def test_two_rates_are_auto_together_or_not_at_all(write_config: Write) -> None:
     }
     for options, (lr, anchor_lr) in rates.items():
         assert load(neither, options).algorithm == MeZOSVRG(lr=lr, anchor_lr=anchor_lr)
+    assert "; give numbers (a config that gives none means auto)" in fault(neither, "algorithm.weight_decay=0.1")
+    message = "or write lr: auto and anchor_lr: auto"
+    assert message in fault(neither, "algorithm.lr=0.1", "algorithm.eta=0.1")
     one = write_config(CONFIG.replace("name: mezo, lr: 5e-5", "name: mezo-svrg, anchor_lr: 0.1"))
     assert load(one).algorithm == MeZOSVRG(lr=0.1, anchor_lr=0.1)
     assert load(one, ["algorithm.anchor_lr=auto"]).algorithm == MeZOSVRG(lr="auto", anchor_lr="auto")

@@ -88,6 +88,7 @@ def test_a_setting_given_twice(write_config: Write) -> None:
         ("train.steps=null", "train.steps: must be a whole number, not "),
         ("train.max_tokens=few", "train.max_tokens: must be a whole number or null, not few"),
         ("algorithm.lr=fast", "algorithm.lr: must be a number or auto, not fast"),
+        ("algorithm.lr='\"0.1\"'", 'algorithm.lr: must be a number or auto, not "0.1"'),
         ("output.export=maybe", "output.export: must be true or false, not maybe"),
         ("model.head=tail", "model.head: must be label-words or classifier, not tail"),
         ("model.weights=float16", "model.weights: must be float32 or bfloat16, not float16"),

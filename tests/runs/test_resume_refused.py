@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["algorithm.lr=2e-3"], ["algorithm.lr"]),
-        (["seed=5", "train.batch_size=4"], ["seed", "train.batch_size"]),
-        (["task.splits.seed=1", "law=rademacher"], ["law", "task.splits.seed"]),
+        (["algorithm.lr=2e-3"], ["algorithm.lr (0.001 there, 0.002 here)"]),
+        (["algorithm.lr=auto"], ["algorithm.lr (0.001 there, auto here)"]),
+        (["seed=5", "train.batch_size=4"], ["seed (0 there, 5 here)", "train.batch_size (5 there, 4 here)"]),
+        (
+            ["task.splits.seed=1", "law=rademacher"],
+            ["law (gaussian there, rademacher here)", "task.splits.seed (0 there, 1 here)"],
+        ),
     ],
 )
 def test_a_resume_with_other_settings_names_them(
@@ -44,7 +49,8 @@ def test_a_resume_with_other_settings_names_them(
 ) -> None:
     folder = killed(root, "mezo", 2, tmp_path / "run")
     config = load(root, "mezo", f"output.dir={folder}", "output.if_exists=resume", *options)
-    with pytest.raises(UserError, match=f"settings differ from those of the trajectory: {', '.join(named)};"):
+    message = f"settings differ from those of the trajectory: {', '.join(named)}; put back what they were"
+    with pytest.raises(UserError, match=re.escape(message)):
         training.train(config, Communicator())
 
 
