@@ -241,8 +241,8 @@ def test_the_tag_of_a_calibrated_loss_says_so() -> None:
 
 def test_small_figures_are_not_shown_as_nothing() -> None:
     """A reward of 2e-6 is no 0.0000."""
-    assert [figure(value) for value in (0.40512, 2.5e-6, -4e-4, 0.0, 12345678.0)] == [
-        "0.4051", "2.5e-06", "-0.0004", "0.0000", "1.235e+07"
+    assert [figure(value) for value in (0.40512, 2.5e-6, -4e-4, -0.12345678, 0.0, 12345678.0)] == [
+        "0.4051", "2.5e-06", "-0.0004", "-0.1235", "0.0000", "1.235e+07"
     ]  # fmt: skip
     assert [figure(value, 3) for value in (0.6875, 0.0049, 0.0)] == ["0.688", "0.0049", "0.000"]
     assert figure(float("nan")) == "nan"
