@@ -17,7 +17,7 @@ from mezo_dist.errors import printable
 from mezo_dist.json_types import JsonObject
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import open_in_place, read_in_place
-from mezo_dist.storage.run_folder import ANSWERS, CONFIG, EVENTS, RESULTS
+from mezo_dist.storage.run_files import ANSWERS, CONFIG, EVENTS, RESULTS
 
 METRICS = "metrics.jsonl"
 """A JSON object."""

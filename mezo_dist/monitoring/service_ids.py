@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from mezo_dist.storage.files import read_in_place, replace_file
-from mezo_dist.storage.run_folder import MONITORS
+from mezo_dist.storage.run_files import MONITORS
 
 log = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")

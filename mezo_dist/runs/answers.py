@@ -17,7 +17,7 @@ from mezo_dist.json_types import Json, JsonObject
 from mezo_dist.objectives.calibration import Calibration
 from mezo_dist.runs.build import Run
 from mezo_dist.storage.files import read_in_place, replace_file
-from mezo_dist.storage.run_folder import ANSWERS
+from mezo_dist.storage.run_files import ANSWERS
 from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.tasks.kind import Answer
 

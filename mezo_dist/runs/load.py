@@ -19,7 +19,8 @@ from mezo_dist.runs.model import LoadedModel, check_agreement, load_base
 from mezo_dist.runs.replay import check_header, load_saved, replay_from_newest
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.replay import replay_steps
-from mezo_dist.storage.run_folder import SNAPSHOTS, read_log
+from mezo_dist.storage.run_files import SNAPSHOTS
+from mezo_dist.storage.run_folder import read_log
 from mezo_dist.storage.trajectory import Log
 
 LEAST_SEEDS = 1 << 20

@@ -12,7 +12,7 @@ from mezo_dist.monitoring.console import Monitor
 from mezo_dist.objectives.calibration import MOST_SAMPLES, Calibration
 from mezo_dist.runs.answers import ask, samples_before, write_answers
 from mezo_dist.runs.build import Run
-from mezo_dist.storage.run_folder import save_config, write_results
+from mezo_dist.storage.run_files import save_config, write_results
 from mezo_dist.tasks.batches import MicroBatch
 from mezo_dist.tasks.generation.kind import Generation
 from mezo_dist.tasks.kind import Answer

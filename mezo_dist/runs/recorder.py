@@ -11,7 +11,8 @@ from mezo_dist.runs.build import Run
 from mezo_dist.runs.replay import snapshot_facts
 from mezo_dist.storage import snapshot_writer
 from mezo_dist.storage.files import move_aside
-from mezo_dist.storage.run_folder import Claim, note
+from mezo_dist.storage.run_files import note
+from mezo_dist.storage.run_folder import Claim
 from mezo_dist.storage.trajectory import Mark, Step
 from mezo_dist.storage.trajectory_writer import TrajectoryWriter
 

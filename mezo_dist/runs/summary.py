@@ -14,7 +14,7 @@ from mezo_dist.monitoring.scalars import figure
 from mezo_dist.runs.build import Run
 from mezo_dist.runs.looks import evaluation_interval
 from mezo_dist.storage import trajectory
-from mezo_dist.storage.run_folder import SNAPSHOTS
+from mezo_dist.storage.run_files import SNAPSHOTS
 from mezo_dist.storage.snapshots import folder_name
 
 

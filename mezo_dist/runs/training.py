@@ -38,7 +38,8 @@ from mezo_dist.runs.summary import facts, summary
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import DISK_FAULTS
 from mezo_dist.storage.replay import logged_step
-from mezo_dist.storage.run_folder import Claim, check_shared, claim_folder, note, read_scores, write_results
+from mezo_dist.storage.run_files import note, read_scores, write_results
+from mezo_dist.storage.run_folder import Claim, check_shared, claim_folder
 from mezo_dist.storage.trajectory import Log
 from mezo_dist.tasks.kind import Answer
 

@@ -11,9 +11,8 @@ from mezo_dist.config.schema import RunConfig
 from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.storage import trajectory
 from mezo_dist.storage.files import read_in_place
+from mezo_dist.storage.run_files import LOCK, MOST_RESULTS_BYTES
 from mezo_dist.storage.run_folder import (
-    LOCK,
-    MOST_RESULTS_BYTES,
     Claim,
     check_trajectory,
     holds_run,

@@ -18,7 +18,8 @@ from mezo_dist.runs import dry_run, training
 from mezo_dist.runs.build import build_run
 from mezo_dist.runs.dry_run import Measured, Pace, _evaluating, _whole
 from mezo_dist.storage.foreseen import look_at_folder
-from mezo_dist.storage.run_folder import LOCK, claim_folder
+from mezo_dist.storage.run_files import LOCK
+from mezo_dist.storage.run_folder import claim_folder
 from mezo_dist.testing import spawn, write_tiny_config
 
 

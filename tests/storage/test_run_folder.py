@@ -17,7 +17,8 @@ from mezo_dist.distributed.communicator import Communicator
 from mezo_dist.errors import UserError
 from mezo_dist.runs import training
 from mezo_dist.storage import files
-from mezo_dist.storage.run_folder import claim_folder, note, read_results, read_scores
+from mezo_dist.storage.run_files import note, read_results, read_scores
+from mezo_dist.storage.run_folder import claim_folder
 from mezo_dist.testing import write_tiny_config
 from tests.run_folders import results
 
