@@ -19,9 +19,14 @@ STANDS_STILL = (
 
 @final
 class Advice:
-    """Watches the steps that this process takes."""
+    """Watches the steps that this process takes.
 
-    def __init__(self) -> None:
+    Args:
+        is_calibrated: losses are.
+    """
+
+    def __init__(self, *, is_calibrated: bool) -> None:
+        self._first = "" if is_calibrated else "train.calibrate (for classes), "
         self._still = self._cautious = 0
         self._first_share = 0.0
 
@@ -37,6 +42,6 @@ class Advice:
         if self._cautious == CAUTIOUS:
             yield (
                 f"for {CAUTIOUS} steps lr: auto has looked back at progress that is lost in noise, and taken its "
-                "smallest share. train.calibrate (for classes), more algorithm.directions or a larger train.batch_size "
-                f"let it see more; algorithm.eta: {self._first_share:.2g} keeps the share of the start"
+                f"smallest share. {self._first}more algorithm.directions or a larger train.batch_size let it see more; "
+                f"algorithm.eta: {self._first_share:.2g} keeps the share of the start"
             )

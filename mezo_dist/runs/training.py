@@ -189,7 +189,7 @@ def _loop(run: Run, progress: Progress[object], recorder: RunRecorder, monitor: 
         monitor: shows what happens.
     """
     config, comm, engine = run.config.train, run.comm, run.engine
-    look_every, advice = evaluation_interval(run), Advice()
+    look_every, advice = evaluation_interval(run), Advice(is_calibrated=config.calibrate)
     while progress.step < config.steps:
         if comm.stopping:
             _stop(run, progress, recorder)

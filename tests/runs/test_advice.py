@@ -6,9 +6,9 @@ from mezo_dist.algorithms.look_back import LEAST
 from mezo_dist.runs.advice import CAUTIOUS, STANDS_STILL, STILL, Advice
 
 
-def said(*steps: dict[str, float]) -> list[tuple[int, str]]:
+def said(*steps: dict[str, float], is_calibrated: bool = False) -> list[tuple[int, str]]:
     """(number of the step, what was said after it)."""
-    advice = Advice()
+    advice = Advice(is_calibrated=is_calibrated)
     return [(number, text) for number, metrics in enumerate(steps, 1) for text in advice.after(metrics)]
 
 
@@ -26,5 +26,8 @@ def test_a_share_that_stays_at_its_smallest() -> None:
     assert number == 2 + CAUTIOUS
     assert "train.calibrate" in text
     assert "algorithm.eta: 0.04 keeps the share of the start" in text
+    ((_, text),) = said(start, *[least] * CAUTIOUS, is_calibrated=True)
+    assert "train.calibrate" not in text
+    assert "more algorithm.directions" in text
     assert said(start, *[least] * (CAUTIOUS - 1), start, *[least] * (CAUTIOUS - 1)) == []
     assert said(*[start] * 200) == said(*[{"rate/share": 0.04 * 0.3}] * 200) == said(*[{}] * 200) == []
