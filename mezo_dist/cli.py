@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from mezo_dist.planning.options import add_plan
 from mezo_dist.simulation.options import add_simulate
 from mezo_dist.studies.options import add_study
 
+SETTING = re.compile(r"--[a-z_]+\.[a-z_.]+(=|$)")
 MAX_SECONDS = 10**6  # far below what overflows in torch's timers
 
 
@@ -36,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.command in (commands.train, commands.show_task):  # settings
         known.arguments = extra
     elif extra:
-        parser.error(f"unknown arguments: {' '.join(extra)}")
+        is_setting = any(SETTING.match(argument) for argument in extra)
+        hint = "; settings go with train, or into the config" if is_setting else ""
+        parser.error(f"unknown arguments: {' '.join(extra)}{hint}")
     ask_for_huge_pages()
     try:
         known.command(known)

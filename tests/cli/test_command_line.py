@@ -128,6 +128,15 @@ def test_the_command_line_shows_one_message_and_no_traceback(
     assert output.err.count("error:") == 1
 
 
+def test_settings_behind_another_command_are_refused_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, has_hint in ((["plan", "run.yaml", "--algorithm.name=mezo-svrg"], True), (["plan", "--foo"], False)):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        message = capsys.readouterr().err
+        assert f"unknown arguments: {arguments[-1]}" in message
+        assert ("settings go with train, or into the config" in message) is has_hint
+
+
 def test_the_rank_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["train", "nowhere.yaml"]) == 2
