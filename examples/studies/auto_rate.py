@@ -113,6 +113,7 @@ KINDS = {
     "norms, MeZO-SVRG": Kind(0.03, steps=85, anchors=64),
     "norms, momentum": Kind(0.03, momentum=0.9),
     "norms, bfloat16": Kind(0.03, ("model.weights=bfloat16",)),
+    "norms, bfloat16, eps 0.05": Kind(0.03, ("model.weights=bfloat16",), eps=5e-2),
     "LoRA": Kind(0.003, LORA),
     "LoRA, bfloat16": Kind(0.003, (*LORA, "model.weights=bfloat16"), eps=2e-2),
     "last MLP": Kind(1e-4, ('model.trainable=["model.layers.29.mlp.*"]',)),
