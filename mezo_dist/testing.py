@@ -143,7 +143,7 @@ def write_tiny_config(folder: Path, kind: str = "llama-tied", algorithm: str = "
     data = {
         "model": {"name": str(write_tiny_model(folder / "model", kind))},
         "task": task,
-        "algorithm": {"name": algorithm, **({"lr": 1e-6} if algorithm == "mezo" else {})},
+        "algorithm": {"name": algorithm, **_RATES.get(algorithm, {})},
         "train": {"steps": 6, "batch_size": 6, "micro_batch": 4, **train},
         "output": {"dir": str(folder / "run")},
     }
@@ -152,6 +152,7 @@ def write_tiny_config(folder: Path, kind: str = "llama-tied", algorithm: str = "
     return path
 
 
+_RATES = {"mezo": {"lr": 1e-6}, "mezo-svrg": {"lr": 1e-6, "anchor_lr": 5e-5}}
 _SIZES = {"train": 30, "validation": 20, "test": 20}
 
 
