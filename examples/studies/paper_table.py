@@ -10,8 +10,9 @@ MeZO-SVRG 24,000 (15,360,000) and SGD 1,000 (192,000, as a backward pass counts 
   number of passes, `PAPER` over `FACTOR`. `head` trains the classifier alone: what comes before it is computed once per
   sample, and a pass is nearly free. `pooler and head` trains the layer before it, too. Scored on `auto_rate.UNTOUCHED`,
   samples that no choice was held against; the presets below on test samples.
-* `whole`: the same with all weights of MiniLM-L6. Seconds a run on a GPU, a quarter of an hour on a core.
-* `whole-long`: ten times the passes, for those that need no tuning, and looks at every doubling.
+* `whole`: the same with all weights of MiniLM-L6: 75 to 160 s a run where thirteen share an H200, a quarter of an hour
+  on a core.
+* `whole-long`: ten times the passes, for those that need no tuning, and looks at every doubling. Never run.
 * `gpu`: the paper's own models and tasks, all weights, its own number of passes. Never run.
 * `tiny`: a random model on made-up sentences, to try this script.
 
