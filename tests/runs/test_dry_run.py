@@ -46,7 +46,7 @@ def test_what_it_says_and_what_it_leaves(
 
 
 def on_two(comm: Communicator, path: str) -> str:
-    config = reader.load(path, ["layout.name=fsdp", "algorithm.name=mezo", "train.calibrate=true"])
+    config = reader.load(path, ["layout.name=fsdp", "train.calibrate=true"])
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         dry_run.try_out(config, comm)
@@ -55,7 +55,7 @@ def on_two(comm: Communicator, path: str) -> str:
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
-    path = write_tiny_config(tmp_path)
+    path = write_tiny_config(tmp_path, algorithm="mezo")
     before = contents(tmp_path)
     main, other = spawn(on_two, 2, str(path))
     assert contents(tmp_path) == before
