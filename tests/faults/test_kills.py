@@ -97,7 +97,8 @@ def test_killed_at_random_moments(root: Path, tmp_path: Path) -> None:
             finished, done = finished + 1, 0
         else:
             assert struck, job.output()
-            assert set(codes) <= {LostRankError.exit_status, -signal.SIGKILL}, job.output()
+            ended = {0} if done == STEPS else set()  # others had nothing left to do when one was struck at its end
+            assert set(codes) <= {LostRankError.exit_status, -signal.SIGKILL} | ended, job.output()
 
 
 def test_torchrun_restarts_what_was_killed(root: Path, tmp_path: Path) -> None:
