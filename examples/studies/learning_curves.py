@@ -59,8 +59,6 @@ class Job:
     only: tuple[str, ...]
     threads: int
     out: Path
-    seeds: tuple[int, ...] = ()
-    """Of the runs that are scored; the preset's if empty."""
 
     @property
     def path(self) -> Path:

@@ -1,6 +1,6 @@
 """The paper's table: fresh classification heads without a prompt, by MeZO, MeZO-SVRG and SGD.
 
-    python examples/studies/paper_table.py [--preset cpu] [--tasks NAME ...] [--only LABEL ...] [--seeds N ...]
+    python examples/studies/paper_table.py [--preset cpu] [--settings NAME ...] [--tasks NAME ...] [--only LABEL ...]
 
 Gautam et al. 2024 (arXiv 2404.08080) train fresh heads on 512 samples of GLUE, 128 tokens, batches of 64, q = 2, a
 perturbation of 1e-3, and give MeZO 96,000 steps on RoBERTa-large (12,288,000 forward passes of one sample, `PAPER`),
@@ -12,7 +12,6 @@ MeZO-SVRG 24,000 (15,360,000) and SGD 1,000 (192,000, as a backward pass counts 
   samples that no choice was held against; the presets below on test samples.
 * `whole`: the same with all weights of MiniLM-L6: 75 to 160 s a run where thirteen share an H200, a quarter of an hour
   on a core.
-* `whole-long`: ten times the passes, for those that need no tuning, and looks at every doubling. Never run.
 * `gpu`: the paper's own models and tasks, all weights, its own number of passes. Never run.
 * `tiny`: a random model on made-up sentences, to try this script.
 
@@ -70,7 +69,6 @@ def _whole(model: str) -> Setting:
     return Setting((*overrides, "train.micro_batch=16"), zeroth_scale=1e-5, first_scale=1e-3)
 
 
-WHOLE = Setting((*MINILM, 'model.trainable=["*"]', LONGEST, "train.micro_batch=64"), 0.032, 0.1)
 PRESETS = {
     "cpu": CurvePreset(
         {
@@ -82,10 +80,8 @@ PRESETS = {
         TASKS, budget=PAPER // FACTOR, eps=1e-3, rates=3, looks=6, untouched=UNTOUCHED,
     ),
     "whole": CurvePreset(
-        {"all weights": WHOLE}, TASKS, budget=PAPER // FACTOR, eps=1e-3, rates=3, sizes={"test": 512}, looks=6
-    ),
-    "whole-long": CurvePreset(
-        {"all weights": WHOLE}, TASKS, budget=PAPER // FACTOR * 10, eps=1e-3, rates=3, sizes={"test": 512}, looks=9
+        {"all weights": Setting((*MINILM, 'model.trainable=["*"]', LONGEST, "train.micro_batch=64"), 0.032, 0.1)},
+        TASKS, budget=PAPER // FACTOR, eps=1e-3, rates=3, sizes={"test": 512}, looks=6,
     ),
     "gpu": CurvePreset(
         {model: _whole(model) for model in PAPERS_MODELS},
@@ -149,7 +145,7 @@ def work(job: Job) -> None:
             if job.only and learner.label not in job.only:
                 continue
             lr = tune(bench, job, learner, results) if learner.rate else 0.0
-            for seed in job.seeds or preset.seeds:
+            for seed in preset.seeds:
                 run(bench, job, learner, lr, seed, results)
 
 
@@ -225,8 +221,8 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     preset = PRESETS[options.preset]
     for setting in options.settings or preset.settings:
         for task in options.tasks or preset.tasks:
-            which = options.preset, setting, task, tuple(options.only)
-            yield Job(*which, options.threads, options.out, tuple(options.seeds))
+            only = tuple(options.only)
+            yield Job(options.preset, setting, task, only, options.threads, options.out)
 
 
 def main() -> None:
@@ -235,9 +231,6 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="all of the preset if left out")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="all of the preset if left out")
     parser.add_argument("--only", nargs="+", metavar="LABEL", default=(), help="contenders; all if left out")
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=(), help="of the runs that are scored; the preset's if left out"
-    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="sum up what is there and run nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
