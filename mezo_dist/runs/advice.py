@@ -26,7 +26,7 @@ class Advice:
     """
 
     def __init__(self, *, is_calibrated: bool) -> None:
-        self._first = "" if is_calibrated else "train.calibrate (for classes), "
+        self._calibrate = "" if is_calibrated else "train.calibrate (for classes), "
         self._still = self._cautious = 0
         self._first_share = 0.0
 
@@ -42,6 +42,6 @@ class Advice:
         if self._cautious == CAUTIOUS:
             yield (
                 f"for {CAUTIOUS} steps lr: auto has looked back at progress that is lost in noise, and taken its "
-                f"smallest share. {self._first}more algorithm.directions or a larger train.batch_size let it see more; "
+                f"smallest share. {self._calibrate}more algorithm.directions or a larger train.batch_size let it see more; "
                 f"algorithm.eta: {self._first_share:.2g} keeps the share of the start"
             )
