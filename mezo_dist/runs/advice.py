@@ -42,6 +42,6 @@ class Advice:
         if self._cautious == CAUTIOUS:
             yield (
                 f"for {CAUTIOUS} steps lr: auto has looked back at progress that is lost in noise, and taken its "
-                f"smallest share. {self._calibrate}more algorithm.directions or a larger train.batch_size let it see more; "
-                f"algorithm.eta: {self._first_share:.2g} keeps the share of the start"
+                f"smallest share. {self._calibrate}more algorithm.directions or a larger train.batch_size let it see "
+                f"more; algorithm.eta: {self._first_share:.2g} keeps the share of the start"
             )
